@@ -1,0 +1,56 @@
+"""What one call of a backend works on: the tensors of a bucket and its hyperparameters."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Bucket:
+    """The tensors of one param group that share a device and take part in a step.
+
+    Item i of every list belongs to parameter i. Real dtypes only: complex tensors come as views of
+    pairs. State tensors have the state dtype of their parameter (see `cm_fused._state`).
+
+    Attributes:
+        params: Changed by the step. Any strides.
+        grads: Never changed. Shape and dtype of their parameter, any strides.
+        exp_avgs: m, shape of the parameter. Changed.
+        exp_avg_sqs: v, shape of the parameter. Changed.
+        critical_buffers: The slots, (C, *shape). Changed.
+        priorities: The keys, float32 (C,), -inf where a slot is unfilled. Changed.
+        steps: Steps taken so far, float32 (). Changed.
+        max_exp_avg_sqs: Running maximum of v; empty without amsgrad. Changed.
+        critical_sums: Running sum of the slots, shape of the parameter; empty where a backend
+            keeps none. Changed.
+        pending_slots: The slot that exp_avg is still to be copied to, or -1, int64 (); empty where
+            a backend commits at once. Changed.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    critical_buffers: list[Tensor]
+    priorities: list[Tensor]
+    steps: list[Tensor]
+    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    critical_sums: list[Tensor] = field(default_factory=list)
+    pending_slots: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """The hyperparameters of one step of one param group, as the optimizers' docstrings define."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    priority_decay: float
+    priority_scope: str
+    buffer_mean: str
+    eps_inside_sqrt: bool
+    maximize: bool
+    decoupled_weight_decay: bool

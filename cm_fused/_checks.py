@@ -1,0 +1,111 @@
+"""What users pass in: hyperparameters and gradients. Every message names the argument or tensor."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm_fused._backend import NAMES
+
+PRIORITY_SCOPES = ("group", "tensor")
+BUFFER_MEANS = ("capacity", "size")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the hyperparameters of a param group, or the defaults of an optimizer.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        _require(lr.numel() == 1, "lr must be a number or a one-element tensor", tuple(lr.shape))
+    _require_number("lr", lr, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+    betas = options["betas"]
+    _require(
+        isinstance(betas, (tuple, list)) and len(betas) == 2, "betas must be a pair of floats", betas
+    )
+    for i, beta in enumerate(betas):
+        _require_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
+    for name in ("eps", "weight_decay"):
+        _require_number(
+            name, options[name], "finite and >= 0", lambda x: math.isfinite(x) and x >= 0
+        )
+    _require_number("priority_decay", options["priority_decay"], "in [0, 1]", lambda x: 0 <= x <= 1)
+    capacity = options["capacity"]
+    _require(
+        isinstance(capacity, int) and not isinstance(capacity, bool) and capacity >= 1,
+        "capacity must be an int >= 1",
+        capacity,
+    )
+    _require_choice("priority_scope", options["priority_scope"], PRIORITY_SCOPES)
+    _require_choice("buffer_mean", options["buffer_mean"], BUFFER_MEANS)
+    if options["backend"] is not None:
+        _require_choice("backend", options["backend"], NAMES)
+    for name in ("buffer_dtype", "moment_dtype"):
+        _require(
+            options[name] is None,
+            f"{name} must be None in this version: state is float32, or float64 for float64 "
+            "parameters",
+            options[name],
+        )
+
+
+def _require(condition: bool, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{rule}, got {value!r}")
+
+
+def _require_number(
+    name: str, value: object, rule: str, holds: Callable[[float], bool]
+) -> None:
+    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    _require(number and holds(float(value)), f"{name} must be {rule}", value)  # type: ignore[arg-type]
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}", value)
+
+
+def check_capturable(params: list[Tensor]) -> None:
+    """Check that a CUDA graph could hold a step of these parameters.
+
+    Raises:
+        RuntimeError: One is not on a CUDA device.
+    """
+    for i, param in enumerate(params):
+        if not param.is_cuda and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"capturable=True needs parameters on a CUDA device, got params[{i}] on "
+                f"{param.device}; use capturable=False"
+            )
+
+
+def check_gradient(where: str, param: Tensor, grad: Tensor) -> None:
+    """Check that a gradient fits its parameter; strides may differ.
+
+    Args:
+        where: Names the parameter, for the message.
+        param: The parameter.
+        grad: Its gradient.
+
+    Raises:
+        RuntimeError: The gradient is sparse, or its dtype, shape or device is not the parameter's.
+    """
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of {where} must be dense, got layout {grad.layout}; for an embedding, "
+            "use sparse=False"
+        )
+    for name, value, expected in (
+        ("dtype", grad.dtype, param.dtype),
+        ("shape", tuple(grad.shape), tuple(param.shape)),
+        ("device", grad.device, param.device),
+    ):
+        if value != expected:
+            raise RuntimeError(
+                f"the gradient of {where} must have the {name} {expected} of its parameter, "
+                f"got {value}"
+            )

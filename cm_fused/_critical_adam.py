@@ -1,0 +1,321 @@
+"""What AdamCM and AdamCG share: options, state, checkpoints and the dispatch of a step."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from cm_fused import _checkpoint, _state
+from cm_fused._backend import Backend, select
+from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._checks import check_capturable, check_gradient, check_options
+
+
+class CriticalAdam(Optimizer):
+    """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
+
+    _critical_gradients: ClassVar[bool]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        capacity: int = 5,
+        priority_decay: float = 0.7,
+        priority_scope: str = "group",
+        buffer_mean: str = "capacity",
+        eps_inside_sqrt: bool = True,
+        buffer_dtype: torch.dtype | None = None,
+        moment_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "capacity": capacity,
+            "priority_decay": priority_decay,
+            "priority_scope": priority_scope,
+            "buffer_mean": buffer_mean,
+            "eps_inside_sqrt": eps_inside_sqrt,
+            "buffer_dtype": buffer_dtype,
+            "moment_dtype": moment_dtype,
+            "maximize": maximize,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "backend": backend,
+        }
+        check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: "params" and any of the constructor's options.
+
+        Raises:
+            ValueError: An option is out of its range; nothing is added.
+            RuntimeError: The requested backend cannot serve the parameters; nothing is added.
+        """
+        if isinstance(param_group, dict):
+            check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for device in {param.device for param in group["params"]}:
+                if group["backend"] is not None:
+                    select(group["backend"], device)
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step for every parameter that has a gradient.
+
+        Args:
+            closure: Called once, with gradients enabled, before the step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype or
+                device. Nothing has been changed then.
+        """
+        self._cuda_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # All that can fail comes first, for every group.
+        plans = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
+        for group, buckets in zip(self.param_groups, plans, strict=True):
+            if buckets:
+                self._step_group(group, buckets)
+        return loss
+
+    def _plan(self, group_index: int, group: dict[str, Any]) -> list[tuple[Backend, Bucket]]:
+        """Check a group's gradients and return its buckets, one per device."""
+        params, grads = _participants(group_index, group["params"])
+        if group["capturable"]:
+            check_capturable(params)
+        devices = {param.device for param in params}
+        if len(devices) <= 1:
+            splits = [(device, params, grads) for device in devices]
+        else:
+            splits = []
+            for device in sorted(devices, key=str):
+                pairs = [(p, g) for p, g in zip(params, grads, strict=True) if p.device == device]
+                splits.append((device, [p for p, _ in pairs], [g for _, g in pairs]))
+        buckets = []
+        for device, device_params, device_grads in splits:
+            backend = select(group["backend"], device)
+            buckets.append((backend, self._bucket(group, backend, device_params, device_grads)))
+        return buckets
+
+    def _bucket(
+        self, group: dict[str, Any], backend: Backend, params: list[Tensor], grads: list[Tensor]
+    ) -> Bucket:
+        """Gather the tensors of one bucket, making the state it lacks."""
+        extra_keys = backend.state_keys(self._critical_gradients, group["capacity"])
+        keys = (*_state.required_keys(group), *extra_keys)
+        states = [self.state.get(param, {}) for param in params]
+        try:
+            lists = _state.lists(states, keys)
+        except KeyError:
+            states = self._complete_state(params, keys, group["capacity"])
+            lists = _state.lists(states, keys)
+        if not extra_keys:
+            _state.drop_derived(states)
+        _state.check_capacity(lists["priorities"], group["capacity"])
+        if any(map(torch.is_complex, params)):
+            params = [_state.as_real(param) for param in params]
+            grads = [_state.as_real(grad) for grad in grads]
+            lists = {name: [_state.as_real(t) for t in tensors] for name, tensors in lists.items()}
+        return Bucket(params, grads, **lists)
+
+    def _complete_state(
+        self, params: list[Tensor], keys: tuple[str, ...], capacity: int
+    ) -> list[_state.State]:
+        # All is allocated before anything is kept.
+        missing = [
+            _state.missing_state(param, self.state.get(param, {}), keys, capacity)
+            for param in params
+        ]
+        for param, new in zip(params, missing, strict=True):
+            self.state[param].update(new)
+        return [self.state[param] for param in params]
+
+    def _step_group(self, group: dict[str, Any], buckets: list[tuple[Backend, Bucket]]) -> None:
+        options = _step_options(group)
+        sq_norm = None
+        if options.priority_scope == "group" and len(buckets) > 1:
+            sq_norm = torch.stack(
+                [backend.sq_norm(bucket, options).cpu() for backend, bucket in buckets]
+            ).sum()
+        for backend, bucket in buckets:
+            step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
+            step_(bucket, options, None if sq_norm is None else sq_norm.to(bucket.steps[0].device))
+
+
+    def state_dict(self) -> StateDict:
+        """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
+
+        The tensors are references, not copies. The choice of a backend is not saved.
+        """
+        _state.commit_pending(list(self.state.values()))
+        state_dict = super().state_dict()
+        state_dict["state"] = {
+            index: {key: value for key, value in state.items() if key != "pending_slot"}
+            for index, state in state_dict["state"].items()
+        }
+        for group in state_dict["param_groups"]:
+            for name in _checkpoint.LOCAL_OPTIONS:
+                group.pop(name, None)
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict of any backend, or one of torch.optim.Adam or AdamW (buffer empty).
+
+        Float32 state of half-precision parameters stays float32. Options the state dict lacks keep
+        their values. The values are copied; `state_dict` is not changed.
+
+        Args:
+            state_dict: What `state_dict()` returned.
+
+        Raises:
+            ValueError: Groups, shapes or capacity do not match. Nothing has been changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            hooked = pre_hook(self, state_dict)
+            if hooked is not None:
+                state_dict = hooked
+        groups = _checkpoint.loaded_groups(self.param_groups, state_dict["param_groups"])
+        state = _checkpoint.loaded_state(groups, state_dict)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        _state.commit_pending(list(self.state.values()))
+        return cast(dict[str, Any], super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __repr__(self) -> str:
+        active = ", ".join(
+            dict.fromkeys(
+                f"{select(group['backend'], param.device).name} on {param.device.type}"
+                for group in self.param_groups
+                for param in group["params"]
+            )
+        )
+        return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
+
+
+def _step_options(group: dict[str, Any]) -> StepOptions:
+    beta1, beta2 = group["betas"]
+    return StepOptions(
+        lr=group["lr"],
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        priority_decay=group["priority_decay"],
+        priority_scope=group["priority_scope"],
+        buffer_mean=group["buffer_mean"],
+        eps_inside_sqrt=group["eps_inside_sqrt"],
+        maximize=group["maximize"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
+
+
+def _participants(group_index: int, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that have a gradient and their gradients, all checked."""
+    participants, grads = [], []
+    for i, param in enumerate(params):
+        grad = param.grad
+        if grad is None:
+            continue
+        # The common case in one expression: this loop is most of a small tensor's step.
+        if (
+            grad.dtype is not param.dtype
+            or grad.layout is not torch.strided
+            or grad.shape != param.shape
+            or grad.device != param.device
+        ):
+            check_gradient(f"parameter {i} of group {group_index}", param, grad)
+        participants.append(param)
+        grads.append(grad)
+    return participants, grads
+
+
+class DecoupledCriticalAdam(CriticalAdam):
+    """The defaults of the decoupled forms, as AdamW's to Adam. See `AdamCM` for the arguments."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        capacity: int = 5,
+        priority_decay: float = 0.7,
+        priority_scope: str = "group",
+        buffer_mean: str = "capacity",
+        eps_inside_sqrt: bool = True,
+        buffer_dtype: torch.dtype | None = None,
+        moment_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            capacity=capacity,
+            priority_decay=priority_decay,
+            priority_scope=priority_scope,
+            buffer_mean=buffer_mean,
+            eps_inside_sqrt=eps_inside_sqrt,
+            buffer_dtype=buffer_dtype,
+            moment_dtype=moment_dtype,
+            maximize=maximize,
+            capturable=capturable,
+            decoupled_weight_decay=decoupled_weight_decay,
+            backend=backend,
+        )

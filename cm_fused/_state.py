@@ -1,0 +1,148 @@
+"""The state of a parameter: made on its first step, completed when options change, loaded.
+
+State is float32, or float64 for a float64 parameter (complex likewise), and lies in memory as its
+parameter does where that is dense, so that the fused backends walk both in one order.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm_fused.ops import cpu
+
+State = dict[str, Any]
+
+# The list of a `Bucket` that holds each key of a state.
+LIST_NAMES = {
+    "step": "steps",
+    "exp_avg": "exp_avgs",
+    "exp_avg_sq": "exp_avg_sqs",
+    "max_exp_avg_sq": "max_exp_avg_sqs",
+    "critical_buffer": "critical_buffers",
+    "critical_sum": "critical_sums",
+    "priorities": "priorities",
+    "pending_slot": "pending_slots",
+}
+
+
+def required_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the state keys that every backend needs under a group's options."""
+    keys = ("step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities")
+    return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
+
+
+def lists(states: list[State], keys: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    """Return the lists of a `Bucket` that hold these keys.
+
+    Raises:
+        KeyError: A state lacks one.
+    """
+    return {LIST_NAMES[key]: [state[key] for state in states] for key in keys}
+
+
+def check_capacity(priorities: list[Tensor], capacity: int) -> None:
+    """Check that the buffers have the capacity of their group.
+
+    Raises:
+        RuntimeError: One has not.
+    """
+    for keys in priorities:
+        if keys.numel() != capacity:
+            raise RuntimeError(
+                f"capacity must stay that of the state, {keys.numel()}, got {capacity}; build a "
+                "new optimizer to change it"
+            )
+
+
+def missing_state(
+    param: Tensor, state: State, keys: tuple[str, ...], capacity: int
+) -> State:
+    """Return new tensors for those of `keys` that `state` lacks; changes nothing.
+
+    Raises:
+        RuntimeError: The parameter is an expanded tensor: no step could write it.
+    """
+    if param.numel() > 0 and torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
+            f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
+        )
+    return {key: new_tensor(key, param, state, capacity) for key in keys if key not in state}
+
+
+def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
+    """Return the tensor of a state key as it is before the first step.
+
+    Args:
+        key: One of `LIST_NAMES`.
+        param: The parameter.
+        state: What there is of its state; a running sum starts as the sum of its slots.
+        capacity: The number of slots.
+    """
+    if key == "step":
+        return torch.zeros((), dtype=torch.float32, device=param.device)
+    if key == "priorities":
+        return torch.full((capacity,), -torch.inf, dtype=torch.float32, device=param.device)
+    if key == "pending_slot":
+        return torch.full((), -1, dtype=torch.int64, device=param.device)
+    if key == "critical_buffer":
+        return _new_buffer(param, capacity)
+    shaped = torch.zeros_like(
+        param,
+        dtype=state_dtype(param.dtype),
+        memory_format=torch.preserve_format,
+        requires_grad=False,
+    )
+    if key == "critical_sum" and "critical_buffer" in state:
+        torch.sum(state["critical_buffer"], 0, out=shaped)
+    return shaped
+
+
+def _new_buffer(param: Tensor, capacity: int) -> Tensor:
+    slot = torch.empty_like(
+        param, dtype=torch.bool, memory_format=torch.preserve_format, device="meta"
+    )
+    buffer = torch.empty_strided(
+        (capacity, *slot.shape),
+        (param.numel(), *slot.stride()),
+        dtype=state_dtype(param.dtype),
+        device=param.device,
+    )
+    return buffer.zero_()
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the state, and of the update, of a parameter's dtype."""
+    if dtype in (torch.float64, torch.complex128):
+        return dtype
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def commit_pending(states: list[State]) -> None:
+    """Make the deferred commits of these states, so that their slots are as Algorithm 1's."""
+    pending = [state for state in states if "pending_slot" in state]
+    for running in (True, False):
+        batch = [state for state in pending if ("critical_sum" in state) == running]
+        if batch:
+            cpu.commit_(
+                [as_real(state["exp_avg"]) for state in batch],
+                [as_real(state["critical_buffer"]) for state in batch],
+                [as_real(state["critical_sum"]) for state in batch if running],
+                [state["pending_slot"] for state in batch],
+            )
+
+
+def drop_derived(states: list[State]) -> None:
+    """Remove what only a fused backend keeps, for one that would let it go stale."""
+    if not any("pending_slot" in state or "critical_sum" in state for state in states):
+        return
+    commit_pending(states)
+    for state in states:
+        state.pop("pending_slot", None)
+        state.pop("critical_sum", None)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    return torch.view_asas_real(tensor) if tensor.is_complex() else tensor

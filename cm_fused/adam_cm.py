@@ -1,0 +1,76 @@
+"""Adam with critical momenta."""
+
+from cm_fused._critical_adam import CriticalAdam, DecoupledCriticalAdam
+
+
+class AdamCM(CriticalAdam):
+    r"""Adam with critical momenta: a buffer of past momenta explores beyond sharp minima.
+
+    The buffer keeps the C momenta whose gradients had the largest norms; old norms decay, so that
+    fresh ones win. With g the gradient, per parameter:
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t && (4) \\
+        a_t &= m_t + \tfrac1C \sum_{b \in \text{buffer}} b && (5), (6) \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) a_t^2 && (5) \\
+        \theta_t &= \theta_{t-1} - \eta \frac{a_t / (1 - \beta_1^t)}
+            {\sqrt{v_t / (1 - \beta_2^t) + \epsilon}} && (7)
+
+    Then :math:`m_t` with the key :math:`\kappa_t = \|g_t\|_2` is appended, or replaces the smallest
+    key if :math:`\kappa_t` is strictly greater, and every key is multiplied by
+    :math:`\lambda`. A key that is not finite is never admitted.
+
+    Parameters may be float32, float64, bfloat16, float16 or complex (as pairs of reals), with any
+    strides. State is float32 (float64 for float64), and the update of half-precision parameters is
+    computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
+    `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with amsgrad
+    `max_exp_avg_sq`, and on the C++ backend from capacity 5 on `critical_sum`, the running sum of
+    the slots. A parameter without a gradient takes no part in a step.
+
+    Source: Malviya et al., "Promoting Exploration in Memory-Augmented Adam using Critical Momenta",
+    Algorithm 1.
+
+    Args:
+        params: Parameters, named parameters or param groups. Changed by `step()`; `.grad` is not.
+        lr: Learning rate, >= 0; a float or a one-element tensor.
+        betas: Decay rates of m and v, each in [0, 1).
+        eps: Added to the denominator, >= 0.
+        weight_decay: >= 0; added to the gradient as an L2 term, which then counts in its norm,
+            unless `decoupled_weight_decay`.
+        amsgrad: Divide by the running maximum of v.
+        capacity: C, the number of slots, an int >= 1. One slot is one more copy of the parameters.
+        priority_decay: lambda, in [0, 1]. Smaller forgets faster; 1 keeps the largest for ever.
+        priority_scope: What the norm is taken over: "group", all gradients of the param group that
+            take part in the step (Algorithm 1), or "tensor", each parameter's own.
+        buffer_mean: Divide the buffer's sum by "capacity", even while it fills, or by "size", the
+            number of filled slots.
+        eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch.
+        buffer_dtype: None; for lower precision in a later version.
+        moment_dtype: None; for lower precision in a later version.
+        maximize: Ascend instead of descend.
+        capturable: Refuse parameters whose step a CUDA graph could not hold.
+        decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of the L2 term.
+        backend: "eager" (the reference), "cpu" (C++), "triton", or None for the best on each
+            parameter's device. Not saved in checkpoints; `repr` shows what is active.
+
+    Raises:
+        ValueError: An option is out of its range.
+        RuntimeError: The backend asked for cannot be had; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from cm_fused import AdamCM
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AdamCM(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(2)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    _critical_gradients = False
+
+
+class AdamWCM(DecoupledCriticalAdam, AdamCM):
+    """`AdamCM` with decoupled weight decay, 1e-2 by default, as AdamW to Adam.
+
+    Every other argument is `AdamCM`'s.
+    """

@@ -1,0 +1,1 @@
+"""The implementations of the step, one module per backend library."""

@@ -1,0 +1,105 @@
+// What one call of a CPU step works on, as plain data: the ops fill it from tensors, the kernels
+// read it. Everything a kernel needs from other headers is included here and not in
+// step_kernel.h, so that inline functions of the standard library are compiled for the baseline
+// and never, through the linker's choice of one copy, for an instruction set the machine lacks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../priority.h"
+
+namespace cm_fused {
+
+// Elements per chunk: the unit of work a thread takes, of a partial norm, and of a running sum's
+// rebuilding. Part of the definition of the norms' bits; a multiple of kBlockSize.
+inline constexpr int64_t kChunkSize = 16384;
+
+// Elements whose intermediate values (gradient, buffer sum, parameter in float32) stay in the
+// first-level cache: 3 arrays of 512 float64 are 12 KiB.
+inline constexpr int64_t kBlockSize = 512;
+
+enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Where element i of a tensor lies when i counts in the state's memory order: dimensions from the
+// outermost to the innermost, merged where they can be.
+struct StridedLayout {
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
+};
+
+// One parameter tensor's part in a step.
+struct TensorStep {
+  ParamDtype dtype;
+  int64_t numel;
+  int64_t capacity;
+
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq; // nullptr without amsgrad
+  void* critical_buffer;
+  void* critical_sum; // nullptr: the sum is read from the slots
+
+  // nullptr where the tensor lies in memory as the state does.
+  const StridedLayout* param_layout;
+  const StridedLayout* grad_layout;
+
+  // Critical momenta: the slot last step's exp_avg goes to. Critical gradients: the slot this
+  // step's gradient goes to. Or kNoSlot.
+  int64_t slot;
+  // Divisor of the buffer's mean.
+  int64_t mean_divisor;
+  // Counts from 1.
+  int64_t step;
+  double bias_correction1;
+  double bias_correction2;
+};
+
+// The hyperparameters of one param group.
+struct StepOptions {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double priority_decay;
+  bool group_scope;
+  bool mean_over_capacity;
+  bool eps_inside_sqrt;
+  bool maximize;
+  bool decoupled_weight_decay;
+};
+
+// Works on chunk `chunk` of one tensor. Returns the chunk's sum of g^2 where it reads g for that,
+// else 0.
+using ChunkKernel = double (*)(const TensorStep&, const StepOptions&, int64_t chunk);
+
+// The functions compiled once per instruction set.
+struct Kernels {
+  const char* name;
+  ChunkKernel adam_cm; // critical momenta; gives the sum of g^2
+  ChunkKernel adam_cg; // critical gradients
+  ChunkKernel sq_norm; // only the sum of g^2
+  ChunkKernel commit; // only the deferred commit of critical momenta
+};
+
+extern const Kernels kDefaultKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// The best of this machine's instruction sets, or the one CM_FUSED_CPU_CAPABILITY names
+// ("default", "avx2", "avx512").
+const Kernels& kernels();
+
+} // namespace cm_fused
