@@ -62,7 +62,7 @@ def perplexity(logits: Tensor, targets: Tensor) -> float:
 # The grid of `python -m bench.demo --search`, the same for every algorithm and task.
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
-# `learning_rates` hold that search's lowest final validation loss.
+# `learning_rates` hold that search's lowest mean final validation loss over three seeds.
 TASKS = {
     task.name: task
     for task in (
@@ -86,7 +86,7 @@ TASKS = {
             build=digit_net,
             batch_size=64,
             steps=400,
-            learning_rates={"AdamW": 3e-3, "AdamCM": 3e-3},
+            learning_rates={"AdamW": 3e-3, "AdamCM": 1e-3},
             score=accuracy,
             score_name="accuracy %",
         ),
