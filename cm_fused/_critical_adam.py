@@ -58,6 +58,8 @@ class CriticalAdam(Optimizer):
             "backend": backend,
         }
         check_options(defaults)
+        # The bucket last stepped for each group and device.
+        self._buckets: dict[tuple[int, torch.device], Bucket] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,8 +132,24 @@ class CriticalAdam(Optimizer):
         buckets = []
         for device, device_params, device_grads in splits:
             backend = select(group["backend"], device)
-            buckets.append((backend, self._bucket(group, backend, device_params, device_grads)))
+            bucket = self._bucket(group, backend, device_params, device_grads)
+            buckets.append((backend, self._held(group_index, device, backend, bucket)))
         return buckets
+
+    def _held(
+        self, group_index: int, device: torch.device, backend: Backend, bucket: Bucket
+    ) -> Bucket:
+        """Return last step's bucket, with these gradients, where its tensors are the same."""
+        if torch.compiler.is_compiling():
+            return bucket
+        last = self._buckets.get((group_index, device))
+        if last is None or not last.has_tensors_of(bucket):
+            self._buckets[group_index, device] = bucket
+            return bucket
+        if last.handle is None:
+            last.handle = backend.hold(last)
+        last.grads = bucket.grads
+        return last
 
     def _bucket(
         self, group: dict[str, Any], backend: Backend, params: list[Tensor], grads: list[Tensor]
@@ -139,8 +157,8 @@ class CriticalAdam(Optimizer):
         """Gather the tensors of one bucket, making the state it lacks."""
         extra_keys = backend.state_keys(self._critical_gradients, group["capacity"])
         keys = (*_state.required_keys(group), *extra_keys)
-        states = [self.state.get(param, {}) for param in params]
         try:
+            states = [self.state[param] for param in params]
             lists = _state.lists(states, keys)
         except KeyError:
             states = self._complete_state(params, keys, group["capacity"])
@@ -224,6 +242,7 @@ class CriticalAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._buckets = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

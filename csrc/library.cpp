@@ -1,6 +1,11 @@
 // Schemas of the operators; each device's library implements them.
 #include <torch/csrc/stable/library.h>
 
+#define CM_FUSED_HYPERPARAMETERS                                                           \
+  "float lr, float beta1, float beta2, float eps, float weight_decay, float priority_decay, " \
+  "bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, "       \
+  "bool decoupled_weight_decay"
+
 // Lists run over the tensors of one bucket: those of a param group that share a device. Real dtypes
 // only; complex tensors are passed as views of pairs. `grads` are never written.
 // max_exp_avg_sqs is empty without amsgrad, critical_sums where the sum is read from the slots.
@@ -10,21 +15,31 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "adam_cm_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] critical_buffers, "
       "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, Tensor(h!)[] pending_slots, "
-      "Tensor(i!)[] steps, Tensor? sq_norm, *, float lr, float beta1, float beta2, float eps, "
-      "float weight_decay, float priority_decay, bool group_scope, bool mean_over_capacity, "
-      "bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) -> ()");
+      "Tensor(i!)[] steps, Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
   m.def(
       "adam_cg_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] critical_buffers, "
-      "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, Tensor(i!)[] steps, Tensor? sq_norm, "
-      "*, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "float priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, "
-      "bool maximize, bool decoupled_weight_decay) -> ()");
+      "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, Tensor(h!)[] steps, "
+      "Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
   m.def(
       "sq_norm(Tensor[] params, Tensor[] grads, *, float weight_decay, bool maximize, "
       "bool decoupled_weight_decay) -> Tensor");
   m.def(
       "commit_(Tensor[] exp_avgs, Tensor(a!)[] critical_buffers, Tensor(b!)[] critical_sums, "
       "Tensor(c!)[] pending_slots) -> ()");
+
+  // The same steps on lists handed over once. Passing a list costs more than stepping a small
+  // tensor. What is held is tensors, not addresses: each step looks at them anew, so that nothing
+  // can be stale. A held step changes what hold_bucket was given, which no schema can say: tracing
+  // compilers are to be given the operators above.
+  m.def(
+      "hold_bucket(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
+      "Tensor[] max_exp_avg_sqs, Tensor[] critical_buffers, Tensor[] critical_sums, "
+      "Tensor[] priorities, Tensor[] pending_slots, Tensor[] steps) -> int");
+  m.def("release_bucket(int bucket) -> ()");
+  m.def(
+      "step_bucket_(int bucket, Tensor[] grads, Tensor? sq_norm, *, bool critical_gradients, "
+      CM_FUSED_HYPERPARAMETERS ") -> ()");
+
   m.def("cpu_capability() -> str");
 }

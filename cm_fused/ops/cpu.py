@@ -5,6 +5,7 @@ the gradient. The copy into its slot is deferred to the next pass, which reads t
 `commit_` makes it at once, for whoever wants to see the slots.
 """
 
+import weakref
 from pathlib import Path
 
 import torch
@@ -51,6 +52,34 @@ def _fake_sq_norm(
 unavailable_reason = _load()
 
 
+class HeldBucket:
+    """A bucket's tensors, handed to the library once instead of at every step.
+
+    The library keeps the tensors, not their addresses, until this object dies.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._id: int = torch.ops.cm_fused.hold_bucket(*bucket.held())
+        weakref.finalize(self, torch.ops.cm_fused.release_bucket, self._id)
+
+    def step_(
+        self,
+        grads: list[Tensor],
+        options: StepOptions,
+        sq_norm: Tensor | None,
+        *,
+        critical_gradients: bool,
+    ) -> None:
+        """Take one step of `adam_cm_` or `adam_cg_`."""
+        torch.ops.cm_fused.step_bucket_(
+            self._id,
+            grads,
+            sq_norm,
+            critical_gradients=critical_gradients,
+            **_hyperparameters(options),
+        )
+
+
 def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
     """Return the keys this backend keeps in a parameter's state besides the reference's."""
     running_sum = ("critical_sum",) if capacity >= RUNNING_SUM_MIN_CAPACITY else ()
@@ -59,6 +88,9 @@ def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
 
 def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
+    if isinstance(bucket.handle, HeldBucket):
+        bucket.handle.step_(bucket.grads, options, sq_norm, critical_gradients=False)
+        return
     torch.ops.cm_fused.adam_cm_(
         bucket.params,
         bucket.grads,
@@ -77,6 +109,9 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
 
 def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cg_`."""
+    if isinstance(bucket.handle, HeldBucket):
+        bucket.handle.step_(bucket.grads, options, sq_norm, critical_gradients=True)
+        return
     torch.ops.cm_fused.adam_cg_(
         bucket.params,
         bucket.grads,

@@ -3,9 +3,13 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
-#include <limits>
+#include <memory>
+#include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -25,19 +29,22 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kGrainSize = 32768;
 
 // One bucket's tensors, described for the kernels. Owns what the descriptions point to.
-struct Bucket {
+struct BucketStep {
   std::vector<TensorStep> tensors;
   std::deque<StridedLayout> layouts;
 };
 
-struct StateLists {
-  const Tensors& exp_avgs;
-  const Tensors& exp_avg_sqs;
-  const Tensors& max_exp_avg_sqs;
-  const Tensors& critical_buffers;
-  const Tensors& critical_sums;
-  const Tensors& priorities;
-  const Tensors& steps;
+// What a step changes. Item i of every list belongs to parameter i.
+struct BucketTensors {
+  Tensors params;
+  Tensors exp_avgs;
+  Tensors exp_avg_sqs;
+  Tensors max_exp_avg_sqs;
+  Tensors critical_buffers;
+  Tensors critical_sums;
+  Tensors priorities;
+  Tensors pending_slots; // critical momenta only
+  Tensors steps;
 };
 
 ParamDtype param_dtype(size_t index, ScalarType dtype) {
@@ -63,7 +70,7 @@ struct Order {
   IntHeaderOnlyArrayRef strides;
 };
 
-const StridedLayout* strided_layout(const Tensor& tensor, const Order& order, Bucket& bucket) {
+const StridedLayout* strided_layout(const Tensor& tensor, const Order& order, BucketStep& bucket) {
   const auto strides = tensor.strides();
   if (same_strides(order.sizes, strides, order.strides)) {
     return nullptr;
@@ -90,7 +97,7 @@ void check_gradient(size_t i, const Tensor& param, const Tensor& grad) {
 }
 
 // A parameter and its gradient in the memory order of `order`.
-TensorStep describe_gradient(size_t i, const Tensor& param, const Tensor& grad, const Order& order, Bucket& bucket) {
+TensorStep describe_gradient(size_t i, const Tensor& param, const Tensor& grad, const Order& order, BucketStep& bucket) {
   TensorStep tensor{};
   tensor.dtype = param_dtype(i, param.scalar_type());
   tensor.numel = param.numel();
@@ -154,32 +161,53 @@ int64_t next_step(size_t i, const Tensor& step) {
   return static_cast<int64_t>(value) + 1;
 }
 
+// 1 - beta^t in float64. Tensors of a group mostly share their t, so the last result is kept.
+class BiasCorrections {
+ public:
+  explicit BiasCorrections(const StepOptions& options) : options_(options) {}
+
+  void set(TensorStep& tensor) {
+    if (tensor.step != step_) {
+      step_ = tensor.step;
+      bias_correction1_ = 1.0 - std::pow(options_.beta1, static_cast<double>(step_));
+      bias_correction2_ = 1.0 - std::pow(options_.beta2, static_cast<double>(step_));
+    }
+    tensor.bias_correction1 = bias_correction1_;
+    tensor.bias_correction2 = bias_correction2_;
+  }
+
+ private:
+  const StepOptions& options_;
+  int64_t step_ = 0;
+  double bias_correction1_ = 0.0;
+  double bias_correction2_ = 0.0;
+};
+
 TensorStep describe(
-    size_t i, const Tensor& param, const Tensor& grad, const StateLists& state, const StepOptions& options,
-    Bucket& bucket) {
+    size_t i, const BucketTensors& tensors, const Tensor& grad, const StepOptions& options,
+    BucketStep& bucket) {
+  const Tensor& param = tensors.params[i];
   check_gradient(i, param, grad);
-  const Order order = order_of(i, state.exp_avgs[i]);
-  auto tensor = describe_gradient(i, param, grad, order, bucket);
-  const ScalarType dtype = state_dtype(tensor.dtype);
+  const Order order = order_of(i, tensors.exp_avgs[i]);
   check_sizes("exp_avgs", i, order.sizes, param.sizes());
+  auto tensor = describe_gradient(i, param, grad, order, bucket);
   STD_TORCH_CHECK(
-      tensor.param_layout == nullptr || has_no_overlap(param.sizes(), param.strides()), "params[", i,
+      tensor.param_layout == nullptr || has_no_overlap(order.sizes, param.strides()), "params[", i,
       "] must not hold two elements in one place (an expanded tensor?), got shape ",
-      to_string(param.sizes()), " and strides ", to_string(param.strides()));
-  tensor.exp_avg = state_data("exp_avgs", i, state.exp_avgs[i], order, dtype);
-  tensor.exp_avg_sq = state_data("exp_avg_sqs", i, state.exp_avg_sqs[i], order, dtype);
-  if (!state.max_exp_avg_sqs.empty()) {
-    tensor.max_exp_avg_sq = state_data("max_exp_avg_sqs", i, state.max_exp_avg_sqs[i], order, dtype);
+      to_string(order.sizes), " and strides ", to_string(param.strides()));
+  const ScalarType dtype = state_dtype(tensor.dtype);
+  tensor.exp_avg = state_data("exp_avgs", i, tensors.exp_avgs[i], order, dtype);
+  tensor.exp_avg_sq = state_data("exp_avg_sqs", i, tensors.exp_avg_sqs[i], order, dtype);
+  if (!tensors.max_exp_avg_sqs.empty()) {
+    tensor.max_exp_avg_sq = state_data("max_exp_avg_sqs", i, tensors.max_exp_avg_sqs[i], order, dtype);
   }
-  if (!state.critical_sums.empty()) {
-    tensor.critical_sum = state_data("critical_sums", i, state.critical_sums[i], order, dtype);
+  if (!tensors.critical_sums.empty()) {
+    tensor.critical_sum = state_data("critical_sums", i, tensors.critical_sums[i], order, dtype);
   }
-  describe_buffer(i, state.critical_buffers[i], order, dtype, tensor);
-  check_bookkeeping("priorities", i, state.priorities[i], tensor.capacity, ScalarType::Float);
-  tensor.step = next_step(i, state.steps[i]);
-  tensor.bias_correction1 = 1.0 - std::pow(options.beta1, static_cast<double>(tensor.step));
-  tensor.bias_correction2 = 1.0 - std::pow(options.beta2, static_cast<double>(tensor.step));
-  const auto* keys = static_cast<const float*>(state.priorities[i].data_ptr());
+  describe_buffer(i, tensors.critical_buffers[i], order, dtype, tensor);
+  check_bookkeeping("priorities", i, tensors.priorities[i], tensor.capacity, ScalarType::Float);
+  tensor.step = next_step(i, tensors.steps[i]);
+  const auto* keys = static_cast<const float*>(tensors.priorities[i].data_ptr());
   // An empty buffer's sum is 0 whatever divides it.
   tensor.mean_divisor = options.mean_over_capacity
       ? tensor.capacity
@@ -187,22 +215,25 @@ TensorStep describe(
   return tensor;
 }
 
-// Checks everything; what it returns cannot fail.
-Bucket describe_bucket(
-    const Tensors& params, const Tensors& grads, const StateLists& state, const StepOptions& options) {
-  const size_t count = params.size();
+// Checks everything; a step of what it returns cannot fail.
+BucketStep describe_bucket(
+    const BucketTensors& tensors, const Tensors& grads, const StepOptions& options) {
+  const size_t count = tensors.params.size();
+  const auto optional_length = [&](const Tensors& list) { return list.empty() ? 0 : count; };
   check_length("grads", grads.size(), count);
-  check_length("exp_avgs", state.exp_avgs.size(), count);
-  check_length("exp_avg_sqs", state.exp_avg_sqs.size(), count);
-  check_length("max_exp_avg_sqs", state.max_exp_avg_sqs.size(), state.max_exp_avg_sqs.empty() ? 0 : count);
-  check_length("critical_buffers", state.critical_buffers.size(), count);
-  check_length("critical_sums", state.critical_sums.size(), state.critical_sums.empty() ? 0 : count);
-  check_length("priorities", state.priorities.size(), count);
-  check_length("steps", state.steps.size(), count);
-  Bucket bucket;
+  check_length("exp_avgs", tensors.exp_avgs.size(), count);
+  check_length("exp_avg_sqs", tensors.exp_avg_sqs.size(), count);
+  check_length("max_exp_avg_sqs", tensors.max_exp_avg_sqs.size(), optional_length(tensors.max_exp_avg_sqs));
+  check_length("critical_buffers", tensors.critical_buffers.size(), count);
+  check_length("critical_sums", tensors.critical_sums.size(), optional_length(tensors.critical_sums));
+  check_length("priorities", tensors.priorities.size(), count);
+  check_length("steps", tensors.steps.size(), count);
+  BucketStep bucket;
   bucket.tensors.reserve(count);
+  BiasCorrections bias_corrections(options);
   for (size_t i = 0; i < count; ++i) {
-    bucket.tensors.push_back(describe(i, params[i], grads[i], state, options, bucket));
+    bucket.tensors.push_back(describe(i, tensors, grads[i], options, bucket));
+    bias_corrections.set(bucket.tensors.back());
   }
   return bucket;
 }
@@ -229,7 +260,7 @@ int64_t count_chunks(const TensorStep& tensor) {
 
 // Runs a kernel over all chunks and returns its result for each. The order in which threads take
 // chunks does not matter: each chunk's result is its own.
-std::vector<double> run(ChunkKernel kernel, const Bucket& bucket, const StepOptions& options) {
+std::vector<double> run(ChunkKernel kernel, const BucketStep& bucket, const StepOptions& options) {
   std::vector<Chunk> chunks;
   int64_t numel = 0;
   for (const auto& tensor : bucket.tensors) {
@@ -250,7 +281,7 @@ std::vector<double> run(ChunkKernel kernel, const Bucket& bucket, const StepOpti
 }
 
 // Adds up each tensor's chunks in order.
-std::vector<double> sq_norms(const Bucket& bucket, const std::vector<double>& chunk_sq_norms) {
+std::vector<double> sq_norms(const BucketStep& bucket, const std::vector<double>& chunk_sq_norms) {
   std::vector<double> result;
   result.reserve(bucket.tensors.size());
   auto next = chunk_sq_norms.begin();
@@ -276,7 +307,7 @@ std::optional<double> read_sq_norm(const std::optional<Tensor>& sq_norm) {
 
 // The keys with which the bucket's tensors ask for a slot.
 std::vector<float> priority_keys(
-    const Bucket& bucket, const std::vector<double>& chunk_sq_norms, const StepOptions& options,
+    const BucketStep& bucket, const std::vector<double>& chunk_sq_norms, const StepOptions& options,
     std::optional<double> group_sq_norm) {
   const auto tensor_sq_norms = sq_norms(bucket, chunk_sq_norms);
   const double group = group_sq_norm.value_or(total(tensor_sq_norms));
@@ -300,55 +331,133 @@ void write_step(const Tensor& step, const TensorStep& tensor) {
   *static_cast<float*>(step.data_ptr()) = static_cast<float>(tensor.step);
 }
 
-void adam_cm_(
-    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
-    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots, Tensors steps,
-    std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps, double weight_decay,
-    double priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
-    bool decoupled_weight_decay) {
-  const StepOptions options{
-      lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity, eps_inside_sqrt,
-      maximize, decoupled_weight_decay};
-  auto bucket = describe_bucket(
-      params, grads,
-      {exp_avgs, exp_avg_sqs, max_exp_avg_sqs, critical_buffers, critical_sums, priorities, steps}, options);
-  check_length("pending_slots", pending_slots.size(), params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    check_pending_slot(i, pending_slots[i], bucket.tensors[i].capacity);
-    bucket.tensors[i].slot = slot_of(pending_slots[i]);
+void step_critical_momenta(
+    const BucketTensors& tensors, const Tensors& grads, const std::optional<Tensor>& sq_norm,
+    const StepOptions& options) {
+  auto bucket = describe_bucket(tensors, grads, options);
+  check_length("pending_slots", tensors.pending_slots.size(), tensors.params.size());
+  for (size_t i = 0; i < bucket.tensors.size(); ++i) {
+    check_pending_slot(i, tensors.pending_slots[i], bucket.tensors[i].capacity);
+    bucket.tensors[i].slot = slot_of(tensors.pending_slots[i]);
   }
   const auto group_sq_norm = read_sq_norm(sq_norm);
   const auto chunk_sq_norms = run(kernels().adam_cm, bucket, options);
   const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
-  for (size_t i = 0; i < params.size(); ++i) {
-    const auto& tensor = bucket.tensors[i];
-    slot_of(pending_slots[i]) = update_priorities(priorities[i], tensor.capacity, keys[i], options);
-    write_step(steps[i], tensor);
+  for (size_t i = 0; i < bucket.tensors.size(); ++i) {
+    slot_of(tensors.pending_slots[i]) =
+        update_priorities(tensors.priorities[i], bucket.tensors[i].capacity, keys[i], options);
+    write_step(tensors.steps[i], bucket.tensors[i]);
   }
+}
+
+void step_critical_gradients(
+    const BucketTensors& tensors, const Tensors& grads, const std::optional<Tensor>& sq_norm,
+    const StepOptions& options) {
+  auto bucket = describe_bucket(tensors, grads, options);
+  const auto group_sq_norm = read_sq_norm(sq_norm);
+  // The gradient is gone by the next step: its norm comes first, so that it can be stored at once.
+  const auto chunk_sq_norms = run(kernels().sq_norm, bucket, options);
+  const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
+  for (size_t i = 0; i < bucket.tensors.size(); ++i) {
+    auto& tensor = bucket.tensors[i];
+    tensor.slot = update_priorities(tensors.priorities[i], tensor.capacity, keys[i], options);
+    write_step(tensors.steps[i], tensor);
+  }
+  run(kernels().adam_cg, bucket, options);
+}
+
+void adam_cm_(
+    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
+    Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
+    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
+    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
+  step_critical_momenta(
+      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+       std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
+       std::move(pending_slots), std::move(steps)},
+      grads, sq_norm,
+      {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
+       eps_inside_sqrt, maximize, decoupled_weight_decay});
 }
 
 void adam_cg_(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
     Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors steps,
-    std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps, double weight_decay,
-    double priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
-    bool decoupled_weight_decay) {
-  const StepOptions options{
-      lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity, eps_inside_sqrt,
-      maximize, decoupled_weight_decay};
-  auto bucket = describe_bucket(
-      params, grads,
-      {exp_avgs, exp_avg_sqs, max_exp_avg_sqs, critical_buffers, critical_sums, priorities, steps}, options);
-  const auto group_sq_norm = read_sq_norm(sq_norm);
-  // The gradient is gone by the next step: its norm comes first, so that it can be stored at once.
-  const auto chunk_sq_norms = run(kernels().sq_norm, bucket, options);
-  const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
-  for (size_t i = 0; i < params.size(); ++i) {
-    auto& tensor = bucket.tensors[i];
-    tensor.slot = update_priorities(priorities[i], tensor.capacity, keys[i], options);
-    write_step(steps[i], tensor);
+    std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
+    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
+    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
+  step_critical_gradients(
+      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+       std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
+       std::move(steps)},
+      grads, sq_norm,
+      {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
+       eps_inside_sqrt, maximize, decoupled_weight_decay});
+}
+
+// The buckets handed over with hold_bucket. Never destroyed: tensors must not be released after
+// torch's own statics are gone.
+class HeldBuckets {
+ public:
+  static HeldBuckets& instance() {
+    static auto* const buckets = new HeldBuckets;
+    return *buckets;
   }
-  run(kernels().adam_cg, bucket, options);
+
+  int64_t add(BucketTensors tensors) {
+    const std::lock_guard lock(mutex_);
+    buckets_.emplace(++last_id_, std::make_shared<const BucketTensors>(std::move(tensors)));
+    return last_id_;
+  }
+
+  std::shared_ptr<const BucketTensors> get(int64_t id) {
+    const std::lock_guard lock(mutex_);
+    const auto found = buckets_.find(id);
+    STD_TORCH_CHECK(found != buckets_.end(), "bucket must be one that is held, got ", id);
+    return found->second;
+  }
+
+  void remove(int64_t id) {
+    std::shared_ptr<const BucketTensors> released; // outlives the lock
+    const std::lock_guard lock(mutex_);
+    if (const auto found = buckets_.find(id); found != buckets_.end()) {
+      released = std::move(found->second);
+      buckets_.erase(found);
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const BucketTensors>> buckets_;
+  int64_t last_id_ = 0;
+};
+
+int64_t hold_bucket(
+    Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
+    Tensors steps) {
+  return HeldBuckets::instance().add(
+      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+       std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
+       std::move(pending_slots), std::move(steps)});
+}
+
+void release_bucket(int64_t bucket) {
+  HeldBuckets::instance().remove(bucket);
+}
+
+void step_bucket_(
+    int64_t bucket, Tensors grads, std::optional<Tensor> sq_norm, bool critical_gradients, double lr,
+    double beta1, double beta2, double eps, double weight_decay, double priority_decay,
+    bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
+    bool decoupled_weight_decay) {
+  const auto tensors = HeldBuckets::instance().get(bucket);
+  const auto step = critical_gradients ? &step_critical_gradients : &step_critical_momenta;
+  step(
+      *tensors, grads, sq_norm,
+      {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
+       eps_inside_sqrt, maximize, decoupled_weight_decay});
 }
 
 Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize, bool decoupled_weight_decay) {
@@ -357,7 +466,7 @@ Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize
   options.maximize = maximize;
   options.decoupled_weight_decay = decoupled_weight_decay;
   check_length("grads", grads.size(), params.size());
-  Bucket bucket;
+  BucketStep bucket;
   for (size_t i = 0; i < params.size(); ++i) {
     check_gradient(i, params[i], grads[i]);
     const Order order{grads[i].sizes(), grads[i].strides()};
@@ -372,7 +481,7 @@ void commit_(Tensors exp_avgs, Tensors critical_buffers, Tensors critical_sums, 
   check_length("critical_buffers", critical_buffers.size(), exp_avgs.size());
   check_length("critical_sums", critical_sums.size(), critical_sums.empty() ? 0 : exp_avgs.size());
   check_length("pending_slots", pending_slots.size(), exp_avgs.size());
-  Bucket bucket;
+  BucketStep bucket;
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const Order order = order_of(i, exp_avgs[i]);
     TensorStep tensor{};
@@ -408,9 +517,12 @@ STABLE_TORCH_LIBRARY_IMPL(cm_fused, CPU, m) {
   m.impl("adam_cg_", TORCH_BOX(&adam_cg_));
   m.impl("sq_norm", TORCH_BOX(&sq_norm));
   m.impl("commit_", TORCH_BOX(&commit_));
+  m.impl("hold_bucket", TORCH_BOX(&hold_bucket));
+  m.impl("step_bucket_", TORCH_BOX(&step_bucket_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
+  m.impl("release_bucket", TORCH_BOX(&release_bucket));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 

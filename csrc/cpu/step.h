@@ -22,9 +22,14 @@ namespace cm_fused {
 // rebuilding. Part of the definition of the norms' bits; a multiple of kBlockSize.
 inline constexpr int64_t kChunkSize = 16384;
 
-// Elements whose intermediate values (gradient, buffer sum, parameter in float32) stay in the
-// first-level cache: 3 arrays of 512 float64 are 12 KiB.
-inline constexpr int64_t kBlockSize = 512;
+// Elements that all of a step's streams advance by before any goes on. Small, so that the streams
+// run side by side: 64 took 1.68 of fused AdamW's time, 512 took 2.1 (30 M float32, C = 5, two
+// cores of a Zen 4, no prefetching).
+inline constexpr int64_t kBlockSize = 64;
+
+// Elements ahead of which a step asks for its streams, into the second-level cache: 1.60 of fused
+// AdamW's time against 1.68 without; into the first level, where the streams share sets, 1.99.
+inline constexpr int64_t kPrefetchDistance = 1024;
 
 enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 

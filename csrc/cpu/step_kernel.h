@@ -161,8 +161,11 @@ struct SquareSum {
 // Sum of the slots over a block, in slot order. `slots` points at the block in slot 0.
 template <typename state_t>
 inline void sum_slots(
-    const state_t* __restrict slots, int64_t numel, int64_t capacity, int64_t n, state_t* __restrict sum) {
-  std::memcpy(sum, slots, static_cast<size_t>(n) * sizeof(state_t));
+    const state_t* __restrict slots, int64_t numel, int64_t capacity, int64_t n,
+    state_t* __restrict sum) {
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i] = slots[i];
+  }
   for (int64_t slot = 1; slot < capacity; ++slot) {
     const state_t* __restrict row = slots + slot * numel;
     for (int64_t i = 0; i < n; ++i) {
@@ -175,12 +178,16 @@ inline void sum_slots(
 template <typename state_t>
 inline void put_in_slot(
     const state_t* __restrict item, state_t* __restrict slot, state_t* __restrict sum, int64_t n) {
-  if (sum != nullptr) {
+  if (sum == nullptr) {
     for (int64_t i = 0; i < n; ++i) {
-      sum[i] += item[i] - slot[i];
+      slot[i] = item[i];
     }
+    return;
   }
-  std::memcpy(slot, item, static_cast<size_t>(n) * sizeof(state_t));
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i] += item[i] - slot[i];
+    slot[i] = item[i];
+  }
 }
 
 // A running sum loses a rounding with every admission. Each chunk is therefore summed anew from
@@ -297,6 +304,44 @@ inline void update_block(
   }
 }
 
+template <typename data_t>
+inline void prefetch(const void* data, int64_t begin) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(data_t));
+  for (int64_t i = 0; i < kBlockSize; i += line) {
+    __builtin_prefetch(static_cast<const data_t*>(data) + begin + i, 0, 2);
+  }
+}
+
+// Asks for the block at `begin` of every stream a step reads: they are more than the hardware
+// follows by itself.
+template <typename state_t, typename param_t>
+inline void prefetch_block(const TensorStep& tensor, int64_t begin) {
+  if (begin + kBlockSize > tensor.numel) {
+    return;
+  }
+  if (tensor.grad_layout == nullptr) {
+    prefetch<param_t>(tensor.grad, begin);
+  }
+  if (tensor.param_layout == nullptr) {
+    prefetch<param_t>(tensor.param, begin);
+  }
+  prefetch<state_t>(tensor.exp_avg, begin);
+  prefetch<state_t>(tensor.exp_avg_sq, begin);
+  if (tensor.max_exp_avg_sq != nullptr) {
+    prefetch<state_t>(tensor.max_exp_avg_sq, begin);
+  }
+  if (tensor.critical_sum == nullptr) {
+    for (int64_t slot = 0; slot < tensor.capacity; ++slot) {
+      prefetch<state_t>(tensor.critical_buffer, slot * tensor.numel + begin);
+    }
+  } else {
+    prefetch<state_t>(tensor.critical_sum, begin);
+    if (tensor.slot != kNoSlot) {
+      prefetch<state_t>(tensor.critical_buffer, tensor.slot * tensor.numel + begin);
+    }
+  }
+}
+
 template <typename state_t, typename param_t, bool kCriticalGradients>
 double step_chunk(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
   alignas(64) state_t grad_scratch[kBlockSize];
@@ -315,6 +360,7 @@ double step_chunk(const TensorStep& tensor, const StepOptions& options, int64_t 
   const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
   for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
     const int64_t n = std::min(kBlockSize, chunk_end - begin);
+    prefetch_block<state_t, param_t>(tensor, begin + kPrefetchDistance);
     state_t* param = load_block(param_data, tensor.param_layout, begin, n, param_scratch);
     const state_t* g = load_block(grad_data, tensor.grad_layout, begin, n, grad_scratch);
     g = effective_gradient(g, param, n, options, grad_scratch);
