@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -55,8 +56,15 @@ struct TensorStep {
   void* critical_sum; // nullptr: the sum is read from the slots
 
   // nullptr where the tensor lies in memory as the state does.
-  const StridedLayout* param_layout;
-  const StridedLayout* grad_layout;
+  std::unique_ptr<const StridedLayout> param_layout;
+  std::unique_ptr<const StridedLayout> grad_layout;
+
+  // Whether the state's tensors have been checked and their addresses taken.
+  bool has_state;
+  // The parameter's bookkeeping, which the ops keep; nullptr where an op does without.
+  float* priorities;
+  int64_t* pending_slot;
+  float* step_count;
 
   // Critical momenta: the slot last step's exp_avg goes to. Critical gradients: the slot this
   // step's gradient goes to. Or kNoSlot.

@@ -361,8 +361,8 @@ double step_chunk(const TensorStep& tensor, const StepOptions& options, int64_t 
   for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
     const int64_t n = std::min(kBlockSize, chunk_end - begin);
     prefetch_block<state_t, param_t>(tensor, begin + kPrefetchDistance);
-    state_t* param = load_block(param_data, tensor.param_layout, begin, n, param_scratch);
-    const state_t* g = load_block(grad_data, tensor.grad_layout, begin, n, grad_scratch);
+    state_t* param = load_block(param_data, tensor.param_layout.get(), begin, n, param_scratch);
+    const state_t* g = load_block(grad_data, tensor.grad_layout.get(), begin, n, grad_scratch);
     g = effective_gradient(g, param, n, options, grad_scratch);
     state_t* exp_avg = static_cast<state_t*>(tensor.exp_avg) + begin;
     const auto buffer = buffer_block<state_t>(tensor, chunk, begin);
@@ -376,7 +376,7 @@ double step_chunk(const TensorStep& tensor, const StepOptions& options, int64_t 
     update(
         scalars, n, g, sum, exp_avg, static_cast<state_t*>(tensor.exp_avg_sq) + begin,
         amsgrad ? static_cast<state_t*>(tensor.max_exp_avg_sq) + begin : nullptr, param);
-    store_block(param_data, tensor.param_layout, begin, n, param);
+    store_block(param_data, tensor.param_layout.get(), begin, n, param);
   }
   return squares.total();
 }
@@ -392,10 +392,10 @@ double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64
     const state_t* param = nullptr;
     if (adds_l2_term(options)) {
       param = load_block(
-          static_cast<const param_t*>(tensor.param), tensor.param_layout, begin, n, param_scratch);
+          static_cast<const param_t*>(tensor.param), tensor.param_layout.get(), begin, n, param_scratch);
     }
     const state_t* g = load_block(
-        static_cast<const param_t*>(tensor.grad), tensor.grad_layout, begin, n, grad_scratch);
+        static_cast<const param_t*>(tensor.grad), tensor.grad_layout.get(), begin, n, grad_scratch);
     squares.add(effective_gradient(g, param, n, options, grad_scratch), n);
   }
   return squares.total();
