@@ -25,7 +25,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     _require_number("lr", lr, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
     betas = options["betas"]
     _require(
-        isinstance(betas, (tuple, list)) and len(betas) == 2, "betas must be a pair of floats", betas
+        isinstance(betas, (tuple, list)) and len(betas) == 2,
+        "betas must be a pair of floats",
+        betas,
     )
     for i, beta in enumerate(betas):
         _require_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
@@ -58,9 +60,7 @@ def _require(condition: bool, rule: str, value: object) -> None:
         raise ValueError(f"{rule}, got {value!r}")
 
 
-def _require_number(
-    name: str, value: object, rule: str, holds: Callable[[float], bool]
-) -> None:
+def _require_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
     number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
     _require(number and holds(float(value)), f"{name} must be {rule}", value)  # type: ignore[arg-type]
 

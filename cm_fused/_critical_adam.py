@@ -128,7 +128,7 @@ class CriticalAdam(Optimizer):
                 check_capturable(params)
             self._plans[index] = plan = self._new_plan(group, params, grads)
             return plan
-        (backend, bucket), = plan.buckets
+        ((backend, bucket),) = plan.buckets
         if bucket.handle is None:
             bucket.handle = backend.hold(bucket)
         if bucket.handle is None or len(self.param_groups) > 1:
@@ -192,7 +192,6 @@ class CriticalAdam(Optimizer):
             step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
             step_(bucket, options, None if sq_norm is None else sq_norm.to(bucket.steps[0].device))
 
-
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
@@ -209,7 +208,7 @@ class CriticalAdam(Optimizer):
                 group.pop(name, None)
         return state_dict
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of any backend, or one of torch.optim.Adam or AdamW (buffer empty).
 
@@ -235,7 +234,7 @@ class CriticalAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         _state.commit_pending(list(self.state.values()))
-        return cast(dict[str, Any], super().__getstate__())
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -292,7 +291,7 @@ class _Plan:
         buckets: list[tuple[Backend, Bucket]],
         params: list[Tensor],
         options: tuple[Any, ...],
-        state: dict[Any, Any],
+        state: Any,
     ) -> None:
         self.buckets = buckets
         self._params = params

@@ -118,9 +118,7 @@ def check_capacity(priorities: list[Tensor], capacity: int) -> None:
             )
 
 
-def missing_state(
-    param: Tensor, state: State, keys: tuple[str, ...], capacity: int
-) -> State:
+def missing_state(param: Tensor, state: State, keys: tuple[str, ...], capacity: int) -> State:
     """Return new tensors for those of `keys` that `state` lacks; changes nothing.
 
     Raises:
@@ -207,4 +205,4 @@ def drop_derived(states: list[State]) -> None:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    return torch.view_asas_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

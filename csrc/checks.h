@@ -27,8 +27,7 @@ inline std::string to_string(IntHeaderOnlyArrayRef values) {
 }
 
 inline void check_length(const char* role, size_t length, size_t expected) {
-  STD_TORCH_CHECK(
-      length == expected, role, " must have one tensor for each of the ", expected,
+  STD_TORCH_CHECK(length == expected, role, " must have one tensor for each of the ", expected,
       " params, got ", length);
 }
 
@@ -39,7 +38,7 @@ struct TensorView {
   int64_t numel;
   IntHeaderOnlyArrayRef sizes;
   IntHeaderOnlyArrayRef strides;
-  int32_t dtype; // as aoti_torch_dtype_*()
+  int32_t dtype;  // as aoti_torch_dtype_*()
 };
 
 // Views a dense tensor on the CPU.
@@ -54,8 +53,7 @@ inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
   int32_t device_type = 0;
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
-  STD_TORCH_CHECK(
-      layout == aoti_torch_layout_strided(), role, "[", index,
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), role, "[", index,
       "] must be a strided tensor, not a sparse one");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
   STD_TORCH_CHECK(
@@ -76,16 +74,14 @@ inline const char* dtype_name(int32_t dtype) {
 }
 
 inline void check_dtype(const char* role, size_t index, int32_t dtype, int32_t expected) {
-  STD_TORCH_CHECK(
-      dtype == expected, role, "[", index, "] must have dtype ", dtype_name(expected), ", got ",
-      dtype_name(dtype));
+  STD_TORCH_CHECK(dtype == expected, role, "[", index, "] must have dtype ", dtype_name(expected),
+      ", got ", dtype_name(dtype));
 }
 
 inline void check_sizes(
     const char* role, size_t index, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef expected) {
-  STD_TORCH_CHECK(
-      std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), role, "[", index,
-      "] must have shape ", to_string(expected), ", got ", to_string(sizes));
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), role,
+      "[", index, "] must have shape ", to_string(expected), ", got ", to_string(sizes));
 }
 
 // Whether strides a and b put the elements of a tensor of these sizes in the same places.
@@ -99,12 +95,11 @@ inline bool same_strides(
   return true;
 }
 
-inline void check_strides(
-    const char* role, size_t index, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
-    IntHeaderOnlyArrayRef expected) {
-  STD_TORCH_CHECK(
-      same_strides(sizes, strides, expected), role, "[", index, "] must have the strides ",
-      to_string(expected), " of exp_avgs[", index, "], got ", to_string(strides));
+inline void check_strides(const char* role, size_t index, IntHeaderOnlyArrayRef sizes,
+    IntHeaderOnlyArrayRef strides, IntHeaderOnlyArrayRef expected) {
+  STD_TORCH_CHECK(same_strides(sizes, strides, expected), role, "[", index,
+      "] must have the strides ", to_string(expected), " of exp_avgs[", index, "], got ",
+      to_string(strides));
 }
 
 // The data of a small tensor of bookkeeping: `numel` consecutive values of one dtype.
@@ -121,14 +116,16 @@ inline value_t* bookkeeping(
 }
 
 // Dimensions of more than one element, from the largest stride to the smallest.
-inline std::vector<size_t> memory_order(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
+inline std::vector<size_t> memory_order(
+    IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
   std::vector<size_t> order;
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1) {
       order.push_back(d);
     }
   }
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+  std::stable_sort(
+      order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
   return order;
 }
 
@@ -154,4 +151,4 @@ inline bool has_no_overlap(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef st
   });
 }
 
-} // namespace cm_fused
+}  // namespace cm_fused

@@ -25,7 +25,7 @@ def _load() -> str | None:
     if not _LIBRARY.exists():
         return "the C++ extension was not built when cm_fused was installed"
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the C++ extension does not load: {error}"
     for name in ("adam_cm_", "adam_cg_", "commit_"):

@@ -68,7 +68,7 @@ struct BucketTensors {
   Tensors critical_buffers;
   Tensors critical_sums;
   Tensors priorities;
-  Tensors pending_slots; // critical momenta only
+  Tensors pending_slots;  // critical momenta only
   Tensors steps;
 };
 
@@ -82,8 +82,7 @@ ParamDtype param_dtype(const char* role, size_t index, int32_t dtype) {
   if (dtype == aoti_torch_dtype_bfloat16()) {
     return ParamDtype::kBFloat16;
   }
-  STD_TORCH_CHECK(
-      dtype == aoti_torch_dtype_float16(), role, "[", index,
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), role, "[", index,
       "] must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
   return ParamDtype::kFloat16;
 }
@@ -93,7 +92,8 @@ int32_t state_dtype(ParamDtype dtype) {
 }
 
 // Where a tensor's elements lie in the order of `order`, or nullptr: as there.
-std::unique_ptr<const StridedLayout> strided_layout(const TensorView& tensor, const TensorView& order) {
+std::unique_ptr<const StridedLayout> strided_layout(
+    const TensorView& tensor, const TensorView& order) {
   if (tensor.numel == 0 || same_strides(order.sizes, tensor.strides, order.strides)) {
     return nullptr;
   }
@@ -120,9 +120,8 @@ TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) 
 }
 
 // Puts a parameter and its gradient in the memory order of `order`.
-void describe_gradient(
-    size_t i, const TensorView& param, const TensorView& grad, const TensorView& order,
-    TensorStep& tensor) {
+void describe_gradient(size_t i, const TensorView& param, const TensorView& grad,
+    const TensorView& order, TensorStep& tensor) {
   tensor.dtype = param_dtype("params", i, param.dtype);
   tensor.numel = param.numel;
   tensor.param = param.data;
@@ -141,21 +140,20 @@ void* state_data(const char* role, size_t i, const Tensor& tensor, const TensorV
   return state.data;
 }
 
-void describe_buffer(size_t i, const Tensor& critical_buffer, const TensorView& order, TensorStep& tensor) {
+void describe_buffer(
+    size_t i, const Tensor& critical_buffer, const TensorView& order, TensorStep& tensor) {
   const TensorView buffer = view("critical_buffers", i, critical_buffer);
   check_dtype("critical_buffers", i, buffer.dtype, order.dtype);
-  STD_TORCH_CHECK(
-      buffer.sizes.size() == order.sizes.size() + 1 && buffer.sizes[0] >= 1 &&
-          std::equal(order.sizes.begin(), order.sizes.end(), buffer.sizes.begin() + 1),
+  STD_TORCH_CHECK(buffer.sizes.size() == order.sizes.size() + 1 && buffer.sizes[0] >= 1 &&
+                      std::equal(order.sizes.begin(), order.sizes.end(), buffer.sizes.begin() + 1),
       "critical_buffers[", i, "] must have shape (capacity, *", to_string(order.sizes), "), got ",
       to_string(buffer.sizes));
   tensor.capacity = buffer.sizes[0];
   const IntHeaderOnlyArrayRef slot_strides(buffer.strides.data() + 1, order.strides.size());
   if (tensor.numel > 0) {
     check_strides("critical_buffers", i, order.sizes, slot_strides, order.strides);
-    STD_TORCH_CHECK(
-        tensor.capacity == 1 || buffer.strides[0] == tensor.numel, "critical_buffers[", i,
-        "] must hold its slots one after the other, ", tensor.numel, " elements apart, got ",
+    STD_TORCH_CHECK(tensor.capacity == 1 || buffer.strides[0] == tensor.numel, "critical_buffers[",
+        i, "] must hold its slots one after the other, ", tensor.numel, " elements apart, got ",
         buffer.strides[0]);
   }
   tensor.critical_buffer = buffer.data;
@@ -163,8 +161,7 @@ void describe_buffer(size_t i, const Tensor& critical_buffer, const TensorView& 
 
 void read_pending_slot(size_t i, TensorStep& tensor) {
   tensor.slot = *tensor.pending_slot;
-  STD_TORCH_CHECK(
-      tensor.slot >= kNoSlot && tensor.slot < tensor.capacity, "pending_slots[", i,
+  STD_TORCH_CHECK(tensor.slot >= kNoSlot && tensor.slot < tensor.capacity, "pending_slots[", i,
       "] must be in [-1, ", tensor.capacity, "), got ", tensor.slot);
 }
 
@@ -204,8 +201,7 @@ class BiasCorrections {
 // Checks the state of parameter i and takes its addresses.
 void describe_state(
     size_t i, const BucketTensors& tensors, const TensorView& order, TensorStep& tensor) {
-  STD_TORCH_CHECK(
-      order.numel == 0 || is_dense(order.sizes, order.strides), "exp_avgs[", i,
+  STD_TORCH_CHECK(order.numel == 0 || is_dense(order.sizes, order.strides), "exp_avgs[", i,
       "] must fill its memory without gaps or overlaps, got shape ", to_string(order.sizes),
       " and strides ", to_string(order.strides));
   tensor.exp_avg = order.data;
@@ -222,7 +218,8 @@ void describe_state(
   if (!tensors.pending_slots.empty()) {
     tensor.pending_slot = pending_slot_data(i, tensors.pending_slots[i]);
   }
-  tensor.step_count = bookkeeping<float>("steps", i, tensors.steps[i], 1, aoti_torch_dtype_float32());
+  tensor.step_count =
+      bookkeeping<float>("steps", i, tensors.steps[i], 1, aoti_torch_dtype_float32());
   tensor.has_state = true;
 }
 
@@ -233,26 +230,25 @@ bool state_moved(
     return !list.empty() && list[i].data_ptr() != address;
   };
   return order.data != tensor.exp_avg || moved(tensors.exp_avg_sqs, tensor.exp_avg_sq) ||
-      moved(tensors.max_exp_avg_sqs, tensor.max_exp_avg_sq) ||
-      moved(tensors.critical_buffers, tensor.critical_buffer) ||
-      moved(tensors.critical_sums, tensor.critical_sum) ||
-      moved(tensors.priorities, tensor.priorities) ||
-      moved(tensors.pending_slots, tensor.pending_slot) || moved(tensors.steps, tensor.step_count);
+         moved(tensors.max_exp_avg_sqs, tensor.max_exp_avg_sq) ||
+         moved(tensors.critical_buffers, tensor.critical_buffer) ||
+         moved(tensors.critical_sums, tensor.critical_sum) ||
+         moved(tensors.priorities, tensor.priorities) ||
+         moved(tensors.pending_slots, tensor.pending_slot) ||
+         moved(tensors.steps, tensor.step_count);
 }
 
 // Describes parameter i's part in this step. What `tensor` knows of the state from an earlier step
 // is kept where it still holds.
-void describe(
-    size_t i, const BucketTensors& tensors, const Tensor& grad, const StepOptions& options,
-    TensorStep& tensor) {
+void describe(size_t i, const BucketTensors& tensors, const Tensor& grad,
+    const StepOptions& options, TensorStep& tensor) {
   const TensorView param = view("params", i, tensors.params[i]);
   const TensorView order = view("exp_avgs", i, tensors.exp_avgs[i]);
   check_sizes("exp_avgs", i, order.sizes, param.sizes);
   describe_gradient(i, param, view_gradient(i, param, grad), order, tensor);
   check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
-  STD_TORCH_CHECK(
-      tensor.param_layout == nullptr || has_no_overlap(param.sizes, param.strides), "params[", i,
-      "] must not hold two elements in one place (an expanded tensor?), got shape ",
+  STD_TORCH_CHECK(tensor.param_layout == nullptr || has_no_overlap(param.sizes, param.strides),
+      "params[", i, "] must not hold two elements in one place (an expanded tensor?), got shape ",
       to_string(param.sizes), " and strides ", to_string(param.strides));
   if (!tensor.has_state || state_moved(i, tensors, order, tensor)) {
     describe_state(i, tensors, order, tensor);
@@ -262,9 +258,10 @@ void describe(
   }
   read_step_count(i, tensor);
   // An empty buffer's sum is 0 whatever divides it.
-  tensor.mean_divisor = options.mean_over_capacity
-      ? tensor.capacity
-      : std::max<int64_t>(count_filled(tensor.priorities, tensor.capacity), 1);
+  tensor.mean_divisor =
+      options.mean_over_capacity
+          ? tensor.capacity
+          : std::max<int64_t>(count_filled(tensor.priorities, tensor.capacity), 1);
 }
 
 void check_lengths(const BucketTensors& tensors, const Tensors& grads) {
@@ -273,18 +270,20 @@ void check_lengths(const BucketTensors& tensors, const Tensors& grads) {
   check_length("grads", grads.size(), count);
   check_length("exp_avgs", tensors.exp_avgs.size(), count);
   check_length("exp_avg_sqs", tensors.exp_avg_sqs.size(), count);
-  check_length("max_exp_avg_sqs", tensors.max_exp_avg_sqs.size(), optional_length(tensors.max_exp_avg_sqs));
+  check_length(
+      "max_exp_avg_sqs", tensors.max_exp_avg_sqs.size(), optional_length(tensors.max_exp_avg_sqs));
   check_length("critical_buffers", tensors.critical_buffers.size(), count);
-  check_length("critical_sums", tensors.critical_sums.size(), optional_length(tensors.critical_sums));
+  check_length(
+      "critical_sums", tensors.critical_sums.size(), optional_length(tensors.critical_sums));
   check_length("priorities", tensors.priorities.size(), count);
-  check_length("pending_slots", tensors.pending_slots.size(), optional_length(tensors.pending_slots));
+  check_length(
+      "pending_slots", tensors.pending_slots.size(), optional_length(tensors.pending_slots));
   check_length("steps", tensors.steps.size(), count);
 }
 
 // Checks everything; a step of what it describes cannot fail. Runs over tensors in parallel: with
 // many small ones the time goes into cache misses on their metadata.
-void describe_bucket(
-    const BucketTensors& tensors, const Tensors& grads, const StepOptions& options,
+void describe_bucket(const BucketTensors& tensors, const Tensors& grads, const StepOptions& options,
     BucketStep& bucket) {
   check_lengths(tensors, grads);
   bucket.resize(tensors.params.size());
@@ -358,8 +357,8 @@ std::optional<double> read_sq_norm(const std::optional<Tensor>& sq_norm) {
 }
 
 // The keys with which the bucket's tensors ask for a slot.
-std::vector<float> priority_keys(
-    const BucketStep& bucket, const std::vector<double>& chunk_sq_norms, const StepOptions& options,
+std::vector<float> priority_keys(const BucketStep& bucket,
+    const std::vector<double>& chunk_sq_norms, const StepOptions& options,
     std::optional<double> group_sq_norm) {
   const auto tensor_sq_norms = sq_norms(bucket, chunk_sq_norms);
   const double group = group_sq_norm.value_or(total(tensor_sq_norms));
@@ -379,9 +378,8 @@ int64_t update_bookkeeping(const TensorStep& tensor, float key, const StepOption
   return slot;
 }
 
-void step_critical_momenta(
-    const BucketTensors& tensors, const Tensors& grads, const std::optional<Tensor>& sq_norm,
-    const StepOptions& options, BucketStep& bucket) {
+void step_critical_momenta(const BucketTensors& tensors, const Tensors& grads,
+    const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
   check_length("pending_slots", tensors.pending_slots.size(), tensors.params.size());
   describe_bucket(tensors, grads, options, bucket);
   const auto group_sq_norm = read_sq_norm(sq_norm);
@@ -392,9 +390,8 @@ void step_critical_momenta(
   }
 }
 
-void step_critical_gradients(
-    const BucketTensors& tensors, const Tensors& grads, const std::optional<Tensor>& sq_norm,
-    const StepOptions& options, BucketStep& bucket) {
+void step_critical_gradients(const BucketTensors& tensors, const Tensors& grads,
+    const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
   describe_bucket(tensors, grads, options, bucket);
   const auto group_sq_norm = read_sq_norm(sq_norm);
   // The gradient is gone by the next step: its norm comes first, so that it can be stored at once.
@@ -406,37 +403,35 @@ void step_critical_gradients(
   run(kernels().adam_cg, bucket, options);
 }
 
-void adam_cm_(
-    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
-    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
-    Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
-    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
-    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
+void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+    Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
+    Tensors pending_slots, Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1,
+    double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
+    bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
   BucketStep bucket;
   step_critical_momenta(
       {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-       std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
-       std::move(pending_slots), std::move(steps)},
+          std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
+          std::move(pending_slots), std::move(steps)},
       grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-       eps_inside_sqrt, maximize, decoupled_weight_decay},
+          eps_inside_sqrt, maximize, decoupled_weight_decay},
       bucket);
 }
 
-void adam_cg_(
-    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
-    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors steps,
-    std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
+void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+    Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
+    Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
     double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
     bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
   BucketStep bucket;
   step_critical_gradients(
       {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-       std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
-       std::move(steps)},
+          std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
+          std::move(steps)},
       grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-       eps_inside_sqrt, maximize, decoupled_weight_decay},
+          eps_inside_sqrt, maximize, decoupled_weight_decay},
       bucket);
 }
 
@@ -469,7 +464,7 @@ class HeldBuckets {
   }
 
   void remove(int64_t id) {
-    std::shared_ptr<HeldBucket> released; // outlives the lock
+    std::shared_ptr<HeldBucket> released;  // outlives the lock
     const std::lock_guard lock(mutex_);
     if (const auto found = buckets_.find(id); found != buckets_.end()) {
       released = std::move(found->second);
@@ -483,35 +478,32 @@ class HeldBuckets {
   int64_t last_id_ = 0;
 };
 
-int64_t hold_bucket(
-    Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+int64_t hold_bucket(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
     Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
     Tensors steps) {
-  return HeldBuckets::instance().add(
-      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-       std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
-       std::move(pending_slots), std::move(steps)});
+  return HeldBuckets::instance().add({std::move(params), std::move(exp_avgs),
+      std::move(exp_avg_sqs), std::move(max_exp_avg_sqs), std::move(critical_buffers),
+      std::move(critical_sums), std::move(priorities), std::move(pending_slots), std::move(steps)});
 }
 
 void release_bucket(int64_t bucket) {
   HeldBuckets::instance().remove(bucket);
 }
 
-void step_bucket_(
-    int64_t bucket, Tensors grads, std::optional<Tensor> sq_norm, bool critical_gradients, double lr,
-    double beta1, double beta2, double eps, double weight_decay, double priority_decay,
-    bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
-    bool decoupled_weight_decay) {
+void step_bucket_(int64_t bucket, Tensors grads, std::optional<Tensor> sq_norm,
+    bool critical_gradients, double lr, double beta1, double beta2, double eps, double weight_decay,
+    double priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt,
+    bool maximize, bool decoupled_weight_decay) {
   const auto held = HeldBuckets::instance().get(bucket);
   const auto step = critical_gradients ? &step_critical_gradients : &step_critical_momenta;
-  step(
-      held->tensors, grads, sq_norm,
+  step(held->tensors, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-       eps_inside_sqrt, maximize, decoupled_weight_decay},
+          eps_inside_sqrt, maximize, decoupled_weight_decay},
       held->described);
 }
 
-Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize, bool decoupled_weight_decay) {
+Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize,
+    bool decoupled_weight_decay) {
   StepOptions options{};
   options.weight_decay = weight_decay;
   options.maximize = maximize;
@@ -562,7 +554,7 @@ std::string cpu_capability() {
   return kernels().name;
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CPU, m) {
   m.impl("adam_cm_", TORCH_BOX(&adam_cm_));
@@ -578,4 +570,4 @@ STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 
-} // namespace cm_fused
+}  // namespace cm_fused
