@@ -247,12 +247,19 @@ class CriticalAdam(Optimizer):
     def __repr__(self) -> str:
         active = ", ".join(
             dict.fromkeys(
-                f"{select(group['backend'], param.device).name} on {param.device.type}"
+                _active_backend(group["backend"], param.device)
                 for group in self.param_groups
                 for param in group["params"]
             )
         )
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
+
+
+def _active_backend(requested: str | None, device: torch.device) -> str:
+    try:
+        return f"{select(requested, device).name} on {device.type}"
+    except RuntimeError:
+        return f"none on {device.type}, where {requested!r} cannot serve"
 
 
 def _check_graph_capture(optimizer: Optimizer) -> None:
