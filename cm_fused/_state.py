@@ -104,30 +104,35 @@ def lists(states: list[State], keys: tuple[str, ...]) -> dict[str, list[Tensor]]
     return {LIST_NAMES[key]: [state[key] for state in states] for key in keys}
 
 
-def check_capacity(priorities: list[Tensor], capacity: int) -> None:
-    """Check that the buffers have the capacity of their group.
+def check_param(param: Tensor, state: State) -> None:
+    """Check that a step could write a parameter and that its state, if any, fits it.
 
     Raises:
-        RuntimeError: One has not.
+        RuntimeError: The parameter is an expanded tensor, or its shape is not its state's.
     """
-    for keys in priorities:
-        if keys.numel() != capacity:
-            raise RuntimeError(
-                f"capacity must stay that of the state, {keys.numel()}, got {capacity}; build a "
-                "new optimizer to change it"
-            )
+    if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
+            f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
+        )
+    if "exp_avg" in state and state["exp_avg"].shape != param.shape:
+        raise RuntimeError(
+            f"a parameter must keep the shape {tuple(state['exp_avg'].shape)} of its state, got "
+            f"{tuple(param.shape)}; delete optimizer.state[param] to start anew"
+        )
 
 
 def missing_state(param: Tensor, state: State, keys: tuple[str, ...], capacity: int) -> State:
     """Return new tensors for those of `keys` that `state` lacks; changes nothing.
 
     Raises:
-        RuntimeError: The parameter is an expanded tensor: no step could write it.
+        RuntimeError: As `check_param`, or the state's capacity is another.
     """
-    if param.numel() > 0 and torch._debug_has_internal_overlap(param) == 1:
+    check_param(param, state)
+    if "priorities" in state and state["priorities"].numel() != capacity:
         raise RuntimeError(
-            "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
-            f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
+            f"capacity must stay that of the state, {state['priorities'].numel()}, got {capacity}; "
+            "build a new optimizer to change it"
         )
     return {key: new_tensor(key, param, state, capacity) for key in keys if key not in state}
 

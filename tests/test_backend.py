@@ -233,9 +233,7 @@ def test_pickle_of_the_extension_loads_without_it(
     assert output.strip() == f"{keys} {steps + 1}"
 
 
-def test_checkpoint_of_the_extension_loads_without_it(
-    pure_package: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_of_the_extension_loads_without_it(pure_package: Path, tmp_path: Path) -> None:
     """A state dict with a running sum trains on where no backend keeps one."""
     optimizer = new_optimizer(AdamCM, shapes=((6,), (2, 3)))
     train(optimizer, range(6))

@@ -597,7 +597,9 @@ def test_complex_is_a_pair_of_reals(
     real = new_params(dtype.to_real(), [(4,)])
     mixed: list[Tensor] = [*new_params(dtype, [(3, 4), (), (0, 2)]), *real]
     pairs = [
-        nn.Parameter(torch.view_as_real(p.detach()).clone() if p.is_complex() else p.detach().clone())
+        nn.Parameter(
+            torch.view_as_real(p.detach()).clone() if p.is_complex() else p.detach().clone()
+        )
         for p in mixed
     ]
     optimizer = cls(mixed, backend=backend, **options)
