@@ -204,16 +204,13 @@ class CriticalAdam(Optimizer):
 
         The tensors are references, not copies. The choice of a backend is not saved.
         """
-        _state.commit_pending(list(self.state.values()))
-        state_dict = super().state_dict()
-        state_dict["state"] = {
-            index: {key: value for key, value in state.items() if key != "pending_slot"}
-            for index, state in state_dict["state"].items()
-        }
-        for group in state_dict["param_groups"]:
-            for name in _checkpoint.LOCAL_OPTIONS:
-                group.pop(name, None)
-        return state_dict
+        _state.commit_pending(_state.param_states(self.state))
+        # The first of the hooks, so that all others see what the caller gets.
+        saved_form = self.register_state_dict_post_hook(_checkpoint.saved_form, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            saved_form.remove()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -240,11 +237,13 @@ class CriticalAdam(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        _state.commit_pending(list(self.state.values()))
+        _state.commit_pending(_state.param_states(self.state))
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch adds an option that the constructor does not know.
+        self.defaults.pop("differentiable", None)
         self._plans = {}
         self.state = _state.OptimizerState(self.state)
         for group in self.param_groups:

@@ -143,9 +143,11 @@ def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
     Args:
         key: One of `LIST_NAMES`.
         param: The parameter.
-        state: What there is of its state; a running sum starts as the sum of its slots.
+        state: What there is of its state, whose memory order a new tensor follows; a running sum
+            starts as the sum of its slots.
         capacity: The number of slots.
     """
+    like = state.get("exp_avg", param)
     if key == "step":
         return torch.zeros((), dtype=torch.float32, device=param.device)
     if key == "priorities":
@@ -153,9 +155,9 @@ def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
     if key == "pending_slot":
         return torch.full((), -1, dtype=torch.int64, device=param.device)
     if key == "critical_buffer":
-        return _new_buffer(param, capacity)
+        return _new_buffer(like, capacity)
     shaped = torch.zeros_like(
-        param,
+        like,
         dtype=state_dtype(param.dtype),
         memory_format=torch.preserve_format,
         requires_grad=False,
@@ -165,15 +167,13 @@ def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
     return shaped
 
 
-def _new_buffer(param: Tensor, capacity: int) -> Tensor:
-    slot = torch.empty_like(
-        param, dtype=torch.bool, memory_format=torch.preserve_format, device="meta"
-    )
+def _new_buffer(like: Tensor, capacity: int) -> Tensor:
+    slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
     buffer = torch.empty_strided(
         (capacity, *slot.shape),
-        (param.numel(), *slot.stride()),
-        dtype=state_dtype(param.dtype),
-        device=param.device,
+        (like.numel(), *slot.stride()),
+        dtype=state_dtype(like.dtype),
+        device=like.device,
     )
     return buffer.zero_()
 
@@ -183,6 +183,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float64, torch.complex128):
         return dtype
     return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def param_states(state: Mapping[Any, Any]) -> list[State]:
+    """Return the states of parameters; an optimizer's state may hold other entries."""
+    return [value for key, value in state.items() if isinstance(key, Tensor)]
 
 
 def commit_pending(states: list[State]) -> None:

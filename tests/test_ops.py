@@ -501,7 +501,7 @@ def _bucket(case: Sample) -> Bucket:
 
 
 def _step_held(bucket_id: int, case: Sample, *, critical_gradients: bool) -> None:
-    torch.ops.cm_fused.step_bucket_(
+    torch.ops.cm_fused.step_held_(
         bucket_id,
         case.grads,
         case.sq_norm,
@@ -515,31 +515,31 @@ def _step_held(bucket_id: int, case: Sample, *, critical_gradients: bool) -> Non
 def test_held_bucket_steps_as_the_lists_do(op: str, name: str) -> None:
     """Steps of a held bucket are the operators' to the bit."""
     case, twin = SAMPLES[name](), SAMPLES[name]()
-    bucket_id = torch.ops.cm_fused.hold_bucket(*_bucket(case).held())
+    bucket_id = torch.ops.cm_fused.hold_state(*_bucket(case).held())
     for _ in range(4):
         _step_held(bucket_id, case, critical_gradients=op == "adam_cg_")
         twin.call(op)
-    torch.ops.cm_fused.release_bucket(bucket_id)
+    torch.ops.cm_fused.release_state(bucket_id)
     assert_same(case.lists(), twin.lists())
 
 
 def test_buckets_are_apart() -> None:
     """Each held bucket has its own id, and releasing one leaves the other."""
     cases = [sample() for _ in range(2)]
-    first, second = (torch.ops.cm_fused.hold_bucket(*_bucket(case).held()) for case in cases)
+    first, second = (torch.ops.cm_fused.hold_state(*_bucket(case).held()) for case in cases)
     assert first != second
-    torch.ops.cm_fused.release_bucket(first)
+    torch.ops.cm_fused.release_state(first)
     before = [param.clone() for param in cases[0].params]
     _step_held(second, cases[1], critical_gradients=False)
     assert_same(cases[0].params, before)
     assert [step.item() for step in cases[1].steps] == [3.0] * len(SHAPES)
-    torch.ops.cm_fused.release_bucket(second)
+    torch.ops.cm_fused.release_state(second)
 
 
 @pytest.mark.parametrize("bucket_id", [-1, 0, 2**60])
 def test_unknown_bucket_is_refused(bucket_id: int) -> None:
     """A bucket that is not held is an error that shows its id; releasing it is nothing."""
-    torch.ops.cm_fused.release_bucket(bucket_id)
+    torch.ops.cm_fused.release_state(bucket_id)
     with pytest.raises(RuntimeError, match=f"bucket must be one that is held, got {bucket_id}"):
         _step_held(bucket_id, sample(), critical_gradients=False)
 
@@ -547,17 +547,17 @@ def test_unknown_bucket_is_refused(bucket_id: int) -> None:
 def test_released_bucket_is_refused() -> None:
     """After its release a bucket is gone, and releasing it again is nothing."""
     case = sample()
-    bucket_id = torch.ops.cm_fused.hold_bucket(*_bucket(case).held())
+    bucket_id = torch.ops.cm_fused.hold_state(*_bucket(case).held())
     for _ in range(2):
-        torch.ops.cm_fused.release_bucket(bucket_id)
+        torch.ops.cm_fused.release_state(bucket_id)
     with pytest.raises(RuntimeError, match="bucket must be one that is held"):
         _step_held(bucket_id, case, critical_gradients=False)
 
 
 def test_held_bucket_is_released_with_its_object() -> None:
-    """A `HeldBucket` lets go of the tensors when it dies."""
+    """A `HeldState` lets go of the tensors when it dies."""
     case = sample()
-    held = cpu.HeldBucket(_bucket(case))
+    held = cpu.HeldState(_bucket(case))
     bucket_id = held._id
     _step_held(bucket_id, case, critical_gradients=False)
     del held
@@ -571,10 +571,10 @@ def test_held_bucket_is_checked_at_every_step(bad: BadLists) -> None:
     case = sample(amsgrad=True, running_sum=True)
     bad.spoil(case)
     before = {role: [t.clone() for t in tensors] for role, tensors in case.lists().items()}
-    bucket_id = torch.ops.cm_fused.hold_bucket(*_bucket(case).held())
+    bucket_id = torch.ops.cm_fused.hold_state(*_bucket(case).held())
     with pytest.raises(RuntimeError, match=bad.message):
         _step_held(bucket_id, case, critical_gradients=False)
-    torch.ops.cm_fused.release_bucket(bucket_id)
+    torch.ops.cm_fused.release_state(bucket_id)
     assert_same(case.lists(), before)
 
 
