@@ -120,9 +120,7 @@ def test_checkpoint_of_another_backend(
     for save_at in SAVE_AT:
         interrupted = new_optimizer(cls, dtype, capacity=capacity, backend=backend)
         train(interrupted, range(save_at))
-        resumed = _resumed(
-            interrupted, new_optimizer(cls, dtype, capacity=capacity, backend=other)
-        )
+        resumed = _resumed(interrupted, new_optimizer(cls, dtype, capacity=capacity, backend=other))
         train(resumed, range(save_at, TOTAL))
         assert_close(trained(resumed), trained(uninterrupted))
 
@@ -202,7 +200,7 @@ def test_model_and_optimizer_in_one_file(cls: type[CriticalAdam], backend: str) 
 def test_state_dict_holds_what_is_specified(
     cls: type[CriticalAdam], backend: str, capacity: int, amsgrad: bool, dtype: torch.dtype
 ) -> None:
-    """Keys, shapes and dtypes are the specification's, the running sum of the C++ backend beside."""
+    """Keys, shapes and dtypes are the specification's, the C++ backend's running sum beside."""
     optimizer = new_optimizer(cls, dtype, capacity=capacity, amsgrad=amsgrad, backend=backend)
     train(optimizer, range(2))
     state_dict = optimizer.state_dict()
@@ -339,8 +337,7 @@ def test_step_in_other_forms(
 
     def converted(state_dict: dict[str, Any]) -> dict[str, Any]:
         states = {
-            i: {**state, "step": convert(state["step"])}
-            for i, state in state_dict["state"].items()
+            i: {**state, "step": convert(state["step"])} for i, state in state_dict["state"].items()
         }
         return {**state_dict, "state": states}
 
@@ -386,9 +383,7 @@ def test_torch_adams_state_dict_loads(
     # The twin: the same written by hand into a reference optimizer that never loads.
     twin.param_groups[0].update({name: adam_group[name] for name in shared})
     for i, (mine, theirs) in enumerate(zip(params_of(twin), params_of(adam), strict=True)):
-        state = {
-            key: value.clone().to(torch.float32) for key, value in adam.state[theirs].items()
-        }
+        state = {key: value.clone().to(torch.float32) for key, value in adam.state[theirs].items()}
         state["critical_buffer"] = torch.zeros(5, *mine.shape)
         state["priorities"] = torch.full((5,), -torch.inf)
         twin.state[mine] = state
@@ -510,9 +505,7 @@ def test_state_of_some_parameters(cls: type[CriticalAdam], backend: str) -> None
 @on_each_backend
 @of_each_kind
 @of_each_capacity
-def test_loading_into_channels_last(
-    cls: type[CriticalAdam], backend: str, capacity: int
-) -> None:
+def test_loading_into_channels_last(cls: type[CriticalAdam], backend: str, capacity: int) -> None:
     """A checkpoint of contiguous parameters loads into channels_last ones, and trains on."""
     source = new_optimizer(cls, capacity=capacity, amsgrad=True, backend=backend)
     train(source, range(5))

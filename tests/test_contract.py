@@ -339,7 +339,7 @@ def test_loss_is_returned_itself(cls: type[CriticalAdam]) -> None:
 
     result: object = optimizer.step(closure)
     assert result is losses[0]
-    nothing: object = optimizer.step()  # type: ignore[func-returns-value]
+    nothing: object = optimizer.step()
     assert nothing is None
 
 
@@ -385,7 +385,7 @@ def test_step_hooks_run_once(cls: type[CriticalAdam]) -> None:
 @on_each_backend
 @of_each_class
 def test_step_under_no_grad(cls: type[CriticalAdam], backend: str) -> None:
-    """It does not matter whether gradients are enabled around step(), nor does step() leave a trace."""
+    """It does not matter whether gradients are enabled around step(), which leaves none."""
     optimizer, twin = (new_optimizer(cls, backend=backend) for _ in range(2))
     train(optimizer, range(3))
     with torch.no_grad():
@@ -597,7 +597,9 @@ def test_complex_is_a_pair_of_reals(
     real = new_params(dtype.to_real(), [(4,)])
     mixed: list[Tensor] = [*new_params(dtype, [(3, 4), (), (0, 2)]), *real]
     pairs = [
-        nn.Parameter(torch.view_as_real(p.detach()).clone() if p.is_complex() else p.detach().clone())
+        nn.Parameter(
+            torch.view_as_real(p.detach()).clone() if p.is_complex() else p.detach().clone()
+        )
         for p in mixed
     ]
     optimizer = cls(mixed, backend=backend, **options)
@@ -704,7 +706,7 @@ def test_swapped_parameters_are_followed(cls: type[CriticalAdam], backend: str) 
     train(twin, range(4))
     optimizer.zero_grad()
     for param, twin_param in zip(params_of(optimizer), params_of(twin), strict=True):
-        torch.utils.swap_tensors(param, nn.Parameter(param.detach() * 0.5))
+        torch.utils.swap_tensors(param, nn.Parameter(param.detach() * 0.5))  # type: ignore[no-untyped-call]
         twin_param.data.mul_(0.5)
     train(optimizer, range(4, 8))
     train(twin, range(4, 8))
@@ -970,7 +972,7 @@ def test_step_between_forward_and_backward_is_noticed(
     """Autograd refuses a backward pass through parameters that step() has changed since."""
     for make in (torch.optim.AdamW, cls):
         model = _model()
-        options = {} if make is torch.optim.AdamW else {"backend": backend}
+        options: dict[str, Any] = {} if make is torch.optim.AdamW else {"backend": backend}
         optimizer = make(model.parameters(), **options)
         for _ in range(3):
             loss = model(torch.ones(2, 4)).square().mean()
@@ -1004,7 +1006,7 @@ def test_training_lowers_a_loss(cls: type[CriticalAdam], backend: str) -> None:
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss: Any = nn.functional.mse_loss(model(inputs), targets)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
