@@ -253,11 +253,14 @@ def test_tensor_lr_is_a_float_lr(
     twin = cls(new_params(), lr=2.0**-7, backend=backend)
     train(optimizer, range(4))
     train(twin, range(4))
+    unchanged = copy.deepcopy(optimizer)
     lr.fill_(2.0**-4)
     twin.param_groups[0]["lr"] = 2.0**-4
     train(optimizer, range(4, 8))
     train(twin, range(4, 8))
     assert_close(trained(optimizer), trained(twin), derived=())
+    train(unchanged, range(4, 8))
+    assert not torch.equal(params_of(optimizer)[0], params_of(unchanged)[0])
     assert lr.shape == shape
     assert bool((lr == 2.0**-4).all())
 
@@ -286,6 +289,9 @@ def test_schedulers(
     optimizer = new_optimizer(cls, backend=backend)
     twin = new_optimizer(cls, backend=backend)
     scheduler = make(optimizer)
+    unscheduled = new_optimizer(cls, backend=backend)
+    for group, own in zip(unscheduled.param_groups, optimizer.param_groups, strict=True):
+        group["lr"], group["betas"] = float(own["lr"]), tuple(own["betas"])
     seen = set()
     for t in range(10):
         for group, twin_group in zip(optimizer.param_groups, twin.param_groups, strict=True):
@@ -293,8 +299,10 @@ def test_schedulers(
         seen.add((twin.param_groups[0]["lr"], twin.param_groups[0]["betas"]))
         train(optimizer, [t])
         train(twin, [t])
+        train(unscheduled, [t])
         scheduler.step()
     assert_same(trained(optimizer), trained(twin))
+    assert not torch.equal(params_of(optimizer)[0], params_of(unscheduled)[0])
     assert len(seen) > 3
     assert len({betas for _, betas in seen}) > 1 or make is not _one_cycle_lr
 
@@ -649,7 +657,7 @@ replaced_by = pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda f: f._
 
 
 @replaced_by
-@pytest.mark.parametrize("when", [0, 1, 2, 5])
+@pytest.mark.parametrize("when", [0, 1, 5])
 @on_each_backend
 @of_each_kind
 @of_each_capacity
@@ -883,9 +891,9 @@ def _pickled(optimizer: CriticalAdam) -> CriticalAdam:
 
 
 @pytest.mark.parametrize("make_copy", [_deepcopied, _pickled])
-@pytest.mark.parametrize("when", [0, 1, 2, 5, 7, 8])
+@pytest.mark.parametrize("when", [0, 1, 2, 5, 7])
 @on_each_backend
-@of_each_class
+@of_each_kind
 @of_each_capacity
 def test_copy_trains_on_identically(
     cls: type[CriticalAdam],
