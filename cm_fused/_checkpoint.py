@@ -20,16 +20,21 @@ BUFFER_KEYS = ("critical_buffer", "priorities")
 LOCAL_OPTIONS = ("backend",)
 
 
+def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return an optimizer's state, its commits made, in plain dicts without what is not saved."""
+    return {
+        key: {name: entry for name, entry in value.items() if name != "pending_slot"}
+        if isinstance(value, dict)
+        else value
+        for key, value in state.items()
+    }
+
+
 def saved_form(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     """Return a state dict, its commits made, without what is not saved; a post hook."""
     return {
         **state_dict,
-        "state": {
-            index: {key: value for key, value in state.items() if key != "pending_slot"}
-            if isinstance(state, dict)
-            else state
-            for index, state in state_dict["state"].items()
-        },
+        "state": saved_state(state_dict["state"]),
         "param_groups": [
             {name: value for name, value in group.items() if name not in LOCAL_OPTIONS}
             for group in state_dict["param_groups"]

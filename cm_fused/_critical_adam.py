@@ -238,7 +238,8 @@ class CriticalAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         _state.commit_pending(_state.param_states(self.state))
-        return super().__getstate__()
+        state = super().__getstate__()
+        return {**state, "state": _checkpoint.saved_state(state["state"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

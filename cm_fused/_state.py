@@ -48,9 +48,6 @@ class ParamState(dict[str, Any]):
         super().__init__(values)
         self.changes = changes
 
-    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
-        return dict, (dict(self),)
-
 
 class OptimizerState(defaultdict[Any, Any]):
     """The state of an optimizer, parameter to `ParamState`; counts changes of both."""
@@ -64,9 +61,6 @@ class OptimizerState(defaultdict[Any, Any]):
     def __missing__(self, key: Any) -> ParamState:
         self[key] = state = ParamState({}, self.changes)
         return state
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return defaultdict, (dict, dict(self))
 
 
 for _name in (

@@ -200,7 +200,7 @@ def test_model_and_optimizer_in_one_file(cls: type[CriticalAdam], backend: str) 
 def test_state_dict_holds_what_is_specified(
     cls: type[CriticalAdam], backend: str, capacity: int, amsgrad: bool, dtype: torch.dtype
 ) -> None:
-    """Keys, shapes and dtypes are the specification's, the running sum of the C++ backend beside."""
+    """Keys, shapes and dtypes are the specification's, the C++ backend's running sum beside."""
     optimizer = new_optimizer(cls, dtype, capacity=capacity, amsgrad=amsgrad, backend=backend)
     train(optimizer, range(2))
     state_dict = optimizer.state_dict()

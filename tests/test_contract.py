@@ -253,11 +253,14 @@ def test_tensor_lr_is_a_float_lr(
     twin = cls(new_params(), lr=2.0**-7, backend=backend)
     train(optimizer, range(4))
     train(twin, range(4))
+    unchanged = copy.deepcopy(optimizer)
     lr.fill_(2.0**-4)
     twin.param_groups[0]["lr"] = 2.0**-4
     train(optimizer, range(4, 8))
     train(twin, range(4, 8))
     assert_close(trained(optimizer), trained(twin), derived=())
+    train(unchanged, range(4, 8))
+    assert not torch.equal(params_of(optimizer)[0], params_of(unchanged)[0])
     assert lr.shape == shape
     assert bool((lr == 2.0**-4).all())
 
@@ -286,6 +289,9 @@ def test_schedulers(
     optimizer = new_optimizer(cls, backend=backend)
     twin = new_optimizer(cls, backend=backend)
     scheduler = make(optimizer)
+    unscheduled = new_optimizer(cls, backend=backend)
+    for group, own in zip(unscheduled.param_groups, optimizer.param_groups, strict=True):
+        group["lr"], group["betas"] = float(own["lr"]), tuple(own["betas"])
     seen = set()
     for t in range(10):
         for group, twin_group in zip(optimizer.param_groups, twin.param_groups, strict=True):
@@ -293,8 +299,10 @@ def test_schedulers(
         seen.add((twin.param_groups[0]["lr"], twin.param_groups[0]["betas"]))
         train(optimizer, [t])
         train(twin, [t])
+        train(unscheduled, [t])
         scheduler.step()
     assert_same(trained(optimizer), trained(twin))
+    assert not torch.equal(params_of(optimizer)[0], params_of(unscheduled)[0])
     assert len(seen) > 3
     assert len({betas for _, betas in seen}) > 1 or make is not _one_cycle_lr
 
@@ -339,7 +347,7 @@ def test_loss_is_returned_itself(cls: type[CriticalAdam]) -> None:
 
     result: object = optimizer.step(closure)
     assert result is losses[0]
-    nothing: object = optimizer.step()  # type: ignore[func-returns-value]
+    nothing: object = optimizer.step()
     assert nothing is None
 
 
@@ -385,7 +393,7 @@ def test_step_hooks_run_once(cls: type[CriticalAdam]) -> None:
 @on_each_backend
 @of_each_class
 def test_step_under_no_grad(cls: type[CriticalAdam], backend: str) -> None:
-    """It does not matter whether gradients are enabled around step(), nor does step() leave a trace."""
+    """It does not matter whether gradients are enabled around step(), which leaves none."""
     optimizer, twin = (new_optimizer(cls, backend=backend) for _ in range(2))
     train(optimizer, range(3))
     with torch.no_grad():
@@ -649,7 +657,7 @@ replaced_by = pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda f: f._
 
 
 @replaced_by
-@pytest.mark.parametrize("when", [0, 1, 2, 5])
+@pytest.mark.parametrize("when", [0, 1, 5])
 @on_each_backend
 @of_each_kind
 @of_each_capacity
@@ -706,7 +714,7 @@ def test_swapped_parameters_are_followed(cls: type[CriticalAdam], backend: str) 
     train(twin, range(4))
     optimizer.zero_grad()
     for param, twin_param in zip(params_of(optimizer), params_of(twin), strict=True):
-        torch.utils.swap_tensors(param, nn.Parameter(param.detach() * 0.5))
+        torch.utils.swap_tensors(param, nn.Parameter(param.detach() * 0.5))  # type: ignore[no-untyped-call]
         twin_param.data.mul_(0.5)
     train(optimizer, range(4, 8))
     train(twin, range(4, 8))
@@ -883,9 +891,9 @@ def _pickled(optimizer: CriticalAdam) -> CriticalAdam:
 
 
 @pytest.mark.parametrize("make_copy", [_deepcopied, _pickled])
-@pytest.mark.parametrize("when", [0, 1, 2, 5, 7, 8])
+@pytest.mark.parametrize("when", [0, 1, 2, 5, 7])
 @on_each_backend
-@of_each_class
+@of_each_kind
 @of_each_capacity
 def test_copy_trains_on_identically(
     cls: type[CriticalAdam],
@@ -972,7 +980,7 @@ def test_step_between_forward_and_backward_is_noticed(
     """Autograd refuses a backward pass through parameters that step() has changed since."""
     for make in (torch.optim.AdamW, cls):
         model = _model()
-        options = {} if make is torch.optim.AdamW else {"backend": backend}
+        options: dict[str, Any] = {} if make is torch.optim.AdamW else {"backend": backend}
         optimizer = make(model.parameters(), **options)
         for _ in range(3):
             loss = model(torch.ones(2, 4)).square().mean()
@@ -1006,7 +1014,7 @@ def test_training_lowers_a_loss(cls: type[CriticalAdam], backend: str) -> None:
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss: Any = nn.functional.mse_loss(model(inputs), targets)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -184,7 +184,7 @@ class _ForeignGrad(torch.nn.Parameter):
     foreign: torch.Tensor | None = None
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         """Whatever was set."""
         return self.foreign
 
@@ -329,7 +329,7 @@ def test_impossible_replaced_data_changes_nothing(
     replace(last)
     give_gradients(optimizer, 3)
     before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="param|exp_avg|shape|size"):
+    with pytest.raises(RuntimeError, match=r"param|exp_avg|shape|size"):
         optimizer.step()
     assert_same(snapshot(optimizer), before)
 

@@ -130,6 +130,13 @@ void describe_gradient(size_t i, const TensorView& param, const TensorView& grad
   tensor.slot = kNoSlot;
 }
 
+// The state's memory order is exp_avg's.
+void check_dense(size_t i, const TensorView& exp_avg) {
+  STD_TORCH_CHECK(exp_avg.numel == 0 || is_dense(exp_avg.sizes, exp_avg.strides), "exp_avgs[", i,
+      "] must fill its memory without gaps or overlaps, got shape ", to_string(exp_avg.sizes),
+      " and strides ", to_string(exp_avg.strides));
+}
+
 // A state tensor of the parameter's shape.
 void* state_data(const char* role, size_t i, const Tensor& tensor, const TensorView& order) {
   const TensorView state = view(role, i, tensor);
@@ -200,9 +207,7 @@ class BiasCorrections {
 // Checks the state of parameter i and takes its addresses.
 void describe_state(
     size_t i, const StateTensors& state, const TensorView& order, TensorStep& tensor) {
-  STD_TORCH_CHECK(order.numel == 0 || is_dense(order.sizes, order.strides), "exp_avgs[", i,
-      "] must fill its memory without gaps or overlaps, got shape ", to_string(order.sizes),
-      " and strides ", to_string(order.strides));
+  check_dense(i, order);
   tensor.exp_avg = order.data;
   tensor.exp_avg_sq = state_data("exp_avg_sqs", i, state.exp_avg_sqs[i], order);
   if (!state.max_exp_avg_sqs.empty()) {
@@ -507,7 +512,13 @@ Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize
   for (size_t i = 0; i < params.size(); ++i) {
     const TensorView param = view("params", i, params[i]);
     const TensorView grad = view_gradient(i, param, grads[i]);
-    describe_gradient(i, param, grad, grad, bucket.emplace_back());
+    // Any order without gaps will do.
+    const auto contiguous = contiguous_strides(param.sizes);
+    TensorView order = param;
+    if (!is_dense(param.sizes, param.strides)) {
+      order.strides = {contiguous.data(), contiguous.size()};
+    }
+    describe_gradient(i, param, grad, order, bucket.emplace_back());
   }
   auto result = torch::stable::empty({}, ScalarType::Double);
   *static_cast<double*>(result.data_ptr()) =
@@ -523,6 +534,7 @@ void commit_(
   BucketStep bucket;
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const TensorView order = view("exp_avgs", i, exp_avgs[i]);
+    check_dense(i, order);
     TensorStep tensor{};
     tensor.dtype = param_dtype("exp_avgs", i, order.dtype);
     check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
