@@ -74,10 +74,10 @@ def extension_arguments() -> dict[str, object]:
             try:
                 super().run()
             except Exception as error:
-                self.extensions = []
+                self.extensions: list[object] = []
                 pure_python(f"the C++ extension did not build: {error}")
 
-    extension = CppExtension(
+    extension = CppExtension(  # type: ignore[no-untyped-call]
         "cm_fused._C",
         SOURCES,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],

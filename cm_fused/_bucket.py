@@ -1,7 +1,6 @@
 """What one call of a backend works on: the tensors of a bucket and its hyperparameters."""
 
 from dataclasses import dataclass, field
-from operator import is_
 
 from torch import Tensor
 
@@ -38,15 +37,8 @@ class Bucket:
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
     critical_sums: list[Tensor] = field(default_factory=list)
     pending_slots: list[Tensor] = field(default_factory=list)
-    # What a backend prepared for these tensors; valid as long as all but `grads` are the same.
+    # What a backend prepared for further steps of these tensors.
     handle: object = None
-
-    def has_tensors_of(self, other: "Bucket") -> bool:
-        """Return whether all but the gradients are the very tensors of another bucket."""
-        return all(
-            len(mine) == len(theirs) and all(map(is_, mine, theirs))
-            for mine, theirs in zip(self.held(), other.held(), strict=True)
-        )
 
     def held(self) -> tuple[list[Tensor], ...]:
         """Return all lists but the gradients', in the order of `cm_fused::hold_bucket`."""

@@ -54,9 +54,7 @@ def loaded_groups(
     return loaded
 
 
-def loaded_state(
-    groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
-) -> dict[Any, State]:
+def loaded_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> dict[Any, State]:
     """Return the state of a state dict for the parameters of `groups`, as new tensors.
 
     Entries that belong to no parameter are kept as they are.
@@ -77,7 +75,9 @@ def loaded_state(
     return state
 
 
-def _loaded_param_state(where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> State:
+def _loaded_param_state(
+    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]
+) -> State:
     """Return a parameter's state as new tensors holding the values of a saved one.
 
     Keeps the state's own dtypes whatever the parameter's, accepts a number for `step`, an Adam
@@ -95,7 +95,9 @@ def _loaded_param_state(where: str, param: Tensor, saved: Mapping[str, Any], gro
     if not saved:
         return {}
     capacity = group["capacity"]
-    known = {key for key in (*required_keys(group), "max_exp_avg_sq", "critical_sum") if key in saved}
+    known = {
+        key for key in (*required_keys(group), "max_exp_avg_sq", "critical_sum") if key in saved
+    }
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in known:
             raise ValueError(f"the state of {where} must have {key!r}, got {sorted(saved)}")

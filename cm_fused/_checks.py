@@ -25,7 +25,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     _require_number("lr", lr, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
     betas = options["betas"]
     _require(
-        isinstance(betas, (tuple, list)) and len(betas) == 2, "betas must be a pair of floats", betas
+        isinstance(betas, (tuple, list)) and len(betas) == 2,
+        "betas must be a pair of floats",
+        betas,
     )
     for i, beta in enumerate(betas):
         _require_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
@@ -58,9 +60,7 @@ def _require(condition: bool, rule: str, value: object) -> None:
         raise ValueError(f"{rule}, got {value!r}")
 
 
-def _require_number(
-    name: str, value: object, rule: str, holds: Callable[[float], bool]
-) -> None:
+def _require_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
     number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
     _require(number and holds(float(value)), f"{name} must be {rule}", value)  # type: ignore[arg-type]
 
@@ -83,29 +83,31 @@ def check_capturable(params: list[Tensor]) -> None:
             )
 
 
-def check_gradient(where: str, param: Tensor, grad: Tensor) -> None:
-    """Check that a gradient fits its parameter; strides may differ.
+def check_gradients(group_index: int, params: list[Tensor]) -> None:
+    """Check that every gradient fits its parameter; strides may differ.
 
     Args:
-        where: Names the parameter, for the message.
-        param: The parameter.
-        grad: Its gradient.
+        group_index: Names the group, for messages.
+        params: The parameters of a group; those without a gradient are passed over.
 
     Raises:
-        RuntimeError: The gradient is sparse, or its dtype, shape or device is not the parameter's.
+        RuntimeError: A gradient is sparse, or its dtype, shape or device is not its parameter's.
     """
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"the gradient of {where} must be dense, got layout {grad.layout}; for an embedding, "
-            "use sparse=False"
-        )
-    for name, value, expected in (
-        ("dtype", grad.dtype, param.dtype),
-        ("shape", tuple(grad.shape), tuple(param.shape)),
-        ("device", grad.device, param.device),
-    ):
-        if value != expected:
+    for i, param in enumerate(params):
+        grad = param.grad
+        if grad is None:
+            continue
+        where = f"the gradient of parameter {i} of group {group_index}"
+        if grad.layout is not torch.strided:
             raise RuntimeError(
-                f"the gradient of {where} must have the {name} {expected} of its parameter, "
-                f"got {value}"
+                f"{where} must be dense, got layout {grad.layout}; for an embedding, use "
+                "sparse=False"
             )
+        if grad.dtype != param.dtype:
+            raise RuntimeError(f"{where} must have dtype {param.dtype}, got {grad.dtype}")
+        if grad.shape != param.shape:
+            raise RuntimeError(
+                f"{where} must have shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+            )
+        if grad.device != param.device:
+            raise RuntimeError(f"{where} must be on {param.device}, got {grad.device}")

@@ -1,6 +1,7 @@
 """What AdamCM and AdamCG share: options, state, checkpoints and the dispatch of a step."""
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from cm_fused import _checkpoint, _state
 from cm_fused._backend import Backend, select
 from cm_fused._bucket import Bucket, StepOptions
-from cm_fused._checks import check_capturable, check_gradient, check_options
+from cm_fused._checks import check_capturable, check_gradients, check_options
 
 
 class CriticalAdam(Optimizer):
@@ -58,9 +59,10 @@ class CriticalAdam(Optimizer):
             "backend": backend,
         }
         check_options(defaults)
-        # The bucket last stepped for each group and device.
-        self._buckets: dict[tuple[int, torch.device], Bucket] = {}
         super().__init__(params, defaults)
+        self.state = _state.OptimizerState()
+        # The last step's plan for each group.
+        self._plans: dict[int, _Plan] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as `torch.optim.Optimizer.add_param_group`.
@@ -104,52 +106,47 @@ class CriticalAdam(Optimizer):
             RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype or
                 device. Nothing has been changed then.
         """
-        self._cuda_graph_capture_health_check()
+        _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # All that can fail comes first, for every group.
         plans = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
-        for group, buckets in zip(self.param_groups, plans, strict=True):
-            if buckets:
-                self._step_group(group, buckets)
+        for group, plan in zip(self.param_groups, plans, strict=True):
+            self._step_group(group, plan.buckets)
         return loss
 
-    def _plan(self, group_index: int, group: dict[str, Any]) -> list[tuple[Backend, Bucket]]:
+    def _plan(self, index: int, group: dict[str, Any]) -> "_Plan":
         """Check a group's gradients and return its buckets, one per device."""
-        params, grads = _participants(group_index, group["params"])
-        if group["capturable"]:
-            check_capturable(params)
-        devices = {param.device for param in params}
-        if len(devices) <= 1:
-            splits = [(device, params, grads) for device in devices]
-        else:
-            splits = []
-            for device in sorted(devices, key=str):
-                pairs = [(p, g) for p, g in zip(params, grads, strict=True) if p.device == device]
-                splits.append((device, [p for p, _ in pairs], [g for _, g in pairs]))
-        buckets = []
-        for device, device_params, device_grads in splits:
-            backend = select(group["backend"], device)
-            bucket = self._bucket(group, backend, device_params, device_grads)
-            buckets.append((backend, self._held(group_index, device, backend, bucket)))
-        return buckets
+        params = [param for param in group["params"] if param.grad is not None]
+        grads = [cast(Tensor, param.grad) for param in params]
+        plan = self._plans.get(index)
+        if plan is None or not plan.holds_for(self.state, group, params):
+            check_gradients(index, group["params"])
+            if group["capturable"]:
+                check_capturable(params)
+            self._plans[index] = plan = self._new_plan(group, params, grads)
+            return plan
+        ((backend, bucket),) = plan.buckets
+        if bucket.handle is None:
+            bucket.handle = backend.hold(bucket)
+        if bucket.handle is None or len(self.param_groups) > 1:
+            # Else the only call of the step checks them before it changes anything.
+            check_gradients(index, group["params"])
+        bucket.grads = grads
+        return plan
 
-    def _held(
-        self, group_index: int, device: torch.device, backend: Backend, bucket: Bucket
-    ) -> Bucket:
-        """Return last step's bucket, with these gradients, where its tensors are the same."""
-        if torch.compiler.is_compiling():
-            return bucket
-        last = self._buckets.get((group_index, device))
-        if last is None or not last.has_tensors_of(bucket):
-            self._buckets[group_index, device] = bucket
-            return bucket
-        if last.handle is None:
-            last.handle = backend.hold(last)
-        last.grads = bucket.grads
-        return last
+    def _new_plan(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> "_Plan":
+        buckets = []
+        for device in dict.fromkeys(param.device for param in params):
+            pairs = [(p, g) for p, g in zip(params, grads, strict=True) if p.device == device]
+            backend = select(group["backend"], device)
+            bucket = self._bucket(group, backend, [p for p, _ in pairs], [g for _, g in pairs])
+            buckets.append((backend, bucket))
+        return _Plan(buckets, params, _plan_options(group), self.state)
 
     def _bucket(
         self, group: dict[str, Any], backend: Backend, params: list[Tensor], grads: list[Tensor]
@@ -157,8 +154,8 @@ class CriticalAdam(Optimizer):
         """Gather the tensors of one bucket, making the state it lacks."""
         extra_keys = backend.state_keys(self._critical_gradients, group["capacity"])
         keys = (*_state.required_keys(group), *extra_keys)
+        states = [self.state.get(param, {}) for param in params]
         try:
-            states = [self.state[param] for param in params]
             lists = _state.lists(states, keys)
         except KeyError:
             states = self._complete_state(params, keys, group["capacity"])
@@ -195,7 +192,6 @@ class CriticalAdam(Optimizer):
             step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
             step_(bucket, options, None if sq_norm is None else sq_norm.to(bucket.steps[0].device))
 
-
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
@@ -212,7 +208,7 @@ class CriticalAdam(Optimizer):
                 group.pop(name, None)
         return state_dict
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of any backend, or one of torch.optim.Adam or AdamW (buffer empty).
 
@@ -238,11 +234,12 @@ class CriticalAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         _state.commit_pending(list(self.state.values()))
-        return cast(dict[str, Any], super().__getstate__())
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = {}
+        self._plans = {}
+        self.state = _state.OptimizerState(self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -256,6 +253,12 @@ class CriticalAdam(Optimizer):
             )
         )
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
+
+
+def _check_graph_capture(optimizer: Optimizer) -> None:
+    """Call torch's check that a captured step is capturable, by its name in this release."""
+    newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    (newer or optimizer._cuda_graph_capture_health_check)()
 
 
 def _step_options(group: dict[str, Any]) -> StepOptions:
@@ -275,24 +278,42 @@ def _step_options(group: dict[str, Any]) -> StepOptions:
     )
 
 
-def _participants(group_index: int, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the parameters that have a gradient and their gradients, all checked."""
-    participants, grads = [], []
-    for i, param in enumerate(params):
-        grad = param.grad
-        if grad is None:
-            continue
-        # The common case in one expression: this loop is most of a small tensor's step.
-        if (
-            grad.dtype is not param.dtype
-            or grad.layout is not torch.strided
-            or grad.shape != param.shape
-            or grad.device != param.device
-        ):
-            check_gradient(f"parameter {i} of group {group_index}", param, grad)
-        participants.append(param)
-        grads.append(grad)
-    return participants, grads
+def _plan_options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the options that decide which tensors a step needs and who steps them."""
+    return group["amsgrad"], group["capacity"], group["backend"], group["capturable"]
+
+
+class _Plan:
+    """The buckets of a group's step, and when they may serve again."""
+
+    def __init__(
+        self,
+        buckets: list[tuple[Backend, Bucket]],
+        params: list[Tensor],
+        options: tuple[Any, ...],
+        state: Any,
+    ) -> None:
+        self.buckets = buckets
+        self._params = params
+        self._options = options
+        self._state = state
+        # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
+        # ours does not count its changes.
+        lasting = len(buckets) == 1 and not any(map(torch.is_complex, params))
+        lasting = lasting and all(type(state[param]) is _state.ParamState for param in params)
+        self._changes = state.changes.count if isinstance(state, _state.OptimizerState) else -1
+        self._lasting = lasting and self._changes >= 0
+
+    def holds_for(self, state: Any, group: dict[str, Any], params: list[Tensor]) -> bool:
+        """Return whether a step of these parameters needs the very tensors of this plan."""
+        return (
+            self._lasting
+            and state is self._state
+            and state.changes.count == self._changes
+            and _plan_options(group) == self._options
+            and len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+        )
 
 
 class DecoupledCriticalAdam(CriticalAdam):

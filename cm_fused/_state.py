@@ -4,7 +4,9 @@ State is float32, or float64 for a float64 parameter (complex likewise), and lie
 parameter does where that is dense, so that the fused backends walk both in one order.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,6 +15,66 @@ from torch import Tensor
 from cm_fused.ops import cpu
 
 State = dict[str, Any]
+
+
+class Changes:
+    """Counts how often entries of an optimizer's state were set or removed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def _counted(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    @wraps(method)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.changes.count += 1
+        return method(self, *args, **kwargs)
+
+    return counted
+
+
+class ParamState(dict[str, Any]):
+    """The state of a parameter: a dict that counts its changes.
+
+    A step of many small tensors would otherwise spend most of its time finding out that no entry
+    was replaced.
+    """
+
+    __slots__ = ("changes",)
+
+    def __init__(self, values: Mapping[str, Any], changes: Changes) -> None:
+        super().__init__(values)
+        self.changes = changes
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
+class OptimizerState(defaultdict[Any, Any]):
+    """The state of an optimizer, parameter to `ParamState`; counts changes of both."""
+
+    def __init__(self, values: Mapping[Any, Any] | None = None) -> None:
+        super().__init__(dict)
+        self.changes = Changes()
+        for key, value in (values or {}).items():
+            self[key] = ParamState(value, self.changes) if isinstance(key, Tensor) else value
+
+    def __missing__(self, key: Any) -> ParamState:
+        self[key] = state = ParamState({}, self.changes)
+        return state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
+
+
+for _name in (
+    *("__setitem__", "__delitem__", "__ior__"),
+    *("clear", "pop", "popitem", "setdefault", "update"),
+):
+    setattr(ParamState, _name, _counted(_name))
+    setattr(OptimizerState, _name, _counted(_name))
 
 # The list of a `Bucket` that holds each key of a state.
 LIST_NAMES = {
@@ -56,9 +118,7 @@ def check_capacity(priorities: list[Tensor], capacity: int) -> None:
             )
 
 
-def missing_state(
-    param: Tensor, state: State, keys: tuple[str, ...], capacity: int
-) -> State:
+def missing_state(param: Tensor, state: State, keys: tuple[str, ...], capacity: int) -> State:
     """Return new tensors for those of `keys` that `state` lacks; changes nothing.
 
     Raises:
@@ -145,4 +205,4 @@ def drop_derived(states: list[State]) -> None:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    return torch.view_asas_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -23,9 +23,9 @@ class AdamCM(CriticalAdam):
     Parameters may be float32, float64, bfloat16, float16 or complex (as pairs of reals), with any
     strides. State is float32 (float64 for float64), and the update of half-precision parameters is
     computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
-    `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with amsgrad
-    `max_exp_avg_sq`, and on the C++ backend from capacity 5 on `critical_sum`, the running sum of
-    the slots. A parameter without a gradient takes no part in a step.
+    `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
+    amsgrad `max_exp_avg_sq`, and on the C++ backend from capacity 5 on `critical_sum`, the running
+    sum of the slots. A parameter without a gradient takes no part in a step.
 
     Source: Malviya et al., "Promoting Exploration in Memory-Augmented Adam using Critical Momenta",
     Algorithm 1.

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -25,29 +27,61 @@ inline std::string to_string(IntHeaderOnlyArrayRef values) {
 }
 
 inline void check_length(const char* role, size_t length, size_t expected) {
-  STD_TORCH_CHECK(
-      length == expected, role, " must have one tensor for each of the ", expected,
+  STD_TORCH_CHECK(length == expected, role, " must have one tensor for each of the ", expected,
       " params, got ", length);
 }
 
-inline void check_dtype(const char* role, size_t index, ScalarType dtype, ScalarType expected) {
+// What a step reads of a tensor, fetched with as few calls as will do: for a small tensor this is
+// most of its step.
+struct TensorView {
+  void* data;
+  int64_t numel;
+  IntHeaderOnlyArrayRef sizes;
+  IntHeaderOnlyArrayRef strides;
+  int32_t dtype;  // as aoti_torch_dtype_*()
+};
+
+// Views a dense tensor on the CPU.
+inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
+  const AtenTensorHandle handle = tensor.get();
+  void* data = nullptr;
+  int64_t numel = 0;
+  int64_t dim = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  int32_t dtype = 0;
+  int32_t device_type = 0;
+  int32_t layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), role, "[", index,
+      "] must be a strided tensor, not a sparse one");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
   STD_TORCH_CHECK(
-      dtype == expected, role, "[", index, "] must have dtype ",
-      torch::headeronly::toString(expected), ", got ", torch::headeronly::toString(dtype));
+      device_type == aoti_torch_device_type_cpu(), role, "[", index, "] must be on the CPU");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+  const auto length = static_cast<size_t>(dim);
+  return {data, numel, {sizes, length}, {strides, length}, dtype};
 }
 
-inline void check_cpu_strided(const char* role, size_t index, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), role, "[", index, "] must be on the CPU");
-  STD_TORCH_CHECK(
-      tensor.layout() == torch::headeronly::Layout::Strided, role, "[", index,
-      "] must be a strided tensor, not a sparse one");
+inline const char* dtype_name(int32_t dtype) {
+  return torch::headeronly::toString(
+      torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)));
+}
+
+inline void check_dtype(const char* role, size_t index, int32_t dtype, int32_t expected) {
+  STD_TORCH_CHECK(dtype == expected, role, "[", index, "] must have dtype ", dtype_name(expected),
+      ", got ", dtype_name(dtype));
 }
 
 inline void check_sizes(
     const char* role, size_t index, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef expected) {
-  STD_TORCH_CHECK(
-      std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), role, "[", index,
-      "] must have shape ", to_string(expected), ", got ", to_string(sizes));
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), role,
+      "[", index, "] must have shape ", to_string(expected), ", got ", to_string(sizes));
 }
 
 // Whether strides a and b put the elements of a tensor of these sizes in the same places.
@@ -61,34 +95,37 @@ inline bool same_strides(
   return true;
 }
 
-inline void check_strides(
-    const char* role, size_t index, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
-    IntHeaderOnlyArrayRef expected) {
-  STD_TORCH_CHECK(
-      same_strides(sizes, strides, expected), role, "[", index, "] must have the strides ",
-      to_string(expected), " of exp_avgs[", index, "], got ", to_string(strides));
+inline void check_strides(const char* role, size_t index, IntHeaderOnlyArrayRef sizes,
+    IntHeaderOnlyArrayRef strides, IntHeaderOnlyArrayRef expected) {
+  STD_TORCH_CHECK(same_strides(sizes, strides, expected), role, "[", index,
+      "] must have the strides ", to_string(expected), " of exp_avgs[", index, "], got ",
+      to_string(strides));
 }
 
-// A small tensor of bookkeeping: `numel` consecutive values of one dtype.
-inline void check_bookkeeping(
-    const char* role, size_t index, const Tensor& tensor, int64_t numel, ScalarType dtype) {
-  check_cpu_strided(role, index, tensor);
-  check_dtype(role, index, tensor.scalar_type(), dtype);
+// The data of a small tensor of bookkeeping: `numel` consecutive values of one dtype.
+template <typename value_t>
+inline value_t* bookkeeping(
+    const char* role, size_t index, const Tensor& tensor, int64_t numel, int32_t dtype) {
+  const TensorView values = view(role, index, tensor);
+  check_dtype(role, index, values.dtype, dtype);
   STD_TORCH_CHECK(
-      tensor.numel() == numel && tensor.is_contiguous(), role, "[", index,
-      "] must be contiguous with ", numel, " elements, got shape ", to_string(tensor.sizes()),
-      " and strides ", to_string(tensor.strides()));
+      values.numel == numel && (numel == 1 || (values.sizes.size() == 1 && values.strides[0] == 1)),
+      role, "[", index, "] must have ", numel, " consecutive elements, got shape ",
+      to_string(values.sizes), " and strides ", to_string(values.strides));
+  return static_cast<value_t*>(values.data);
 }
 
 // Dimensions of more than one element, from the largest stride to the smallest.
-inline std::vector<size_t> memory_order(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
+inline std::vector<size_t> memory_order(
+    IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
   std::vector<size_t> order;
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1) {
       order.push_back(d);
     }
   }
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+  std::stable_sort(
+      order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
   return order;
 }
 
@@ -114,4 +151,4 @@ inline bool has_no_overlap(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef st
   });
 }
 
-} // namespace cm_fused
+}  // namespace cm_fused

@@ -1,9 +1,9 @@
 // Schemas of the operators; each device's library implements them.
 #include <torch/csrc/stable/library.h>
 
-#define CM_FUSED_HYPERPARAMETERS                                                           \
+#define CM_FUSED_HYPERPARAMETERS                                                              \
   "float lr, float beta1, float beta2, float eps, float weight_decay, float priority_decay, " \
-  "bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, "       \
+  "bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, "          \
   "bool decoupled_weight_decay"
 
 // Lists run over the tensors of one bucket: those of a param group that share a device. Real dtypes
@@ -38,8 +38,8 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "Tensor[] priorities, Tensor[] pending_slots, Tensor[] steps) -> int");
   m.def("release_bucket(int bucket) -> ()");
   m.def(
-      "step_bucket_(int bucket, Tensor[] grads, Tensor? sq_norm, *, bool critical_gradients, "
-      CM_FUSED_HYPERPARAMETERS ") -> ()");
+      "step_bucket_(int bucket, Tensor[] grads, Tensor? sq_norm, *, bool "
+      "critical_gradients, " CM_FUSED_HYPERPARAMETERS ") -> ()");
 
   m.def("cpu_capability() -> str");
 }

@@ -69,4 +69,4 @@ CM_FUSED_HOST_DEVICE inline void decay(float* keys, int64_t capacity, float prio
   }
 }
 
-} // namespace cm_fused
+}  // namespace cm_fused

@@ -9,7 +9,7 @@ from multiprocessing.sharedctypes import Synchronized
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from bench.demo.contenders import CONTENDERS
 from bench.demo.tasks import TASKS, cross_entropy

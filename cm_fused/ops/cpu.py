@@ -25,7 +25,7 @@ def _load() -> str | None:
     if not _LIBRARY.exists():
         return "the C++ extension was not built when cm_fused was installed"
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the C++ extension does not load: {error}"
     for name in ("adam_cm_", "adam_cg_", "commit_"):
@@ -64,20 +64,21 @@ class HeldBucket:
 
     def step_(
         self,
-        grads: list[Tensor],
+        bucket: Bucket,
         options: StepOptions,
         sq_norm: Tensor | None,
         *,
         critical_gradients: bool,
     ) -> None:
-        """Take one step of `adam_cm_` or `adam_cg_`."""
+        """Take one step of `adam_cm_` or `adam_cg_` with this step's gradients."""
         torch.ops.cm_fused.step_bucket_(
             self._id,
-            grads,
+            bucket.grads,
             sq_norm,
             critical_gradients=critical_gradients,
             **_hyperparameters(options),
         )
+        _increment_version(bucket.params)
 
 
 def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
@@ -89,7 +90,7 @@ def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
 def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
     if isinstance(bucket.handle, HeldBucket):
-        bucket.handle.step_(bucket.grads, options, sq_norm, critical_gradients=False)
+        bucket.handle.step_(bucket, options, sq_norm, critical_gradients=False)
         return
     torch.ops.cm_fused.adam_cm_(
         bucket.params,
@@ -105,12 +106,13 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         sq_norm,
         **_hyperparameters(options),
     )
+    _increment_version(bucket.params)
 
 
 def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cg_`."""
     if isinstance(bucket.handle, HeldBucket):
-        bucket.handle.step_(bucket.grads, options, sq_norm, critical_gradients=True)
+        bucket.handle.step_(bucket, options, sq_norm, critical_gradients=True)
         return
     torch.ops.cm_fused.adam_cg_(
         bucket.params,
@@ -125,6 +127,7 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         sq_norm,
         **_hyperparameters(options),
     )
+    _increment_version(bucket.params)
 
 
 def sq_norm(bucket: Bucket, options: StepOptions) -> Tensor:
@@ -159,6 +162,12 @@ def commit_(
 def capability() -> str:
     """Return the instruction set in use: "avx512", "avx2" or "default"."""
     return str(torch.ops.cm_fused.cpu_capability())
+
+
+def _increment_version(params: list[Tensor]) -> None:
+    """Tell autograd that the parameters changed, as in-place operators of torch do."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params)
 
 
 def _hyperparameters(options: StepOptions) -> dict[str, float | bool]:

@@ -18,9 +18,9 @@ const Kernels& choose() {
   // From the best to the one every machine has.
   const Capability capabilities[] = {
 #if defined(__x86_64__)
-      {&kAvx512Kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl")},
       {&kAvx2Kernels, __builtin_cpu_supports("avx2") != 0},
 #endif
       {&kDefaultKernels, true}};
@@ -30,18 +30,17 @@ const Kernels& choose() {
       return *kernels;
     }
   }
-  STD_TORCH_CHECK(
-      false,
+  STD_TORCH_CHECK(false,
       "CM_FUSED_CPU_CAPABILITY must name an instruction set of this machine (default, avx2 or "
       "avx512), got ",
       requested);
 }
 
-} // namespace
+}  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
 }
 
-} // namespace cm_fused
+}  // namespace cm_fused

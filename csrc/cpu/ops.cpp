@@ -2,7 +2,7 @@
 // kernels over chunks in parallel, keep the priority buffers' books.
 #include <cmath>
 #include <cstdint>
-#include <deque>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -27,11 +27,36 @@ using Tensors = std::vector<Tensor>;
 
 // Below this many elements a thread's start costs more than it saves (as at::internal::GRAIN_SIZE).
 constexpr int64_t kGrainSize = 32768;
+constexpr int64_t kTensorGrainSize = 256;
 
-// One bucket's tensors, described for the kernels. Owns what the descriptions point to.
-struct BucketStep {
-  std::vector<TensorStep> tensors;
-  std::deque<StridedLayout> layouts;
+using BucketStep = std::vector<TensorStep>;
+
+// The error of the lowest index, of those that threads met.
+class FirstError {
+ public:
+  template <typename Function>
+  void run(int64_t index, Function function) {
+    try {
+      function();
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      if (error_ == nullptr || index < index_) {
+        index_ = index;
+        error_ = std::current_exception();
+      }
+    }
+  }
+
+  void rethrow() const {
+    if (error_ != nullptr) {
+      std::rethrow_exception(error_);
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t index_ = 0;
+  std::exception_ptr error_;
 };
 
 // What a step changes. Item i of every list belongs to parameter i.
@@ -43,122 +68,112 @@ struct BucketTensors {
   Tensors critical_buffers;
   Tensors critical_sums;
   Tensors priorities;
-  Tensors pending_slots; // critical momenta only
+  Tensors pending_slots;  // critical momenta only
   Tensors steps;
 };
 
-ParamDtype param_dtype(size_t index, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return ParamDtype::kFloat32;
-    case ScalarType::Double:
-      return ParamDtype::kFloat64;
-    case ScalarType::BFloat16:
-      return ParamDtype::kBFloat16;
-    case ScalarType::Half:
-      return ParamDtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(
-          false, "params[", index, "] must be float32, float64, bfloat16 or float16, got ",
-          torch::headeronly::toString(dtype));
+ParamDtype param_dtype(const char* role, size_t index, int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) {
+    return ParamDtype::kFloat32;
   }
+  if (dtype == aoti_torch_dtype_float64()) {
+    return ParamDtype::kFloat64;
+  }
+  if (dtype == aoti_torch_dtype_bfloat16()) {
+    return ParamDtype::kBFloat16;
+  }
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), role, "[", index,
+      "] must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+  return ParamDtype::kFloat16;
 }
 
-// The order of the state's memory, which the kernels follow.
-struct Order {
-  IntHeaderOnlyArrayRef sizes;
-  IntHeaderOnlyArrayRef strides;
-};
+int32_t state_dtype(ParamDtype dtype) {
+  return dtype == ParamDtype::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
 
-const StridedLayout* strided_layout(const Tensor& tensor, const Order& order, BucketStep& bucket) {
-  const auto strides = tensor.strides();
-  if (same_strides(order.sizes, strides, order.strides)) {
+// Where a tensor's elements lie in the order of `order`, or nullptr: as there.
+std::unique_ptr<const StridedLayout> strided_layout(
+    const TensorView& tensor, const TensorView& order) {
+  if (tensor.numel == 0 || same_strides(order.sizes, tensor.strides, order.strides)) {
     return nullptr;
   }
-  auto& layout = bucket.layouts.emplace_back();
+  auto layout = std::make_unique<StridedLayout>();
   for (const size_t d : memory_order(order.sizes, order.strides)) {
-    const bool merges = !layout.sizes.empty() && layout.strides.back() == strides[d] * order.sizes[d];
-    if (merges) {
-      layout.sizes.back() *= order.sizes[d];
-      layout.strides.back() = strides[d];
+    const int64_t size = order.sizes[d];
+    const int64_t stride = tensor.strides[d];
+    if (!layout->sizes.empty() && layout->strides.back() == stride * size) {
+      layout->sizes.back() *= size;
+      layout->strides.back() = stride;
     } else {
-      layout.sizes.push_back(order.sizes[d]);
-      layout.strides.push_back(strides[d]);
+      layout->sizes.push_back(size);
+      layout->strides.push_back(stride);
     }
   }
-  return &layout;
+  return layout;
 }
 
-void check_gradient(size_t i, const Tensor& param, const Tensor& grad) {
-  check_cpu_strided("params", i, param);
-  check_cpu_strided("grads", i, grad);
-  check_dtype("grads", i, grad.scalar_type(), param.scalar_type());
-  check_sizes("grads", i, grad.sizes(), param.sizes());
+TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) {
+  const TensorView view_of_grad = view("grads", i, grad);
+  check_dtype("grads", i, view_of_grad.dtype, param.dtype);
+  check_sizes("grads", i, view_of_grad.sizes, param.sizes);
+  return view_of_grad;
 }
 
-// A parameter and its gradient in the memory order of `order`.
-TensorStep describe_gradient(size_t i, const Tensor& param, const Tensor& grad, const Order& order, BucketStep& bucket) {
-  TensorStep tensor{};
-  tensor.dtype = param_dtype(i, param.scalar_type());
-  tensor.numel = param.numel();
-  tensor.param = param.data_ptr();
-  tensor.grad = grad.data_ptr();
-  if (tensor.numel > 0) {
-    tensor.param_layout = strided_layout(param, order, bucket);
-    tensor.grad_layout = strided_layout(grad, order, bucket);
-  }
+// Puts a parameter and its gradient in the memory order of `order`.
+void describe_gradient(size_t i, const TensorView& param, const TensorView& grad,
+    const TensorView& order, TensorStep& tensor) {
+  tensor.dtype = param_dtype("params", i, param.dtype);
+  tensor.numel = param.numel;
+  tensor.param = param.data;
+  tensor.grad = grad.data;
+  tensor.param_layout = strided_layout(param, order);
+  tensor.grad_layout = strided_layout(grad, order);
   tensor.slot = kNoSlot;
-  return tensor;
 }
 
-// A state tensor of the parameter's shape, in the memory order of exp_avg.
-void* state_data(const char* role, size_t i, const Tensor& state, const Order& order, ScalarType dtype) {
-  check_cpu_strided(role, i, state);
-  check_dtype(role, i, state.scalar_type(), dtype);
-  check_sizes(role, i, state.sizes(), order.sizes);
-  check_strides(role, i, order.sizes, state.strides(), order.strides);
-  return state.data_ptr();
+// A state tensor of the parameter's shape.
+void* state_data(const char* role, size_t i, const Tensor& tensor, const TensorView& order) {
+  const TensorView state = view(role, i, tensor);
+  check_dtype(role, i, state.dtype, order.dtype);
+  check_sizes(role, i, state.sizes, order.sizes);
+  check_strides(role, i, order.sizes, state.strides, order.strides);
+  return state.data;
 }
 
-void describe_buffer(size_t i, const Tensor& buffer, const Order& order, ScalarType dtype, TensorStep& tensor) {
-  check_cpu_strided("critical_buffers", i, buffer);
-  check_dtype("critical_buffers", i, buffer.scalar_type(), dtype);
-  const auto sizes = buffer.sizes();
-  const auto strides = buffer.strides();
-  STD_TORCH_CHECK(
-      sizes.size() == order.sizes.size() + 1 && sizes[0] >= 1 &&
-          std::equal(order.sizes.begin(), order.sizes.end(), sizes.begin() + 1),
+void describe_buffer(
+    size_t i, const Tensor& critical_buffer, const TensorView& order, TensorStep& tensor) {
+  const TensorView buffer = view("critical_buffers", i, critical_buffer);
+  check_dtype("critical_buffers", i, buffer.dtype, order.dtype);
+  STD_TORCH_CHECK(buffer.sizes.size() == order.sizes.size() + 1 && buffer.sizes[0] >= 1 &&
+                      std::equal(order.sizes.begin(), order.sizes.end(), buffer.sizes.begin() + 1),
       "critical_buffers[", i, "] must have shape (capacity, *", to_string(order.sizes), "), got ",
-      to_string(sizes));
-  tensor.capacity = sizes[0];
-  const IntHeaderOnlyArrayRef slot_strides(strides.data() + 1, order.strides.size());
+      to_string(buffer.sizes));
+  tensor.capacity = buffer.sizes[0];
+  const IntHeaderOnlyArrayRef slot_strides(buffer.strides.data() + 1, order.strides.size());
   if (tensor.numel > 0) {
     check_strides("critical_buffers", i, order.sizes, slot_strides, order.strides);
-    STD_TORCH_CHECK(
-        tensor.capacity == 1 || strides[0] == tensor.numel, "critical_buffers[", i,
-        "] must hold its slots one after the other, ", tensor.numel, " elements apart, got ", strides[0]);
+    STD_TORCH_CHECK(tensor.capacity == 1 || buffer.strides[0] == tensor.numel, "critical_buffers[",
+        i, "] must hold its slots one after the other, ", tensor.numel, " elements apart, got ",
+        buffer.strides[0]);
   }
-  tensor.critical_buffer = buffer.data_ptr();
+  tensor.critical_buffer = buffer.data;
 }
 
-Order order_of(size_t i, const Tensor& exp_avg) {
-  const Order order{exp_avg.sizes(), exp_avg.strides()};
+void read_pending_slot(size_t i, TensorStep& tensor) {
+  tensor.slot = *tensor.pending_slot;
+  STD_TORCH_CHECK(tensor.slot >= kNoSlot && tensor.slot < tensor.capacity, "pending_slots[", i,
+      "] must be in [-1, ", tensor.capacity, "), got ", tensor.slot);
+}
+
+void read_step_count(size_t i, TensorStep& tensor) {
+  const float count = *tensor.step_count;
   STD_TORCH_CHECK(
-      exp_avg.numel() == 0 || exp_avg.is_contiguous() || is_dense(order.sizes, order.strides),
-      "exp_avgs[", i, "] must fill its memory without gaps or overlaps, got shape ",
-      to_string(order.sizes), " and strides ", to_string(order.strides));
-  return order;
+      count >= 0.0F && std::isfinite(count), "steps[", i, "] must be finite and >= 0, got ", count);
+  tensor.step = static_cast<int64_t>(count) + 1;
 }
 
-ScalarType state_dtype(ParamDtype dtype) {
-  return dtype == ParamDtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
-int64_t next_step(size_t i, const Tensor& step) {
-  check_bookkeeping("steps", i, step, 1, ScalarType::Float);
-  const float value = *static_cast<const float*>(step.data_ptr());
-  STD_TORCH_CHECK(value >= 0.0F && std::isfinite(value), "steps[", i, "] must be finite and >= 0, got ", value);
-  return static_cast<int64_t>(value) + 1;
+int64_t* pending_slot_data(size_t i, const Tensor& pending_slot) {
+  return bookkeeping<int64_t>("pending_slots", i, pending_slot, 1, aoti_torch_dtype_int64());
 }
 
 // 1 - beta^t in float64. Tensors of a group mostly share their t, so the last result is kept.
@@ -183,70 +198,107 @@ class BiasCorrections {
   double bias_correction2_ = 0.0;
 };
 
-TensorStep describe(
-    size_t i, const BucketTensors& tensors, const Tensor& grad, const StepOptions& options,
-    BucketStep& bucket) {
-  const Tensor& param = tensors.params[i];
-  check_gradient(i, param, grad);
-  const Order order = order_of(i, tensors.exp_avgs[i]);
-  check_sizes("exp_avgs", i, order.sizes, param.sizes());
-  auto tensor = describe_gradient(i, param, grad, order, bucket);
-  STD_TORCH_CHECK(
-      tensor.param_layout == nullptr || has_no_overlap(order.sizes, param.strides()), "params[", i,
-      "] must not hold two elements in one place (an expanded tensor?), got shape ",
-      to_string(order.sizes), " and strides ", to_string(param.strides()));
-  const ScalarType dtype = state_dtype(tensor.dtype);
-  tensor.exp_avg = state_data("exp_avgs", i, tensors.exp_avgs[i], order, dtype);
-  tensor.exp_avg_sq = state_data("exp_avg_sqs", i, tensors.exp_avg_sqs[i], order, dtype);
+// Checks the state of parameter i and takes its addresses.
+void describe_state(
+    size_t i, const BucketTensors& tensors, const TensorView& order, TensorStep& tensor) {
+  STD_TORCH_CHECK(order.numel == 0 || is_dense(order.sizes, order.strides), "exp_avgs[", i,
+      "] must fill its memory without gaps or overlaps, got shape ", to_string(order.sizes),
+      " and strides ", to_string(order.strides));
+  tensor.exp_avg = order.data;
+  tensor.exp_avg_sq = state_data("exp_avg_sqs", i, tensors.exp_avg_sqs[i], order);
   if (!tensors.max_exp_avg_sqs.empty()) {
-    tensor.max_exp_avg_sq = state_data("max_exp_avg_sqs", i, tensors.max_exp_avg_sqs[i], order, dtype);
+    tensor.max_exp_avg_sq = state_data("max_exp_avg_sqs", i, tensors.max_exp_avg_sqs[i], order);
   }
   if (!tensors.critical_sums.empty()) {
-    tensor.critical_sum = state_data("critical_sums", i, tensors.critical_sums[i], order, dtype);
+    tensor.critical_sum = state_data("critical_sums", i, tensors.critical_sums[i], order);
   }
-  describe_buffer(i, tensors.critical_buffers[i], order, dtype, tensor);
-  check_bookkeeping("priorities", i, tensors.priorities[i], tensor.capacity, ScalarType::Float);
-  tensor.step = next_step(i, tensors.steps[i]);
-  const auto* keys = static_cast<const float*>(tensors.priorities[i].data_ptr());
-  // An empty buffer's sum is 0 whatever divides it.
-  tensor.mean_divisor = options.mean_over_capacity
-      ? tensor.capacity
-      : std::max<int64_t>(count_filled(keys, tensor.capacity), 1);
-  return tensor;
+  describe_buffer(i, tensors.critical_buffers[i], order, tensor);
+  tensor.priorities = bookkeeping<float>(
+      "priorities", i, tensors.priorities[i], tensor.capacity, aoti_torch_dtype_float32());
+  if (!tensors.pending_slots.empty()) {
+    tensor.pending_slot = pending_slot_data(i, tensors.pending_slots[i]);
+  }
+  tensor.step_count =
+      bookkeeping<float>("steps", i, tensors.steps[i], 1, aoti_torch_dtype_float32());
+  tensor.has_state = true;
 }
 
-// Checks everything; a step of what it returns cannot fail.
-BucketStep describe_bucket(
-    const BucketTensors& tensors, const Tensors& grads, const StepOptions& options) {
+// Whether a state tensor of parameter i lies elsewhere than when its addresses were taken.
+bool state_moved(
+    size_t i, const BucketTensors& tensors, const TensorView& order, const TensorStep& tensor) {
+  const auto moved = [i](const Tensors& list, const void* address) {
+    return !list.empty() && list[i].data_ptr() != address;
+  };
+  return order.data != tensor.exp_avg || moved(tensors.exp_avg_sqs, tensor.exp_avg_sq) ||
+         moved(tensors.max_exp_avg_sqs, tensor.max_exp_avg_sq) ||
+         moved(tensors.critical_buffers, tensor.critical_buffer) ||
+         moved(tensors.critical_sums, tensor.critical_sum) ||
+         moved(tensors.priorities, tensor.priorities) ||
+         moved(tensors.pending_slots, tensor.pending_slot) ||
+         moved(tensors.steps, tensor.step_count);
+}
+
+// Describes parameter i's part in this step. What `tensor` knows of the state from an earlier step
+// is kept where it still holds.
+void describe(size_t i, const BucketTensors& tensors, const Tensor& grad,
+    const StepOptions& options, TensorStep& tensor) {
+  const TensorView param = view("params", i, tensors.params[i]);
+  const TensorView order = view("exp_avgs", i, tensors.exp_avgs[i]);
+  check_sizes("exp_avgs", i, order.sizes, param.sizes);
+  describe_gradient(i, param, view_gradient(i, param, grad), order, tensor);
+  check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
+  STD_TORCH_CHECK(tensor.param_layout == nullptr || has_no_overlap(param.sizes, param.strides),
+      "params[", i, "] must not hold two elements in one place (an expanded tensor?), got shape ",
+      to_string(param.sizes), " and strides ", to_string(param.strides));
+  if (!tensor.has_state || state_moved(i, tensors, order, tensor)) {
+    describe_state(i, tensors, order, tensor);
+  }
+  if (tensor.pending_slot != nullptr) {
+    read_pending_slot(i, tensor);
+  }
+  read_step_count(i, tensor);
+  // An empty buffer's sum is 0 whatever divides it.
+  tensor.mean_divisor =
+      options.mean_over_capacity
+          ? tensor.capacity
+          : std::max<int64_t>(count_filled(tensor.priorities, tensor.capacity), 1);
+}
+
+void check_lengths(const BucketTensors& tensors, const Tensors& grads) {
   const size_t count = tensors.params.size();
   const auto optional_length = [&](const Tensors& list) { return list.empty() ? 0 : count; };
   check_length("grads", grads.size(), count);
   check_length("exp_avgs", tensors.exp_avgs.size(), count);
   check_length("exp_avg_sqs", tensors.exp_avg_sqs.size(), count);
-  check_length("max_exp_avg_sqs", tensors.max_exp_avg_sqs.size(), optional_length(tensors.max_exp_avg_sqs));
+  check_length(
+      "max_exp_avg_sqs", tensors.max_exp_avg_sqs.size(), optional_length(tensors.max_exp_avg_sqs));
   check_length("critical_buffers", tensors.critical_buffers.size(), count);
-  check_length("critical_sums", tensors.critical_sums.size(), optional_length(tensors.critical_sums));
+  check_length(
+      "critical_sums", tensors.critical_sums.size(), optional_length(tensors.critical_sums));
   check_length("priorities", tensors.priorities.size(), count);
+  check_length(
+      "pending_slots", tensors.pending_slots.size(), optional_length(tensors.pending_slots));
   check_length("steps", tensors.steps.size(), count);
-  BucketStep bucket;
-  bucket.tensors.reserve(count);
+}
+
+// Checks everything; a step of what it describes cannot fail. Runs over tensors in parallel: with
+// many small ones the time goes into cache misses on their metadata.
+void describe_bucket(const BucketTensors& tensors, const Tensors& grads, const StepOptions& options,
+    BucketStep& bucket) {
+  check_lengths(tensors, grads);
+  bucket.resize(tensors.params.size());
+  FirstError error;
+  const auto count = static_cast<int64_t>(bucket.size());
+  torch::stable::parallel_for(0, count, kTensorGrainSize, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      error.run(i, [&] { describe(i, tensors, grads[i], options, bucket[i]); });
+    }
+  });
+  error.rethrow();
   BiasCorrections bias_corrections(options);
-  for (size_t i = 0; i < count; ++i) {
-    bucket.tensors.push_back(describe(i, tensors, grads[i], options, bucket));
-    bias_corrections.set(bucket.tensors.back());
+  for (auto& tensor : bucket) {
+    bias_corrections.set(tensor);
   }
-  return bucket;
-}
-
-int64_t& slot_of(const Tensor& pending_slot) {
-  return *static_cast<int64_t*>(pending_slot.data_ptr());
-}
-
-void check_pending_slot(size_t i, const Tensor& pending_slot, int64_t capacity) {
-  check_bookkeeping("pending_slots", i, pending_slot, 1, ScalarType::Long);
-  const int64_t slot = slot_of(pending_slot);
-  STD_TORCH_CHECK(
-      slot >= kNoSlot && slot < capacity, "pending_slots[", i, "] must be in [-1, ", capacity, "), got ", slot);
 }
 
 struct Chunk {
@@ -263,7 +315,7 @@ int64_t count_chunks(const TensorStep& tensor) {
 std::vector<double> run(ChunkKernel kernel, const BucketStep& bucket, const StepOptions& options) {
   std::vector<Chunk> chunks;
   int64_t numel = 0;
-  for (const auto& tensor : bucket.tensors) {
+  for (const auto& tensor : bucket) {
     for (int64_t index = 0; index < count_chunks(tensor); ++index) {
       chunks.push_back({&tensor, index});
     }
@@ -283,9 +335,9 @@ std::vector<double> run(ChunkKernel kernel, const BucketStep& bucket, const Step
 // Adds up each tensor's chunks in order.
 std::vector<double> sq_norms(const BucketStep& bucket, const std::vector<double>& chunk_sq_norms) {
   std::vector<double> result;
-  result.reserve(bucket.tensors.size());
+  result.reserve(bucket.size());
   auto next = chunk_sq_norms.begin();
-  for (const auto& tensor : bucket.tensors) {
+  for (const auto& tensor : bucket) {
     const auto end = next + count_chunks(tensor);
     result.push_back(std::accumulate(next, end, 0.0));
     next = end;
@@ -301,13 +353,12 @@ std::optional<double> read_sq_norm(const std::optional<Tensor>& sq_norm) {
   if (!sq_norm.has_value()) {
     return std::nullopt;
   }
-  check_bookkeeping("sq_norm", 0, *sq_norm, 1, ScalarType::Double);
-  return *static_cast<const double*>(sq_norm->data_ptr());
+  return *bookkeeping<double>("sq_norm", 0, *sq_norm, 1, aoti_torch_dtype_float64());
 }
 
 // The keys with which the bucket's tensors ask for a slot.
-std::vector<float> priority_keys(
-    const BucketStep& bucket, const std::vector<double>& chunk_sq_norms, const StepOptions& options,
+std::vector<float> priority_keys(const BucketStep& bucket,
+    const std::vector<double>& chunk_sq_norms, const StepOptions& options,
     std::optional<double> group_sq_norm) {
   const auto tensor_sq_norms = sq_norms(bucket, chunk_sq_norms);
   const double group = group_sq_norm.value_or(total(tensor_sq_norms));
@@ -319,82 +370,76 @@ std::vector<float> priority_keys(
   return keys;
 }
 
-// Admission and decay for tensor i; returns the slot its item takes.
-int64_t update_priorities(const Tensor& priorities, int64_t capacity, float key, const StepOptions& options) {
-  auto* keys = static_cast<float*>(priorities.data_ptr());
-  const int64_t slot = admit(keys, capacity, key);
-  decay(keys, capacity, static_cast<float>(options.priority_decay));
+// Admission, decay and step count of one tensor; returns the slot its item takes.
+int64_t update_bookkeeping(const TensorStep& tensor, float key, const StepOptions& options) {
+  const int64_t slot = admit(tensor.priorities, tensor.capacity, key);
+  decay(tensor.priorities, tensor.capacity, static_cast<float>(options.priority_decay));
+  *tensor.step_count = static_cast<float>(tensor.step);
   return slot;
 }
 
-void write_step(const Tensor& step, const TensorStep& tensor) {
-  *static_cast<float*>(step.data_ptr()) = static_cast<float>(tensor.step);
-}
-
-void step_critical_momenta(
-    const BucketTensors& tensors, const Tensors& grads, const std::optional<Tensor>& sq_norm,
-    const StepOptions& options) {
-  auto bucket = describe_bucket(tensors, grads, options);
+void step_critical_momenta(const BucketTensors& tensors, const Tensors& grads,
+    const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
   check_length("pending_slots", tensors.pending_slots.size(), tensors.params.size());
-  for (size_t i = 0; i < bucket.tensors.size(); ++i) {
-    check_pending_slot(i, tensors.pending_slots[i], bucket.tensors[i].capacity);
-    bucket.tensors[i].slot = slot_of(tensors.pending_slots[i]);
-  }
+  describe_bucket(tensors, grads, options, bucket);
   const auto group_sq_norm = read_sq_norm(sq_norm);
   const auto chunk_sq_norms = run(kernels().adam_cm, bucket, options);
   const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
-  for (size_t i = 0; i < bucket.tensors.size(); ++i) {
-    slot_of(tensors.pending_slots[i]) =
-        update_priorities(tensors.priorities[i], bucket.tensors[i].capacity, keys[i], options);
-    write_step(tensors.steps[i], bucket.tensors[i]);
+  for (size_t i = 0; i < bucket.size(); ++i) {
+    *bucket[i].pending_slot = update_bookkeeping(bucket[i], keys[i], options);
   }
 }
 
-void step_critical_gradients(
-    const BucketTensors& tensors, const Tensors& grads, const std::optional<Tensor>& sq_norm,
-    const StepOptions& options) {
-  auto bucket = describe_bucket(tensors, grads, options);
+void step_critical_gradients(const BucketTensors& tensors, const Tensors& grads,
+    const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
+  describe_bucket(tensors, grads, options, bucket);
   const auto group_sq_norm = read_sq_norm(sq_norm);
   // The gradient is gone by the next step: its norm comes first, so that it can be stored at once.
   const auto chunk_sq_norms = run(kernels().sq_norm, bucket, options);
   const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
-  for (size_t i = 0; i < bucket.tensors.size(); ++i) {
-    auto& tensor = bucket.tensors[i];
-    tensor.slot = update_priorities(tensors.priorities[i], tensor.capacity, keys[i], options);
-    write_step(tensors.steps[i], tensor);
+  for (size_t i = 0; i < bucket.size(); ++i) {
+    bucket[i].slot = update_bookkeeping(bucket[i], keys[i], options);
   }
   run(kernels().adam_cg, bucket, options);
 }
 
-void adam_cm_(
-    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
-    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
+void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+    Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
+    Tensors pending_slots, Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1,
+    double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
+    bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
+  BucketStep bucket;
+  step_critical_momenta(
+      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+          std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
+          std::move(pending_slots), std::move(steps)},
+      grads, sq_norm,
+      {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
+          eps_inside_sqrt, maximize, decoupled_weight_decay},
+      bucket);
+}
+
+void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+    Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
     Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
     double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
     bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
-  step_critical_momenta(
-      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-       std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
-       std::move(pending_slots), std::move(steps)},
-      grads, sq_norm,
-      {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-       eps_inside_sqrt, maximize, decoupled_weight_decay});
-}
-
-void adam_cg_(
-    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
-    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors steps,
-    std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
-    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
-    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
+  BucketStep bucket;
   step_critical_gradients(
       {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-       std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
-       std::move(steps)},
+          std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
+          std::move(steps)},
       grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-       eps_inside_sqrt, maximize, decoupled_weight_decay});
+          eps_inside_sqrt, maximize, decoupled_weight_decay},
+      bucket);
 }
+
+struct HeldBucket {
+  BucketTensors tensors;
+  // What the last step knew of them.
+  BucketStep described;
+};
 
 // The buckets handed over with hold_bucket. Never destroyed: tensors must not be released after
 // torch's own statics are gone.
@@ -407,11 +452,11 @@ class HeldBuckets {
 
   int64_t add(BucketTensors tensors) {
     const std::lock_guard lock(mutex_);
-    buckets_.emplace(++last_id_, std::make_shared<const BucketTensors>(std::move(tensors)));
+    buckets_.emplace(++last_id_, std::make_shared<HeldBucket>(HeldBucket{std::move(tensors), {}}));
     return last_id_;
   }
 
-  std::shared_ptr<const BucketTensors> get(int64_t id) {
+  std::shared_ptr<HeldBucket> get(int64_t id) {
     const std::lock_guard lock(mutex_);
     const auto found = buckets_.find(id);
     STD_TORCH_CHECK(found != buckets_.end(), "bucket must be one that is held, got ", id);
@@ -419,7 +464,7 @@ class HeldBuckets {
   }
 
   void remove(int64_t id) {
-    std::shared_ptr<const BucketTensors> released; // outlives the lock
+    std::shared_ptr<HeldBucket> released;  // outlives the lock
     const std::lock_guard lock(mutex_);
     if (const auto found = buckets_.find(id); found != buckets_.end()) {
       released = std::move(found->second);
@@ -429,38 +474,36 @@ class HeldBuckets {
 
  private:
   std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const BucketTensors>> buckets_;
+  std::unordered_map<int64_t, std::shared_ptr<HeldBucket>> buckets_;
   int64_t last_id_ = 0;
 };
 
-int64_t hold_bucket(
-    Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+int64_t hold_bucket(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
     Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
     Tensors steps) {
-  return HeldBuckets::instance().add(
-      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-       std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
-       std::move(pending_slots), std::move(steps)});
+  return HeldBuckets::instance().add({std::move(params), std::move(exp_avgs),
+      std::move(exp_avg_sqs), std::move(max_exp_avg_sqs), std::move(critical_buffers),
+      std::move(critical_sums), std::move(priorities), std::move(pending_slots), std::move(steps)});
 }
 
 void release_bucket(int64_t bucket) {
   HeldBuckets::instance().remove(bucket);
 }
 
-void step_bucket_(
-    int64_t bucket, Tensors grads, std::optional<Tensor> sq_norm, bool critical_gradients, double lr,
-    double beta1, double beta2, double eps, double weight_decay, double priority_decay,
-    bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
-    bool decoupled_weight_decay) {
-  const auto tensors = HeldBuckets::instance().get(bucket);
+void step_bucket_(int64_t bucket, Tensors grads, std::optional<Tensor> sq_norm,
+    bool critical_gradients, double lr, double beta1, double beta2, double eps, double weight_decay,
+    double priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt,
+    bool maximize, bool decoupled_weight_decay) {
+  const auto held = HeldBuckets::instance().get(bucket);
   const auto step = critical_gradients ? &step_critical_gradients : &step_critical_momenta;
-  step(
-      *tensors, grads, sq_norm,
+  step(held->tensors, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-       eps_inside_sqrt, maximize, decoupled_weight_decay});
+          eps_inside_sqrt, maximize, decoupled_weight_decay},
+      held->described);
 }
 
-Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize, bool decoupled_weight_decay) {
+Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize,
+    bool decoupled_weight_decay) {
   StepOptions options{};
   options.weight_decay = weight_decay;
   options.maximize = maximize;
@@ -468,41 +511,42 @@ Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize
   check_length("grads", grads.size(), params.size());
   BucketStep bucket;
   for (size_t i = 0; i < params.size(); ++i) {
-    check_gradient(i, params[i], grads[i]);
-    const Order order{grads[i].sizes(), grads[i].strides()};
-    bucket.tensors.push_back(describe_gradient(i, params[i], grads[i], order, bucket));
+    const TensorView param = view("params", i, params[i]);
+    const TensorView grad = view_gradient(i, param, grads[i]);
+    describe_gradient(i, param, grad, grad, bucket.emplace_back());
   }
   auto result = torch::stable::empty({}, ScalarType::Double);
-  *static_cast<double*>(result.data_ptr()) = total(sq_norms(bucket, run(kernels().sq_norm, bucket, options)));
+  *static_cast<double*>(result.data_ptr()) =
+      total(sq_norms(bucket, run(kernels().sq_norm, bucket, options)));
   return result;
 }
 
-void commit_(Tensors exp_avgs, Tensors critical_buffers, Tensors critical_sums, Tensors pending_slots) {
+void commit_(
+    Tensors exp_avgs, Tensors critical_buffers, Tensors critical_sums, Tensors pending_slots) {
   check_length("critical_buffers", critical_buffers.size(), exp_avgs.size());
   check_length("critical_sums", critical_sums.size(), critical_sums.empty() ? 0 : exp_avgs.size());
   check_length("pending_slots", pending_slots.size(), exp_avgs.size());
   BucketStep bucket;
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
-    const Order order = order_of(i, exp_avgs[i]);
+    const TensorView order = view("exp_avgs", i, exp_avgs[i]);
     TensorStep tensor{};
-    const ScalarType dtype = exp_avgs[i].scalar_type();
-    tensor.dtype = param_dtype(i, dtype);
-    check_dtype("exp_avgs", i, dtype, state_dtype(tensor.dtype));
-    tensor.numel = exp_avgs[i].numel();
-    tensor.exp_avg = state_data("exp_avgs", i, exp_avgs[i], order, dtype);
-    describe_buffer(i, critical_buffers[i], order, dtype, tensor);
+    tensor.dtype = param_dtype("exp_avgs", i, order.dtype);
+    check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
+    tensor.numel = order.numel;
+    tensor.exp_avg = order.data;
+    describe_buffer(i, critical_buffers[i], order, tensor);
     if (!critical_sums.empty()) {
-      tensor.critical_sum = state_data("critical_sums", i, critical_sums[i], order, dtype);
+      tensor.critical_sum = state_data("critical_sums", i, critical_sums[i], order);
     }
-    check_pending_slot(i, pending_slots[i], tensor.capacity);
-    tensor.slot = slot_of(pending_slots[i]);
+    tensor.pending_slot = pending_slot_data(i, pending_slots[i]);
+    read_pending_slot(i, tensor);
     if (tensor.slot != kNoSlot) {
-      bucket.tensors.push_back(tensor);
+      bucket.push_back(std::move(tensor));
     }
   }
   run(kernels().commit, bucket, {});
-  for (const auto& pending_slot : pending_slots) {
-    slot_of(pending_slot) = kNoSlot;
+  for (const auto& tensor : bucket) {
+    *tensor.pending_slot = kNoSlot;
   }
 }
 
@@ -510,7 +554,7 @@ std::string cpu_capability() {
   return kernels().name;
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CPU, m) {
   m.impl("adam_cm_", TORCH_BOX(&adam_cm_));
@@ -526,4 +570,4 @@ STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 
-} // namespace cm_fused
+}  // namespace cm_fused

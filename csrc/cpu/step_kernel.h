@@ -68,9 +68,8 @@ inline void for_each_run(const StridedLayout& layout, int64_t begin, int64_t n, 
 // A block's elements in the state's type: the tensor's own memory where that serves, else a copy
 // in `scratch`.
 template <typename state_t, typename data_t>
-inline auto load_block(
-    data_t* data, const StridedLayout* layout, int64_t begin, int64_t n, state_t* scratch)
-    -> std::conditional_t<std::is_const_v<data_t>, const state_t*, state_t*> {
+inline auto load_block(data_t* data, const StridedLayout* layout, int64_t begin, int64_t n,
+    state_t* scratch) -> std::conditional_t<std::is_const_v<data_t>, const state_t*, state_t*> {
   if (layout != nullptr) {
     for_each_run(*layout, begin, n, [&](int64_t offset, int64_t at, int64_t count, int64_t stride) {
       for (int64_t i = 0; i < count; ++i) {
@@ -112,8 +111,8 @@ inline bool adds_l2_term(const StepOptions& options) {
 
 // The gradient the step uses: negated to maximize, plus the L2 term.
 template <typename state_t>
-inline const state_t* effective_gradient(
-    const state_t* grad, const state_t* param, int64_t n, const StepOptions& options, state_t* scratch) {
+inline const state_t* effective_gradient(const state_t* grad, const state_t* param, int64_t n,
+    const StepOptions& options, state_t* scratch) {
   const bool l2 = adds_l2_term(options);
   if (!options.maximize && !l2) {
     return grad;
@@ -160,8 +159,7 @@ struct SquareSum {
 
 // Sum of the slots over a block, in slot order. `slots` points at the block in slot 0.
 template <typename state_t>
-inline void sum_slots(
-    const state_t* __restrict slots, int64_t numel, int64_t capacity, int64_t n,
+inline void sum_slots(const state_t* __restrict slots, int64_t numel, int64_t capacity, int64_t n,
     state_t* __restrict sum) {
   for (int64_t i = 0; i < n; ++i) {
     sum[i] = slots[i];
@@ -201,9 +199,9 @@ inline bool rebuilds_sum(const TensorStep& tensor, int64_t chunk) {
 // The buffer over one block: slots and, where one is kept, the running sum.
 template <typename state_t>
 struct BufferBlock {
-  state_t* slots; // the block in slot 0
-  state_t* sum; // nullptr: no running sum
-  state_t* slot; // the block in the slot to be replaced, or nullptr
+  state_t* slots;  // the block in slot 0
+  state_t* sum;    // nullptr: no running sum
+  state_t* slot;   // the block in the slot to be replaced, or nullptr
   bool from_slots;
 };
 
@@ -211,18 +209,15 @@ template <typename state_t>
 inline BufferBlock<state_t> buffer_block(const TensorStep& tensor, int64_t chunk, int64_t begin) {
   auto* slots = static_cast<state_t*>(tensor.critical_buffer) + begin;
   auto* sum = static_cast<state_t*>(tensor.critical_sum);
-  return {
-      slots,
-      sum == nullptr ? nullptr : sum + begin,
+  return {slots, sum == nullptr ? nullptr : sum + begin,
       tensor.slot == kNoSlot ? nullptr : slots + tensor.slot * tensor.numel,
       sum == nullptr || rebuilds_sum(tensor, chunk)};
 }
 
 // The sum over the slots after `item`, last step's momentum, took its slot: the deferred commit.
 template <typename state_t>
-inline const state_t* commit_then_sum(
-    const TensorStep& tensor, const BufferBlock<state_t>& buffer, const state_t* item, int64_t n,
-    state_t* scratch) {
+inline const state_t* commit_then_sum(const TensorStep& tensor, const BufferBlock<state_t>& buffer,
+    const state_t* item, int64_t n, state_t* scratch) {
   if (buffer.slot != nullptr) {
     put_in_slot(item, buffer.slot, buffer.from_slots ? nullptr : buffer.sum, n);
   }
@@ -236,9 +231,8 @@ inline const state_t* commit_then_sum(
 
 // The sum over the slots before `item`, this step's gradient, takes its slot.
 template <typename state_t>
-inline const state_t* sum_then_commit(
-    const TensorStep& tensor, const BufferBlock<state_t>& buffer, const state_t* item, int64_t n,
-    state_t* scratch) {
+inline const state_t* sum_then_commit(const TensorStep& tensor, const BufferBlock<state_t>& buffer,
+    const state_t* item, int64_t n, state_t* scratch) {
   const size_t bytes = static_cast<size_t>(n) * sizeof(state_t);
   if (!buffer.from_slots) {
     std::memcpy(scratch, buffer.sum, bytes);
@@ -274,24 +268,24 @@ struct Scalars {
 };
 
 template <bool kCriticalGradients, bool kAmsgrad, bool kEpsInsideSqrt, typename state_t>
-inline void update_block(
-    const Scalars<state_t>& s, int64_t n, const state_t* __restrict g,
+inline void update_block(const Scalars<state_t>& s, int64_t n, const state_t* __restrict g,
     const state_t* __restrict buffer_sum, state_t* __restrict exp_avg,
     state_t* __restrict exp_avg_sq, state_t* __restrict max_exp_avg_sq, state_t* __restrict param) {
   for (int64_t i = 0; i < n; ++i) {
-    const state_t mean = s.inverse_divisor * buffer_sum[i]; // Eq. (6)
+    const state_t mean = s.inverse_divisor * buffer_sum[i];  // Eq. (6)
     state_t aggregate;
     state_t numerator;
     if constexpr (kCriticalGradients) {
-      aggregate = g[i] + mean; // Eq. (3)
+      aggregate = g[i] + mean;  // Eq. (3)
       exp_avg[i] = s.beta1 * exp_avg[i] + s.one_minus_beta1 * aggregate;
       numerator = exp_avg[i];
     } else {
-      exp_avg[i] = s.beta1 * exp_avg[i] + s.one_minus_beta1 * g[i]; // Eq. (4)
-      aggregate = exp_avg[i] + mean; // Eq. (5)
+      exp_avg[i] = s.beta1 * exp_avg[i] + s.one_minus_beta1 * g[i];  // Eq. (4)
+      aggregate = exp_avg[i] + mean;                                 // Eq. (5)
       numerator = aggregate;
     }
-    exp_avg_sq[i] = s.beta2 * exp_avg_sq[i] + s.one_minus_beta2 * (aggregate * aggregate); // Eq. (5)
+    exp_avg_sq[i] =
+        s.beta2 * exp_avg_sq[i] + s.one_minus_beta2 * (aggregate * aggregate);  // Eq. (5)
     state_t second_moment = exp_avg_sq[i];
     if constexpr (kAmsgrad) {
       // In this order a NaN in exp_avg_sq is kept.
@@ -299,8 +293,9 @@ inline void update_block(
       max_exp_avg_sq[i] = second_moment;
     }
     const state_t corrected = second_moment / s.bias_correction2;
-    const state_t denominator = kEpsInsideSqrt ? std::sqrt(corrected + s.eps) : std::sqrt(corrected) + s.eps;
-    param[i] = s.decay_factor * param[i] - s.step_size * (numerator / denominator); // Eq. (7)
+    const state_t denominator =
+        kEpsInsideSqrt ? std::sqrt(corrected + s.eps) : std::sqrt(corrected) + s.eps;
+    param[i] = s.decay_factor * param[i] - s.step_size * (numerator / denominator);  // Eq. (7)
   }
 }
 
@@ -351,18 +346,19 @@ double step_chunk(const TensorStep& tensor, const StepOptions& options, int64_t 
   auto* const param_data = static_cast<param_t*>(tensor.param);
   const auto* const grad_data = static_cast<const param_t*>(tensor.grad);
   const bool amsgrad = tensor.max_exp_avg_sq != nullptr;
-  const auto update = amsgrad
-      ? (options.eps_inside_sqrt ? &update_block<kCriticalGradients, true, true, state_t>
-                                 : &update_block<kCriticalGradients, true, false, state_t>)
-      : (options.eps_inside_sqrt ? &update_block<kCriticalGradients, false, true, state_t>
-                                 : &update_block<kCriticalGradients, false, false, state_t>);
+  const auto update =
+      amsgrad
+          ? (options.eps_inside_sqrt ? &update_block<kCriticalGradients, true, true, state_t>
+                                     : &update_block<kCriticalGradients, true, false, state_t>)
+          : (options.eps_inside_sqrt ? &update_block<kCriticalGradients, false, true, state_t>
+                                     : &update_block<kCriticalGradients, false, false, state_t>);
   SquareSum squares;
   const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
   for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
     const int64_t n = std::min(kBlockSize, chunk_end - begin);
     prefetch_block<state_t, param_t>(tensor, begin + kPrefetchDistance);
-    state_t* param = load_block(param_data, tensor.param_layout, begin, n, param_scratch);
-    const state_t* g = load_block(grad_data, tensor.grad_layout, begin, n, grad_scratch);
+    state_t* param = load_block(param_data, tensor.param_layout.get(), begin, n, param_scratch);
+    const state_t* g = load_block(grad_data, tensor.grad_layout.get(), begin, n, grad_scratch);
     g = effective_gradient(g, param, n, options, grad_scratch);
     state_t* exp_avg = static_cast<state_t*>(tensor.exp_avg) + begin;
     const auto buffer = buffer_block<state_t>(tensor, chunk, begin);
@@ -373,10 +369,9 @@ double step_chunk(const TensorStep& tensor, const StepOptions& options, int64_t 
       squares.add(g, n);
       sum = commit_then_sum<state_t>(tensor, buffer, exp_avg, n, sum_scratch);
     }
-    update(
-        scalars, n, g, sum, exp_avg, static_cast<state_t*>(tensor.exp_avg_sq) + begin,
+    update(scalars, n, g, sum, exp_avg, static_cast<state_t*>(tensor.exp_avg_sq) + begin,
         amsgrad ? static_cast<state_t*>(tensor.max_exp_avg_sq) + begin : nullptr, param);
-    store_block(param_data, tensor.param_layout, begin, n, param);
+    store_block(param_data, tensor.param_layout.get(), begin, n, param);
   }
   return squares.total();
 }
@@ -391,11 +386,11 @@ double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64
     const int64_t n = std::min(kBlockSize, chunk_end - begin);
     const state_t* param = nullptr;
     if (adds_l2_term(options)) {
-      param = load_block(
-          static_cast<const param_t*>(tensor.param), tensor.param_layout, begin, n, param_scratch);
+      param = load_block(static_cast<const param_t*>(tensor.param), tensor.param_layout.get(),
+          begin, n, param_scratch);
     }
     const state_t* g = load_block(
-        static_cast<const param_t*>(tensor.grad), tensor.grad_layout, begin, n, grad_scratch);
+        static_cast<const param_t*>(tensor.grad), tensor.grad_layout.get(), begin, n, grad_scratch);
     squares.add(effective_gradient(g, param, n, options, grad_scratch), n);
   }
   return squares.total();
@@ -407,8 +402,7 @@ double commit_chunk(const TensorStep& tensor, int64_t chunk) {
   for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
     const int64_t n = std::min(kBlockSize, chunk_end - begin);
     const auto buffer = buffer_block<state_t>(tensor, chunk, begin);
-    put_in_slot(
-        static_cast<const state_t*>(tensor.exp_avg) + begin, buffer.slot, buffer.sum, n);
+    put_in_slot(static_cast<const state_t*>(tensor.exp_avg) + begin, buffer.slot, buffer.sum, n);
   }
   return 0.0;
 }
@@ -447,15 +441,11 @@ double commit(const TensorStep& tensor, const StepOptions&, int64_t chunk) {
       tensor.dtype, [&](auto state, auto) { return commit_chunk<decltype(state)>(tensor, chunk); });
 }
 
-} // namespace cm_fused::CM_FUSED_ISA
+}  // namespace cm_fused::CM_FUSED_ISA
 
 namespace cm_fused {
 
-const Kernels CM_FUSED_KERNELS = {
-    CM_FUSED_ISA_NAME,
-    &CM_FUSED_ISA::step<false>,
-    &CM_FUSED_ISA::step<true>,
-    &CM_FUSED_ISA::sq_norm,
-    &CM_FUSED_ISA::commit};
+const Kernels CM_FUSED_KERNELS = {CM_FUSED_ISA_NAME, &CM_FUSED_ISA::step<false>,
+    &CM_FUSED_ISA::step<true>, &CM_FUSED_ISA::sq_norm, &CM_FUSED_ISA::commit};
 
-} // namespace cm_fused
+}  // namespace cm_fused

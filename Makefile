@@ -1,0 +1,73 @@
+# The commands people type. All of them work in .venv, which the first one makes.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+ARM64_CXX := aarch64-linux-gnu-g++
+
+.PHONY: help demo test check bench bench-smoke package clean
+
+help:
+	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
+	@echo "make test         run the test suite"
+	@echo "make check        format, lint, types, warnings as errors"
+	@echo "make bench        measure throughput; writes bench/results/ and the README's table"
+	@echo "make bench-smoke  run every bench once on tiny sizes"
+	@echo "make package      build wheel and sdist; train with the installed wheel elsewhere"
+	@echo "make clean        remove what the others made"
+
+# Everything a command needs, installed once: again only when the build's inputs change.
+$(VENV)/installed: pyproject.toml setup.py $(CPP_SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+	    "cm_fused needs Python 3.10 or later, got " + sys.version.split()[0])'
+	@command -v $(CXX) >/dev/null || { echo "cm_fused needs a C++ compiler: $(CXX) not found"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja
+	CM_FUSED_BUILD=cpu $(BIN)/pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --editable ".[demo,test,bench]"
+	touch $@
+
+$(VENV)/lint: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[lint]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m bench.demo --out demo.png
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+	$(BIN)/mypy
+	CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=-Werror $(BIN)/python setup.py --quiet build_ext \
+	    --build-temp build/werror --build-lib build/werror
+	@if command -v $(ARM64_CXX) >/dev/null; then \
+	    for source in csrc/*.cpp csrc/cpu/*.cpp; do \
+	        echo "arm64: $$source"; \
+	        $(ARM64_CXX) -fsyntax-only -std=c++20 -Wall -Wextra -Werror \
+	            -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)/python -c \
+	            'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])') \
+	            $$source || exit 1; \
+	    done; \
+	else echo "arm64: not compiled, $(ARM64_CXX) is not installed"; fi
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.run
+
+bench-smoke: $(VENV)/installed
+	$(BIN)/python -m bench.run --smoke
+
+package: $(VENV)/lint
+	rm -rf dist build/installed
+	CM_FUSED_BUILD=cpu $(BIN)/python -m build --no-isolation
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
+	cd build/installed && ../../$(BIN)/python -W error ../../tests/train_installed.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info cm_fused/*.so demo.png
