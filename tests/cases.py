@@ -228,6 +228,8 @@ MIXED = Regime(
         Event(),
     ),
 )
+# As much of that as fits in a few steps.
+SHORT = Regime("short", (Event(8.0), Event(0.01), Event(missing=1), Event(1e3), Event()))
 REGIMES = (FILLING, REPLACING, SKIPPING, TIES, NEW_KEYS, MIXED)
 
 
@@ -287,8 +289,7 @@ def real(tensor: Tensor) -> Tensor:
 
 def to_array(tensor: Tensor) -> Array:
     """Return the values as a new float64 array, exactly; a complex tensor's as pairs."""
-    array: Array = real(tensor).to(torch.float64).numpy().copy()
-    return array
+    return np.array(real(tensor).to(torch.float64).numpy())
 
 
 def grads_to_arrays(grads: Grads) -> list[Array | None]:
@@ -323,4 +324,5 @@ def ulp(values: Array, dtype: torch.dtype) -> Array:
     info = torch.finfo(dtype)
     _, exponent = np.frexp(values)
     smallest = info.smallest_normal * info.eps
-    return np.maximum(np.ldexp(info.eps, exponent - 1), smallest)
+    distance: Array = np.maximum(np.ldexp(info.eps, exponent - 1), smallest)
+    return distance

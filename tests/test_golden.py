@@ -48,7 +48,12 @@ def _stored_keys(keys: NDArray[np.float32], capacity: int) -> NDArray[Any]:
 
 
 def test_float64(name: str, backend: str) -> None:
-    """The stored trajectory and final state to 1e-12 of each value, keys and counts exactly."""
+    """The stored trajectory and final state to 1e-12 of each value, keys and counts exactly.
+
+    Where the terms of a momentum cancel to a small value their roundings stay: 2e-15, nine ulps,
+    of the tensor's largest value.
+    """
+    close = relative(1e-12, 2e-15)
     run = _Run(name, torch.float64, backend)
     case, capacity = run.case, run.options.capacity
     for t in range(case.steps):
@@ -66,7 +71,7 @@ def test_float64(name: str, backend: str) -> None:
             (seen.exp_avg_sq, case.final_exp_avg_sqs[i]),
             (seen.critical_buffer[:filled], case.final_slots[i]),
         ):
-            np.testing.assert_allclose(to_array(actual), expected, rtol=1e-12, err_msg=f"{i=}")
+            close(to_array(actual), expected, f"{i=}")
         np.testing.assert_array_equal(
             seen.priorities.numpy(), _stored_keys(case.final_keys[i], capacity)
         )
@@ -110,19 +115,21 @@ def test_float32(name: str, backend: str) -> None:
 def test_half_precision(name: str, backend: str, dtype: torch.dtype) -> None:
     """A half parameter is the oracle's result for the same start, rounded once, at every step.
 
-    The bound is 0.5 ulp of the stored dtype, which is what rounding to nearest may cost, and 2 %
-    of an ulp for the update computed in float32: its result is off by some 2e-6 of the update and
-    2^-24 of the parameter, and an ulp is at least 2^-11 of the parameter. The oracle starts each
-    step from the rounded parameter, as the optimizer does.
+    Rounding to nearest costs 0.5 ulp of the stored dtype. Before it, the result in float32 is off
+    by float32's share of the old parameter and of the update: a few 1e-6 of the update, as
+    `test_float32` holds it to, and 2^-23 of the parameter. Both are less than 0.01 ulp unless the
+    two cancel. The oracle starts each step from the rounded parameter, as the optimizer does.
     """
     run = _Run(name, dtype, backend)
     oracle = OracleRun(run.params)
     for t in range(run.case.steps):
+        before = [param.copy() for param in oracle.params]
         oracle.step(run.step(t), run.options_of(t))
-        for i, param in enumerate(run.params):
+        for i, (param, old) in enumerate(zip(run.params, before, strict=True)):
             stored, expected = to_array(param), oracle.params[i]
-            error = np.abs(stored - expected) / ulp(expected, dtype)
-            assert error.max() <= 0.52, f"{t=}, params[{i}]: {error.max()} ulp"
+            in_float32 = 3e-6 * np.abs(expected - old).max() + 2.0**-23 * np.abs(old)
+            excess = np.abs(stored - expected) - 0.5 * ulp(expected, dtype) - in_float32
+            assert excess.max() <= 0, f"{t=}, params[{i}]: {excess.max()} more than the bound"
             oracle.params[i] = stored
     for i, state in enumerate(oracle.states):
         np.testing.assert_allclose(
