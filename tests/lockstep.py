@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cm_fused._critical_adam import CriticalAdam
 from tests.cases import Grads, copy_of, eps_of, make_optimizer, real, to_array, ulp
-from tests.compare import Seen, see
+from tests.compare import Seen, largest, see, within
 from tests.oracle import Array, Options
 
 # (parameters, backend) -> the optimizer of a test.
@@ -84,8 +84,8 @@ class Lockstep:
         if state:
             terms = [*terms, state["exp_avg"], *state["critical_buffer"]]
         weight_decay = max(group["weight_decay"] for group in self.optimizer.param_groups)
-        l2_term = weight_decay * _largest(old)
-        return l2_term + sum(_largest(to_array(term)) for term in terms), old
+        l2_term = weight_decay * largest(old)
+        return l2_term + sum(largest(to_array(term)) for term in terms), old
 
     def _compare(self, i: int, scale: float, old: Array) -> None:
         where = f"step {self.taken}, params[{i}]"
@@ -94,7 +94,7 @@ class Lockstep:
         expected_state = self.reference.state.get(reference, {})
         if not expected_state:  # it has not taken part in any step
             assert not state, where
-            _within(to_array(param), to_array(reference), 0.0, where)
+            within(to_array(param), to_array(reference), 0.0, where)
             return
         seen, expected = see(state), see(expected_state)
         capacity = len(expected.priorities)
@@ -103,23 +103,23 @@ class Lockstep:
         m = 3 * eps * scale
         aggregate = (capacity + 4) * eps * scale
         beta2 = max(group["betas"][1] for group in self.optimizer.param_groups)
-        square = max(_largest(to_array(expected.exp_avg_sq)), (1 - beta2) * scale**2)
+        square = max(largest(to_array(expected.exp_avg_sq)), (1 - beta2) * scale**2)
         v = (2 * (capacity + 4) + 4) * eps * square
-        _within(to_array(seen.exp_avg), to_array(expected.exp_avg), m, f"{where}: exp_avg")
-        _within(to_array(seen.exp_avg_sq), to_array(expected.exp_avg_sq), v, f"{where}: exp_avg_sq")
+        within(to_array(seen.exp_avg), to_array(expected.exp_avg), m, f"{where}: exp_avg")
+        within(to_array(seen.exp_avg_sq), to_array(expected.exp_avg_sq), v, f"{where}: exp_avg_sq")
         if expected.max_exp_avg_sq is not None:
             assert seen.max_exp_avg_sq is not None, where
-            _within(
+            within(
                 to_array(seen.max_exp_avg_sq),
                 to_array(expected.max_exp_avg_sq),
                 v,
                 f"{where}: max_exp_avg_sq",
             )
         slots = to_array(expected.critical_buffer)
-        _within(to_array(seen.critical_buffer), slots, m, f"{where}: slots")
+        within(to_array(seen.critical_buffer), slots, m, f"{where}: slots")
         if seen.critical_sum is not None:
-            _within(to_array(seen.critical_sum), slots.sum(0), aggregate, f"{where}: critical_sum")
-        change = 4 * (capacity + 4) * eps * _largest(to_array(reference) - old)
+            within(to_array(seen.critical_sum), slots.sum(0), aggregate, f"{where}: critical_sum")
+        change = 4 * (capacity + 4) * eps * largest(to_array(reference) - old)
         self._compare_param(to_array(param), to_array(reference), old, change, param.dtype, where)
 
     @staticmethod
@@ -144,8 +144,8 @@ class Lockstep:
             differing = int((distance > change).sum())
             assert differing <= 1 + 0.01 * actual.size, f"{where}: {differing} elements differ"
             return
-        own = 2 * eps_of(dtype) * max(_largest(expected), _largest(old))
-        _within(actual, expected, own + change, where)
+        own = 2 * eps_of(dtype) * max(largest(expected), largest(old))
+        within(actual, expected, own + change, where)
 
     def _synchronize(self) -> None:
         with torch.no_grad():
@@ -170,15 +170,3 @@ def _copy_state(state: dict[str, Any], reference: dict[str, Any]) -> None:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(real(x).reshape(-1).contiguous().view(torch.uint8) for x in (a, b)))
-
-
-def _largest(values: Array) -> float:
-    magnitudes = np.abs(values[np.isfinite(values)])
-    return float(magnitudes.max()) if magnitudes.size else 0.0
-
-
-def _within(actual: Array, expected: Array, bound: float, what: str) -> None:
-    with np.errstate(invalid="ignore"):  # infinity less itself
-        close = (np.abs(actual - expected) <= bound).all()
-    if not close:  # or NaN, or slow to say in detail where
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=bound, err_msg=what)
