@@ -12,8 +12,8 @@ from torch.optim import AdamW, Optimizer
 from bench import bytes as byte_model
 from bench.bytes import Bytes
 from bench.workloads import Shapes
-from cm_fused import AdamCG, AdamCM, _state, reference
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused import AdamCG, AdamCM, _critical_adam, _state, reference
+from cm_fused._bucket import Bucket
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ class Contestant:
             keys.fill_(regime.key)
 
     def follows(self, regime: Regime) -> bool:
-        """Return whether the last step admitted, or did not, as the regime says."""
-        admitted = [bool((keys != regime.key).any()) for keys in self.priorities]
-        return all(each == regime.admits for each in admitted)
+        """Return whether every buffer has admitted since its keys were set, or none has."""
+        return all(bool((keys != regime.key).any()) == regime.admits for keys in self.priorities)
 
 
 @dataclass(frozen=True)
@@ -131,12 +130,7 @@ def _compiled(capacity: int, params: list[Parameter], regime: Regime) -> Contest
     )
     optimizer.step()
     (group,) = optimizer.param_groups
-    beta1, beta2 = group["betas"]
-    fields = ("lr", "eps", "weight_decay", "priority_decay", "priority_scope", "buffer_mean")
-    flags = ("eps_inside_sqrt", "maximize", "decoupled_weight_decay")
-    options = StepOptions(
-        beta1=beta1, beta2=beta2, **{name: group[name] for name in (*fields, *flags)}
-    )
+    options = _critical_adam._step_options(group)
     bucket = Bucket(
         [param.detach() for param in params],
         [param.grad for param in params if param.grad is not None],
