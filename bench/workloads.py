@@ -76,10 +76,10 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("one 30 M tensor", ((30_000_000,),), rounds=40, memory_bound=True),
-    Workload("one 16 M tensor", ((16 * 2**20,),), rounds=40, memory_bound=True),
-    Workload("1000 tensors of 256", ((256,),) * 1000, rounds=300, memory_bound=False),
-    Workload("10,000 tensors of 16", ((16,),) * 10_000, rounds=200, memory_bound=False),
-    Workload("ResNet-50", _resnet50(), rounds=30, memory_bound=True),
-    Workload("GPT-2 small", _gpt2_small(), rounds=12, memory_bound=True),
+    Workload("one 30 M tensor", ((30_000_000,),), rounds=30, memory_bound=True),
+    Workload("one 16 M tensor", ((16 * 2**20,),), rounds=30, memory_bound=True),
+    Workload("1000 tensors of 256", ((256,),) * 1000, rounds=200, memory_bound=False),
+    Workload("10,000 tensors of 16", ((16,),) * 10_000, rounds=100, memory_bound=False),
+    Workload("ResNet-50", _resnet50(), rounds=20, memory_bound=True),
+    Workload("GPT-2 small", _gpt2_small(), rounds=10, memory_bound=True),
 )
