@@ -1,0 +1,98 @@
+"""The byte model: what a step moves between memory and caches, per float32 parameter element.
+
+Each stream a pass reads or writes counts once; what stays in a cache between two uses counts
+nothing. g, θ, m and v are the gradient, the parameter and the moments, S the running sum of the
+slots. Where a step is limited by memory its time is in proportion to these bytes.
+"""
+
+from dataclasses import dataclass
+
+from cm_fused.ops.cpu import RUNNING_SUM_MIN_CAPACITY
+
+_FLOAT = 4
+_DOUBLE = 8
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes per parameter element of one step."""
+
+    read: float
+    written: float
+
+    @property
+    def total(self) -> float:
+        """Bytes moved."""
+        return self.read + self.written
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.read + other.read, self.written + other.written)
+
+
+def _streams(read: float, written: float) -> Bytes:
+    return Bytes(_FLOAT * read, _FLOAT * written)
+
+
+def adamw_fused() -> Bytes:
+    """One pass: g, θ, m, v in; θ, m, v out."""
+    return _streams(4, 3)
+
+
+def adamw_foreach() -> Bytes:
+    """Eight passes, one an operator: decay, lerp, mul, addcmul, sqrt, div, add, addcdiv."""
+    return _streams(1 + 2 + 1 + 2 + 1 + 1 + 1 + 3, 8)
+
+
+def _buffer(capacity: int, admits: bool) -> Bytes:
+    """The buffer's part of a fused step (csrc/cpu/step_kernel.h).
+
+    The commit of an admission is deferred to the next step's pass, which holds m anyway: in a
+    steady state each step pays for one, the last step's, with the slot alone.
+    """
+    if capacity < RUNNING_SUM_MIN_CAPACITY:
+        return _streams(capacity - 1, 1) if admits else _streams(capacity, 0)
+    return _streams(2, 2) if admits else _streams(1, 0)
+
+
+def _rebuild(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
+    """What rebuilding S from the slots, once in 4 C steps, adds to a step on average."""
+    if capacity < RUNNING_SUM_MIN_CAPACITY:
+        return _streams(0, 0)
+    # A momentum is in its slot before the slots are summed, so that slot is not read; a gradient
+    # comes after. Either way neither S nor the evicted slot is read apart.
+    usual = _buffer(capacity, admits)
+    read = capacity - 1 if admits and not critical_gradients else capacity
+    written = 2 if admits else 1
+    share = 1 / (4 * capacity)
+    return Bytes(
+        share * (_FLOAT * read - usual.read), share * (_FLOAT * written - usual.written)
+    )
+
+
+def adam_cm(capacity: int, admits: bool) -> Bytes:
+    """One pass: AdamW's streams and the buffer's."""
+    return adamw_fused() + _buffer(capacity, admits) + _rebuild(capacity, admits, False)
+
+
+def adam_cg(capacity: int, admits: bool) -> Bytes:
+    """As `adam_cm`, after a pass that reads g for its norm."""
+    norm = _streams(1, 0)
+    return norm + adamw_fused() + _buffer(capacity, admits) + _rebuild(capacity, admits, True)
+
+
+def eager(capacity: int, admits: bool) -> Bytes:
+    """The reference: a pass an operator, whether it admits or writes the slot back unchanged."""
+    norm = Bytes(_FLOAT + _DOUBLE, _DOUBLE)  # of a float64 copy
+    mean = _streams(capacity + 1, 2)
+    moments = _streams(1 + 2 + 2 + 1 + 1 + 2, 6)
+    update = _streams(1 + 1 + 1 + 2 + 1 + 2 + 1, 7)
+    admission = _streams(1 + 2 + 1, 3)
+    return norm + mean + moments + update + admission
+
+
+def compiled(capacity: int, admits: bool) -> Bytes:
+    """The reference as well fused as it can be, the norm and the slot in passes of their own."""
+    norm = _streams(1, 0)
+    update = _streams(4 + capacity, 3)
+    admission = _streams(2, 1)
+    return norm + update + admission
