@@ -64,9 +64,7 @@ def _rebuild(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
     read = capacity - 1 if admits and not critical_gradients else capacity
     written = 2 if admits else 1
     share = 1 / (4 * capacity)
-    return Bytes(
-        share * (_FLOAT * read - usual.read), share * (_FLOAT * written - usual.written)
-    )
+    return Bytes(share * (_FLOAT * read - usual.read), share * (_FLOAT * written - usual.written))
 
 
 def adam_cm(capacity: int, admits: bool) -> Bytes:

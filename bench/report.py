@@ -142,9 +142,7 @@ def markdown(results: Results) -> str:
             "Left out:",
             "\n".join(left_out) or "nothing",
             "Targets:",
-            _table(
-                ["target", "measured", "bound", "result"], [t.row() for t in targets(results)]
-            ),
+            _table(["target", "measured", "bound", "result"], [t.row() for t in targets(results)]),
         ]
     )
 

@@ -24,7 +24,7 @@ class AdamCM(CriticalAdam):
     strides. State is float32 (float64 for float64), and the update of half-precision parameters is
     computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
     `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
-    amsgrad `max_exp_avg_sq`, and on the C++ backend from capacity 5 on `critical_sum`, the running
+    amsgrad `max_exp_avg_sq`, and on the C++ backend from capacity 3 on `critical_sum`, the running
     sum of the slots. A parameter without a gradient takes no part in a step.
 
     Source: Malviya et al., "Promoting Exploration in Memory-Augmented Adam using Critical Momenta",

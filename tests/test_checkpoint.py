@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cm_fused import AdamCM
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused.ops.cpu import RUNNING_SUM_MIN_CAPACITY
 from tests.training import (
     BACKENDS,
     CLASSES,
@@ -29,7 +30,7 @@ from tests.training import (
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
-CAPACITIES = (3, 5, 20)
+CAPACITIES = (RUNNING_SUM_MIN_CAPACITY - 1, 3, 5, 20)
 # With capacity 3: before the first step, filling (a commit pending from 1 on), just full,
 # replacing, in the middle of skips.
 SAVE_AT = (0, 1, 2, 3, 5, 7)
@@ -206,7 +207,7 @@ def test_state_dict_holds_what_is_specified(
     state_dict = optimizer.state_dict()
     state_dtype = {torch.bfloat16: torch.float32, torch.float16: torch.float32}.get(dtype, dtype)
     shaped = {"exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
-    if backend == "cpu" and capacity >= 5:
+    if backend == "cpu" and capacity >= RUNNING_SUM_MIN_CAPACITY:
         shaped.add("critical_sum")
     assert list(state_dict["state"]) == list(range(len(SHAPES)))
     for i, shape in enumerate(SHAPES):

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused.ops.cpu import RUNNING_SUM_MIN_CAPACITY
 from tests.training import (
     BACKENDS,
     CLASSES,
@@ -33,8 +34,8 @@ from tests.training import (
     trained,
 )
 
-# From capacity 5 on the C++ backend keeps a running sum.
-CAPACITIES = (3, 5)
+# Without and with a running sum on the C++ backend.
+CAPACITIES = (RUNNING_SUM_MIN_CAPACITY - 1, 5)
 
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 of_each_class = pytest.mark.parametrize("cls", CLASSES)
