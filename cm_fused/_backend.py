@@ -58,7 +58,7 @@ CPU = Backend(
     adam_cg_=cpu.adam_cg_,
     sq_norm=cpu.sq_norm,
     state_keys=cpu.state_keys,
-    hold=cpu.HeldBucket,
+    hold=cpu.HeldState,
 )
 NAMES = ("eager", "cpu", "triton")
 

@@ -40,10 +40,9 @@ class Bucket:
     # What a backend prepared for further steps of these tensors.
     handle: object = None
 
-    def held(self) -> tuple[list[Tensor], ...]:
-        """Return all lists but the gradients', in the order of `cm_fused::hold_bucket`."""
+    def state(self) -> tuple[list[Tensor], ...]:
+        """Return the lists of the state, in the order of `cm_fused::hold_state`."""
         return (
-            self.params,
             self.exp_avgs,
             self.exp_avg_sqs,
             self.max_exp_avg_sqs,

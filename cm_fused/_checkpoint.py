@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused._checks import check_options
 from cm_fused._state import State, missing_state, new_tensor, required_keys
@@ -17,6 +18,28 @@ SHAPED_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "critical_sum")
 BUFFER_KEYS = ("critical_buffer", "priorities")
 # Options of the process, not of the training run: neither saved nor loaded.
 LOCAL_OPTIONS = ("backend",)
+
+
+def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return an optimizer's state, its commits made, in plain dicts without what is not saved."""
+    return {
+        key: {name: entry for name, entry in value.items() if name != "pending_slot"}
+        if isinstance(value, dict)
+        else value
+        for key, value in state.items()
+    }
+
+
+def saved_form(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
+    """Return a state dict, its commits made, without what is not saved; a post hook."""
+    return {
+        **state_dict,
+        "state": saved_state(state_dict["state"]),
+        "param_groups": [
+            {name: value for name, value in group.items() if name not in LOCAL_OPTIONS}
+            for group in state_dict["param_groups"]
+        ],
+    }
 
 
 def loaded_groups(

@@ -91,7 +91,8 @@ def check_gradients(group_index: int, params: list[Tensor]) -> None:
         params: The parameters of a group; those without a gradient are passed over.
 
     Raises:
-        RuntimeError: A gradient is sparse, or its dtype, shape or device is not its parameter's.
+        RuntimeError: A gradient is sparse or integer, or its dtype, shape or device is not its
+            parameter's.
     """
     for i, param in enumerate(params):
         grad = param.grad
@@ -103,11 +104,19 @@ def check_gradients(group_index: int, params: list[Tensor]) -> None:
                 f"{where} must be dense, got layout {grad.layout}; for an embedding, use "
                 "sparse=False"
             )
-        if grad.dtype != param.dtype:
-            raise RuntimeError(f"{where} must have dtype {param.dtype}, got {grad.dtype}")
-        if grad.shape != param.shape:
-            raise RuntimeError(
-                f"{where} must have shape {tuple(param.shape)}, got {tuple(grad.shape)}"
-            )
-        if grad.device != param.device:
-            raise RuntimeError(f"{where} must be on {param.device}, got {grad.device}")
+        for name, value, expected in (
+            ("dtype", grad.dtype, param.dtype),
+            ("shape", grad.shape, param.shape),
+            ("device", grad.device, param.device),
+        ):
+            if value != expected:
+                raise RuntimeError(
+                    f"{where} must have the {name} {_plain(expected)} of its parameter, got "
+                    f"{_plain(value)}"
+                )
+        if not (grad.is_floating_point() or grad.is_complex()):
+            raise RuntimeError(f"{where} must be floating point or complex, got {grad.dtype}")
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value

@@ -1,6 +1,6 @@
 """What AdamCM and AdamCG share: options, state, checkpoints and the dispatch of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, ClassVar, cast, overload
 
@@ -112,74 +112,79 @@ class CriticalAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # All that can fail comes first, for every group.
-        plans = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
-        for group, plan in zip(self.param_groups, plans, strict=True):
+        kept = [self._kept_plan(i, group) for i, group in enumerate(self.param_groups)]
+        if None in kept:
+            self._make_state(
+                [g for g, plan in zip(self.param_groups, kept, strict=True) if plan is None]
+            )
+        for i, (group, plan) in enumerate(zip(self.param_groups, kept, strict=True)):
+            if plan is None:
+                self._plans[i] = plan = self._new_plan(group)
             self._step_group(group, plan.buckets)
         return loss
 
-    def _plan(self, index: int, group: dict[str, Any]) -> "_Plan":
-        """Check a group's gradients and return its buckets, one per device."""
-        params = [param for param in group["params"] if param.grad is not None]
-        grads = [cast(Tensor, param.grad) for param in params]
+    def _kept_plan(self, index: int, group: dict[str, Any]) -> "_Plan | None":
+        """Check a group's gradients; return the last step's plan if it serves again."""
+        params = _participants(group)
         plan = self._plans.get(index)
         if plan is None or not plan.holds_for(self.state, group, params):
             check_gradients(index, group["params"])
             if group["capturable"]:
                 check_capturable(params)
-            self._plans[index] = plan = self._new_plan(group, params, grads)
-            return plan
+            return None
         ((backend, bucket),) = plan.buckets
         if bucket.handle is None:
             bucket.handle = backend.hold(bucket)
         if bucket.handle is None or len(self.param_groups) > 1:
-            # Else the only call of the step checks them before it changes anything.
+            # Else the only call of this step checks them before it changes anything.
             check_gradients(index, group["params"])
-        bucket.grads = grads
+            for param in params:
+                _state.check_param(param, self.state[param])
+        bucket.grads = [cast(Tensor, param.grad) for param in params]
         return plan
 
-    def _new_plan(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
-    ) -> "_Plan":
+    def _make_state(self, groups: list[dict[str, Any]]) -> None:
+        """Make the state that the participants of these groups lack, all of it or none."""
+        missing = [
+            (param, _state.missing_state(param, self.state.get(param, {}), keys, group["capacity"]))
+            for group in groups
+            for param, keys in self._participants_and_keys(group)
+        ]
+        for param, tensors in missing:
+            if tensors:
+                self.state[param].update(tensors)
+
+    def _participants_and_keys(
+        self, group: dict[str, Any]
+    ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+        for param in _participants(group):
+            yield param, self._state_keys(group, select(group["backend"], param.device))
+
+    def _state_keys(self, group: dict[str, Any], backend: Backend) -> tuple[str, ...]:
+        extra_keys = backend.state_keys(self._critical_gradients, group["capacity"])
+        return (*_state.required_keys(group), *extra_keys)
+
+    def _new_plan(self, group: dict[str, Any]) -> "_Plan":
+        params = _participants(group)
         buckets = []
         for device in dict.fromkeys(param.device for param in params):
-            pairs = [(p, g) for p, g in zip(params, grads, strict=True) if p.device == device]
             backend = select(group["backend"], device)
-            bucket = self._bucket(group, backend, [p for p, _ in pairs], [g for _, g in pairs])
-            buckets.append((backend, bucket))
+            on_device = [param for param in params if param.device == device]
+            buckets.append((backend, self._bucket(group, backend, on_device)))
         return _Plan(buckets, params, _plan_options(group), self.state)
 
-    def _bucket(
-        self, group: dict[str, Any], backend: Backend, params: list[Tensor], grads: list[Tensor]
-    ) -> Bucket:
-        """Gather the tensors of one bucket, making the state it lacks."""
-        extra_keys = backend.state_keys(self._critical_gradients, group["capacity"])
-        keys = (*_state.required_keys(group), *extra_keys)
-        states = [self.state.get(param, {}) for param in params]
-        try:
-            lists = _state.lists(states, keys)
-        except KeyError:
-            states = self._complete_state(params, keys, group["capacity"])
-            lists = _state.lists(states, keys)
-        if not extra_keys:
+    def _bucket(self, group: dict[str, Any], backend: Backend, params: list[Tensor]) -> Bucket:
+        """Gather the tensors of one bucket, whose state is there."""
+        grads = [cast(Tensor, param.grad) for param in params]
+        states = [self.state[param] for param in params]
+        if not backend.state_keys(self._critical_gradients, group["capacity"]):
             _state.drop_derived(states)
-        _state.check_capacity(lists["priorities"], group["capacity"])
+        lists = _state.lists(states, self._state_keys(group, backend))
         if any(map(torch.is_complex, params)):
             params = [_state.as_real(param) for param in params]
             grads = [_state.as_real(grad) for grad in grads]
             lists = {name: [_state.as_real(t) for t in tensors] for name, tensors in lists.items()}
         return Bucket(params, grads, **lists)
-
-    def _complete_state(
-        self, params: list[Tensor], keys: tuple[str, ...], capacity: int
-    ) -> list[_state.State]:
-        # All is allocated before anything is kept.
-        missing = [
-            _state.missing_state(param, self.state.get(param, {}), keys, capacity)
-            for param in params
-        ]
-        for param, new in zip(params, missing, strict=True):
-            self.state[param].update(new)
-        return [self.state[param] for param in params]
 
     def _step_group(self, group: dict[str, Any], buckets: list[tuple[Backend, Bucket]]) -> None:
         options = _step_options(group)
@@ -191,22 +196,21 @@ class CriticalAdam(Optimizer):
         for backend, bucket in buckets:
             step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
             step_(bucket, options, None if sq_norm is None else sq_norm.to(bucket.steps[0].device))
+            # A plan that is kept must not keep gradients alive.
+            bucket.grads = []
 
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
         The tensors are references, not copies. The choice of a backend is not saved.
         """
-        _state.commit_pending(list(self.state.values()))
-        state_dict = super().state_dict()
-        state_dict["state"] = {
-            index: {key: value for key, value in state.items() if key != "pending_slot"}
-            for index, state in state_dict["state"].items()
-        }
-        for group in state_dict["param_groups"]:
-            for name in _checkpoint.LOCAL_OPTIONS:
-                group.pop(name, None)
-        return state_dict
+        _state.commit_pending(_state.param_states(self.state))
+        # The first of the hooks, so that all others see what the caller gets.
+        saved_form = self.register_state_dict_post_hook(_checkpoint.saved_form, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            saved_form.remove()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -233,11 +237,14 @@ class CriticalAdam(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        _state.commit_pending(list(self.state.values()))
-        return super().__getstate__()
+        _state.commit_pending(_state.param_states(self.state))
+        state = super().__getstate__()
+        return {**state, "state": _checkpoint.saved_state(state["state"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch adds an option that the constructor does not know.
+        self.defaults.pop("differentiable", None)
         self._plans = {}
         self.state = _state.OptimizerState(self.state)
         for group in self.param_groups:
@@ -247,12 +254,19 @@ class CriticalAdam(Optimizer):
     def __repr__(self) -> str:
         active = ", ".join(
             dict.fromkeys(
-                f"{select(group['backend'], param.device).name} on {param.device.type}"
+                _active_backend(group["backend"], param.device)
                 for group in self.param_groups
                 for param in group["params"]
             )
         )
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
+
+
+def _active_backend(requested: str | None, device: torch.device) -> str:
+    try:
+        return f"{select(requested, device).name} on {device.type}"
+    except RuntimeError:
+        return f"none on {device.type}, where {requested!r} cannot serve"
 
 
 def _check_graph_capture(optimizer: Optimizer) -> None:
@@ -276,6 +290,10 @@ def _step_options(group: dict[str, Any]) -> StepOptions:
         maximize=group["maximize"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
     )
+
+
+def _participants(group: dict[str, Any]) -> list[Tensor]:
+    return [param for param in group["params"] if param.grad is not None]
 
 
 def _plan_options(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -48,9 +48,6 @@ class ParamState(dict[str, Any]):
         super().__init__(values)
         self.changes = changes
 
-    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
-        return dict, (dict(self),)
-
 
 class OptimizerState(defaultdict[Any, Any]):
     """The state of an optimizer, parameter to `ParamState`; counts changes of both."""
@@ -64,9 +61,6 @@ class OptimizerState(defaultdict[Any, Any]):
     def __missing__(self, key: Any) -> ParamState:
         self[key] = state = ParamState({}, self.changes)
         return state
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return defaultdict, (dict, dict(self))
 
 
 for _name in (
@@ -104,30 +98,35 @@ def lists(states: list[State], keys: tuple[str, ...]) -> dict[str, list[Tensor]]
     return {LIST_NAMES[key]: [state[key] for state in states] for key in keys}
 
 
-def check_capacity(priorities: list[Tensor], capacity: int) -> None:
-    """Check that the buffers have the capacity of their group.
+def check_param(param: Tensor, state: State) -> None:
+    """Check that a step could write a parameter and that its state, if any, fits it.
 
     Raises:
-        RuntimeError: One has not.
+        RuntimeError: The parameter is an expanded tensor, or its shape is not its state's.
     """
-    for keys in priorities:
-        if keys.numel() != capacity:
-            raise RuntimeError(
-                f"capacity must stay that of the state, {keys.numel()}, got {capacity}; build a "
-                "new optimizer to change it"
-            )
+    if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
+            f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
+        )
+    if "exp_avg" in state and state["exp_avg"].shape != param.shape:
+        raise RuntimeError(
+            f"a parameter must keep the shape {tuple(state['exp_avg'].shape)} of its state, got "
+            f"{tuple(param.shape)}; delete optimizer.state[param] to start anew"
+        )
 
 
 def missing_state(param: Tensor, state: State, keys: tuple[str, ...], capacity: int) -> State:
     """Return new tensors for those of `keys` that `state` lacks; changes nothing.
 
     Raises:
-        RuntimeError: The parameter is an expanded tensor: no step could write it.
+        RuntimeError: As `check_param`, or the state's capacity is another.
     """
-    if param.numel() > 0 and torch._debug_has_internal_overlap(param) == 1:
+    check_param(param, state)
+    if "priorities" in state and state["priorities"].numel() != capacity:
         raise RuntimeError(
-            "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
-            f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
+            f"capacity must stay that of the state, {state['priorities'].numel()}, got {capacity}; "
+            "build a new optimizer to change it"
         )
     return {key: new_tensor(key, param, state, capacity) for key in keys if key not in state}
 
@@ -138,9 +137,11 @@ def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
     Args:
         key: One of `LIST_NAMES`.
         param: The parameter.
-        state: What there is of its state; a running sum starts as the sum of its slots.
+        state: What there is of its state, whose memory order a new tensor follows; a running sum
+            starts as the sum of its slots.
         capacity: The number of slots.
     """
+    like = state.get("exp_avg", param)
     if key == "step":
         return torch.zeros((), dtype=torch.float32, device=param.device)
     if key == "priorities":
@@ -148,9 +149,9 @@ def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
     if key == "pending_slot":
         return torch.full((), -1, dtype=torch.int64, device=param.device)
     if key == "critical_buffer":
-        return _new_buffer(param, capacity)
+        return _new_buffer(like, capacity)
     shaped = torch.zeros_like(
-        param,
+        like,
         dtype=state_dtype(param.dtype),
         memory_format=torch.preserve_format,
         requires_grad=False,
@@ -160,15 +161,13 @@ def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
     return shaped
 
 
-def _new_buffer(param: Tensor, capacity: int) -> Tensor:
-    slot = torch.empty_like(
-        param, dtype=torch.bool, memory_format=torch.preserve_format, device="meta"
-    )
+def _new_buffer(like: Tensor, capacity: int) -> Tensor:
+    slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
     buffer = torch.empty_strided(
         (capacity, *slot.shape),
-        (param.numel(), *slot.stride()),
-        dtype=state_dtype(param.dtype),
-        device=param.device,
+        (like.numel(), *slot.stride()),
+        dtype=state_dtype(like.dtype),
+        device=like.device,
     )
     return buffer.zero_()
 
@@ -178,6 +177,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.float64, torch.complex128):
         return dtype
     return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def param_states(state: Mapping[Any, Any]) -> list[State]:
+    """Return the states of parameters; an optimizer's state may hold other entries."""
+    return [value for key, value in state.items() if isinstance(key, Tensor)]
 
 
 def commit_pending(states: list[State]) -> None:

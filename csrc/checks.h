@@ -110,7 +110,7 @@ inline value_t* bookkeeping(
   check_dtype(role, index, values.dtype, dtype);
   STD_TORCH_CHECK(
       values.numel == numel && (numel == 1 || (values.sizes.size() == 1 && values.strides[0] == 1)),
-      role, "[", index, "] must have ", numel, " consecutive elements, got shape ",
+      role, "[", index, "] must be contiguous with ", numel, " elements, got shape ",
       to_string(values.sizes), " and strides ", to_string(values.strides));
   return static_cast<value_t*>(values.data);
 }
@@ -138,6 +138,16 @@ inline bool is_dense(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides)
     expected *= sizes[d];
     return matches;
   });
+}
+
+inline std::vector<int64_t> contiguous_strides(IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return strides;
 }
 
 // Whether no two elements share a place: sufficient, and true of every slice of a dense tensor.

@@ -28,18 +28,18 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "commit_(Tensor[] exp_avgs, Tensor(a!)[] critical_buffers, Tensor(b!)[] critical_sums, "
       "Tensor(c!)[] pending_slots) -> ()");
 
-  // The same steps on lists handed over once. Passing a list costs more than stepping a small
-  // tensor. What is held is tensors, not addresses: each step looks at them anew, so that nothing
-  // can be stale. A held step changes what hold_bucket was given, which no schema can say: tracing
-  // compilers are to be given the operators above.
+  // The same steps with the state handed over once: passing a list of small tensors costs more than
+  // stepping them. What is held is tensors, not addresses: each step looks at them anew, so that
+  // nothing can be stale. A held step changes the state that hold_state was given, which no schema
+  // can say: tracing compilers are to be given the operators above.
   m.def(
-      "hold_bucket(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
-      "Tensor[] max_exp_avg_sqs, Tensor[] critical_buffers, Tensor[] critical_sums, "
-      "Tensor[] priorities, Tensor[] pending_slots, Tensor[] steps) -> int");
-  m.def("release_bucket(int bucket) -> ()");
+      "hold_state(Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "
+      "Tensor[] critical_buffers, Tensor[] critical_sums, Tensor[] priorities, "
+      "Tensor[] pending_slots, Tensor[] steps) -> int");
+  m.def("release_state(int held) -> ()");
   m.def(
-      "step_bucket_(int bucket, Tensor[] grads, Tensor? sq_norm, *, bool "
-      "critical_gradients, " CM_FUSED_HYPERPARAMETERS ") -> ()");
+      "step_held_(int held, Tensor(a!)[] params, Tensor[] grads, Tensor? sq_norm, *, "
+      "bool critical_gradients, " CM_FUSED_HYPERPARAMETERS ") -> ()");
 
   m.def("cpu_capability() -> str");
 }

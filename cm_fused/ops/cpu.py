@@ -52,15 +52,15 @@ def _fake_sq_norm(
 unavailable_reason = _load()
 
 
-class HeldBucket:
-    """A bucket's tensors, handed to the library once instead of at every step.
+class HeldState:
+    """A bucket's state, handed to the library once instead of at every step.
 
     The library keeps the tensors, not their addresses, until this object dies.
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._id: int = torch.ops.cm_fused.hold_bucket(*bucket.held())
-        weakref.finalize(self, torch.ops.cm_fused.release_bucket, self._id)
+        self._id: int = torch.ops.cm_fused.hold_state(*bucket.state())
+        weakref.finalize(self, torch.ops.cm_fused.release_state, self._id)
 
     def step_(
         self,
@@ -70,9 +70,10 @@ class HeldBucket:
         *,
         critical_gradients: bool,
     ) -> None:
-        """Take one step of `adam_cm_` or `adam_cg_` with this step's gradients."""
-        torch.ops.cm_fused.step_bucket_(
+        """Take one step of `adam_cm_` or `adam_cg_` on the state that is held."""
+        torch.ops.cm_fused.step_held_(
             self._id,
+            bucket.params,
             bucket.grads,
             sq_norm,
             critical_gradients=critical_gradients,
@@ -89,7 +90,7 @@ def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
 
 def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
-    if isinstance(bucket.handle, HeldBucket):
+    if isinstance(bucket.handle, HeldState):
         bucket.handle.step_(bucket, options, sq_norm, critical_gradients=False)
         return
     torch.ops.cm_fused.adam_cm_(
@@ -111,7 +112,7 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
 
 def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cg_`."""
-    if isinstance(bucket.handle, HeldBucket):
+    if isinstance(bucket.handle, HeldState):
         bucket.handle.step_(bucket, options, sq_norm, critical_gradients=True)
         return
     torch.ops.cm_fused.adam_cg_(

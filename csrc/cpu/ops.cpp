@@ -59,9 +59,8 @@ class FirstError {
   std::exception_ptr error_;
 };
 
-// What a step changes. Item i of every list belongs to parameter i.
-struct BucketTensors {
-  Tensors params;
+// The state that a step changes. Item i of every list belongs to parameter i.
+struct StateTensors {
   Tensors exp_avgs;
   Tensors exp_avg_sqs;
   Tensors max_exp_avg_sqs;
@@ -129,6 +128,13 @@ void describe_gradient(size_t i, const TensorView& param, const TensorView& grad
   tensor.param_layout = strided_layout(param, order);
   tensor.grad_layout = strided_layout(grad, order);
   tensor.slot = kNoSlot;
+}
+
+// The state's memory order is exp_avg's.
+void check_dense(size_t i, const TensorView& exp_avg) {
+  STD_TORCH_CHECK(exp_avg.numel == 0 || is_dense(exp_avg.sizes, exp_avg.strides), "exp_avgs[", i,
+      "] must fill its memory without gaps or overlaps, got shape ", to_string(exp_avg.sizes),
+      " and strides ", to_string(exp_avg.strides));
 }
 
 // A state tensor of the parameter's shape.
@@ -200,58 +206,55 @@ class BiasCorrections {
 
 // Checks the state of parameter i and takes its addresses.
 void describe_state(
-    size_t i, const BucketTensors& tensors, const TensorView& order, TensorStep& tensor) {
-  STD_TORCH_CHECK(order.numel == 0 || is_dense(order.sizes, order.strides), "exp_avgs[", i,
-      "] must fill its memory without gaps or overlaps, got shape ", to_string(order.sizes),
-      " and strides ", to_string(order.strides));
+    size_t i, const StateTensors& state, const TensorView& order, TensorStep& tensor) {
+  check_dense(i, order);
   tensor.exp_avg = order.data;
-  tensor.exp_avg_sq = state_data("exp_avg_sqs", i, tensors.exp_avg_sqs[i], order);
-  if (!tensors.max_exp_avg_sqs.empty()) {
-    tensor.max_exp_avg_sq = state_data("max_exp_avg_sqs", i, tensors.max_exp_avg_sqs[i], order);
+  tensor.exp_avg_sq = state_data("exp_avg_sqs", i, state.exp_avg_sqs[i], order);
+  if (!state.max_exp_avg_sqs.empty()) {
+    tensor.max_exp_avg_sq = state_data("max_exp_avg_sqs", i, state.max_exp_avg_sqs[i], order);
   }
-  if (!tensors.critical_sums.empty()) {
-    tensor.critical_sum = state_data("critical_sums", i, tensors.critical_sums[i], order);
+  if (!state.critical_sums.empty()) {
+    tensor.critical_sum = state_data("critical_sums", i, state.critical_sums[i], order);
   }
-  describe_buffer(i, tensors.critical_buffers[i], order, tensor);
+  describe_buffer(i, state.critical_buffers[i], order, tensor);
   tensor.priorities = bookkeeping<float>(
-      "priorities", i, tensors.priorities[i], tensor.capacity, aoti_torch_dtype_float32());
-  if (!tensors.pending_slots.empty()) {
-    tensor.pending_slot = pending_slot_data(i, tensors.pending_slots[i]);
+      "priorities", i, state.priorities[i], tensor.capacity, aoti_torch_dtype_float32());
+  if (!state.pending_slots.empty()) {
+    tensor.pending_slot = pending_slot_data(i, state.pending_slots[i]);
   }
-  tensor.step_count =
-      bookkeeping<float>("steps", i, tensors.steps[i], 1, aoti_torch_dtype_float32());
+  tensor.step_count = bookkeeping<float>("steps", i, state.steps[i], 1, aoti_torch_dtype_float32());
   tensor.has_state = true;
 }
 
 // Whether a state tensor of parameter i lies elsewhere than when its addresses were taken.
 bool state_moved(
-    size_t i, const BucketTensors& tensors, const TensorView& order, const TensorStep& tensor) {
+    size_t i, const StateTensors& state, const TensorView& order, const TensorStep& tensor) {
   const auto moved = [i](const Tensors& list, const void* address) {
     return !list.empty() && list[i].data_ptr() != address;
   };
-  return order.data != tensor.exp_avg || moved(tensors.exp_avg_sqs, tensor.exp_avg_sq) ||
-         moved(tensors.max_exp_avg_sqs, tensor.max_exp_avg_sq) ||
-         moved(tensors.critical_buffers, tensor.critical_buffer) ||
-         moved(tensors.critical_sums, tensor.critical_sum) ||
-         moved(tensors.priorities, tensor.priorities) ||
-         moved(tensors.pending_slots, tensor.pending_slot) ||
-         moved(tensors.steps, tensor.step_count);
+  return order.data != tensor.exp_avg || moved(state.exp_avg_sqs, tensor.exp_avg_sq) ||
+         moved(state.max_exp_avg_sqs, tensor.max_exp_avg_sq) ||
+         moved(state.critical_buffers, tensor.critical_buffer) ||
+         moved(state.critical_sums, tensor.critical_sum) ||
+         moved(state.priorities, tensor.priorities) ||
+         moved(state.pending_slots, tensor.pending_slot) || moved(state.steps, tensor.step_count);
 }
 
 // Describes parameter i's part in this step. What `tensor` knows of the state from an earlier step
 // is kept where it still holds.
-void describe(size_t i, const BucketTensors& tensors, const Tensor& grad,
+void describe(size_t i, const StateTensors& state, const Tensor& param, const Tensor& grad,
     const StepOptions& options, TensorStep& tensor) {
-  const TensorView param = view("params", i, tensors.params[i]);
-  const TensorView order = view("exp_avgs", i, tensors.exp_avgs[i]);
-  check_sizes("exp_avgs", i, order.sizes, param.sizes);
-  describe_gradient(i, param, view_gradient(i, param, grad), order, tensor);
+  const TensorView param_view = view("params", i, param);
+  const TensorView order = view("exp_avgs", i, state.exp_avgs[i]);
+  check_sizes("exp_avgs", i, order.sizes, param_view.sizes);
+  describe_gradient(i, param_view, view_gradient(i, param_view, grad), order, tensor);
   check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
-  STD_TORCH_CHECK(tensor.param_layout == nullptr || has_no_overlap(param.sizes, param.strides),
+  STD_TORCH_CHECK(
+      tensor.param_layout == nullptr || has_no_overlap(param_view.sizes, param_view.strides),
       "params[", i, "] must not hold two elements in one place (an expanded tensor?), got shape ",
-      to_string(param.sizes), " and strides ", to_string(param.strides));
-  if (!tensor.has_state || state_moved(i, tensors, order, tensor)) {
-    describe_state(i, tensors, order, tensor);
+      to_string(param_view.sizes), " and strides ", to_string(param_view.strides));
+  if (!tensor.has_state || state_moved(i, state, order, tensor)) {
+    describe_state(i, state, order, tensor);
   }
   if (tensor.pending_slot != nullptr) {
     read_pending_slot(i, tensor);
@@ -264,34 +267,32 @@ void describe(size_t i, const BucketTensors& tensors, const Tensor& grad,
           : std::max<int64_t>(count_filled(tensor.priorities, tensor.capacity), 1);
 }
 
-void check_lengths(const BucketTensors& tensors, const Tensors& grads) {
-  const size_t count = tensors.params.size();
+void check_lengths(const StateTensors& state, const Tensors& params, const Tensors& grads) {
+  const size_t count = params.size();
   const auto optional_length = [&](const Tensors& list) { return list.empty() ? 0 : count; };
   check_length("grads", grads.size(), count);
-  check_length("exp_avgs", tensors.exp_avgs.size(), count);
-  check_length("exp_avg_sqs", tensors.exp_avg_sqs.size(), count);
+  check_length("exp_avgs", state.exp_avgs.size(), count);
+  check_length("exp_avg_sqs", state.exp_avg_sqs.size(), count);
   check_length(
-      "max_exp_avg_sqs", tensors.max_exp_avg_sqs.size(), optional_length(tensors.max_exp_avg_sqs));
-  check_length("critical_buffers", tensors.critical_buffers.size(), count);
-  check_length(
-      "critical_sums", tensors.critical_sums.size(), optional_length(tensors.critical_sums));
-  check_length("priorities", tensors.priorities.size(), count);
-  check_length(
-      "pending_slots", tensors.pending_slots.size(), optional_length(tensors.pending_slots));
-  check_length("steps", tensors.steps.size(), count);
+      "max_exp_avg_sqs", state.max_exp_avg_sqs.size(), optional_length(state.max_exp_avg_sqs));
+  check_length("critical_buffers", state.critical_buffers.size(), count);
+  check_length("critical_sums", state.critical_sums.size(), optional_length(state.critical_sums));
+  check_length("priorities", state.priorities.size(), count);
+  check_length("pending_slots", state.pending_slots.size(), optional_length(state.pending_slots));
+  check_length("steps", state.steps.size(), count);
 }
 
 // Checks everything; a step of what it describes cannot fail. Runs over tensors in parallel: with
 // many small ones the time goes into cache misses on their metadata.
-void describe_bucket(const BucketTensors& tensors, const Tensors& grads, const StepOptions& options,
-    BucketStep& bucket) {
-  check_lengths(tensors, grads);
-  bucket.resize(tensors.params.size());
+void describe_bucket(const StateTensors& state, const Tensors& params, const Tensors& grads,
+    const StepOptions& options, BucketStep& bucket) {
+  check_lengths(state, params, grads);
+  bucket.resize(params.size());
   FirstError error;
   const auto count = static_cast<int64_t>(bucket.size());
   torch::stable::parallel_for(0, count, kTensorGrainSize, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      error.run(i, [&] { describe(i, tensors, grads[i], options, bucket[i]); });
+      error.run(i, [&] { describe(i, state, params[i], grads[i], options, bucket[i]); });
     }
   });
   error.rethrow();
@@ -378,10 +379,10 @@ int64_t update_bookkeeping(const TensorStep& tensor, float key, const StepOption
   return slot;
 }
 
-void step_critical_momenta(const BucketTensors& tensors, const Tensors& grads,
+void step_critical_momenta(const StateTensors& state, const Tensors& params, const Tensors& grads,
     const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
-  check_length("pending_slots", tensors.pending_slots.size(), tensors.params.size());
-  describe_bucket(tensors, grads, options, bucket);
+  check_length("pending_slots", state.pending_slots.size(), params.size());
+  describe_bucket(state, params, grads, options, bucket);
   const auto group_sq_norm = read_sq_norm(sq_norm);
   const auto chunk_sq_norms = run(kernels().adam_cm, bucket, options);
   const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
@@ -390,9 +391,9 @@ void step_critical_momenta(const BucketTensors& tensors, const Tensors& grads,
   }
 }
 
-void step_critical_gradients(const BucketTensors& tensors, const Tensors& grads,
+void step_critical_gradients(const StateTensors& state, const Tensors& params, const Tensors& grads,
     const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
-  describe_bucket(tensors, grads, options, bucket);
+  describe_bucket(state, params, grads, options, bucket);
   const auto group_sq_norm = read_sq_norm(sq_norm);
   // The gradient is gone by the next step: its norm comes first, so that it can be stored at once.
   const auto chunk_sq_norms = run(kernels().sq_norm, bucket, options);
@@ -409,11 +410,10 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
     bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
   BucketStep bucket;
-  step_critical_momenta(
-      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-          std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
-          std::move(pending_slots), std::move(steps)},
-      grads, sq_norm,
+  step_critical_momenta({std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+                            std::move(critical_buffers), std::move(critical_sums),
+                            std::move(priorities), std::move(pending_slots), std::move(steps)},
+      params, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay},
       bucket);
@@ -425,81 +425,80 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
     bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
   BucketStep bucket;
-  step_critical_gradients(
-      {std::move(params), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-          std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
-          std::move(steps)},
-      grads, sq_norm,
+  step_critical_gradients({std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+                              std::move(critical_buffers), std::move(critical_sums),
+                              std::move(priorities), {}, std::move(steps)},
+      params, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay},
       bucket);
 }
 
-struct HeldBucket {
-  BucketTensors tensors;
+struct HeldState {
+  StateTensors tensors;
   // What the last step knew of them.
   BucketStep described;
 };
 
-// The buckets handed over with hold_bucket. Never destroyed: tensors must not be released after
+// The state handed over with hold_state. Never destroyed: tensors must not be released after
 // torch's own statics are gone.
-class HeldBuckets {
+class HeldStates {
  public:
-  static HeldBuckets& instance() {
-    static auto* const buckets = new HeldBuckets;
-    return *buckets;
+  static HeldStates& instance() {
+    static auto* const states = new HeldStates;
+    return *states;
   }
 
-  int64_t add(BucketTensors tensors) {
+  int64_t add(StateTensors tensors) {
     const std::lock_guard lock(mutex_);
-    buckets_.emplace(++last_id_, std::make_shared<HeldBucket>(HeldBucket{std::move(tensors), {}}));
+    states_.emplace(++last_id_, std::make_shared<HeldState>(HeldState{std::move(tensors), {}}));
     return last_id_;
   }
 
-  std::shared_ptr<HeldBucket> get(int64_t id) {
+  std::shared_ptr<HeldState> get(int64_t id) {
     const std::lock_guard lock(mutex_);
-    const auto found = buckets_.find(id);
-    STD_TORCH_CHECK(found != buckets_.end(), "bucket must be one that is held, got ", id);
+    const auto found = states_.find(id);
+    STD_TORCH_CHECK(found != states_.end(), "held must name a state that is held, got ", id);
     return found->second;
   }
 
   void remove(int64_t id) {
-    std::shared_ptr<HeldBucket> released;  // outlives the lock
+    std::shared_ptr<HeldState> released;  // outlives the lock
     const std::lock_guard lock(mutex_);
-    if (const auto found = buckets_.find(id); found != buckets_.end()) {
+    if (const auto found = states_.find(id); found != states_.end()) {
       released = std::move(found->second);
-      buckets_.erase(found);
+      states_.erase(found);
     }
   }
 
  private:
   std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<HeldBucket>> buckets_;
+  std::unordered_map<int64_t, std::shared_ptr<HeldState>> states_;
   int64_t last_id_ = 0;
 };
 
-int64_t hold_bucket(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+int64_t hold_state(Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
     Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
     Tensors steps) {
-  return HeldBuckets::instance().add({std::move(params), std::move(exp_avgs),
-      std::move(exp_avg_sqs), std::move(max_exp_avg_sqs), std::move(critical_buffers),
-      std::move(critical_sums), std::move(priorities), std::move(pending_slots), std::move(steps)});
+  return HeldStates::instance().add({std::move(exp_avgs), std::move(exp_avg_sqs),
+      std::move(max_exp_avg_sqs), std::move(critical_buffers), std::move(critical_sums),
+      std::move(priorities), std::move(pending_slots), std::move(steps)});
 }
 
-void release_bucket(int64_t bucket) {
-  HeldBuckets::instance().remove(bucket);
+void release_state(int64_t held) {
+  HeldStates::instance().remove(held);
 }
 
-void step_bucket_(int64_t bucket, Tensors grads, std::optional<Tensor> sq_norm,
+void step_held_(int64_t held, Tensors params, Tensors grads, std::optional<Tensor> sq_norm,
     bool critical_gradients, double lr, double beta1, double beta2, double eps, double weight_decay,
     double priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt,
     bool maximize, bool decoupled_weight_decay) {
-  const auto held = HeldBuckets::instance().get(bucket);
+  const auto state = HeldStates::instance().get(held);
   const auto step = critical_gradients ? &step_critical_gradients : &step_critical_momenta;
-  step(held->tensors, grads, sq_norm,
+  step(state->tensors, params, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay},
-      held->described);
+      state->described);
 }
 
 Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize,
@@ -513,7 +512,13 @@ Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize
   for (size_t i = 0; i < params.size(); ++i) {
     const TensorView param = view("params", i, params[i]);
     const TensorView grad = view_gradient(i, param, grads[i]);
-    describe_gradient(i, param, grad, grad, bucket.emplace_back());
+    // Any order without gaps will do.
+    const auto contiguous = contiguous_strides(param.sizes);
+    TensorView order = param;
+    if (!is_dense(param.sizes, param.strides)) {
+      order.strides = {contiguous.data(), contiguous.size()};
+    }
+    describe_gradient(i, param, grad, order, bucket.emplace_back());
   }
   auto result = torch::stable::empty({}, ScalarType::Double);
   *static_cast<double*>(result.data_ptr()) =
@@ -529,6 +534,7 @@ void commit_(
   BucketStep bucket;
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const TensorView order = view("exp_avgs", i, exp_avgs[i]);
+    check_dense(i, order);
     TensorStep tensor{};
     tensor.dtype = param_dtype("exp_avgs", i, order.dtype);
     check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
@@ -561,12 +567,12 @@ STABLE_TORCH_LIBRARY_IMPL(cm_fused, CPU, m) {
   m.impl("adam_cg_", TORCH_BOX(&adam_cg_));
   m.impl("sq_norm", TORCH_BOX(&sq_norm));
   m.impl("commit_", TORCH_BOX(&commit_));
-  m.impl("hold_bucket", TORCH_BOX(&hold_bucket));
-  m.impl("step_bucket_", TORCH_BOX(&step_bucket_));
+  m.impl("hold_state", TORCH_BOX(&hold_state));
+  m.impl("step_held_", TORCH_BOX(&step_held_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
-  m.impl("release_bucket", TORCH_BOX(&release_bucket));
+  m.impl("release_state", TORCH_BOX(&release_state));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 

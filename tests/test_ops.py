@@ -1,0 +1,585 @@
+"""The operators of the C++ library, called as they are: schemas, fakes, checks of every list."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cm_fused._bucket import Bucket
+from cm_fused.ops import cpu
+from tests.training import SHAPES, assert_same
+
+HYPERPARAMETERS: dict[str, Any] = {
+    "lr": 0.01,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "priority_decay": 0.7,
+    "group_scope": True,
+    "mean_over_capacity": True,
+    "eps_inside_sqrt": True,
+    "maximize": False,
+    "decoupled_weight_decay": False,
+}
+
+
+@dataclass
+class Sample:
+    """The lists of one call, in the order of the schema."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    critical_buffers: list[Tensor]
+    critical_sums: list[Tensor]
+    priorities: list[Tensor]
+    pending_slots: list[Tensor]
+    steps: list[Tensor]
+    sq_norm: Tensor | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=lambda: dict(HYPERPARAMETERS))
+
+    def lists(self) -> dict[str, list[Tensor]]:
+        """All lists by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, list)}
+
+    def arguments(self, op: str) -> tuple[Any, ...]:
+        """The positional arguments of an operator."""
+        if op == "commit_":
+            return self.exp_avgs, self.critical_buffers, self.critical_sums, self.pending_slots
+        if op == "sq_norm":
+            return self.params, self.grads
+        lists = self.lists()
+        if op == "adam_cg_":
+            del lists["pending_slots"]
+        return (*lists.values(), self.sq_norm)
+
+    def keywords(self, op: str) -> dict[str, Any]:
+        """The keyword arguments of an operator."""
+        if op == "commit_":
+            return {}
+        if op == "sq_norm":
+            names = ("weight_decay", "maximize", "decoupled_weight_decay")
+            return {name: self.hyperparameters[name] for name in names}
+        return self.hyperparameters
+
+    def call(self, op: str) -> Any:
+        """Call `torch.ops.cm_fused.<op>`."""
+        return getattr(torch.ops.cm_fused, op)(*self.arguments(op), **self.keywords(op))
+
+
+def sample(
+    dtype: torch.dtype = torch.float32,
+    *,
+    capacity: int = 3,
+    amsgrad: bool = False,
+    running_sum: bool = False,
+    strided: bool = False,
+    given_sq_norm: bool = False,
+    shapes: tuple[tuple[int, ...], ...] = SHAPES,
+) -> Sample:
+    """Return arguments in the middle of training: two slots filled, one of them yet to commit."""
+    generator = torch.Generator().manual_seed(0)
+    state_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def noise(*shape: int, of: torch.dtype = state_dtype) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(of)
+
+    def spread(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, tensor], -1)[..., 0] if strided else tensor
+
+    buffers = [noise(capacity, *shape) for shape in shapes]
+    for buffer in buffers:
+        buffer[2:] = 0
+    keys = [1.0, 0.5, *[-torch.inf] * capacity][:capacity]
+    return Sample(
+        params=[spread(noise(*shape, of=dtype)) for shape in shapes],
+        grads=[spread(noise(*shape, of=dtype)) for shape in shapes],
+        exp_avgs=[noise(*shape) for shape in shapes],
+        exp_avg_sqs=[noise(*shape).square() for shape in shapes],
+        max_exp_avg_sqs=[noise(*shape).square() for shape in shapes] if amsgrad else [],
+        critical_buffers=buffers,
+        critical_sums=[buffer.sum(0) for buffer in buffers] if running_sum else [],
+        priorities=[torch.tensor(keys) for _ in shapes],
+        pending_slots=[torch.tensor(min(1, capacity - 1)) for _ in shapes],
+        steps=[torch.tensor(2.0) for _ in shapes],
+        sq_norm=torch.tensor(4.0, dtype=torch.float64) if given_sq_norm else None,
+    )
+
+
+SAMPLES: dict[str, Callable[[], Sample]] = {
+    "plain": sample,
+    "amsgrad": lambda: sample(amsgrad=True),
+    "running_sum": lambda: sample(capacity=5, running_sum=True),
+    "everything": lambda: sample(amsgrad=True, capacity=5, running_sum=True, given_sq_norm=True),
+    "one_slot": lambda: sample(capacity=1),
+    "float64": lambda: sample(torch.float64, amsgrad=True),
+    "bfloat16": lambda: sample(torch.bfloat16, capacity=5, running_sum=True),
+    "float16": lambda: sample(torch.float16),
+    "strided": lambda: sample(strided=True),
+    "strided_bfloat16": lambda: sample(torch.bfloat16, strided=True),
+    "empty": lambda: sample(shapes=((0,), (0, 3))),
+}
+STEPS = ("adam_cm_", "adam_cg_")
+OPS = (*STEPS, "sq_norm", "commit_")
+
+of_each_op = pytest.mark.parametrize("op", OPS)
+of_each_step = pytest.mark.parametrize("op", STEPS)
+
+
+# Schemas and fakes
+
+
+# Tracing takes a second each: not every sample.
+@pytest.mark.parametrize("name", ["plain", "everything", "float64", "strided_bfloat16", "empty"])
+@of_each_op
+def test_opcheck(op: str, name: str) -> None:
+    """Schema, autograd registration, fake kernel and functionalization agree with the kernel."""
+    case = SAMPLES[name]()
+    overload = getattr(torch.ops.cm_fused, op).default
+    torch.library.opcheck(overload, case.arguments(op), case.keywords(op))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@of_each_op
+def test_fake_call(op: str, name: str) -> None:
+    """Under FakeTensorMode an operator computes nothing and its result has the right form."""
+    with FakeTensorMode():
+        case = SAMPLES[name]()
+        result = case.call(op)
+    if op == "sq_norm":
+        assert (result.shape, result.dtype, result.device.type) == ((), torch.float64, "cpu")
+    else:
+        assert result is None
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@of_each_step
+def test_steps_write_what_they_declare(op: str, name: str) -> None:
+    """A step changes each list its schema marks, and gradients and the given norm never."""
+    case, before = SAMPLES[name](), SAMPLES[name]()
+    case.call(op)
+    assert_same(case.grads, before.grads)
+    assert_same(case.sq_norm, before.sq_norm)
+    for role in ("params", "exp_avgs", "exp_avg_sqs", "priorities", "steps"):
+        for mine, theirs in zip(case.lists()[role], before.lists()[role], strict=True):
+            assert mine.numel() == 0 or not torch.equal(mine, theirs), role
+    if op == "adam_cg_":
+        assert_same(case.pending_slots, before.pending_slots)
+
+
+# What they compute beyond the steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("l2", [False, True])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda g: g.clone(),
+        lambda g: g.t().contiguous().t(),
+        lambda g: torch.stack([g, g], -1)[..., 0],
+        lambda g: g[:, :1].expand(g.shape),
+        lambda g: g[0, 0].expand(g.shape),
+        lambda g: torch.cat([g, g])[::2],
+        lambda g: torch._neg_view(g.clone()),
+    ],
+    ids=["contiguous", "transposed", "strided", "rows", "expanded", "every_other", "negated"],
+)
+def test_sq_norm_of_any_strides(
+    view: Callable[[Tensor], Tensor], l2: bool, dtype: torch.dtype
+) -> None:
+    """sq_norm adds the squares of the values, however the gradient lies in memory."""
+    generator = torch.Generator().manual_seed(0)
+    param, noise = (torch.randn(70, 3, generator=generator).to(dtype) for _ in range(2))
+    grad = view(noise)
+    result = torch.ops.cm_fused.sq_norm(
+        [param], [grad], weight_decay=0.5, maximize=False, decoupled_weight_decay=not l2
+    )
+    g = grad.double() + (0.5 * param.double() if l2 else 0)
+    torch.testing.assert_close(result, g.square().sum(), rtol=1e-5, atol=0)
+
+
+def test_sq_norm_of_several_tensors() -> None:
+    """sq_norm adds over the tensors, the empty ones and those of several chunks included."""
+    grads = [torch.full((numel,), 0.5) for numel in (0, 1, 63, 64, 65, 16383, 16384, 16385, 50000)]
+    result = torch.ops.cm_fused.sq_norm(
+        grads, grads, weight_decay=0.0, maximize=False, decoupled_weight_decay=False
+    )
+    assert result.item() == 0.25 * sum(grad.numel() for grad in grads)
+
+
+@pytest.mark.parametrize("running_sum", [False, True])
+def test_commit(running_sum: bool) -> None:
+    """commit_ puts each momentum in its pending slot, once, and the running sum follows."""
+    case, before = (sample(running_sum=running_sum) for _ in range(2))
+    for slot, pending in enumerate(case.pending_slots):
+        pending.fill_(slot % 4 - 1)
+    for _ in range(2):
+        case.call("commit_")
+        for i, buffer in enumerate(before.critical_buffers):
+            if (slot := i % 4 - 1) >= 0:
+                buffer[slot] = case.exp_avgs[i]
+            if running_sum:
+                torch.testing.assert_close(case.critical_sums[i], buffer.sum(0))
+        assert_same(case.critical_buffers, before.critical_buffers)
+        assert_same(case.exp_avgs, before.exp_avgs)
+        assert [pending.item() for pending in case.pending_slots] == [-1] * len(SHAPES)
+
+
+@of_each_step
+def test_empty_tensors_take_part(op: str) -> None:
+    """A step of empty tensors alone counts and admits a norm of 0."""
+    case = sample(shapes=((0,), (0, 3)))
+    case.call(op)
+    assert [step.item() for step in case.steps] == [3.0, 3.0]
+    for keys in case.priorities:
+        torch.testing.assert_close(keys, torch.tensor([0.7, 0.35, 0.0]))
+
+
+# Checks
+
+
+@dataclass(frozen=True)
+class BadLists:
+    """A call that must be refused.
+
+    Attributes:
+        name: Of the test.
+        spoil: Makes a good sample bad.
+        message: What the error says.
+        ops: The operators it is bad for.
+    """
+
+    name: str
+    spoil: Callable[[Sample], object]
+    message: str
+    ops: tuple[str, ...] = STEPS
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# The last parameter, so that everything before it could have been changed.
+LAST = len(SHAPES) - 1
+CPU_LISTS = (
+    "grads",
+    "exp_avgs",
+    "exp_avg_sqs",
+    "max_exp_avg_sqs",
+    "critical_buffers",
+    "critical_sums",
+    "priorities",
+    "steps",
+)
+
+
+def _ops_with(role: str) -> tuple[str, ...]:
+    if role == "grads":
+        return (*STEPS, "sq_norm")
+    if role in ("critical_buffers", "critical_sums"):
+        return (*STEPS, "commit_")
+    return ("adam_cm_", "commit_") if role == "pending_slots" else STEPS
+
+
+def _set(role: str, change: Callable[[Tensor], Tensor]) -> Callable[[Sample], None]:
+    def spoil(case: Sample) -> None:
+        tensors = case.lists()[role]
+        tensors[LAST] = change(tensors[LAST])
+
+    return spoil
+
+
+def _pop(role: str) -> Callable[[Sample], object]:
+    return lambda case: case.lists()[role].pop()
+
+
+def _append(role: str) -> Callable[[Sample], object]:
+    return lambda case: case.lists()[role].append(torch.zeros(5))
+
+
+def _fill(role: str, value: float) -> Callable[[Sample], object]:
+    return lambda case: case.lists()[role][LAST].fill_(value)
+
+
+def _give_sq_norm(sq_norm: Tensor) -> Callable[[Sample], None]:
+    def spoil(case: Sample) -> None:
+        case.sq_norm = sq_norm
+
+    return spoil
+
+
+_SHAPED = ("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "critical_sums")
+_MINE = rf"\[{LAST}\] must "
+
+BAD_LISTS = [
+    *(
+        BadLists(
+            f"{change.__name__}_{role}", change(role), f"{role} must have one", _ops_with(role)
+        )
+        for role in (*CPU_LISTS, "pending_slots")
+        for change in (_pop, _append)
+    ),
+    *(
+        BadLists(
+            f"dtype_{role}",
+            _set(role, lambda t: t.to(torch.bfloat16)),
+            rf"{role}{_MINE}have dtype .*got BFloat16",
+            _ops_with(role),
+        )
+        for role in (*CPU_LISTS, "pending_slots")
+    ),
+    *(
+        BadLists(
+            f"shape_{role}",
+            _set(role, lambda t: torch.cat([t, t])),
+            rf"{role}{_MINE}have shape \(5\), got \(10\)",
+            _ops_with(role),
+        )
+        for role in _SHAPED
+    ),
+    *(
+        BadLists(
+            f"dim_{role}",
+            _set(role, lambda t: t.unsqueeze(0)),
+            rf"{role}{_MINE}have shape \(5\), got \(1, 5\)",
+            _ops_with(role),
+        )
+        for role in _SHAPED
+    ),
+    *(
+        BadLists(
+            f"strides_{role}",
+            _set(role, lambda t: torch.stack([t, t], -1)[..., 0]),
+            rf"{role}{_MINE}have the strides \(1\) of exp_avgs\[{LAST}\], got \(2\)",
+            _ops_with(role),
+        )
+        for role in ("exp_avg_sqs", "max_exp_avg_sqs", "critical_sums")
+    ),
+    BadLists(
+        "strides_exp_avgs",
+        _set("exp_avgs", lambda t: torch.stack([t, t], -1)[..., 0]),
+        rf"exp_avgs{_MINE}fill its memory without gaps",
+        (*STEPS, "commit_"),
+    ),
+    BadLists(
+        "overlap_exp_avgs",
+        _set("exp_avgs", lambda t: t[:1].expand(5)),
+        rf"exp_avgs{_MINE}fill its memory without gaps",
+        (*STEPS, "commit_"),
+    ),
+    BadLists(
+        "shape_critical_buffers",
+        _set("critical_buffers", lambda t: torch.cat([t, t], 1)),
+        rf"critical_buffers{_MINE}have shape \(capacity, \*\(5\)\), got \(3, 10\)",
+        (*STEPS, "commit_"),
+    ),
+    BadLists(
+        "no_slots_critical_buffers",
+        _set("critical_buffers", lambda t: t[:0]),
+        rf"critical_buffers{_MINE}have shape \(capacity, .*got \(0, 5\)",
+        (*STEPS, "commit_"),
+    ),
+    BadLists(
+        "dim_critical_buffers",
+        _set("critical_buffers", lambda t: t[0]),
+        rf"critical_buffers{_MINE}have shape \(capacity, .*got \(5\)",
+        (*STEPS, "commit_"),
+    ),
+    BadLists(
+        "strides_critical_buffers",
+        _set("critical_buffers", lambda t: torch.stack([t, t], -1)[..., 0]),
+        rf"critical_buffers{_MINE}have the strides \(1\).*got \(2\)",
+        (*STEPS, "commit_"),
+    ),
+    BadLists(
+        "gaps_critical_buffers",
+        _set("critical_buffers", lambda t: torch.cat([t, t], 1)[:, :5]),
+        rf"critical_buffers{_MINE}hold its slots one after the other, 5 .*got 10",
+        (*STEPS, "commit_"),
+    ),
+    BadLists(
+        "numel_priorities",
+        _set("priorities", lambda t: torch.cat([t, t])),
+        rf"priorities{_MINE}be contiguous with 3 elements, got shape \(6\)",
+    ),
+    BadLists(
+        "strides_priorities",
+        _set("priorities", lambda t: torch.stack([t, t], -1)[..., 0]),
+        rf"priorities{_MINE}be contiguous with 3 elements, .* strides \(2\)",
+    ),
+    BadLists("numel_steps", _set("steps", lambda t: t.repeat(2)), rf"steps{_MINE}.*1 elements"),
+    BadLists(
+        "numel_pending_slots",
+        _set("pending_slots", lambda t: t.repeat(2)),
+        rf"pending_slots{_MINE}.*1 elements",
+        ("adam_cm_", "commit_"),
+    ),
+    *(
+        BadLists(
+            f"pending_slot_{slot}",
+            _fill("pending_slots", slot),
+            rf"pending_slots{_MINE}be in \[-1, 3\), got {slot}",
+            ("adam_cm_", "commit_"),
+        )
+        for slot in (-2, 3, 2**40, -(2**40))
+    ),
+    *(
+        BadLists(
+            f"step_{step}", _fill("steps", step), rf"steps{_MINE}be finite and >= 0, got {got}"
+        )
+        for step, got in ((float("nan"), "nan"), (float("inf"), "inf"), (-1.0, "-1"))
+    ),
+    *(
+        BadLists(
+            f"dtype_params_{dtype}",
+            lambda case, dtype=dtype: [  # type: ignore[misc]
+                _set(role, lambda t: t.to(dtype))(case) for role in ("params", "grads")
+            ],
+            rf"params{_MINE}be float32, float64, bfloat16 or float16, got {name}",
+            (*STEPS, "sq_norm"),
+        )
+        for dtype, name in ((torch.int64, "Long"), (torch.complex64, "ComplexFloat"))
+    ),
+    BadLists(
+        "expanded_params",
+        _set("params", lambda t: t[:1].expand(5)),
+        rf"params{_MINE}not hold two elements in one place .*\(5\) and strides \(0\)",
+    ),
+    BadLists(
+        "overlapping_params",
+        _set("params", lambda t: t.expand(5, 5).flatten().as_strided((5,), (0,))),
+        rf"params{_MINE}not hold two elements in one place",
+    ),
+    BadLists("dtype_sq_norm", _give_sq_norm(torch.tensor(1.0)), "sq_norm.* must have dtype Double"),
+    BadLists(
+        "shape_sq_norm",
+        _give_sq_norm(torch.ones(2, dtype=torch.float64)),
+        "sq_norm.* must be contiguous with 1 elements",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "bad"),
+    [pytest.param(op, bad, id=f"{op}-{bad}") for bad in BAD_LISTS for op in bad.ops],
+)
+def test_bad_lists_change_nothing(op: str, bad: BadLists) -> None:
+    """A list that does not fit is a RuntimeError naming it and the index; no bit has changed."""
+    case = sample(amsgrad=True, running_sum=True)
+    bad.spoil(case)
+    before = {role: [t.clone() for t in tensors] for role, tensors in case.lists().items()}
+    with pytest.raises(RuntimeError, match=bad.message):
+        case.call(op)
+    assert_same(case.lists(), before)
+
+
+@of_each_op
+def test_sparse_gradient_is_refused(op: str) -> None:
+    """A sparse tensor in a list never reaches a kernel."""
+    case = sample()
+    role = {"commit_": "exp_avgs"}.get(op, "grads")
+    tensors = case.lists()[role]
+    tensors[LAST] = tensors[LAST].to_sparse()
+    others = {name: list for name, list in case.lists().items() if name != role}
+    before = {name: [t.clone() for t in tensors] for name, tensors in others.items()}
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)sparse"):
+        case.call(op)
+    assert_same(others, before)
+
+
+# Held states
+
+
+def _bucket(case: Sample) -> Bucket:
+    return Bucket(**case.lists())
+
+
+def _step_held(held: int, case: Sample, *, critical_gradients: bool) -> None:
+    torch.ops.cm_fused.step_held_(
+        held,
+        case.params,
+        case.grads,
+        case.sq_norm,
+        critical_gradients=critical_gradients,
+        **case.hyperparameters,
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@of_each_step
+def test_held_state_steps_as_the_lists_do(op: str, name: str) -> None:
+    """Steps of a held state are the operators' to the bit."""
+    case, twin = SAMPLES[name](), SAMPLES[name]()
+    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
+    for _ in range(4):
+        _step_held(held, case, critical_gradients=op == "adam_cg_")
+        twin.call(op)
+    torch.ops.cm_fused.release_state(held)
+    assert_same(case.lists(), twin.lists())
+
+
+def test_held_states_are_apart() -> None:
+    """Each held state has its own id, and releasing one leaves the other."""
+    cases = [sample() for _ in range(2)]
+    first, second = (torch.ops.cm_fused.hold_state(*_bucket(case).state()) for case in cases)
+    assert first != second
+    torch.ops.cm_fused.release_state(first)
+    before = [param.clone() for param in cases[0].params]
+    _step_held(second, cases[1], critical_gradients=False)
+    assert_same(cases[0].params, before)
+    assert [step.item() for step in cases[1].steps] == [3.0] * len(SHAPES)
+    torch.ops.cm_fused.release_state(second)
+
+
+@pytest.mark.parametrize("held", [-1, 0, 2**60])
+def test_unknown_state_is_refused(held: int) -> None:
+    """A state that is not held is an error that shows its id; releasing it is nothing."""
+    torch.ops.cm_fused.release_state(held)
+    with pytest.raises(RuntimeError, match=f"held must name a state that is held, got {held}"):
+        _step_held(held, sample(), critical_gradients=False)
+
+
+def test_released_state_is_refused() -> None:
+    """After its release a state is gone, and releasing it again is nothing."""
+    case = sample()
+    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
+    for _ in range(2):
+        torch.ops.cm_fused.release_state(held)
+    with pytest.raises(RuntimeError, match="held must name a state that is held"):
+        _step_held(held, case, critical_gradients=False)
+
+
+def test_held_state_is_released_with_its_object() -> None:
+    """A `HeldState` lets go of the tensors when it dies."""
+    case = sample()
+    held = cpu.HeldState(_bucket(case))
+    held_id = held._id
+    _step_held(held_id, case, critical_gradients=False)
+    del held
+    with pytest.raises(RuntimeError, match="held must name a state that is held"):
+        _step_held(held_id, case, critical_gradients=False)
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD_LISTS if "adam_cm_" in bad.ops], ids=str)
+def test_held_state_is_checked_at_every_step(bad: BadLists) -> None:
+    """A held state of bad lists is refused as the lists are, and nothing changed."""
+    case = sample(amsgrad=True, running_sum=True)
+    bad.spoil(case)
+    before = {role: [t.clone() for t in tensors] for role, tensors in case.lists().items()}
+    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
+    with pytest.raises(RuntimeError, match=bad.message):
+        _step_held(held, case, critical_gradients=False)
+    torch.ops.cm_fused.release_state(held)
+    assert_same(case.lists(), before)
+
+
+def test_capability_is_a_known_one() -> None:
+    """The instruction set in use is one of those compiled."""
+    assert cpu.capability() in ("default", "avx2", "avx512")

@@ -1,0 +1,33 @@
+"""What README and docstrings show works as shown."""
+
+import doctest
+import re
+from pathlib import Path
+
+import cm_fused.adam_cm
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_readme_examples_run() -> None:
+    """Every Python block of the README runs."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), {})
+
+
+def test_docstring_examples_run() -> None:
+    """The examples of the optimizers' docstrings run."""
+    results = doctest.testmod(cm_fused.adam_cm)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_readme_names_existing_files() -> None:
+    """Every file the README points to exists."""
+    text = README.read_text()
+    names = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"`(tests/\w+\.py)`", text)
+    assert names
+    missing = [name for name in names if not (README.parent / name).exists()]
+    assert not missing
