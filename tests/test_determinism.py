@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.cases import CAPABILITIES, ROOT, mark_skip, needs_cpu_backend, skip_reason
+from tests.cases import ROOT, capability_params, needs_cpu_backend
 from tests.workload import digest
 
 pytestmark = needs_cpu_backend
@@ -29,13 +29,7 @@ def test_threads(threads: int) -> None:
     assert digest() == expected
 
 
-@pytest.mark.parametrize(
-    "capability",
-    [
-        pytest.param(capability, marks=mark_skip(skip_reason(capability=capability)))
-        for capability in CAPABILITIES
-    ],
-)
+@pytest.mark.parametrize("capability", capability_params())
 def test_instruction_sets(capability: str) -> None:
     """Every instruction set, since nothing is contracted and no sum depends on its width."""
     result = subprocess.run(

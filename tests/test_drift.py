@@ -81,8 +81,9 @@ class _Run:
         """Return the worst chunk's error, as a part of the norm of the float64 sum."""
         slots, running_sum = self.slots()
         exact = slots.double().sum(0)
-        chunks = zip(running_sum.double().split(CHUNK), exact.split(CHUNK), strict=True)
-        return max(float((mine - right).norm() / right.norm()) for mine, right in chunks)
+        wrong = running_sum.double() - exact
+        chunks = [slice(begin, begin + CHUNK) for begin in range(0, len(exact), CHUNK)]
+        return max(float(wrong[chunk].norm() / exact[chunk].norm()) for chunk in chunks)
 
 
 @needs_cpu_backend
