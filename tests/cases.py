@@ -47,8 +47,16 @@ CHUNK = kernel_constant("kChunkSize")
 # Skip rules
 
 
-def skip_reason(*, backend: str | None = None, capability: str | None = None) -> str | None:
-    """Return why this machine cannot run a case, or None: all skip rules there are."""
+def skip_reason(
+    *, backend: str | None = None, capability: str | None = None, proc: bool = False
+) -> str | None:
+    """Return why this machine cannot run a case, or None: all skip rules there are.
+
+    Args:
+        backend: The backend that the case needs.
+        capability: The instruction set that the case needs.
+        proc: The case reads /proc.
+    """
     if (backend == "cpu" or capability is not None) and cpu.unavailable_reason is not None:
         return cpu.unavailable_reason
     if capability is not None:
@@ -56,24 +64,33 @@ def skip_reason(*, backend: str | None = None, capability: str | None = None) ->
         has = CAPABILITIES.index(best) if best in CAPABILITIES else 0
         if CAPABILITIES.index(capability) > has:
             return f"this machine lacks {capability}"
+    if proc and not Path("/proc/self/status").exists():
+        return "this machine has no /proc"
     return None
 
 
-def mark_skip(reason: str | None) -> list[pytest.MarkDecorator]:
-    """Return the marks of a case that cannot run for `reason`."""
-    return [] if reason is None else [pytest.mark.skip(reason=reason)]
+def skip_if(reason: str | None) -> pytest.MarkDecorator:
+    """Return the mark of a case that cannot run where there is a reason."""
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
 
 
 def backend_params() -> list[Any]:
     """Return every backend as a pytest parameter."""
     return [
-        pytest.param(backend, marks=mark_skip(skip_reason(backend=backend))) for backend in BACKENDS
+        pytest.param(backend, marks=skip_if(skip_reason(backend=backend))) for backend in BACKENDS
     ]
 
 
-needs_cpu_backend = pytest.mark.skipif(
-    skip_reason(backend="cpu") is not None, reason=str(skip_reason(backend="cpu"))
-)
+def capability_params() -> list[Any]:
+    """Return every instruction set as a pytest parameter."""
+    return [
+        pytest.param(capability, marks=skip_if(skip_reason(capability=capability)))
+        for capability in CAPABILITIES
+    ]
+
+
+needs_cpu_backend = skip_if(skip_reason(backend="cpu"))
+needs_proc = skip_if(skip_reason(proc=True))
 
 
 # Options

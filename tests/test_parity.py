@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused.ops.cpu import RUNNING_SUM_MIN_CAPACITY
 from tests.cases import (
+    BACKENDS,
     BLOCK,
     CHUNK,
     DTYPES,
@@ -171,7 +172,7 @@ def test_complex(kind: Kind, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_complex_is_its_pairs(kind: Kind, backend: str, dtype: torch.dtype) -> None:
     """A complex parameter moves as `torch.view_as_real` of it does."""

@@ -1,0 +1,64 @@
+"""A run of the "cpu" backend over dtypes and options, and the hash of all that comes out of it.
+
+Run as a module it prints the instruction set in use and the hash.
+"""
+
+import hashlib
+from dataclasses import replace
+
+import torch
+
+from cm_fused.ops import cpu
+from tests.cases import (
+    CHUNK,
+    DTYPES,
+    KINDS,
+    Event,
+    make_gradients,
+    make_optimizer,
+    make_params,
+    real,
+)
+from tests.oracle import Options
+
+# Two chunks and a part of a third, which ends within a block; and a tensor of a few lanes.
+SHAPES: list[tuple[int, ...]] = [(2 * CHUNK + 77,), (5,)]
+OPTIONS = (
+    Options(),
+    Options(capacity=3, amsgrad=True, eps_inside_sqrt=False, priority_scope="tensor"),
+    Options(weight_decay=0.1, maximize=True, buffer_mean="size"),
+)
+STEPS = 30
+
+
+def digest() -> str:
+    """Return a hash of all parameters and state after the run."""
+    bits = hashlib.sha256()
+    events = [Event(scale=1 + t % 7) for t in range(STEPS)]
+    for dtype in DTYPES:
+        params = make_params(SHAPES, dtype)
+        runs = [[param.clone() for param in params] for _ in range(len(KINDS) * len(OPTIONS))]
+        optimizers = [
+            make_optimizer(run, replace(options, kind=kind, lr=0.05), "cpu")
+            for run, (kind, options) in zip(
+                runs, [(kind, options) for kind in KINDS for options in OPTIONS], strict=True
+            )
+        ]
+        # The gradients are the dearest part: one draw serves all runs.
+        for grads in make_gradients(params, events):
+            for run, optimizer in zip(runs, optimizers, strict=True):
+                for param, grad in zip(run, grads, strict=True):
+                    param.grad = grad
+                optimizer.step()
+        for run, optimizer in zip(runs, optimizers, strict=True):
+            states = optimizer.state_dict()["state"]
+            values = [value for state in states.values() for _, value in sorted(state.items())]
+            for tensor in [*run, *values]:
+                bits.update(
+                    real(tensor).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
+    return bits.hexdigest()
+
+
+if __name__ == "__main__":
+    print(cpu.capability(), digest())
