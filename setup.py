@@ -4,6 +4,7 @@ CM_FUSED_BUILD chooses: "auto" (default) builds the CPU library when torch and a
 at hand, "cpu" makes a failure to build it an error, "none" leaves it out.
 """
 
+import glob
 import os
 import sys
 
@@ -87,6 +88,7 @@ def extension_arguments() -> dict[str, object]:
             *(flag for path in include_paths() for flag in ("-isystem", path)),
             *os.environ.get("CM_FUSED_CXXFLAGS", "").split(),
         ],
+        depends=glob.glob("csrc/**/*.h", recursive=True),
         py_limited_api=True,
     )
     return {
