@@ -25,6 +25,8 @@ SOURCES = [
 ]
 COMPILE_ARGS = [
     "-O3",
+    # Python's own flags ask for debugging information, ten times the size of the code.
+    "-g0",
     "-std=c++20",
     "-fvisibility=hidden",
     # One result on every instruction set: nothing is contracted to a fused multiply-add.
