@@ -247,7 +247,7 @@ class CriticalAdam(Optimizer):
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
         self._plans = {}
-        self.state = _state.OptimizerState(self.state)
+        self.state = _state.OptimizerState(dict, self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -48,19 +48,28 @@ class ParamState(dict[str, Any]):
         super().__init__(values)
         self.changes = changes
 
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
 
 class OptimizerState(defaultdict[Any, Any]):
-    """The state of an optimizer, parameter to `ParamState`; counts changes of both."""
+    """The state of an optimizer, parameter to `ParamState`; counts changes of both.
 
-    def __init__(self, values: Mapping[Any, Any] | None = None) -> None:
-        super().__init__(dict)
+    Made as a defaultdict is, since that is how a defaultdict copies itself.
+    """
+
+    def __init__(self, default_factory: type[Any] = dict, values: Mapping[Any, Any] = {}) -> None:
+        super().__init__(default_factory)
         self.changes = Changes()
-        for key, value in (values or {}).items():
+        for key, value in values.items():
             self[key] = ParamState(value, self.changes) if isinstance(key, Tensor) else value
 
     def __missing__(self, key: Any) -> ParamState:
         self[key] = state = ParamState({}, self.changes)
         return state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
 
 
 for _name in (

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -1074,3 +1075,21 @@ def _model() -> nn.Module:
     for param in model.parameters():
         param.data = 0.5 * torch.randn(param.shape, generator=generator)
     return model
+
+
+def _pickled_state(state: Any) -> Any:
+    return pickle.loads(pickle.dumps(state))
+
+
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, _pickled_state])
+@on_each_backend
+def test_state_copies_as_a_plain_dict(make_copy: Callable[[Any], Any], backend: str) -> None:
+    """`optimizer.state` and its entries are copied and pickled as torch's defaultdict of dicts."""
+    optimizer = new_optimizer(AdamCM, backend=backend)
+    train(optimizer, range(3))
+    copied = make_copy(optimizer.state)
+    assert isinstance(copied, defaultdict)
+    assert_same(list(copied.values()), list(optimizer.state.values()))
+    entry = optimizer.state[params_of(optimizer)[0]]
+    assert_same(make_copy(entry), entry)
+    assert_same(entry.copy(), entry)
