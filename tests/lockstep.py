@@ -102,7 +102,7 @@ class Lockstep:
         self._compare_keys(seen, expected, where)
         m = 3 * eps * scale
         aggregate = (capacity + 4) * eps * scale
-        beta2 = max(group["betas"][1] for group in self.optimizer.param_groups)
+        beta2 = min(group["betas"][1] for group in self.optimizer.param_groups)
         square = max(largest(to_array(expected.exp_avg_sq)), (1 - beta2) * scale**2)
         v = (2 * (capacity + 4) + 4) * eps * square
         within(to_array(seen.exp_avg), to_array(expected.exp_avg), m, f"{where}: exp_avg")
@@ -135,7 +135,7 @@ class Lockstep:
         actual: Array, expected: Array, old: Array, change: float, dtype: torch.dtype, where: str
     ) -> None:
         if dtype in (torch.bfloat16, torch.float16):
-            # Where both are NaN or one infinity there is nothing left to measure.
+            # Where a value is not finite there is no distance to measure.
             finite = np.isfinite(expected)
             np.testing.assert_array_equal(actual[~finite], expected[~finite], err_msg=where)
             distance = np.abs(actual - expected)[finite]
