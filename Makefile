@@ -67,7 +67,7 @@ package: $(VENV)/lint
 	rm -rf dist build/installed
 	CM_FUSED_BUILD=cpu $(BIN)/python -m build --no-isolation
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
-	cd build/installed && ../../$(BIN)/python -W error ../../tests/train_installed.py
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/train_installed.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info cm_fused/*.so demo.png
