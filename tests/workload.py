@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from cm_fused.ops import cpu
 from tests.cases import (
@@ -14,10 +15,12 @@ from tests.cases import (
     DTYPES,
     KINDS,
     Event,
+    make_bucket,
     make_gradients,
     make_optimizer,
     make_params,
     real,
+    step_options,
 )
 from tests.oracle import Options
 
@@ -31,8 +34,22 @@ OPTIONS = (
 STEPS = 30
 
 
+def _bytes(tensor: Tensor) -> bytes:
+    return real(tensor).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _sq_norm(params: list[Tensor]) -> Tensor:
+    """Return the sum of squares by which keys are made: in the float32 keys few of its bits show.
+
+    Those few decide an admission all the same, on one machine in a great many.
+    """
+    bucket = make_bucket(params, Options(), fused=True)
+    bucket.grads = params
+    return cpu.sq_norm(bucket, step_options(Options()))
+
+
 def digest() -> str:
-    """Return a hash of all parameters and state after the run."""
+    """Return a hash of all parameters and state after the run, and of the gradients' norm."""
     bits = hashlib.sha256()
     events = [Event(scale=1 + t % 7) for t in range(STEPS)]
     for dtype in DTYPES:
@@ -54,9 +71,8 @@ def digest() -> str:
             states = optimizer.state_dict()["state"]
             values = [value for state in states.values() for _, value in sorted(state.items())]
             for tensor in [*run, *values]:
-                bits.update(
-                    real(tensor).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                )
+                bits.update(_bytes(tensor))
+        bits.update(_bytes(_sq_norm(params)))
     return bits.hexdigest()
 
 
