@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -26,9 +27,37 @@ inline std::string to_string(IntHeaderOnlyArrayRef values) {
   return text + ")";
 }
 
+// The index of a tensor that is an argument by itself.
+inline constexpr size_t kNoIndex = std::numeric_limits<size_t>::max();
+
+inline std::string item(const char* role, size_t index) {
+  return index == kNoIndex ? role : std::string(role) + "[" + std::to_string(index) + "]";
+}
+
 inline void check_length(const char* role, size_t length, size_t expected) {
   STD_TORCH_CHECK(length == expected, role, " must have one tensor for each of the ", expected,
       " params, got ", length);
+}
+
+struct Device {
+  int32_t type;   // as aoti_torch_device_type_*()
+  int32_t index;  // 0 on the CPU
+
+  bool operator==(const Device&) const = default;
+};
+
+inline Device cpu_device() {
+  return {aoti_torch_device_type_cpu(), 0};
+}
+
+inline std::string to_string(Device device) {
+  if (device == cpu_device()) {
+    return "cpu";
+  }
+  if (device.type == aoti_torch_device_type_cuda()) {
+    return "cuda:" + std::to_string(device.index);
+  }
+  return "device " + std::to_string(device.index) + " of type " + std::to_string(device.type);
 }
 
 // What a step reads of a tensor, fetched with as few calls as will do: for a small tensor this is
@@ -39,9 +68,10 @@ struct TensorView {
   IntHeaderOnlyArrayRef sizes;
   IntHeaderOnlyArrayRef strides;
   int32_t dtype;  // as aoti_torch_dtype_*()
+  Device device;
 };
 
-// Views a dense tensor on the CPU.
+// Views a dense tensor on any device, whose memory it does not touch.
 inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
   const AtenTensorHandle handle = tensor.get();
   void* data = nullptr;
@@ -50,14 +80,15 @@ inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
   int32_t dtype = 0;
-  int32_t device_type = 0;
+  Device device{};
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
-  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), role, "[", index,
-      "] must be a strided tensor, not a sparse one");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-  STD_TORCH_CHECK(
-      device_type == aoti_torch_device_type_cpu(), role, "[", index, "] must be on the CPU");
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), item(role, index),
+      " must be a strided tensor, not a sparse one");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device.type));
+  if (device.type != aoti_torch_device_type_cpu()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device.index));
+  }
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
@@ -65,7 +96,12 @@ inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
   const auto length = static_cast<size_t>(dim);
-  return {data, numel, {sizes, length}, {strides, length}, dtype};
+  return {data, numel, {sizes, length}, {strides, length}, dtype, device};
+}
+
+inline void check_device(const char* role, size_t index, Device device, Device expected) {
+  STD_TORCH_CHECK(device == expected, item(role, index), " must be on ", to_string(expected),
+      ", got ", to_string(device));
 }
 
 inline const char* dtype_name(int32_t dtype) {
@@ -74,14 +110,14 @@ inline const char* dtype_name(int32_t dtype) {
 }
 
 inline void check_dtype(const char* role, size_t index, int32_t dtype, int32_t expected) {
-  STD_TORCH_CHECK(dtype == expected, role, "[", index, "] must have dtype ", dtype_name(expected),
+  STD_TORCH_CHECK(dtype == expected, item(role, index), " must have dtype ", dtype_name(expected),
       ", got ", dtype_name(dtype));
 }
 
 inline void check_sizes(
     const char* role, size_t index, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef expected) {
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), role,
-      "[", index, "] must have shape ", to_string(expected), ", got ", to_string(sizes));
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()),
+      item(role, index), " must have shape ", to_string(expected), ", got ", to_string(sizes));
 }
 
 // Whether strides a and b put the elements of a tensor of these sizes in the same places.
@@ -97,20 +133,21 @@ inline bool same_strides(
 
 inline void check_strides(const char* role, size_t index, IntHeaderOnlyArrayRef sizes,
     IntHeaderOnlyArrayRef strides, IntHeaderOnlyArrayRef expected) {
-  STD_TORCH_CHECK(same_strides(sizes, strides, expected), role, "[", index,
-      "] must have the strides ", to_string(expected), " of exp_avgs[", index, "], got ",
+  STD_TORCH_CHECK(same_strides(sizes, strides, expected), item(role, index),
+      " must have the strides ", to_string(expected), " of exp_avgs[", index, "], got ",
       to_string(strides));
 }
 
 // The data of a small tensor of bookkeeping: `numel` consecutive values of one dtype.
 template <typename value_t>
-inline value_t* bookkeeping(
-    const char* role, size_t index, const Tensor& tensor, int64_t numel, int32_t dtype) {
+inline value_t* bookkeeping(const char* role, size_t index, const Tensor& tensor, int64_t numel,
+    int32_t dtype, Device device) {
   const TensorView values = view(role, index, tensor);
+  check_device(role, index, values.device, device);
   check_dtype(role, index, values.dtype, dtype);
   STD_TORCH_CHECK(
       values.numel == numel && (numel == 1 || (values.sizes.size() == 1 && values.strides[0] == 1)),
-      role, "[", index, "] must be contiguous with ", numel, " elements, got shape ",
+      item(role, index), " must be contiguous with ", numel, " elements, got shape ",
       to_string(values.sizes), " and strides ", to_string(values.strides));
   return static_cast<value_t*>(values.data);
 }

@@ -15,6 +15,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "../param_data.h"
 #include "../priority.h"
 
 namespace cm_fused {
@@ -33,8 +34,6 @@ inline constexpr int64_t kBlockSize = 128;
 // the streams share sets, 1.99.
 inline constexpr int64_t kPrefetchDistance = 512;
 
-enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
 // Where element i of a tensor lies when i counts in the state's memory order: dimensions from the
 // outermost to the innermost, merged where they can be.
 struct StridedLayout {
@@ -43,29 +42,10 @@ struct StridedLayout {
 };
 
 // One parameter tensor's part in a step.
-struct TensorStep {
-  ParamDtype dtype;
-  int64_t numel;
-  int64_t capacity;
-
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // nullptr without amsgrad
-  void* critical_buffer;
-  void* critical_sum;  // nullptr: the sum is read from the slots
-
+struct TensorStep : ParamData {
   // nullptr where the tensor lies in memory as the state does.
   std::unique_ptr<const StridedLayout> param_layout;
   std::unique_ptr<const StridedLayout> grad_layout;
-
-  // Whether the state's tensors have been checked and their addresses taken.
-  bool has_state;
-  // The parameter's bookkeeping, which the ops keep; nullptr where an op does without.
-  float* priorities;
-  int64_t* pending_slot;
-  float* step_count;
 
   // Critical momenta: the slot last step's exp_avg goes to. Critical gradients: the slot this
   // step's gradient goes to. Or kNoSlot.
