@@ -41,5 +41,19 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "step_held_(int held, Tensor(a!)[] params, Tensor[] grads, Tensor? sq_norm, *, "
       "bool critical_gradients, " CM_FUSED_HYPERPARAMETERS ") -> ()");
 
+  // The table of a held state, for kernels that find a bucket's tensors by their addresses: see
+  // table.h. Returns 0 when nothing changed since the table was last refreshed, 1 when it was
+  // written, 2 when nothing was written because a param or a grad does not lie in memory as its
+  // exp_avg does. `table` is the host's copy; the tensors may be on any device, none is read.
+  m.def("refresh_table_(int held, Tensor[] params, Tensor[] grads, Tensor(a!) table) -> int");
+
+  // What follows a pass over a bucket: its partial sums of g^2 to keys, then admission, decay and
+  // step count of every row. Changes what the table's addresses name, which no schema can say:
+  // tracing compilers are not to be given it. sq_norm, the group's sum of g^2, replaces the sum of
+  // chunk_sq_norms; a tensor's own norm it does not concern.
+  m.def(
+      "update_priorities_(Tensor table, Tensor chunk_sq_norms, Tensor? sq_norm, *, int capacity, "
+      "float priority_decay, bool group_scope) -> ()");
+
   m.def("cpu_capability() -> str");
 }

@@ -30,7 +30,7 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the C++ extension does not load: {error}"
-    for name in ("adam_cm_", "adam_cg_", "commit_"):
+    for name in ("adam_cm_", "adam_cg_", "commit_", "update_priorities_"):
         torch.library.register_fake(f"cm_fused::{name}", _fake_in_place)
     torch.library.register_fake("cm_fused::sq_norm", _fake_sq_norm)
     return None

@@ -1,0 +1,53 @@
+// The CPU implementation of update_priorities_: what the CUDA kernel does, a row after the other.
+#include <cstdint>
+#include <numeric>
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../priority_update.h"
+
+namespace cm_fused {
+
+namespace {
+
+// The chunks of every row must be there before the first row is changed.
+void check_chunks(const PriorityUpdate& update) {
+  for (int64_t i = 0; i < update.num_rows; ++i) {
+    const int64_t* row = update.table + i * kTableWidth;
+    const int64_t first = row[kFirstChunkColumn];
+    const int64_t count = row[kNumChunksColumn];
+    STD_TORCH_CHECK(first >= 0 && count >= 0 && first <= update.num_chunks - count, "table[", i,
+        "] must name chunks of the ", update.num_chunks, " in chunk_sq_norms, got ", count,
+        " from ", first);
+  }
+}
+
+double sum(const double* values, int64_t count) {
+  return std::accumulate(values, values + count, 0.0);
+}
+
+void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tensor> sq_norm,
+    int64_t capacity, double priority_decay, bool group_scope) {
+  const PriorityUpdate update =
+      check_priority_update(table, chunk_sq_norms, sq_norm, capacity, priority_decay);
+  check_chunks(update);
+  const double group =
+      update.sq_norm != nullptr ? *update.sq_norm : sum(update.chunk_sq_norms, update.num_chunks);
+  for (int64_t i = 0; i < update.num_rows; ++i) {
+    const int64_t* row = update.table + i * kTableWidth;
+    const double row_sq_norm =
+        group_scope ? group
+                    : sum(update.chunk_sq_norms + row[kFirstChunkColumn], row[kNumChunksColumn]);
+    update_bookkeeping(
+        bookkeeping_of(row), update.capacity, update.priority_decay, priority_key(row_sq_norm));
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cm_fused, CPU, m) {
+  m.impl("update_priorities_", TORCH_BOX(&update_priorities_));
+}
+
+}  // namespace cm_fused

@@ -1,0 +1,41 @@
+// The table of a bucket: one row of int64 per parameter, by which a GPU's kernels find its tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "bookkeeping.h"
+
+namespace cm_fused {
+
+// Of a row, in the order of the columns. The first eleven are refresh_table_'s, the others are left
+// to whoever makes the table.
+enum TableColumn : int64_t {
+  // Addresses; 0 where there is no such tensor.
+  kParamColumn,
+  kGradColumn,
+  kExpAvgColumn,
+  kExpAvgSqColumn,
+  kMaxExpAvgSqColumn,
+  kCriticalBufferColumn,
+  kCriticalSumColumn,
+  kPrioritiesColumn,
+  kSlotColumn,  // an int64: critical momenta's pending slot, else any place that may be written
+  kStepColumn,
+  kNumelColumn,  // a number
+  kNumRefreshedColumns,
+  // The parameter's part of the partial norms: numbers.
+  kFirstChunkColumn = kNumRefreshedColumns,
+  kNumChunksColumn,
+  kFilledColumn,  // the address of an int64, or 0
+};
+
+// In int64: 128 bytes, so that a row lies in two cache lines and never in three.
+inline constexpr int64_t kTableWidth = 16;
+
+CM_FUSED_HOST_DEVICE inline Bookkeeping bookkeeping_of(const int64_t* row) {
+  return {reinterpret_cast<float*>(row[kPrioritiesColumn]),
+      reinterpret_cast<int64_t*>(row[kSlotColumn]), reinterpret_cast<float*>(row[kStepColumn]),
+      reinterpret_cast<int64_t*>(row[kFilledColumn])};
+}
+
+}  // namespace cm_fused
