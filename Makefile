@@ -5,8 +5,12 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
-CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CPP_SOURCES := $(wildcard $(foreach type,cpp h cu cuh,csrc/*.$(type) csrc/*/*.$(type)))
 ARM64_CXX := aarch64-linux-gnu-g++
+NVCC := nvcc
+# For compilers that setup.py does not run here.
+STRICT = -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)/python -c \
+    'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')
 
 .PHONY: help demo test check bench bench-smoke package clean
 
@@ -50,12 +54,16 @@ check: $(VENV)/lint
 	@if command -v $(ARM64_CXX) >/dev/null; then \
 	    for source in csrc/*.cpp csrc/cpu/*.cpp; do \
 	        echo "arm64: $$source"; \
-	        $(ARM64_CXX) -fsyntax-only -std=c++20 -Wall -Wextra -Werror \
-	            -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)/python -c \
-	            'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])') \
-	            $$source || exit 1; \
+	        $(ARM64_CXX) -fsyntax-only -Wall -Wextra -Werror $(STRICT) $$source || exit 1; \
 	    done; \
 	else echo "arm64: not compiled, $(ARM64_CXX) is not installed"; fi
+	@if command -v $(NVCC) >/dev/null; then \
+	    for source in csrc/cuda/*.cu; do \
+	        echo "cuda: $$source"; \
+	        $(NVCC) -c -o /dev/null -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror $(STRICT) \
+	            $$source || exit 1; \
+	    done; \
+	else echo "cuda: not compiled, $(NVCC) is not installed"; fi
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.run

@@ -1,15 +1,21 @@
-"""Builds the C++ extension where it can; everything else is in pyproject.toml.
+"""Builds the C++ libraries that can be built here; everything else is in pyproject.toml.
 
 CM_FUSED_BUILD chooses: "auto" (default) builds the CPU library when torch and a C++ compiler are
-at hand, "cpu" makes a failure to build it an error, "none" leaves it out.
+at hand, and the CUDA library when torch has CUDA and there is a toolkit; "cpu" builds the CPU
+library alone, "cuda" both, and either makes it an error when that cannot be; "none" builds
+neither. Whether this machine has a GPU does not matter.
 """
 
 import glob
 import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
+BUILDS = ("auto", "cpu", "cuda", "none")
 BUILD = os.environ.get("CM_FUSED_BUILD", "auto")
 TORCH_MINIMUM = (2, 11)
 # The stable ABI of that release: the wheel loads into every later torch.
@@ -17,8 +23,13 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 
 SOURCES = [
     "csrc/library.cpp",
+    "csrc/state.cpp",
+    "csrc/describe.cpp",
+    "csrc/table.cpp",
     "csrc/cpu/capability.cpp",
+    "csrc/cpu/describe.cpp",
     "csrc/cpu/ops.cpp",
+    "csrc/cpu/update_priorities.cpp",
     "csrc/cpu/step_default.cpp",
     "csrc/cpu/step_avx2.cpp",
     "csrc/cpu/step_avx512.cpp",
@@ -37,24 +48,39 @@ COMPILE_ARGS = [
     "-Wall",
     "-Wextra",
 ]
+CUDA_SOURCES = ["csrc/cuda/update_priorities.cu"]
+CUDA_COMPILE_ARGS = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
+# Those with a memory worth it, and PTX of the last for what comes after.
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
+
+
+def say(text: str) -> None:
+    """Tell who builds, where pip shows it."""
+    print(f"cm_fused: {text}", file=sys.stderr)
 
 
 def pure_python(reason: str) -> None:
-    """Say that the package is built without its extension, or fail when it was asked for."""
-    if BUILD == "cpu":
-        sys.exit(f"cm_fused: CM_FUSED_BUILD=cpu, but {reason}")
-    print(
-        f"cm_fused: building the pure-Python package, because {reason}. AdamCM will run on the "
+    """Say that the package is built without its libraries, or fail when one was asked for."""
+    if BUILD in ("cpu", "cuda"):
+        sys.exit(f"cm_fused: CM_FUSED_BUILD={BUILD}, but {reason}")
+    say(
+        f"building the pure-Python package, because {reason}. AdamCM will run on the "
         'eager backend. For the fast one: pip install "torch>=2.11" setuptools, have a C++20 '
-        "compiler, and install again with --no-build-isolation.",
-        file=sys.stderr,
+        "compiler, and install again with --no-build-isolation."
     )
 
 
+def without_cuda(reason: str) -> None:
+    """Say that the CUDA library is left out, or fail when it was asked for."""
+    if BUILD == "cuda":
+        sys.exit(f"cm_fused: CM_FUSED_BUILD=cuda, but {reason}")
+    say(f"building without the CUDA library, because {reason}")
+
+
 def missing_requirement() -> str | None:
-    """Return why the extension cannot be built here, or None."""
-    if BUILD not in ("auto", "cpu", "none"):
-        sys.exit(f"cm_fused: CM_FUSED_BUILD must be auto, cpu or none, got {BUILD!r}")
+    """Return why no library can be built here, or None."""
+    if BUILD not in BUILDS:
+        sys.exit(f"cm_fused: CM_FUSED_BUILD must be auto, cpu, cuda or none, got {BUILD!r}")
     if BUILD == "none":
         return "CM_FUSED_BUILD=none"
     try:
@@ -66,35 +92,108 @@ def missing_requirement() -> str | None:
     return None
 
 
-def extension_arguments() -> dict[str, object]:
-    """Return setup()'s arguments for the extension."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+def missing_cuda_requirement() -> str | None:
+    """Return why the CUDA library cannot be built here, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
 
-    class OptionalBuildExtension(BuildExtension):
-        """Turns a failed build into a pure-Python package, unless the extension was asked for."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if CUDA_HOME is None or not (nvcc := Path(CUDA_HOME, "bin", "nvcc")).exists():
+        return "no CUDA toolkit with an nvcc was found (CUDA_HOME names one)"
+    release = re.search(r"release (\d+)", output_of(str(nvcc), "--version"))
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = "unknown" if release is None else release[1]
+        return (
+            f"torch was built with CUDA {torch.version.cuda}, but nvcc's major version is {found}"
+        )
+    return None
 
-        def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                self.extensions: list[object] = []
-                pure_python(f"the C++ extension did not build: {error}")
 
-    extension = CppExtension(  # type: ignore[no-untyped-call]
+def output_of(*command: str) -> str:
+    """Return what a command prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def default_architectures(supported: str) -> str:
+    """Return TORCH_CUDA_ARCH_LIST, given what `nvcc --list-gpu-arch` prints."""
+    names = supported.split()
+    chosen = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in names]
+    return ";".join(chosen) + "+PTX" if chosen else ""
+
+
+def torch_headers() -> list[str]:
+    """Return the flags for torch's headers, which are not ours to keep free of warnings."""
+    from torch.utils.cpp_extension import include_paths
+
+    return [flag for path in include_paths() for flag in ("-isystem", path)]
+
+
+def cpu_extension() -> Extension:
+    """Return the CPU library, which also has the schemas."""
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(  # type: ignore[no-untyped-call]
         "cm_fused._C",
         SOURCES,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=[
             *COMPILE_ARGS,
-            # torch's headers are not ours to keep free of warnings.
-            *(flag for path in include_paths() for flag in ("-isystem", path)),
+            *torch_headers(),
             *os.environ.get("CM_FUSED_CXXFLAGS", "").split(),
         ],
         depends=glob.glob("csrc/**/*.h", recursive=True),
         py_limited_api=True,
     )
+
+
+def cuda_extension() -> Extension:
+    """Return the CUDA library, apart from the other so that a torch without CUDA loads that."""
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        architectures = default_architectures(output_of(f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    return CUDAExtension(  # type: ignore[no-untyped-call]
+        "cm_fused._C_cuda",
+        CUDA_SOURCES,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        extra_compile_args={"nvcc": [*CUDA_COMPILE_ARGS, *torch_headers()]},
+        depends=glob.glob("csrc/**/*.h", recursive=True),
+        py_limited_api=True,
+    )
+
+
+def extension_arguments() -> dict[str, object]:
+    """Return setup()'s arguments for the libraries."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class OptionalBuildExtension(BuildExtension):
+        """Leaves out what does not build, unless it was asked for: CUDA first, then everything."""
+
+        extensions: list[Extension]
+        compiler: object
+
+        def run(self) -> None:
+            compiler = self.compiler  # which a run replaces by what it made of it
+            for report in (without_cuda, pure_python)[-len(self.extensions) :]:
+                self.compiler = compiler
+                try:
+                    super().run()
+                    return
+                except Exception as error:
+                    report(f"{self.extensions[-1].name} did not build: {error}")
+                    self.extensions = self.extensions[:-1]
+
+    extensions = [cpu_extension()]
+    if BUILD != "cpu":
+        reason = missing_cuda_requirement()
+        if reason is None:
+            extensions.append(cuda_extension())
+        else:
+            without_cuda(reason)
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": OptionalBuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

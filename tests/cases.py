@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,7 +49,11 @@ CHUNK = kernel_constant("kChunkSize")
 
 
 def skip_reason(
-    *, backend: str | None = None, capability: str | None = None, proc: bool = False
+    *,
+    backend: str | None = None,
+    capability: str | None = None,
+    proc: bool = False,
+    nvcc: bool = False,
 ) -> str | None:
     """Return why this machine cannot run a case, or None: all skip rules there are.
 
@@ -56,6 +61,7 @@ def skip_reason(
         backend: The backend that the case needs.
         capability: The instruction set that the case needs.
         proc: The case reads /proc.
+        nvcc: The case compiles CUDA sources.
     """
     if (backend == "cpu" or capability is not None) and cpu.unavailable_reason is not None:
         return cpu.unavailable_reason
@@ -66,6 +72,8 @@ def skip_reason(
             return f"this machine lacks {capability}"
     if proc and not Path("/proc/self/status").exists():
         return "this machine has no /proc"
+    if nvcc and shutil.which("nvcc") is None:
+        return "nvcc is not installed"
     return None
 
 
@@ -91,6 +99,7 @@ def capability_params() -> list[Any]:
 
 needs_cpu_backend = skip_if(skip_reason(backend="cpu"))
 needs_proc = skip_if(skip_reason(proc=True))
+needs_nvcc = skip_if(skip_reason(nvcc=True))
 
 
 # Options
