@@ -1,6 +1,7 @@
-"""The package installs with and without its extension, and the shared C++ compiles elsewhere."""
+"""The package installs with and without its libraries, and says what it leaves out."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,26 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY = "cm_fused/_C.abi3.so"
 
-DEVICE_CODE = """
-#include "priority.h"
+CUDA_LIBRARY = "cm_fused/_C_cuda.abi3.so"
 
-__global__ void update(float* keys, long capacity, double sq_norm, float decay, long* slot) {
-  *slot = cm_fused::admit(keys, capacity, cm_fused::priority_key(sq_norm));
-  cm_fused::decay(keys, capacity, decay);
-  *slot += cm_fused::count_filled(keys, capacity);
-}
+# What torch and a CUDA toolkit look like to a build, on a machine that has neither a CUDA torch nor
+# a toolkit.
+CUDA_TORCH = """
+import os, torch.version
+torch.version.cuda = "13.0"
+import torch.utils.cpp_extension
+torch.utils.cpp_extension.CUDA_HOME = os.environ["TOOLKIT"]
+"""
+NVCC = """#!/bin/sh
+case "$*" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
+  --list-gpu-arch) printf 'compute_80\\ncompute_90\\n' ;;
+  *) echo "nvcc was given $*" ; exit {compiles} ;;
+esac
+"""
+# Makes its outputs without looking at its inputs.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 """
 
 
@@ -77,15 +90,104 @@ def test_build_without_compiler_is_pure_python(source: Path) -> None:
     """Without a C++ compiler the build succeeds without the extension, and says so."""
     result = build_wheel(source, CXX="/nonexistent/c++", CM_FUSED_BUILD="auto")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "the C++ extension did not build" in result.stdout + result.stderr
+    assert "cm_fused._C did not build" in result.stdout + result.stderr
     assert LIBRARY not in wheel_files(source)
 
 
 def test_build_asked_for_fails_without_compiler(source: Path) -> None:
-    """CM_FUSED_BUILD=cpu makes a failed build an error."""
+    """CM_FUSED_BUILD=cpu makes a failed build an error, and says nothing of CUDA."""
     result = build_wheel(source, CXX="/nonexistent/c++", CM_FUSED_BUILD="cpu")
     assert result.returncode != 0
     assert "CM_FUSED_BUILD=cpu, but" in result.stdout + result.stderr
+    assert "without the CUDA library" not in result.stdout + result.stderr
+
+
+@pytest.fixture
+def cuda_torch(tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a build with a CUDA torch, a toolkit, and a compiler for C++."""
+    toolkit, stub = tmp_path / "toolkit", tmp_path / "stub"
+    (toolkit / "bin").mkdir(parents=True)
+    stub.mkdir()
+    (stub / "sitecustomize.py").write_text(CUDA_TORCH)
+    write_script(toolkit / "bin" / "nvcc", NVCC.format(release="13.0", compiles=0))
+    write_script(toolkit / "c++", COMPILER)
+    compilers = dict.fromkeys(("CC", "CXX"), str(toolkit / "c++"))
+    return {
+        "PYTHONPATH": str(stub),
+        "TOOLKIT": str(toolkit),
+        "TORCH_CUDA_ARCH_LIST": "",
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+        **compilers,
+    }
+
+
+def write_script(path: Path, text: str) -> None:
+    """Write an executable."""
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("build", ["auto", "cuda"])
+def test_build_with_cuda_has_both(source: Path, cuda_torch: dict[str, str], build: str) -> None:
+    """With a toolkit and a CUDA torch both libraries are built, for what this nvcc can build."""
+    nvcc = Path(cuda_torch["TOOLKIT"], "bin", "nvcc")
+    write_script(nvcc, nvcc.read_text().replace("*)", f'*) {cuda_torch["CXX"]} "$@";'))
+    result = build_wheel(source, CM_FUSED_BUILD=build, **cuda_torch)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {LIBRARY, CUDA_LIBRARY} <= set(wheel_files(source))
+    codes = sorted(set(re.findall(r"arch=compute_\d+,code=\w+", result.stdout + result.stderr)))
+    assert codes == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90,code=compute_90",
+        "arch=compute_90,code=sm_90",
+    ]
+
+
+def test_build_without_cuda_says_why(source: Path) -> None:
+    """CM_FUSED_BUILD=cuda is an error where torch has no CUDA; auto goes on, saying the same."""
+    reason = "has no CUDA"
+    stub = source.parent / "stub"
+    stub.mkdir()
+    (stub / "sitecustomize.py").write_text("import torch.version\ntorch.version.cuda = None\n")
+    result = build_wheel(source, PYTHONPATH=str(stub), CM_FUSED_BUILD="cuda")
+    assert result.returncode != 0
+    assert re.search(f"CM_FUSED_BUILD=cuda, but torch .* {reason}", result.stdout + result.stderr)
+    result = build_wheel(
+        source, PYTHONPATH=str(stub), CM_FUSED_BUILD="auto", CXX="/nonexistent/c++"
+    )
+    assert result.returncode == 0
+    said = f"without the CUDA library, because torch .* {reason}"
+    assert re.search(said, result.stdout + result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        (None, "no CUDA toolkit with an nvcc was found"),
+        (
+            NVCC.format(release="12.9", compiles=0),
+            "torch was built with CUDA 13.0, but nvcc's major version is 12",
+        ),
+        (NVCC.format(release="13.0", compiles=1), "cm_fused._C_cuda did not build"),
+    ],
+    ids=["missing", "other_release", "failing"],
+)
+def test_build_without_a_working_nvcc(
+    source: Path, cuda_torch: dict[str, str], nvcc: str | None, reason: str
+) -> None:
+    """Without an nvcc that does, auto builds the CPU library alone and cuda fails; both say why."""
+    path = Path(cuda_torch["TOOLKIT"], "bin", "nvcc")
+    path.unlink()
+    if nvcc is not None:
+        write_script(path, nvcc)
+    result = build_wheel(source, CM_FUSED_BUILD="auto", **cuda_torch)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"building without the CUDA library, because {reason}" in result.stdout + result.stderr
+    assert LIBRARY in wheel_files(source)
+    assert CUDA_LIBRARY not in wheel_files(source)
+    result = build_wheel(source, CM_FUSED_BUILD="cuda", **cuda_torch)
+    assert result.returncode != 0
+    assert reason in result.stdout + result.stderr
 
 
 def test_build_none_leaves_the_extension_out(source: Path) -> None:
@@ -94,21 +196,6 @@ def test_build_none_leaves_the_extension_out(source: Path) -> None:
     assert LIBRARY not in wheel_files(source)
     result = build_wheel(source, CM_FUSED_BUILD="gpu")
     assert result.returncode != 0
-    assert "CM_FUSED_BUILD must be auto, cpu or none, got 'gpu'" in result.stdout + result.stderr
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_priority_buffer_compiles_for_a_device(tmp_path: Path) -> None:
-    """csrc/priority.h compiles as device code, so that a CUDA kernel can use the same lines."""
-    code = tmp_path / "device.cu"
-    code.write_text(DEVICE_CODE)
-    result = subprocess.run(
-        [
-            *("nvcc", "-std=c++20", "-arch=sm_90", "-Werror", "all-warnings", "-I"),
-            *(str(REPOSITORY / "csrc"), "-cubin", "-o", str(tmp_path / "device.cubin"), str(code)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    assert (
+        "CM_FUSED_BUILD must be auto, cpu, cuda or none, got 'gpu'" in result.stdout + result.stderr
     )
-    assert result.returncode == 0, result.stdout + result.stderr

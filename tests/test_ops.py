@@ -580,6 +580,18 @@ def test_held_state_is_checked_at_every_step(bad: BadLists) -> None:
     assert_same(case.lists(), before)
 
 
+def test_held_state_on_another_device_is_refused() -> None:
+    """A state on any device can be held, but a CPU step needs one on the CPU."""
+    case = sample()
+    case.exp_avgs[LAST] = case.exp_avgs[LAST].to("meta")
+    before = [param.clone() for param in case.params]
+    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
+    with pytest.raises(RuntimeError, match=rf"exp_avgs\[{LAST}\] must be on cpu, got device"):
+        _step_held(held, case, critical_gradients=False)
+    torch.ops.cm_fused.release_state(held)
+    assert_same(case.params, before)
+
+
 def test_capability_is_a_known_one() -> None:
     """The instruction set in use is one of those compiled."""
     assert cpu.capability() in ("default", "avx2", "avx512")
