@@ -41,7 +41,7 @@ int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table
       "table must have one row for each of the ", params.size(), " params, got ",
       table_view.sizes[0]);
   auto* const rows = static_cast<int64_t*>(table_view.data);
-  const auto row = [rows](size_t i) { return rows + static_cast<int64_t>(i) * kTableWidth; };
+  const auto row = [rows](size_t i) { return row_of(rows, static_cast<int64_t>(i)); };
 
   auto& described = state->knowledge<std::vector<ParamData>>();
   described.resize(params.size());
@@ -70,9 +70,9 @@ int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table
   return kChanged;
 }
 
-// A lazily negated view's values lie nowhere. Left to torch, the kernel above would be given a
-// temporary copy of it, whose address dies with the call.
-int64_t refuse_negated(int64_t, Tensors, Tensors, Tensor) {
+// The values of a negated view or of a tensor of implied zeros lie nowhere. Left to torch, the
+// kernel above would be given a temporary copy, whose address dies with the call.
+int64_t refuse_implied(int64_t, Tensors, Tensors, Tensor) {
   return kNeedsCopies;
 }
 
@@ -84,7 +84,11 @@ STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, Negative, m) {
-  m.impl("refresh_table_", TORCH_BOX(&refuse_negated));
+  m.impl("refresh_table_", TORCH_BOX(&refuse_implied));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cm_fused, ZeroTensor, m) {
+  m.impl("refresh_table_", TORCH_BOX(&refuse_implied));
 }
 
 }  // namespace cm_fused

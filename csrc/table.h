@@ -32,6 +32,11 @@ enum TableColumn : int64_t {
 // In int64: 128 bytes, so that a row lies in two cache lines and never in three.
 inline constexpr int64_t kTableWidth = 16;
 
+template <typename column_t>
+CM_FUSED_HOST_DEVICE inline column_t* row_of(column_t* table, int64_t i) {
+  return table + i * kTableWidth;
+}
+
 CM_FUSED_HOST_DEVICE inline Bookkeeping bookkeeping_of(const int64_t* row) {
   return {reinterpret_cast<float*>(row[kPrioritiesColumn]),
       reinterpret_cast<int64_t*>(row[kSlotColumn]), reinterpret_cast<float*>(row[kStepColumn]),

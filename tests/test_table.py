@@ -155,9 +155,11 @@ def test_other_strides_need_copies(role: str, name: str) -> None:
 
 
 def test_expanded_gradient_needs_copies() -> None:
-    """A gradient of one element in many places lies otherwise too."""
+    """A gradient of one element in many places lies otherwise too, and implied zeros nowhere."""
     table = Table(sample())
     table.case.grads[0] = torch.ones(()).expand(SHAPES[0])
+    assert table.refresh() == NEEDS_COPIES
+    table.case.grads[0] = torch._efficientzerotensor(SHAPES[0])
     assert table.refresh() == NEEDS_COPIES
 
 

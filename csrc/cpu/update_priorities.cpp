@@ -14,7 +14,7 @@ namespace {
 // The chunks of every row must be there before the first row is changed.
 void check_chunks(const PriorityUpdate& update) {
   for (int64_t i = 0; i < update.num_rows; ++i) {
-    const int64_t* row = update.table + i * kTableWidth;
+    const int64_t* row = row_of(update.table, i);
     const int64_t first = row[kFirstChunkColumn];
     const int64_t count = row[kNumChunksColumn];
     STD_TORCH_CHECK(first >= 0 && count >= 0 && first <= update.num_chunks - count, "table[", i,
@@ -35,7 +35,7 @@ void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tenso
   const double group =
       update.sq_norm != nullptr ? *update.sq_norm : sum(update.chunk_sq_norms, update.num_chunks);
   for (int64_t i = 0; i < update.num_rows; ++i) {
-    const int64_t* row = update.table + i * kTableWidth;
+    const int64_t* row = row_of(update.table, i);
     const double row_sq_norm =
         group_scope ? group
                     : sum(update.chunk_sq_norms + row[kFirstChunkColumn], row[kNumChunksColumn]);

@@ -42,8 +42,8 @@ __device__ double block_sum(const double* __restrict__ values, int64_t count) {
 }
 
 __device__ void update_row(const PriorityUpdate& update, int64_t row, float key) {
-  update_bookkeeping(bookkeeping_of(update.table + row * kTableWidth), update.capacity,
-      update.priority_decay, key);
+  update_bookkeeping(
+      bookkeeping_of(row_of(update.table, row)), update.capacity, update.priority_decay, key);
 }
 
 // One key for all rows, a thread for each row. Every block takes the whole sum itself, which costs
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kNumThreads) update_group_kernel(const Priorit
 // A key for each row, a block for each row.
 __global__ void __launch_bounds__(kNumThreads) update_tensors_kernel(const PriorityUpdate update) {
   for (int64_t row = blockIdx.x; row < update.num_rows; row += gridDim.x) {
-    const int64_t* columns = update.table + row * kTableWidth;
+    const int64_t* columns = row_of(update.table, row);
     const double sq_norm =
         block_sum(update.chunk_sq_norms + columns[kFirstChunkColumn], columns[kNumChunksColumn]);
     if (threadIdx.x == 0) {
