@@ -54,7 +54,7 @@ check: $(VENV)/lint
 	@if command -v $(ARM64_CXX) >/dev/null; then \
 	    for source in csrc/*.cpp csrc/cpu/*.cpp; do \
 	        echo "arm64: $$source"; \
-	        $(ARM64_CXX) -fsyntax-only -Wall -Wextra -Werror $(STRICT) $$source || exit 1; \
+	        $(ARM64_CXX) -fsyntax-only -fvisibility=hidden -Wall -Wextra -Werror $(STRICT) $$source || exit 1; \
 	    done; \
 	else echo "arm64: not compiled, $(ARM64_CXX) is not installed"; fi
 	@if command -v $(NVCC) >/dev/null; then \

@@ -105,7 +105,8 @@ def _step_group(
         g = np.asarray(grads[index], dtype=np.float64)
         if options.maximize:
             g = -g
-        if not options.decoupled_weight_decay:
+        # Without weight decay no parameter enters its gradient, not even as 0 * NaN.
+        if options.weight_decay and not options.decoupled_weight_decay:
             g = g + options.weight_decay * params[index]
         effective_grads[index] = g
 

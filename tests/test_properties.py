@@ -145,16 +145,10 @@ def test_eager_is_the_oracle(run: Run) -> None:
     params = run.params()
     optimizer = make_optimizer(params, run.options, "eager")
     oracle = OracleRun(params)
-    # Without weight decay no parameter enters its gradient, not even as 0 * NaN.
-    oracle_options = (
-        run.options
-        if run.options.weight_decay
-        else replace(run.options, decoupled_weight_decay=True)
-    )
     biggest = 1.0
     for t, grads in enumerate(run.gradients(params)):
         _step(params, grads, optimizer)
-        oracle.step(grads, oracle_options)
+        oracle.step(grads, run.options)
         biggest = max(biggest, *(largest(grad.numpy()) for grad in grads if grad is not None), 0.0)
         close = relative(1e-10, 1e-13, size=biggest)
         for i, (expected, state) in enumerate(zip(oracle.params, oracle.states, strict=True)):
