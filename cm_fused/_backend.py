@@ -4,12 +4,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._bucket import Bucket, Handle, StepOptions
 from cm_fused.ops import cpu
 
 Step = Callable[[Bucket, StepOptions, Tensor | None], None]
@@ -26,6 +27,7 @@ class Backend:
         sq_norm: The sum of the squares of a bucket's gradients.
         state_keys: What it keeps in a parameter's state besides the reference's keys.
         hold: Makes a bucket's `handle`, which speeds up further steps of the same tensors.
+        describe: What of it is at work on a device, for `repr`.
     """
 
     name: str
@@ -33,7 +35,8 @@ class Backend:
     adam_cg_: Step
     sq_norm: Callable[[Bucket, StepOptions], Tensor]
     state_keys: Callable[[bool, int], tuple[str, ...]]
-    hold: Callable[[Bucket], object]
+    hold: Callable[[Bucket], Handle | None]
+    describe: Callable[[torch.device], str]
 
 
 def _no_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
@@ -51,6 +54,7 @@ EAGER = Backend(
     sq_norm=reference.sq_norm,
     state_keys=_no_keys,
     hold=_no_handle,
+    describe=lambda device: f"eager on {device.type}",
 )
 CPU = Backend(
     "cpu",
@@ -59,8 +63,41 @@ CPU = Backend(
     sq_norm=cpu.sq_norm,
     state_keys=cpu.state_keys,
     hold=cpu.HeldState,
+    describe=lambda device: f"cpu on {device.type}",
 )
 NAMES = ("eager", "cpu", "triton")
+
+
+@cache
+def _triton() -> "Backend | str":
+    """Return the Triton backend, or why there is none; triton is imported when it is needed."""
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    try:
+        from cm_fused.ops import triton
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return Backend(
+        "triton",
+        adam_cm_=triton.adam_cm_,
+        adam_cg_=triton.adam_cg_,
+        sq_norm=triton.sq_norm,
+        state_keys=triton.state_keys,
+        hold=triton.hold,
+        describe=lambda device: (
+            f"triton on {device.type} with the {triton.priority_kernel(device)} priority kernel"
+        ),
+    )
+
+
+def _triton_on(device: torch.device) -> "Backend | str":
+    """Return the Triton backend if it can step parameters on a device, or why it cannot."""
+    backend = _triton()
+    if isinstance(backend, str):
+        return backend
+    from cm_fused.ops import triton
+
+    return triton.unavailable_reason(device) or backend
 
 
 def select(requested: str | None, device: torch.device) -> Backend:
@@ -76,33 +113,43 @@ def select(requested: str | None, device: torch.device) -> Backend:
     if requested == "eager":
         return EAGER
     if requested == "triton":
-        raise RuntimeError(
-            "backend='triton' is not part of this version of cm_fused; use backend=None"
-        )
+        backend = _triton_on(device)
+        if isinstance(backend, str):
+            raise RuntimeError(f"backend='triton' is not available: {backend}")
+        return backend
     if requested == "cpu":
         if device.type != "cpu":
             raise RuntimeError(f"backend='cpu' steps parameters on the CPU, got one on {device}")
         if cpu.unavailable_reason is not None:
             raise RuntimeError(f"backend='cpu' is not available: {cpu.unavailable_reason}")
         return CPU
-    if device.type == "cpu" and cpu.unavailable_reason is None:
-        return CPU
-    _warn_of_fallback(device.type)
-    return EAGER
+    return _best(device)
+
+
+def _best(device: torch.device) -> Backend:
+    """Return the fastest backend for a device; warn once where that is the reference."""
+    if device.type == "cpu":
+        if cpu.unavailable_reason is None:
+            return CPU
+        _warn_of_fallback("cpu", cpu.unavailable_reason)
+        return EAGER
+    backend: Backend | str = "this version has no fused backend for such devices"
+    if device.type == "cuda":
+        backend = _triton_on(device)
+    if isinstance(backend, str):
+        _warn_of_fallback(device.type, backend)
+        return EAGER
+    return backend
 
 
 @cache
-def _warn_of_fallback(device_type: str) -> None:
+def _warn_of_fallback(device_type: str, reason: str) -> None:
     """Warn once per device type that the reference does the work of a fused backend."""
+    message = f"cm_fused steps with the slow eager backend for {device_type} parameters: {reason}"
     if device_type == "cpu":
-        message = (
-            f"cm_fused steps with the slow eager backend: {cpu.unavailable_reason}. For the fast "
-            'one, have a C++20 compiler, pip install "torch>=2.11" setuptools, and reinstall with '
-            "CM_FUSED_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps ."
+        message += (
+            '. For the fast one, have a C++20 compiler, pip install "torch>=2.11" setuptools, and '
+            "reinstall with CM_FUSED_BUILD=cpu pip install --no-build-isolation --force-reinstall "
+            "--no-deps ."
         )
-    else:
-        message = (
-            f"cm_fused steps with the slow eager backend: this version has no fused backend for "
-            f"{device_type} parameters"
-        )
-    warnings.warn(message, UserWarning, stacklevel=4)
+    warnings.warn(message, UserWarning, stacklevel=5)

@@ -1,8 +1,19 @@
 """What one call of a backend works on: the tensors of a bucket and its hyperparameters."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
+
+
+class Handle(Protocol):
+    """What a backend keeps for further steps of the same tensors.
+
+    Attributes:
+        checks_lists: Whether a step with it checks the lists before it changes anything.
+    """
+
+    checks_lists: bool
 
 
 @dataclass(slots=True)
@@ -38,7 +49,7 @@ class Bucket:
     critical_sums: list[Tensor] = field(default_factory=list)
     pending_slots: list[Tensor] = field(default_factory=list)
     # What a backend prepared for further steps of these tensors.
-    handle: object = None
+    handle: Handle | None = field(default=None, init=False)
 
     def state(self) -> tuple[list[Tensor], ...]:
         """Return the lists of the state, in the order of `cm_fused::hold_state`."""

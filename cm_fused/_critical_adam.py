@@ -1,7 +1,6 @@
 """What AdamCM and AdamCG share: options, state, checkpoints and the dispatch of a step."""
 
 from collections.abc import Callable, Iterator
-from operator import is_
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -11,7 +10,13 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from cm_fused import _checkpoint, _state
 from cm_fused._backend import Backend, select
 from cm_fused._bucket import Bucket, StepOptions
-from cm_fused._checks import check_capturable, check_gradients, check_options
+from cm_fused._capture import check_not_capturing, is_capturing
+from cm_fused._checks import (
+    check_capturable,
+    check_gradients,
+    check_options,
+)
+from cm_fused._plan import Plan
 
 
 class CriticalAdam(Optimizer):
@@ -62,7 +67,9 @@ class CriticalAdam(Optimizer):
         super().__init__(params, defaults)
         self.state = _state.OptimizerState()
         # The last step's plan for each group.
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
+        # The plans of captured graphs, which go on using what their buckets hold.
+        self._captured_plans: list[Plan] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as `torch.optim.Optimizer.add_param_group`.
@@ -121,9 +128,13 @@ class CriticalAdam(Optimizer):
             if plan is None:
                 self._plans[i] = plan = self._new_plan(group)
             self._step_group(group, plan.buckets)
+            if group["capturable"] and any(
+                is_capturing(b.params[0].device) for _, b in plan.buckets
+            ):
+                self._captured_plans.append(plan)
         return loss
 
-    def _kept_plan(self, index: int, group: dict[str, Any]) -> "_Plan | None":
+    def _kept_plan(self, index: int, group: dict[str, Any]) -> Plan | None:
         """Check a group's gradients; return the last step's plan if it serves again."""
         params = _participants(group)
         # A plan may end in an operator whose schema does not name all it changes.
@@ -133,15 +144,15 @@ class CriticalAdam(Optimizer):
             if group["capturable"]:
                 check_capturable(params)
             return None
-        ((backend, bucket),) = plan.buckets
-        if bucket.handle is None:
-            bucket.handle = backend.hold(bucket)
-        if bucket.handle is None or len(self.param_groups) > 1:
+        for backend, bucket in plan.buckets:
+            if bucket.handle is None:
+                bucket.handle = backend.hold(bucket)
+        if not plan.checks_lists() or len(self.param_groups) > 1:
             # Else the only call of this step checks them before it changes anything.
             check_gradients(index, group["params"])
             for param in params:
                 _state.check_param(param, self.state[param])
-        bucket.grads = [cast(Tensor, param.grad) for param in params]
+        plan.take_gradients()
         return plan
 
     def _make_state(self, groups: list[dict[str, Any]]) -> None:
@@ -151,6 +162,9 @@ class CriticalAdam(Optimizer):
             for group in groups
             for param, keys in self._participants_and_keys(group)
         ]
+        for param, tensors in missing:
+            if tensors:
+                check_not_capturing(param.device)
         for param, tensors in missing:
             if tensors:
                 self.state[param].update(tensors)
@@ -165,21 +179,20 @@ class CriticalAdam(Optimizer):
         extra_keys = backend.state_keys(self._critical_gradients, group["capacity"])
         return (*_state.required_keys(group), *extra_keys)
 
-    def _new_plan(self, group: dict[str, Any]) -> "_Plan":
+    def _new_plan(self, group: dict[str, Any]) -> Plan:
         params = _participants(group)
         buckets = []
         for device in dict.fromkeys(param.device for param in params):
             backend = select(group["backend"], device)
             on_device = [param for param in params if param.device == device]
             buckets.append((backend, self._bucket(group, backend, on_device)))
-        return _Plan(buckets, params, _plan_options(group), self.state)
+        return Plan(buckets, params, group, self.state)
 
     def _bucket(self, group: dict[str, Any], backend: Backend, params: list[Tensor]) -> Bucket:
         """Gather the tensors of one bucket, whose state is there."""
         grads = [cast(Tensor, param.grad) for param in params]
         states = [self.state[param] for param in params]
-        if not backend.state_keys(self._critical_gradients, group["capacity"]):
-            _state.drop_derived(states)
+        _state.drop_derived(states, self._state_keys(group, backend))
         lists = _state.lists(states, self._state_keys(group, backend))
         if any(map(torch.is_complex, params)):
             params = [_state.as_real(param) for param in params]
@@ -191,12 +204,15 @@ class CriticalAdam(Optimizer):
         options = _step_options(group)
         sq_norm = None
         if options.priority_scope == "group" and len(buckets) > 1:
-            sq_norm = torch.stack(
-                [backend.sq_norm(bucket, options).cpu() for backend, bucket in buckets]
-            ).sum()
+            sq_norm = _sum_over_devices(
+                [backend.sq_norm(bucket, options) for backend, bucket in buckets]
+            )
         for backend, bucket in buckets:
             step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
-            step_(bucket, options, None if sq_norm is None else sq_norm.to(bucket.steps[0].device))
+            on_device = None
+            if sq_norm is not None:
+                on_device = sq_norm.to(bucket.steps[0].device, non_blocking=True)
+            step_(bucket, options, on_device)
             # A plan that is kept must not keep gradients alive.
             bucket.grads = []
 
@@ -247,6 +263,7 @@ class CriticalAdam(Optimizer):
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
         self._plans = {}
+        self._captured_plans = []
         self.state = _state.OptimizerState(dict, self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -265,9 +282,19 @@ class CriticalAdam(Optimizer):
 
 def _active_backend(requested: str | None, device: torch.device) -> str:
     try:
-        return f"{select(requested, device).name} on {device.type}"
+        return select(requested, device).describe(device)
     except RuntimeError:
         return f"none on {device.type}, where {requested!r} cannot serve"
+
+
+def _sum_over_devices(sq_norms: list[Tensor]) -> Tensor:
+    """Return the sum of the buckets' norms: on an accelerator, which is not waited for, or the CPU.
+
+    A CPU among the devices needs the sum, and has to wait for it.
+    """
+    devices = [sq_norm.device for sq_norm in sq_norms]
+    home = next((device for device in devices if device.type == "cpu"), devices[0])
+    return torch.stack([sq_norm.to(home) for sq_norm in sq_norms]).sum()
 
 
 def _check_graph_capture(optimizer: Optimizer) -> None:
@@ -295,44 +322,6 @@ def _step_options(group: dict[str, Any]) -> StepOptions:
 
 def _participants(group: dict[str, Any]) -> list[Tensor]:
     return [param for param in group["params"] if param.grad is not None]
-
-
-def _plan_options(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the options that decide which tensors a step needs and who steps them."""
-    return group["amsgrad"], group["capacity"], group["backend"], group["capturable"]
-
-
-class _Plan:
-    """The buckets of a group's step, and when they may serve again."""
-
-    def __init__(
-        self,
-        buckets: list[tuple[Backend, Bucket]],
-        params: list[Tensor],
-        options: tuple[Any, ...],
-        state: Any,
-    ) -> None:
-        self.buckets = buckets
-        self._params = params
-        self._options = options
-        self._state = state
-        # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
-        # ours does not count its changes.
-        lasting = len(buckets) == 1 and not any(map(torch.is_complex, params))
-        lasting = lasting and all(type(state[param]) is _state.ParamState for param in params)
-        self._changes = state.changes.count if isinstance(state, _state.OptimizerState) else -1
-        self._lasting = lasting and self._changes >= 0
-
-    def holds_for(self, state: Any, group: dict[str, Any], params: list[Tensor]) -> bool:
-        """Return whether a step of these parameters needs the very tensors of this plan."""
-        return (
-            self._lasting
-            and state is self._state
-            and state.changes.count == self._changes
-            and _plan_options(group) == self._options
-            and len(params) == len(self._params)
-            and all(map(is_, params, self._params))
-        )
 
 
 class DecoupledCriticalAdam(CriticalAdam):

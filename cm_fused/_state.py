@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_fused import reference
 from cm_fused.ops import cpu
 
 State = dict[str, Any]
@@ -196,8 +197,9 @@ def param_states(state: Mapping[Any, Any]) -> list[State]:
 def commit_pending(states: list[State]) -> None:
     """Make the deferred commits of these states, so that their slots are as Algorithm 1's."""
     pending = [state for state in states if "pending_slot" in state]
+    on_cpu = [state for state in pending if _is_for_the_extension(state)]
     for running in (True, False):
-        batch = [state for state in pending if ("critical_sum" in state) == running]
+        batch = [state for state in on_cpu if ("critical_sum" in state) == running]
         if batch:
             cpu.commit_(
                 [as_real(state["exp_avg"]) for state in batch],
@@ -205,16 +207,34 @@ def commit_pending(states: list[State]) -> None:
                 [as_real(state["critical_sum"]) for state in batch if running],
                 [state["pending_slot"] for state in batch],
             )
+    for state in pending:
+        if not _is_for_the_extension(state):
+            reference.commit_(
+                state["exp_avg"],
+                state["critical_buffer"],
+                state.get("critical_sum"),
+                state["pending_slot"],
+            )
 
 
-def drop_derived(states: list[State]) -> None:
-    """Remove what only a fused backend keeps, for one that would let it go stale."""
-    if not any("pending_slot" in state or "critical_sum" in state for state in states):
+def _is_for_the_extension(state: State) -> bool:
+    return state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None
+
+
+def drop_derived(states: list[State], kept: tuple[str, ...]) -> None:
+    """Remove what only another fused backend keeps, which this one would let go stale.
+
+    Args:
+        states: Of the parameters.
+        kept: The keys that this backend keeps.
+    """
+    stale = {"pending_slot", "critical_sum"}.difference(kept)
+    if not any(key in state for state in states for key in stale):
         return
     commit_pending(states)
     for state in states:
-        state.pop("pending_slot", None)
-        state.pop("critical_sum", None)
+        for key in stale:
+            state.pop(key, None)
 
 
 def as_real(tensor: Tensor) -> Tensor:

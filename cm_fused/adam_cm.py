@@ -24,8 +24,9 @@ class AdamCM(CriticalAdam):
     strides. State is float32 (float64 for float64), and the update of half-precision parameters is
     computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
     `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
-    amsgrad `max_exp_avg_sq`, and on the C++ backend from capacity 3 on `critical_sum`, the running
-    sum of the slots. A parameter without a gradient takes no part in a step.
+    amsgrad `max_exp_avg_sq`, and on the fused backends `critical_sum`, the running sum of the slots
+    (C++: from capacity 3 on; Triton: from 5 on, 4 for critical gradients). A parameter without a
+    gradient takes no part in a step.
 
     Source: Malviya et al., "Promoting Exploration in Memory-Augmented Adam using Critical Momenta",
     Algorithm 1.
@@ -48,10 +49,12 @@ class AdamCM(CriticalAdam):
         buffer_dtype: None; for lower precision in a later version.
         moment_dtype: None; for lower precision in a later version.
         maximize: Ascend instead of descend.
-        capturable: Refuse parameters whose step a CUDA graph could not hold.
+        capturable: `step()` may be captured in a CUDA graph, once a step outside has made the
+            state. Parameters on other devices are refused. For a learning rate that changes
+            between replays, pass `lr` as a tensor on the device.
         decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of the L2 term.
-        backend: "eager" (the reference), "cpu" (C++), "triton", or None for the best on each
-            parameter's device. Not saved in checkpoints; `repr` shows what is active.
+        backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
+            on each parameter's device. Not saved in checkpoints; `repr` shows what is active.
 
     Raises:
         ValueError: An option is out of its range.

@@ -112,6 +112,28 @@ def admit_(
     priorities.copy_(torch.where(unfilled, priorities, priorities * options.priority_decay))
 
 
+def commit_(
+    exp_avg: Tensor, buffer: Tensor, critical_sum: Tensor | None, pending_slot: Tensor
+) -> None:
+    """Copy a momentum to its pending slot, where it has one, and follow with the running sum.
+
+    The form of `cm_fused::commit_` for any device, with the same bits.
+
+    Args:
+        exp_avg: The momentum; not changed.
+        buffer: The slots, (C, *shape). Changed.
+        critical_sum: The running sum, or None. Changed.
+        pending_slot: The slot to copy to, int64 (). Changed to -1.
+    """
+    slot = pending_slot.clamp(min=0).reshape(1)
+    evicted = buffer.index_select(0, slot)
+    stored = torch.where(pending_slot >= 0, exp_avg.unsqueeze(0), evicted)
+    if critical_sum is not None:
+        critical_sum.add_((stored - evicted).squeeze(0))
+    buffer.index_copy_(0, slot, stored)
+    pending_slot.fill_(-1)
+
+
 def _update_(
     bucket: Bucket, i: int, aggregate: Tensor, numerator: Tensor, options: StepOptions
 ) -> None:

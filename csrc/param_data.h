@@ -5,6 +5,7 @@
 
 namespace cm_fused {
 
+// The values are in tables, which Python reads (cm_fused/ops/table.py).
 enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // Addresses are nullptr where there is no such tensor, or an op does without it.

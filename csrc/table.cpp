@@ -30,7 +30,7 @@ Row refreshed(const ParamData& data, const int64_t* row) {
       address(data.max_exp_avg_sq), address(data.critical_buffer), address(data.critical_sum),
       address(data.priorities),
       data.pending_slot == nullptr ? row[kSlotColumn] : address(data.pending_slot),
-      address(data.step_count), data.numel};
+      address(data.step_count), data.numel, static_cast<int64_t>(data.dtype)};
 }
 
 int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table) {

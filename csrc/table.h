@@ -7,7 +7,7 @@
 
 namespace cm_fused {
 
-// Of a row, in the order of the columns. The first eleven are refresh_table_'s, the others are left
+// Of a row, in the order of the columns. The first twelve are refresh_table_'s, the others are left
 // to whoever makes the table.
 enum TableColumn : int64_t {
   // Addresses; 0 where there is no such tensor.
@@ -21,7 +21,8 @@ enum TableColumn : int64_t {
   kPrioritiesColumn,
   kSlotColumn,  // an int64: critical momenta's pending slot, else any place that may be written
   kStepColumn,
-  kNumelColumn,  // a number
+  kNumelColumn,       // a number
+  kParamDtypeColumn,  // a ParamDtype
   kNumRefreshedColumns,
   // The parameter's part of the partial norms: numbers.
   kFirstChunkColumn = kNumRefreshedColumns,

@@ -1,17 +1,15 @@
-"""The C++ CPU step: typed wrappers over the operators of `cm_fused._C`, with their fake kernels.
+"""The C++ CPU step: typed wrappers over the operators of `cm_fused._C`.
 
 The momentum of a step is admitted when the step's gradient norm is known, after the pass that read
 the gradient. The copy into its slot is deferred to the next pass, which reads the momentum anyway;
 `commit_` makes it at once, for whoever wants to see the slots.
 """
 
-import weakref
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from cm_fused._bucket import Bucket, StepOptions
+from cm_fused.ops import library
 
 # From this capacity on, keeping the sum of the slots costs no more bytes than reading them: 44 an
 # element against 32 + 4 C in float32, where a slot that is written must be fetched first. Measured
@@ -19,50 +17,14 @@ from cm_fused._bucket import Bucket, StepOptions
 # 1.92, 2.24; running sum 1.73 for each.
 RUNNING_SUM_MIN_CAPACITY = 3
 
-_LIBRARY = Path(__file__).parent.parent / "_C.abi3.so"
+
+unavailable_reason = library.unavailable_reason
 
 
-def _load() -> str | None:
-    """Load the library; return None, or why it cannot be used."""
-    if not _LIBRARY.exists():
-        return "the C++ extension was not built when cm_fused was installed"
-    try:
-        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        return f"the C++ extension does not load: {error}"
-    for name in ("adam_cm_", "adam_cg_", "commit_", "update_priorities_"):
-        torch.library.register_fake(f"cm_fused::{name}", _fake_in_place)
-    torch.library.register_fake("cm_fused::sq_norm", _fake_sq_norm)
-    return None
+class HeldState(library.Held):
+    """A bucket's state, held by the library, which checks each step's lists against it."""
 
-
-def _fake_in_place(*args: object, **kwargs: object) -> None:
-    """Every output is an argument changed in place."""
-
-
-def _fake_sq_norm(
-    params: list[Tensor],
-    grads: list[Tensor],
-    *,
-    weight_decay: float,
-    maximize: bool,
-    decoupled_weight_decay: bool,
-) -> Tensor:
-    return params[0].new_empty((), dtype=torch.float64)
-
-
-unavailable_reason = _load()
-
-
-class HeldState:
-    """A bucket's state, handed to the library once instead of at every step.
-
-    The library keeps the tensors, not their addresses, until this object dies.
-    """
-
-    def __init__(self, bucket: Bucket) -> None:
-        self._id: int = torch.ops.cm_fused.hold_state(*bucket.state())
-        weakref.finalize(self, torch.ops.cm_fused.release_state, self._id)
+    checks_lists = True
 
     def step_(
         self,
@@ -74,7 +36,7 @@ class HeldState:
     ) -> None:
         """Take one step of `adam_cm_` or `adam_cg_` on the state that is held."""
         torch.ops.cm_fused.step_held_(
-            self._id,
+            self.id,
             bucket.params,
             bucket.grads,
             sq_norm,

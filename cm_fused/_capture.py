@@ -1,0 +1,21 @@
+"""CUDA graph capture."""
+
+import torch
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether what is done on a device's current stream now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def check_not_capturing(device: torch.device) -> None:
+    """Check that state is not made inside a graph, whose every replay would make it anew.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured.
+    """
+    if is_capturing(device):
+        raise RuntimeError(
+            "the state of every parameter must be there before a CUDA graph is captured; take a "
+            "step before"
+        )

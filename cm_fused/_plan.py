@@ -1,0 +1,65 @@
+"""What a step of a param group does, kept for the next step of the same tensors."""
+
+from operator import is_
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cm_fused import _state
+from cm_fused._backend import Backend
+from cm_fused._bucket import Bucket
+
+
+class Plan:
+    """The buckets of a group's step, and when they may serve again.
+
+    Attributes:
+        buckets: Those of each device, with the backend that steps it.
+    """
+
+    def __init__(
+        self,
+        buckets: list[tuple[Backend, Bucket]],
+        params: list[Tensor],
+        group: dict[str, Any],
+        state: Any,
+    ) -> None:
+        self.buckets = buckets
+        self._params = params
+        self._options = _deciding_options(group)
+        self._state = state
+        # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
+        # ours does not count its changes.
+        lasting = not any(map(torch.is_complex, params))
+        lasting = lasting and all(type(state[param]) is _state.ParamState for param in params)
+        self._changes = state.changes.count if isinstance(state, _state.OptimizerState) else -1
+        self._lasting = lasting and self._changes >= 0
+
+    def holds_for(self, state: Any, group: dict[str, Any], params: list[Tensor]) -> bool:
+        """Return whether a step of these parameters needs the very tensors of this plan."""
+        return (
+            self._lasting
+            and state is self._state
+            and state.changes.count == self._changes
+            and _deciding_options(group) == self._options
+            and len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+        )
+
+    def checks_lists(self) -> bool:
+        """Return whether one call is the whole step, and checks its lists before all else."""
+        if len(self.buckets) != 1:
+            return False
+        ((_, bucket),) = self.buckets
+        return bucket.handle is not None and bucket.handle.checks_lists
+
+    def take_gradients(self) -> None:
+        """Give the buckets this step's gradients."""
+        for _, bucket in self.buckets:
+            bucket.grads = [cast(Tensor, param.grad) for param in bucket.params]
+
+
+def _deciding_options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the options that decide which tensors a step needs and who steps them."""
+    return group["amsgrad"], group["capacity"], group["backend"], group["capturable"]

@@ -1,0 +1,303 @@
+"""The Triton step: launches of `cm_fused.ops.triton_kernels` and of the priority kernel.
+
+A step of critical momenta is one pass over all chunks of all tensors of a dtype, which leaves the
+gradient's norm in parts, and one launch that keeps the priority buffers' books from them; critical
+gradients take the norm first, in a pass of its own. No launch depends on a value of the device.
+"""
+
+import contextlib
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._capture import is_capturing
+from cm_fused.ops import library, triton_kernels
+from cm_fused.ops.table import running_sum_min_capacity
+from cm_fused.ops.tables import Chunks, OutdatedTablesError, Tables, lies_as
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Return why this backend cannot step parameters on a device, or None."""
+    if triton_kernels.INTERPRETED:
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on the CPU"
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton compiles for CUDA, ROCm and XPU devices, got {device}"
+    return None
+
+
+def priority_kernel(device: torch.device) -> str:
+    """Return what keeps the priority buffers' books on a device: "CUDA", "C++" or "Triton"."""
+    if device.type == "cpu":
+        return "Triton" if library.unavailable_reason is not None else "C++"
+    if device.type == "cuda" and library.cuda_unavailable_reason is None:
+        return "CUDA"
+    return "Triton"
+
+
+def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
+    """Return the keys this backend keeps in a parameter's state besides the reference's."""
+    sums = capacity >= running_sum_min_capacity(critical_gradients)
+    running_sum = ("critical_sum",) if sums else ()
+    return running_sum if critical_gradients else (*running_sum, "pending_slot")
+
+
+def hold(bucket: Bucket) -> Tables:
+    """Return the bucket's tables, for its handle."""
+    return Tables(bucket)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
+    """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
+    with _Launcher(bucket, options) as launcher:
+        launcher.update(critical_gradients=False)
+        launcher.update_priorities(sq_norm)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
+    """Take one step of `cm_fused.reference.adam_cg_`."""
+    with _Launcher(bucket, options) as launcher:
+        # The gradient is gone by the next step: its norm comes first, so that it can be stored at
+        # once.
+        launcher.sq_norms()
+        launcher.update_priorities(sq_norm)
+        launcher.update(critical_gradients=True)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sq_norm(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Return the sum of the squares of the bucket's gradients, float64 ()."""
+    with _Launcher(bucket, options) as launcher:
+        launcher.sq_norms()
+        return launcher.tables.chunk_sq_norms.sum()
+
+
+def update_priorities_(
+    table: Tensor,
+    chunk_sq_norms: Tensor,
+    sq_norm: Tensor | None,
+    *,
+    capacity: int,
+    priority_decay: float,
+    group_scope: bool,
+) -> None:
+    """Keep the priority buffers' books: cm_fused::update_priorities_ where its kernel is not built.
+
+    Args:
+        table: The bucket's table, int64 (params, `WIDTH`). What it names of keys, slots, steps and
+            filled slots is changed.
+        chunk_sq_norms: The sum of g^2 of each chunk, float64 (chunks,).
+        sq_norm: The sum of the squares of all the group's gradients, float64 (), where the bucket
+            is not the whole group.
+        capacity: Slots of each buffer, >= 1.
+        priority_decay: What the keys are multiplied by, in [0, 1].
+        group_scope: Whether every key is the norm over the group, or each over its tensor.
+    """
+    if not len(table):
+        return
+    if group_scope and sq_norm is None:
+        sq_norm = chunk_sq_norms.sum()
+    triton_kernels.update_priorities_kernel[(len(table),)](
+        table,
+        chunk_sq_norms,
+        sq_norm if group_scope else None,
+        capacity,
+        float(priority_decay),
+        CAPACITY_BLOCK=triton.next_power_of_2(capacity),
+        **triton_kernels.LAUNCH_OPTIONS,
+    )
+
+
+class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
+    """One step's launches, on the bucket's device.
+
+    A parameter or gradient that does not lie in memory as the state does is replaced by a copy
+    that does; a parameter's copy is written back at the end.
+    """
+
+    def __init__(self, bucket: Bucket, options: StepOptions) -> None:
+        self._bucket = bucket
+        self._options = options
+        self._device = bucket.exp_avgs[0].device
+        self._capacity = bucket.priorities[0].numel()
+        self.tables = _tables_of(bucket)
+        try:
+            self._refresh_table()
+        except OutdatedTablesError:
+            self.tables = _remake_tables(bucket)
+            self._refresh_table()
+
+    def _refresh_table(self) -> None:
+        bucket = self._bucket
+        params, grads = bucket.params, bucket.grads
+        table = self.tables.refresh(params, grads)
+        if table is None:
+            params, grads = _laid_out(params, bucket), _laid_out(grads, bucket)
+            table = self.tables.refresh(params, grads)
+            assert table is not None
+        self._table = table
+        self._param_copies = [] if params is bucket.params else params
+        # The table has their addresses alone: they live until the step is over.
+        self._grads = grads
+
+    def __enter__(self) -> "_Launcher":
+        self._guard = _device_guard(self._device)
+        self._guard.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for param, copy in zip(self._bucket.params, self._param_copies, strict=False):
+            if copy is not param:
+                param.copy_(copy)
+        self._guard.__exit__(*exception)
+
+    def update(self, *, critical_gradients: bool) -> None:
+        """Launch the pass that changes moments, buffers and parameters."""
+        options = self._options
+        lr_ptr, lr = self._lr()
+        amsgrad = bool(self._bucket.max_exp_avg_sqs)
+        l2, decoupled = _weight_decays(options)
+        for chunks in self.tables.launches:
+            self._launch(
+                triton_kernels.critical_adam_kernel,
+                chunks,
+                lr_ptr,
+                lr,
+                options.beta1,
+                options.beta2,
+                *_eps(options),
+                l2,
+                decoupled,
+                _sign(options),
+                self._capacity,
+                int(options.buffer_mean == "capacity"),
+                CRITICAL_GRADIENTS=critical_gradients,
+                AMSGRAD=amsgrad,
+                SUMMED_SLOTS=0 if self._bucket.critical_sums else self._capacity,
+                **self._launch_options(chunks.param_dtype, amsgrad),
+            )
+        torch.autograd.graph.increment_version(self._bucket.params)
+
+    def sq_norms(self) -> None:
+        """Launch the pass that only reads the gradients, for the sum of g^2 of each chunk."""
+        l2, _ = _weight_decays(self._options)
+        for chunks in self.tables.launches:
+            self._launch(
+                triton_kernels.sq_norm_kernel,
+                chunks,
+                l2,
+                _sign(self._options),
+                **self._launch_options(chunks.param_dtype, amsgrad=False),
+            )
+
+    def update_priorities(self, sq_norm: Tensor | None) -> None:
+        """Launch the priority kernel on the norms of the pass before.
+
+        Args:
+            sq_norm: The sum of the squares of all the group's gradients, where the bucket is not
+                the whole group.
+        """
+        in_triton = priority_kernel(self._device) == "Triton"
+        kernel = update_priorities_ if in_triton else torch.ops.cm_fused.update_priorities_
+        kernel(
+            self._table,
+            self.tables.chunk_sq_norms,
+            sq_norm,
+            capacity=self._capacity,
+            priority_decay=self._options.priority_decay,
+            group_scope=self._options.priority_scope == "group",
+        )
+
+    def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
+        if not len(chunks.chunks):
+            return
+        kernel[(len(chunks.chunks),)](
+            self._table,
+            chunks.chunks,
+            chunks.sq_norms,
+            *arguments,
+            PARAM_DTYPE=TRITON_DTYPES[chunks.param_dtype],
+            STATE_DTYPE=tl.float64 if chunks.param_dtype is torch.float64 else tl.float32,
+            **options,
+        )
+
+    def _launch_options(self, param_dtype: torch.dtype, amsgrad: bool) -> dict[str, Any]:
+        if self._device.type != "cuda" or torch.version.hip is not None:
+            return triton_kernels.LAUNCH_OPTIONS
+        return triton_kernels.launch_options(TRITON_DTYPES[param_dtype], amsgrad)
+
+    def _lr(self) -> tuple[Tensor | None, float]:
+        """Return the learning rate as an address or as a number; never waits for a device."""
+        lr = self._options.lr
+        if not isinstance(lr, Tensor):
+            return None, float(lr)
+        if lr.device == self._device or lr.device.type != "cpu":
+            return lr.to(self._device, non_blocking=True), 0.0
+        return None, float(lr)
+
+
+def _weight_decays(options: StepOptions) -> tuple[float, float]:
+    """Return the coupled and the decoupled weight decay, one of them 0."""
+    if options.decoupled_weight_decay:
+        return 0.0, options.weight_decay
+    return options.weight_decay, 0.0
+
+
+def _eps(options: StepOptions) -> tuple[float, float]:
+    """Return eps as it is inside and outside of the root, one of them 0."""
+    return (options.eps, 0.0) if options.eps_inside_sqrt else (0.0, options.eps)
+
+
+def _sign(options: StepOptions) -> float:
+    return -1.0 if options.maximize else 1.0
+
+
+def _tables_of(bucket: Bucket) -> Tables:
+    """Return the bucket's tables from its handle, or make them."""
+    tables = bucket.handle
+    if isinstance(tables, Tables) and (
+        not tables.made_in_capture or is_capturing(bucket.exp_avgs[0].device)
+    ):
+        return tables
+    return _remake_tables(bucket)
+
+
+def _remake_tables(bucket: Bucket) -> Tables:
+    made = Tables(bucket)
+    if isinstance(bucket.handle, Tables):
+        made.replaces(bucket.handle)
+    bucket.handle = made
+    return made
+
+
+def _laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:
+    return [
+        tensor
+        if lies_as(tensor, exp_avg)
+        else torch.empty_like(exp_avg, dtype=tensor.dtype).copy_(tensor)
+        for tensor, exp_avg in zip(tensors, bucket.exp_avgs, strict=True)
+    ]
+
+
+@cache
+def _device_module(device_type: str) -> Any:
+    return torch.get_device_module(device_type)
+
+
+def _device_guard(device: torch.device) -> Any:
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return _device_module(device.type).device(device)

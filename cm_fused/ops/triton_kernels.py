@@ -1,0 +1,547 @@
+"""The Triton kernels: the pass over all chunks of all tensors, and the priority buffers' books.
+
+Every kernel finds its tensors through a table (`cm_fused.ops.table`). Hyperparameters are float64
+run-time values, rounded once to the state's dtype as in the C++ step. Nothing is contracted to a
+fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correctly rounded, so a
+parameter's bits depend neither on the path its chunk takes nor on the device.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from cm_fused.ops.table import CHUNK_SIZE as _CHUNK_SIZE
+from cm_fused.ops.table import WIDTH, Column
+
+# Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
+INTERPRETED = triton.knobs.runtime.interpret
+# Elements that a program works on at a time: four, 16 bytes of float32, a thread; where they are
+# not aligned or not all there, one a thread. The interpreter's time is by operation: it is given
+# half a chunk.
+NUM_THREADS = 128
+BLOCK_SIZE = 2048 if INTERPRETED else 4 * NUM_THREADS
+TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
+# What every launch is given besides its arguments. A kernel that changes its arguments in place is
+# never autotuned: the trials would be steps.
+LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
+
+
+def launch_options(param_dtype: tl.dtype, amsgrad: bool) -> dict[str, Any]:
+    """Return the launch options of the pass for CUDA devices.
+
+    A cap on registers keeps half of a multiprocessor's threads or more at work, to hide memory's
+    latency. Without one ptxas takes 70 to 96; under these no variant spills (python -m bench.sass).
+    """
+    if param_dtype == tl.float64:  # 122 to 126 registers, which are what its values take
+        return LAUNCH_OPTIONS
+    return {**LAUNCH_OPTIONS, "maxnreg": 72 if amsgrad or param_dtype != tl.float32 else 64}
+
+
+CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
+_BLOCK_SIZE = tl.constexpr(BLOCK_SIZE)
+_TAIL_BLOCK_SIZE = tl.constexpr(TAIL_BLOCK_SIZE)
+_NUM_THREADS = tl.constexpr(NUM_THREADS)
+_WIDTH = tl.constexpr(WIDTH)
+_PARAM = tl.constexpr(int(Column.PARAM))
+_GRAD = tl.constexpr(int(Column.GRAD))
+_EXP_AVG = tl.constexpr(int(Column.EXP_AVG))
+_EXP_AVG_SQ = tl.constexpr(int(Column.EXP_AVG_SQ))
+_MAX_EXP_AVG_SQ = tl.constexpr(int(Column.MAX_EXP_AVG_SQ))
+_CRITICAL_BUFFER = tl.constexpr(int(Column.CRITICAL_BUFFER))
+_CRITICAL_SUM = tl.constexpr(int(Column.CRITICAL_SUM))
+_PRIORITIES = tl.constexpr(int(Column.PRIORITIES))
+_SLOT = tl.constexpr(int(Column.SLOT))
+_STEP = tl.constexpr(int(Column.STEP))
+_NUMEL = tl.constexpr(int(Column.NUMEL))
+_FIRST_CHUNK = tl.constexpr(int(Column.FIRST_CHUNK))
+_NUM_CHUNKS = tl.constexpr(int(Column.NUM_CHUNKS))
+_FILLED = tl.constexpr(int(Column.FILLED))
+
+
+# A later dtype's chunks start anywhere in the lists of all: no variant for each alignment.
+_entry = triton.jit(do_not_specialize_on_alignment=("chunks_ptr", "chunk_sq_norms_ptr"))
+
+
+@triton.jit
+def _double(x):
+    """Return a number as a float64 scalar; the interpreter passes floats as Python's."""
+    return tl.full((), x, tl.float64)
+
+
+@triton.jit
+def _spread(x, BLOCK: tl.constexpr):
+    """Return a block of a scalar.
+
+    For comparisons: the interpreter cannot spread the result of one of scalars, as it takes the
+    operands' dtype for its own.
+    """
+    return tl.full((BLOCK,), x, x.dtype)
+
+
+@triton.jit
+def _divide(x, y):
+    """Return x / y, correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    return x / y
+
+
+@triton.jit
+def _sqrt(x):
+    """Return the root of x, correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
+
+
+@triton.jit
+def _power(base, exponent):
+    """Return base to a power >= 1, by squaring: exp would cost 24 registers of coefficients."""
+    result = base * 0.0 + 1.0
+    while exponent > 0:
+        if exponent % 2 == 1:
+            result *= base
+        base *= base
+        exponent = exponent // 2
+    return result
+
+
+@triton.jit
+def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _at(ptr, start, ALIGNED: tl.constexpr):
+    """Return ptr + start, promising 16-byte alignment where it is known."""
+    if ALIGNED:
+        return tl.multiple_of(ptr + start, 16)
+    return ptr + start
+
+
+@triton.jit
+def _is_aligned(row_ptr, numel, STATE_BYTES: tl.constexpr):
+    """Return whether every chunk of every tensor of a row starts at 16 bytes."""
+    joined = numel * STATE_BYTES  # from one slot to the next
+    for column in tl.static_range(_PARAM, _CRITICAL_SUM + 1):
+        joined |= tl.load(row_ptr + column)
+    return joined % 16 == 0
+
+
+@triton.jit
+def _effective_gradient(grad, param, sign, l2):
+    """Return the gradient the step uses: negated to maximize, plus the L2 term."""
+    # Without weight decay a parameter that is not finite leaves its gradient as it is.
+    return sign * grad + tl.where(l2 != 0, l2 * param, tl.zeros_like(param))
+
+
+@triton.jit
+def _sum_squares(g, BLOCK: tl.constexpr):
+    """Return one partial sum of g^2 in float64 for each thread of a block."""
+    # A float32 gradient's square neither overflows nor underflows.
+    squares = g.to(tl.float64) * g.to(tl.float64)
+    # A thread's own elements first: it keeps one partial sum, not one for each.
+    return tl.sum(tl.reshape(squares, (_NUM_THREADS, BLOCK // _NUM_THREADS)), 1)
+
+
+@triton.jit
+def _rebuild_sum(
+    exp_avg_ptr,
+    slots_ptr,
+    critical_sum_ptr,
+    count,
+    numel,
+    capacity,
+    slot,
+    CRITICAL_GRADIENTS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Set the running sum of a chunk to the sum of its slots, in slot order.
+
+    The momentum that is to be committed takes its slot's place; a gradient is not there yet.
+    """
+    BLOCK: tl.constexpr = _BLOCK_SIZE if FULL else _TAIL_BLOCK_SIZE
+    for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
+        buffer_sum = tl.zeros((BLOCK,), dtype=exp_avg_ptr.dtype.element_ty)
+        for other in range(0, capacity):
+            other_ptr = _at(slots_ptr, other * numel, FULL)
+            taken = (not CRITICAL_GRADIENTS) & (_spread(slot, BLOCK) == other)
+            buffer_sum += tl.load(other_ptr + offsets, mask=mask & ~taken, other=0.0)
+            buffer_sum += tl.load(exp_avg_ptr + offsets, mask=mask & taken, other=0.0)
+        tl.store(critical_sum_ptr + offsets, buffer_sum, mask=mask)
+
+
+@triton.jit
+def _update_chunk(
+    row_ptr,
+    chunk_sq_norm_ptr,
+    start,
+    count,
+    numel,
+    capacity,
+    slot,
+    rebuild,
+    inverse_divisor,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    bias_correction2,
+    step_size,
+    eps_inside,
+    eps_outside,
+    decay_factor,
+    l2,
+    sign,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    CRITICAL_GRADIENTS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    SUMMED_SLOTS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Update the `count` elements from `start` of a tensor; return their sum of g^2, float64.
+
+    FULL: there are CHUNK_SIZE of them, and every tensor is aligned.
+    """
+    param_ptr = _at(_pointer(row_ptr, _PARAM, PARAM_DTYPE), start, FULL)
+    grad_ptr = _at(_pointer(row_ptr, _GRAD, PARAM_DTYPE), start, FULL)
+    exp_avg_ptr = _at(_pointer(row_ptr, _EXP_AVG, STATE_DTYPE), start, FULL)
+    exp_avg_sq_ptr = _at(_pointer(row_ptr, _EXP_AVG_SQ, STATE_DTYPE), start, FULL)
+    slots_ptr = _at(_pointer(row_ptr, _CRITICAL_BUFFER, STATE_DTYPE), start, FULL)
+    # Where nothing is committed this is no slot, and it is not touched.
+    slot_ptr = _at(slots_ptr, slot * numel, FULL)
+    critical_sum_ptr = _at(_pointer(row_ptr, _CRITICAL_SUM, STATE_DTYPE), start, FULL)
+    # Without amsgrad this is no tensor, and it is not touched.
+    max_exp_avg_sq_ptr = _at(_pointer(row_ptr, _MAX_EXP_AVG_SQ, STATE_DTYPE), start, FULL)
+    commits_first: tl.constexpr = not CRITICAL_GRADIENTS
+    BLOCK: tl.constexpr = _BLOCK_SIZE if FULL else _TAIL_BLOCK_SIZE
+    commit = _spread(slot, BLOCK) >= 0
+    # A sum that was rebuilt with the momentum in its slot has followed the commit.
+    follow = commit & (_spread(rebuild, BLOCK) == 0) if commits_first else commit
+    if rebuild:
+        # The threads that write an element here read it below: both walk in the same layout.
+        _rebuild_sum(
+            exp_avg_ptr,
+            slots_ptr,
+            critical_sum_ptr,
+            count,
+            numel,
+            capacity,
+            slot,
+            CRITICAL_GRADIENTS,
+            FULL,
+        )
+    squares = tl.zeros((_NUM_THREADS,), dtype=tl.float64)
+    for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
+        exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
+        param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
+        exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+        g = _effective_gradient(grad, param, sign, l2)
+        item = g if CRITICAL_GRADIENTS else exp_avg
+        # A momentum's commit is last step's and comes before the sum, a gradient's is this step's
+        # and comes after.
+        if SUMMED_SLOTS > 0:
+            buffer_sum = tl.zeros_like(item)
+            for other in tl.static_range(SUMMED_SLOTS):
+                taken = commits_first & (_spread(slot, BLOCK) == other)
+                other_ptr = _at(slots_ptr, other * numel, FULL)
+                stored = tl.load(other_ptr + offsets, mask=mask & ~taken, other=0.0)
+                buffer_sum += tl.where(taken, item, stored)
+        else:
+            buffer_sum = tl.load(critical_sum_ptr + offsets, mask=mask, other=0.0)
+            evicted = tl.load(slot_ptr + offsets, mask=mask & follow, other=0.0)
+            new_sum = buffer_sum + tl.where(follow, item - evicted, tl.zeros_like(item))
+            tl.store(critical_sum_ptr + offsets, new_sum, mask=mask & follow)
+            if commits_first:
+                buffer_sum = new_sum
+        tl.store(slot_ptr + offsets, item, mask=mask & commit)
+        mean = inverse_divisor * buffer_sum  # Eq. (6)
+        if CRITICAL_GRADIENTS:
+            aggregate = g + mean  # Eq. (3)
+            exp_avg = beta1 * exp_avg + one_minus_beta1 * aggregate
+            numerator = exp_avg
+        else:
+            exp_avg = beta1 * exp_avg + one_minus_beta1 * g  # Eq. (4)
+            aggregate = exp_avg + mean  # Eq. (5)
+            numerator = aggregate
+            squares += _sum_squares(g, BLOCK)
+        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (aggregate * aggregate)  # Eq. (5)
+        tl.store(exp_avg_ptr + offsets, exp_avg, mask=mask)
+        tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=mask)
+        second_moment = exp_avg_sq
+        if AMSGRAD:
+            largest = tl.load(max_exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+            # In this order a NaN in exp_avg_sq is kept.
+            second_moment = tl.where(largest > exp_avg_sq, largest, exp_avg_sq)
+            tl.store(max_exp_avg_sq_ptr + offsets, second_moment, mask=mask)
+        corrected = _divide(second_moment, bias_correction2)
+        denominator = _sqrt(corrected + eps_inside) + eps_outside
+        param = decay_factor * param - step_size * _divide(numerator, denominator)  # Eq. (7)
+        tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
+    if not CRITICAL_GRADIENTS:
+        tl.store(chunk_sq_norm_ptr, tl.sum(squares))
+
+
+@_entry
+def critical_adam_kernel(
+    table_ptr,
+    chunks_ptr,
+    chunk_sq_norms_ptr,
+    lr_ptr,
+    lr: tl.float64,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    eps_inside: tl.float64,
+    eps_outside: tl.float64,
+    l2: tl.float64,
+    decoupled_weight_decay: tl.float64,
+    sign: tl.float64,
+    capacity: tl.int32,
+    mean_over_capacity: tl.int32,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    CRITICAL_GRADIENTS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    SUMMED_SLOTS: tl.constexpr,
+):
+    """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part.
+
+    Args:
+        table_ptr: The bucket's table. What it names is changed, but for gradients and keys.
+        chunks_ptr: int32 (programs, 2): tensor and number of each program's chunk within it.
+        chunk_sq_norms_ptr: float64 (programs,): the sum of g^2 of each chunk. Written by critical
+            momenta; critical gradients have taken their norm before.
+        lr_ptr: The learning rate on the device, or None: `lr`.
+        lr: The learning rate.
+        beta1: Decay of the momentum, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        eps_inside: Added inside the root.
+        eps_outside: Added outside of it. One of the two is 0.
+        l2: Coupled weight decay, 0 for none.
+        decoupled_weight_decay: Decoupled weight decay, 0 for none.
+        sign: -1 to maximize, else 1.
+        capacity: Slots of each buffer.
+        mean_over_capacity: Whether the buffer's sum is divided by its capacity, or by its filled
+            slots.
+        PARAM_DTYPE: Of parameters and gradients.
+        STATE_DTYPE: Of the state and of the arithmetic.
+        CRITICAL_GRADIENTS: The buffer holds gradients, else momenta.
+        AMSGRAD: Divide by the running maximum of the second moment.
+        SUMMED_SLOTS: The capacity where the slots are summed, 0 where the table has running sums.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * _WIDTH
+    chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
+    numel = tl.load(row_ptr + _NUMEL)
+    start = chunk * CHUNK_SIZE
+    count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
+
+    beta1 = _double(beta1)
+    beta2 = _double(beta2)
+    # The books of critical momenta are kept after the pass, those of critical gradients before.
+    step = tl.load(_pointer(row_ptr, _STEP, tl.float32)).to(tl.int64)
+    if not CRITICAL_GRADIENTS:
+        step += 1
+    lr = _double(lr) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
+    bias_correction1 = 1.0 - _power(beta1, step)
+    bias_correction2 = 1.0 - _power(beta2, step)
+
+    divisor = capacity
+    if mean_over_capacity == 0:
+        filled = tl.full((), 0, tl.int32)
+        if CRITICAL_GRADIENTS:
+            filled = tl.load(_pointer(row_ptr, _FILLED, tl.int64)).to(tl.int32)
+        else:
+            keys_ptr = _pointer(row_ptr, _PRIORITIES, tl.float32)
+            for slot in range(0, capacity):
+                filled += (tl.load(keys_ptr + slot) >= 0).to(tl.int32)
+        # An empty buffer's sum is 0 whatever divides it.
+        divisor = tl.maximum(filled, 1)
+    slot = tl.load(_pointer(row_ptr, _SLOT, tl.int64)).to(tl.int32)
+    # A running sum loses a rounding with every admission: each chunk is summed anew once in 4 C
+    # steps, a different chunk each step (see csrc/cpu/step_kernel.h).
+    rebuild = (((step + chunk) % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
+    inverse_divisor = (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE)
+    step_size = (lr / bias_correction1).to(STATE_DTYPE)
+    decay_factor = (1.0 - lr * decoupled_weight_decay).to(STATE_DTYPE)
+    full = (count == CHUNK_SIZE) & _is_aligned(row_ptr, numel, STATE_DTYPE.primitive_bitwidth // 8)
+    if full:
+        _update_chunk(
+            row_ptr,
+            chunk_sq_norms_ptr + program,
+            start,
+            count,
+            numel,
+            capacity,
+            slot,
+            rebuild,
+            inverse_divisor,
+            beta1.to(STATE_DTYPE),
+            (1.0 - beta1).to(STATE_DTYPE),
+            beta2.to(STATE_DTYPE),
+            (1.0 - beta2).to(STATE_DTYPE),
+            bias_correction2.to(STATE_DTYPE),
+            step_size,
+            _double(eps_inside).to(STATE_DTYPE),
+            _double(eps_outside).to(STATE_DTYPE),
+            decay_factor,
+            _double(l2).to(STATE_DTYPE),
+            _double(sign).to(STATE_DTYPE),
+            PARAM_DTYPE,
+            STATE_DTYPE,
+            CRITICAL_GRADIENTS,
+            AMSGRAD,
+            SUMMED_SLOTS,
+            True,
+        )
+    else:
+        _update_chunk(
+            row_ptr,
+            chunk_sq_norms_ptr + program,
+            start,
+            count,
+            numel,
+            capacity,
+            slot,
+            rebuild,
+            inverse_divisor,
+            beta1.to(STATE_DTYPE),
+            (1.0 - beta1).to(STATE_DTYPE),
+            beta2.to(STATE_DTYPE),
+            (1.0 - beta2).to(STATE_DTYPE),
+            bias_correction2.to(STATE_DTYPE),
+            step_size,
+            _double(eps_inside).to(STATE_DTYPE),
+            _double(eps_outside).to(STATE_DTYPE),
+            decay_factor,
+            _double(l2).to(STATE_DTYPE),
+            _double(sign).to(STATE_DTYPE),
+            PARAM_DTYPE,
+            STATE_DTYPE,
+            CRITICAL_GRADIENTS,
+            AMSGRAD,
+            SUMMED_SLOTS,
+            False,
+        )
+
+
+@triton.jit
+def _sq_norm_of_chunk(
+    row_ptr,
+    chunk_sq_norm_ptr,
+    start,
+    count,
+    l2,
+    sign,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    param_ptr = _at(_pointer(row_ptr, _PARAM, PARAM_DTYPE), start, FULL)
+    grad_ptr = _at(_pointer(row_ptr, _GRAD, PARAM_DTYPE), start, FULL)
+    BLOCK: tl.constexpr = _BLOCK_SIZE if FULL else _TAIL_BLOCK_SIZE
+    decays = _spread(l2, BLOCK) != 0
+    squares = tl.zeros((_NUM_THREADS,), dtype=tl.float64)
+    for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
+        # Without weight decay there is no need to read the parameter.
+        param = tl.load(param_ptr + offsets, mask=mask & decays, other=0.0).to(STATE_DTYPE)
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
+        squares += _sum_squares(_effective_gradient(grad, param, sign, l2), BLOCK)
+    tl.store(chunk_sq_norm_ptr, tl.sum(squares))
+
+
+@_entry
+def sq_norm_kernel(
+    table_ptr,
+    chunks_ptr,
+    chunk_sq_norms_ptr,
+    l2: tl.float64,
+    sign: tl.float64,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+):
+    """Write the sum of g^2 of each chunk; arguments as for `critical_adam_kernel`."""
+    program = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * _WIDTH
+    chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
+    numel = tl.load(row_ptr + _NUMEL)
+    start = chunk * CHUNK_SIZE
+    count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
+    l2 = _double(l2).to(STATE_DTYPE)
+    sign = _double(sign).to(STATE_DTYPE)
+    chunk_sq_norm_ptr = chunk_sq_norms_ptr + program
+    full = (count == CHUNK_SIZE) & _is_aligned(row_ptr, numel, STATE_DTYPE.primitive_bitwidth // 8)
+    if full:
+        _sq_norm_of_chunk(
+            row_ptr, chunk_sq_norm_ptr, start, count, l2, sign, PARAM_DTYPE, STATE_DTYPE, True
+        )
+    else:
+        _sq_norm_of_chunk(
+            row_ptr, chunk_sq_norm_ptr, start, count, l2, sign, PARAM_DTYPE, STATE_DTYPE, False
+        )
+
+
+@triton.jit
+def update_priorities_kernel(
+    table_ptr,
+    chunk_sq_norms_ptr,
+    sq_norm_ptr,
+    capacity: tl.int32,
+    priority_decay,
+    CAPACITY_BLOCK: tl.constexpr,
+):
+    """The books of one tensor: key, admission, decay, slot, step count (csrc/bookkeeping.h).
+
+    Args:
+        table_ptr: The bucket's table. Keys, slots, step counts and, where there are such, numbers
+            of filled slots are changed.
+        chunk_sq_norms_ptr: float64: the sum of g^2 of each chunk.
+        sq_norm_ptr: float64 (): the group's sum of g^2, or None for that of the tensor's chunks.
+        capacity: Slots of the buffer.
+        priority_decay: What the keys are multiplied by, float32.
+        CAPACITY_BLOCK: The capacity rounded up to a power of two.
+    """
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * _WIDTH
+    if sq_norm_ptr is not None:
+        sq_norm = tl.load(sq_norm_ptr)
+    else:
+        first = tl.load(row_ptr + _FIRST_CHUNK)
+        num_chunks = tl.load(row_ptr + _NUM_CHUNKS)
+        sums = tl.zeros((_BLOCK_SIZE,), dtype=tl.float64)
+        for begin in range(0, num_chunks, _BLOCK_SIZE):
+            offsets = begin + tl.arange(0, _BLOCK_SIZE)
+            sums += tl.load(
+                chunk_sq_norms_ptr + first + offsets, mask=offsets < num_chunks, other=0.0
+            )
+        sq_norm = tl.sum(sums)
+    key = tl.sqrt(sq_norm).to(tl.float32)
+
+    slots = tl.arange(0, CAPACITY_BLOCK)
+    in_buffer = slots < capacity
+    keys_ptr = _pointer(row_ptr, _PRIORITIES, tl.float32)
+    keys = tl.load(keys_ptr + slots, mask=in_buffer, other=float("inf"))
+    filled_address = tl.load(row_ptr + _FILLED)
+    if filled_address != 0:
+        filled = tl.sum((in_buffer & (keys >= 0)).to(tl.int64))
+        tl.store(filled_address.to(tl.pointer_type(tl.int64)), filled)
+    # An unfilled slot's key, -inf, is the smallest; of equal ones the first.
+    slot = tl.argmin(keys, 0)
+    admitted = ((key < float("inf")) & (key > tl.min(keys, 0))).to(tl.int32)
+    taken = (_spread(admitted, CAPACITY_BLOCK) != 0) & (slots == slot)
+    keys = tl.where(taken, key, keys)
+    # An unfilled slot keeps -inf, which times 0 would be NaN.
+    keys = tl.where(keys >= 0, keys * priority_decay, keys)
+    tl.store(keys_ptr + slots, keys, mask=in_buffer)
+    slot_ptr = _pointer(row_ptr, _SLOT, tl.int64)
+    tl.store(slot_ptr, tl.where(admitted != 0, slot, -1).to(tl.int64))
+    step_ptr = _pointer(row_ptr, _STEP, tl.float32)
+    tl.store(step_ptr, tl.load(step_ptr) + 1.0)
