@@ -42,7 +42,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo.png
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/lint
 	$(BIN)/ruff format --check .

@@ -1,9 +1,11 @@
 """The cases of the numeric tests, as data, and the one place that builds tensors from them."""
 
+import importlib.util
 import itertools
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,8 @@ Kind = Literal["cm", "cg"]
 Grads = list[Tensor | None]
 
 KINDS: tuple[Kind, ...] = ("cm", "cg")
-BACKENDS = ("eager", "cpu")
+BACKENDS = ("eager", "cpu", "triton")
+FUSED_BACKENDS = BACKENDS[1:]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # From the least to the best; a machine that has one has those before it.
 CAPABILITIES = ("default", "avx2", "avx512")
@@ -45,6 +48,12 @@ BLOCK = kernel_constant("kBlockSize")
 CHUNK = kernel_constant("kChunkSize")
 
 
+def device_of(backend: str) -> torch.device:
+    """Return where a backend's tests have their tensors: interpreted kernels step the CPU's."""
+    compiled = os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.is_available()
+    return torch.device("cuda" if backend == "triton" and compiled else "cpu")
+
+
 # Skip rules
 
 
@@ -54,6 +63,7 @@ def skip_reason(
     capability: str | None = None,
     proc: bool = False,
     nvcc: bool = False,
+    gpu: bool = False,
 ) -> str | None:
     """Return why this machine cannot run a case, or None: all skip rules there are.
 
@@ -62,7 +72,12 @@ def skip_reason(
         capability: The instruction set that the case needs.
         proc: The case reads /proc.
         nvcc: The case compiles CUDA sources.
+        gpu: The case runs on a CUDA device.
     """
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if gpu and device_of("triton").type != "cuda":
+        return "this process has no CUDA device, or interprets Triton kernels"
     if (backend == "cpu" or capability is not None) and cpu.unavailable_reason is not None:
         return cpu.unavailable_reason
     if capability is not None:
@@ -82,11 +97,14 @@ def skip_if(reason: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=reason or "")
 
 
-def backend_params() -> list[Any]:
-    """Return every backend as a pytest parameter."""
-    return [
-        pytest.param(backend, marks=skip_if(skip_reason(backend=backend))) for backend in BACKENDS
-    ]
+def backend_params(backends: Sequence[str] = BACKENDS) -> list[Any]:
+    """Return backends as pytest parameters."""
+    return [pytest.param(backend, marks=_marks(backend)) for backend in backends]
+
+
+def _marks(backend: str) -> list[pytest.MarkDecorator]:
+    on_gpu = [pytest.mark.gpu] if device_of(backend).type == "cuda" else []
+    return [skip_if(skip_reason(backend=backend)), *on_gpu]
 
 
 def capability_params() -> list[Any]:
@@ -100,6 +118,7 @@ def capability_params() -> list[Any]:
 needs_cpu_backend = skip_if(skip_reason(backend="cpu"))
 needs_proc = skip_if(skip_reason(proc=True))
 needs_nvcc = skip_if(skip_reason(nvcc=True))
+needs_triton = skip_if(skip_reason(backend="triton"))
 
 
 # Options
@@ -295,16 +314,21 @@ def make_gradients(params: list[Tensor], events: list[Event], seed: int = 1) -> 
         yield [grad if i != event.missing else None for i, grad in enumerate(last)]
 
 
-def copy_of(tensor: Tensor) -> Tensor:
-    """Return a copy with the same strides, gaps included."""
+def copy_of(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return a copy with the same strides, gaps and overlaps included.
+
+    Args:
+        tensor: What to copy.
+        device: Where to, else where it is.
+    """
+    tensor = tensor.detach()
     if tensor.numel() == 0:
-        return tensor.clone()
+        return tensor.to(device, copy=True)
     extent = 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    memory = torch.zeros(extent, dtype=tensor.dtype)
-    copied = memory.as_strided(tensor.shape, tensor.stride())
-    return copied.copy_(tensor.detach())
+    memory = tensor.as_strided((extent,), (1,))
+    return memory.to(device, copy=True).as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -315,7 +339,7 @@ def real(tensor: Tensor) -> Tensor:
 
 def to_array(tensor: Tensor) -> Array:
     """Return the values as a new float64 array, exactly; a complex tensor's as pairs."""
-    return np.array(real(tensor).to(torch.float64).numpy())
+    return np.array(real(tensor).to("cpu", torch.float64).numpy())
 
 
 def grads_to_arrays(grads: Grads) -> list[Array | None]:

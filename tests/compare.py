@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cm_fused import reference
 from cm_fused._critical_adam import CriticalAdam
-from cm_fused.ops import cpu
 from tests.cases import Grads, grads_to_arrays, real, to_array
 from tests.oracle import Array, Options, ParamState, oracle_step
 
@@ -48,16 +48,18 @@ class Seen:
 
 
 def see(state: dict[str, Any]) -> Seen:
-    """Copy a state, with its pending commit made in the copy and not in the original.
+    """Copy a state to the CPU, with its pending commit made in the copy alone.
 
     `state_dict()` would commit in the original too, and the commit that the next step makes by
     itself would never run in a test that looks at every step.
     """
-    copied = {key: real(value).clone() for key, value in state.items()}
+    copied = {key: real(value).to("cpu", copy=True) for key, value in state.items()}
     if "pending_slot" in copied:
-        sums = [copied["critical_sum"]] if "critical_sum" in copied else []
-        cpu.commit_(
-            [copied["exp_avg"]], [copied["critical_buffer"]], sums, [copied["pending_slot"]]
+        reference.commit_(
+            copied["exp_avg"],
+            copied["critical_buffer"],
+            copied.get("critical_sum"),
+            copied["pending_slot"],
         )
     return Seen(
         step=int(copied["step"]),

@@ -1,4 +1,4 @@
-"""The "cpu" backend beside the "eager" one, step by step from the same state."""
+"""A fused backend beside the "eager" one, step by step from the same state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cm_fused._critical_adam import CriticalAdam
-from tests.cases import Grads, copy_of, eps_of, make_optimizer, real, to_array, ulp
+from tests.cases import Grads, copy_of, device_of, eps_of, make_optimizer, real, to_array, ulp
 from tests.compare import Seen, largest, see, within
 from tests.oracle import Array, Options
 
@@ -24,7 +24,7 @@ def maker(options: Options) -> Maker:
 class Lockstep:
     """Two optimizers that start every step from the same parameters and state.
 
-    After a step the "cpu" backend's result is compared with the reference's and then replaced by
+    After a step the fused backend's result is compared with the reference's and then replaced by
     it, so that a failure names one step and no rounding adds up. A commit that is pending stays
     pending: the slot keeps its old content, and the next step has to make the commit.
 
@@ -47,15 +47,18 @@ class Lockstep:
     sides of a midpoint: one ulp apart, and at most one element in a hundred.
     """
 
-    def __init__(self, params: list[Tensor], make: Maker) -> None:
-        self.params = [copy_of(param).requires_grad_() for param in params]
-        self.expected = [copy_of(param).requires_grad_() for param in params]
-        self.optimizer = make(self.params, "cpu")
+    def __init__(self, params: list[Tensor], make: Maker, backend: str) -> None:
+        self.device = device_of(backend)
+        self.params = [copy_of(param, self.device).requires_grad_() for param in params]
+        self.expected = [copy_of(param, self.device).requires_grad_() for param in params]
+        self.optimizer = make(self.params, backend)
         self.reference = make(self.expected, "eager")
         self.taken = 0
 
     def step(self, grads: Grads) -> None:
         """Take one step with both, compare, and give the first the state of the second."""
+        if self.device.type != "cpu":
+            grads = [None if grad is None else copy_of(grad, self.device) for grad in grads]
         before = [self._before(param, grad) for param, grad in self._pairs(self.params, grads)]
         for params, optimizer in self._sides():
             for param, grad in self._pairs(params, grads):

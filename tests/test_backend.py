@@ -15,7 +15,7 @@ import torch
 import cm_fused
 from cm_fused import AdamCG, AdamCM, _backend
 from cm_fused._critical_adam import CriticalAdam
-from cm_fused.ops import cpu
+from cm_fused.ops import cpu, library
 from tests.training import (
     BACKENDS,
     CLASSES,
@@ -96,10 +96,11 @@ def test_repr_shows_the_active_backend(cls: type[CriticalAdam], backend: str) ->
     text = repr(optimizer)
     assert text.startswith(f"{cls.__name__} (\nParameter Group 0\n")
     assert "priority_decay: 0.7" in text
-    assert text.endswith(f"Active backends: {backend} on cpu\n)")
-    other = BACKENDS[1 - BACKENDS.index(backend)]
+    kernel = " with the C++ priority kernel" if backend == "triton" else ""
+    assert text.endswith(f"Active backends: {backend} on cpu{kernel}\n)")
+    other = "cpu" if backend == "eager" else "eager"
     optimizer.param_groups[1]["backend"] = other
-    assert repr(optimizer).endswith(f"Active backends: {backend} on cpu, {other} on cpu\n)")
+    assert repr(optimizer).endswith(f"Active backends: {backend} on cpu{kernel}, {other} on cpu\n)")
 
 
 def test_explicit_backend_is_the_one_that_steps() -> None:
@@ -127,8 +128,7 @@ def test_extension_that_does_not_load_is_a_reason(
     """A broken library is a reason for the fallback, not an error of the import."""
     broken = tmp_path / "_C.abi3.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(cpu, "_LIBRARY", broken)
-    reason = cpu._load()
+    reason = library._load(broken, "the C++ extension")
     assert reason is not None
     assert reason.startswith("the C++ extension does not load: ")
     assert str(broken) in reason

@@ -1,4 +1,4 @@
-"""`update_priorities_` against a model of the priority buffer written from the specification."""
+"""The priority kernels against a model of the priority buffer written from the specification."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.cases import needs_cpu_backend
+from cm_fused.ops import library
+from tests.cases import device_of, needs_cpu_backend, needs_triton, skip_if
 
-pytestmark = needs_cpu_backend
+# The operator for the CPU, and on a GPU for CUDA: both are csrc/bookkeeping.h.
+OPERATOR = pytest.param("operator", marks=needs_cpu_backend)
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, skip_if(library.cuda_unavailable_reason)])
+TRITON = pytest.param("triton", marks=needs_triton)
+on_each_kernel = pytest.mark.parametrize("kernel", [OPERATOR, CUDA, TRITON])
 
 TABLE_WIDTH = 16
-PRIORITIES, SLOT, STEP, FIRST_CHUNK, NUM_CHUNKS, FILLED = 7, 8, 9, 11, 12, 13
+PRIORITIES, SLOT, STEP, FIRST_CHUNK, NUM_CHUNKS, FILLED = 7, 8, 9, 12, 13, 14
 
 # Sums of a few of these are exact, in any order; the last make keys that are not finite.
 FINITE = (0.0, 0.25, 1.0, 1.0 + 2**-40, 4.0, 9.0, 2.0**100)
@@ -58,14 +63,20 @@ class Model:
 class Rows:
     """The tensors that a table names, in new state."""
 
-    def __init__(self, num_chunks: list[int], capacity: int, *, filled: bool = True) -> None:
+    def __init__(
+        self, num_chunks: list[int], capacity: int, kernel: str = "operator", *, filled: bool = True
+    ) -> None:
         rows = len(num_chunks)
         self.num_chunks = num_chunks
-        self.priorities = torch.full((rows, capacity), -torch.inf)
-        self.slots = torch.full((rows,), 99)
-        self.steps = torch.zeros(rows)
-        self.filled = torch.full((rows,), 99)
-        self.table = torch.zeros(rows, TABLE_WIDTH, dtype=torch.int64)
+        self.kernel = kernel
+        self.device = {"operator": torch.device("cpu"), "cuda": torch.device("cuda")}.get(
+            kernel, device_of("triton")
+        )
+        self.priorities = torch.full((rows, capacity), -torch.inf, device=self.device)
+        self.slots = torch.full((rows,), 99, device=self.device)
+        self.steps = torch.zeros(rows, device=self.device)
+        self.filled = torch.full((rows,), 99, device=self.device)
+        table = torch.zeros(rows, TABLE_WIDTH, dtype=torch.int64)
         for column, tensor in (
             (PRIORITIES, self.priorities),
             (SLOT, self.slots),
@@ -73,23 +84,28 @@ class Rows:
             (FILLED, self.filled),
         ):
             stride = tensor.stride(0) * tensor.element_size()
-            self.table[:, column] = tensor.data_ptr() + stride * torch.arange(rows)
+            table[:, column] = tensor.data_ptr() + stride * torch.arange(rows)
         if not filled:
-            self.table[:, FILLED] = 0
+            table[:, FILLED] = 0
         chunks = torch.tensor(num_chunks, dtype=torch.int64)
-        self.table[:, NUM_CHUNKS] = chunks
-        self.table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
+        table[:, NUM_CHUNKS] = chunks
+        table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
+        self.table = table.to(self.device)
 
     def update(
         self, chunk_sq_norms: list[float], sq_norm: float | None = None, **options: Any
     ) -> None:
-        """Call the operator."""
-        torch.ops.cm_fused.update_priorities_(
-            self.table,
-            torch.tensor(chunk_sq_norms, dtype=torch.float64),
-            None if sq_norm is None else torch.tensor(sq_norm, dtype=torch.float64),
-            **options,
-        )
+        """Call the kernel."""
+        norms = torch.tensor(chunk_sq_norms, dtype=torch.float64, device=self.device)
+        given = None
+        if sq_norm is not None:
+            given = torch.tensor(sq_norm, dtype=torch.float64, device=self.device)
+        if self.kernel == "triton":
+            from cm_fused.ops import triton
+
+            triton.update_priorities_(self.table, norms, given, **options)
+            return
+        torch.ops.cm_fused.update_priorities_(self.table, norms, given, **options)
 
     def split(self, chunk_sq_norms: list[float]) -> list[list[float]]:
         """Return each row's part of the chunks."""
@@ -108,6 +124,7 @@ def runs(draw: st.DrawFn) -> tuple[list[int], list[tuple[list[float], float | No
     return num_chunks, draw(st.lists(steps, min_size=1, max_size=20))
 
 
+@on_each_kernel
 @settings(deadline=None, max_examples=300)
 @given(
     run=runs(),
@@ -122,10 +139,11 @@ def test_rows_follow_the_model(
     priority_decay: float,
     group_scope: bool,
     filled: bool,
+    kernel: str,
 ) -> None:
     """Keys, slots, fill and step counts are the specification's after every step, to the bit."""
     num_chunks, steps = run
-    rows = Rows(num_chunks, capacity, filled=filled)
+    rows = Rows(num_chunks, capacity, kernel, filled=filled)
     table = rows.table.clone()
     models = [Model(capacity) for _ in num_chunks]
     for chunk_sq_norms, sq_norm in steps:
@@ -146,26 +164,29 @@ def test_rows_follow_the_model(
         assert torch.equal(rows.table, table)
 
 
+@pytest.mark.parametrize("kernel", [OPERATOR, CUDA])
 @pytest.mark.parametrize("group_scope", [True, False])
-def test_many_rows(group_scope: bool) -> None:
+def test_many_rows(group_scope: bool, kernel: str) -> None:
     """A table of any length is updated in one call, each row by its own norm or the group's."""
-    rows = Rows([i % 3 for i in range(21_000)], capacity=2)
+    rows = Rows([i % 3 for i in range(21_000)], 2, kernel)
     chunk_sq_norms = [float(i % 7) for i in range(21_000)]
     rows.update(chunk_sq_norms, capacity=2, priority_decay=1.0, group_scope=group_scope)
     norms = [sum(chunk_sq_norms if group_scope else part) for part in rows.split(chunk_sq_norms)]
     expected = torch.tensor(norms, dtype=torch.float64).sqrt().float()
-    assert torch.equal(rows.priorities[:, 0], expected)
+    assert torch.equal(rows.priorities[:, 0].cpu(), expected)
     assert bool((rows.priorities[:, 1] == -torch.inf).all())
     assert bool((rows.slots == 0).all())
     assert bool((rows.steps == 1).all())
 
 
-def test_no_rows() -> None:
+@on_each_kernel
+def test_no_rows(kernel: str) -> None:
     """An empty bucket is nothing to do."""
-    Rows([], capacity=2).update([], capacity=2, priority_decay=0.7, group_scope=True)
+    Rows([], 2, kernel).update([], capacity=2, priority_decay=0.7, group_scope=True)
 
 
 @pytest.mark.parametrize("group_scope", [True, False])
+@needs_cpu_backend
 def test_opcheck(group_scope: bool) -> None:
     """Schema, autograd registration, fake kernel and functionalization agree with the operator."""
     rows = Rows([1, 2], capacity=2)
@@ -222,6 +243,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
 }
 
 
+@needs_cpu_backend
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_bad_arguments_change_nothing(name: str) -> None:
     """An argument that does not fit is a RuntimeError naming it; no row has changed."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cm_fused._critical_adam import CriticalAdam
-from tests.cases import backend_params, make_optimizer, to_array, ulp
+from tests.cases import backend_params, device_of, make_optimizer, to_array, ulp
 from tests.compare import OracleRun, check_state, relative, saved
 from tests.golden import CASES, GoldenCase, load_case
 from tests.oracle import Options
@@ -27,14 +27,17 @@ class _Run:
     def __init__(self, name: str, dtype: torch.dtype, backend: str) -> None:
         self.case: GoldenCase = load_case(name)
         self.options = Options(kind=self.case.kind, **self.case.options)
-        self.params = [torch.from_numpy(param).to(dtype) for param in self.case.params0]
+        self.device = device_of(backend)
+        self.params = [
+            torch.from_numpy(param).to(self.device, dtype) for param in self.case.params0
+        ]
         self.optimizer: CriticalAdam = make_optimizer(self.params, self.options, backend)
 
     def step(self, t: int) -> list[Tensor | None]:
         """Take step t, counted from 0; return its gradients, rounded to the parameters' dtype."""
         self.optimizer.param_groups[0]["lr"] = self.case.lrs[t]
         for param, grad in zip(self.params, self.case.grads[t], strict=True):
-            param.grad = None if grad is None else torch.from_numpy(grad).to(param.dtype)
+            param.grad = None if grad is None else torch.from_numpy(grad).to(param)
         self.optimizer.step()
         return [param.grad for param in self.params]
 

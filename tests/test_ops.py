@@ -560,7 +560,7 @@ def test_held_state_is_released_with_its_object() -> None:
     """A `HeldState` lets go of the tensors when it dies."""
     case = sample()
     held = cpu.HeldState(_bucket(case))
-    held_id = held._id
+    held_id = held.id
     _step_held(held_id, case, critical_gradients=False)
     del held
     with pytest.raises(RuntimeError, match="held must name a state that is held"):

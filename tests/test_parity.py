@@ -1,4 +1,4 @@
-"""The "cpu" backend does what the reference does: in lock-step, whatever the tensors are like."""
+"""Every fused backend does what the reference does: in lock-step, whatever the tensors are like."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from cm_fused._critical_adam import CriticalAdam
-from cm_fused.ops.cpu import RUNNING_SUM_MIN_CAPACITY
+from cm_fused.ops.table import CHUNK_SIZE
 from tests.cases import (
-    BACKENDS,
     BLOCK,
     CHUNK,
     DTYPES,
+    FUSED_BACKENDS,
     KINDS,
     MIXED,
     REGIMES,
@@ -23,72 +23,92 @@ from tests.cases import (
     Event,
     Kind,
     Regime,
+    backend_params,
     generator,
     make_gradients,
     make_optimizer,
     make_params,
     name_of,
-    needs_cpu_backend,
     normal_like,
     option_matrix,
 )
 from tests.lockstep import Lockstep, Maker, maker
 from tests.oracle import Options
 
-pytestmark = needs_cpu_backend
+pytestmark = pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
 
 # lr is large, so that an error of the update shows in the parameters.
 LR = 0.05
-SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7, CHUNK - 1, CHUNK, CHUNK + 1)
+# From here on every fused backend keeps a running sum; below 3 none does.
+CAPACITY = 5
+# Around the blocks and chunks of each backend; in one of whole chunks, all of them are aligned.
+SIZES = (
+    *(0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7, CHUNK - 1, CHUNK, CHUNK + 1),
+    *(CHUNK_SIZE - 1, CHUNK_SIZE, 2 * CHUNK_SIZE + 4),
+)
 EVENTS = MIXED.events(capacity=3)
 
 
-def _run(params: list[Tensor], make: Maker, events: list[Event]) -> None:
-    lockstep = Lockstep(params, make)
+def _run(backend: str, params: list[Tensor], make: Maker, events: list[Event]) -> None:
+    lockstep = Lockstep(params, make, backend)
     for grads in make_gradients(params, events):
         lockstep.step(grads)
 
 
 @pytest.mark.parametrize("options", option_matrix((3,)), ids=name_of)
-def test_options(options: Options) -> None:
+def test_options(backend: str, options: Options) -> None:
     """Every combination of the discrete options."""
-    _run(make_params([(3 * BLOCK + 7,), (5, 3)]), maker(options), SHORT.events(options.capacity))
+    _run(
+        backend,
+        make_params([(3 * BLOCK + 7,), (5, 3)]),
+        maker(options),
+        SHORT.events(options.capacity),
+    )
 
 
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
 @pytest.mark.parametrize(
     ("dtype", "capacity"),
     [
-        *((dtype, RUNNING_SUM_MIN_CAPACITY) for dtype in DTYPES),
-        *((torch.float32, capacity) for capacity in (1, RUNNING_SUM_MIN_CAPACITY - 1, 20)),
+        *((dtype, CAPACITY) for dtype in DTYPES),
+        *((torch.float32, capacity) for capacity in (1, 2, 3, 4, 20)),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_regimes(kind: Kind, dtype: torch.dtype, capacity: int, regime: Regime) -> None:
+def test_regimes(
+    backend: str, kind: Kind, dtype: torch.dtype, capacity: int, regime: Regime
+) -> None:
     """Whatever the buffer goes through, in every dtype, with and without a running sum."""
     options = Options(kind, lr=LR, capacity=capacity, priority_decay=regime.priority_decay)
-    _run(make_params([(BLOCK + 1,), (2, 3)], dtype), maker(options), regime.events(capacity))
+    _run(
+        backend, make_params([(BLOCK + 1,), (2, 3)], dtype), maker(options), regime.events(capacity)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes(kind: Kind, size: int, dtype: torch.dtype) -> None:
+def test_sizes(backend: str, kind: Kind, size: int, dtype: torch.dtype) -> None:
     """Sizes around a block and a chunk, beside a tensor that fills neither."""
-    options = Options(kind, lr=LR, capacity=RUNNING_SUM_MIN_CAPACITY, weight_decay=0.1)
+    options = Options(kind, lr=LR, capacity=CAPACITY, weight_decay=0.1)
     events = SHORT.events(options.capacity)
-    _run(make_params([(size,), (3,)], dtype), maker(options), events)
+    _run(backend, make_params([(size,), (3,)], dtype), maker(options), events)
 
 
-def test_a_tensor_without_elements_alone() -> None:
+def test_a_tensor_without_elements_alone(backend: str) -> None:
     """A group that has no element at all: steps are counted, its norm is 0."""
-    _run(make_params([(0,)]), maker(Options()), EVENTS)
+    _run(backend, make_params([(0,)]), maker(Options()), EVENTS)
 
 
-def test_many_tensors() -> None:
+def test_many_tensors(backend: str) -> None:
     """More tensors than any table of a backend should take for granted."""
     shapes: list[tuple[int, ...]] = [(1 + i % 70,) for i in range(300)]
-    _run(make_params(shapes), maker(Options(lr=LR, capacity=2)), [Event(), Event(2.0), Event(0.1)])
+    _run(
+        backend,
+        make_params(shapes),
+        maker(Options(lr=LR, capacity=2)),
+        [Event(), Event(2.0), Event(0.1)],
+    )
 
 
 # Layouts: each makes a parameter; its gradient is laid out alike unless said otherwise.
@@ -142,21 +162,21 @@ def _with_gaps(tensor: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, dtype: torch.dtype, kind: Kind, gradient: str) -> None:
+def test_layouts(backend: str, layout: str, dtype: torch.dtype, kind: Kind, gradient: str) -> None:
     """A parameter's memory layout and another one of its gradient, beside a plain parameter."""
     made = LAYOUTS[layout]()
     param = torch.empty_strided(made.shape, made.stride(), dtype=dtype)
     params = [param.copy_(made), *make_params([(7,)], dtype)]
     options = Options(kind, lr=LR, capacity=5, amsgrad=True, weight_decay=0.1)
-    lockstep = Lockstep(params, maker(options))
+    lockstep = Lockstep(params, maker(options), backend)
     for first, second in make_gradients(params, SHORT.events(5)):
         lockstep.step([None if first is None else GRADIENTS[gradient](first), second])
 
 
-def test_layout_of_a_gradient_may_change() -> None:
+def test_layout_of_a_gradient_may_change(backend: str) -> None:
     """The gradient's strides are those of this step, whatever they were in the last."""
     params = [normal_like(torch.empty(9, 6, 4), 1.0, generator(0))]
-    lockstep = Lockstep(params, maker(Options(lr=LR)))
+    lockstep = Lockstep(params, maker(Options(lr=LR)), backend)
     for i, (grad,) in enumerate(make_gradients(params, [Event()] * 10)):
         assert grad is not None
         lockstep.step([list(GRADIENTS.values())[i % len(GRADIENTS)](grad)])
@@ -164,48 +184,31 @@ def test_layout_of_a_gradient_may_change() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_complex(kind: Kind, dtype: torch.dtype) -> None:
+def test_complex(backend: str, kind: Kind, dtype: torch.dtype) -> None:
     """Complex parameters, one of them transposed, beside a real one."""
     first, second = make_params([(BLOCK + 1,), (5, 9)], dtype)
     real = make_params([(11,)], torch.empty(0, dtype=dtype).real.dtype, seed=2)
-    _run([first, second.t(), *real], maker(Options(kind, lr=LR, weight_decay=0.1)), EVENTS)
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_complex_is_its_pairs(kind: Kind, backend: str, dtype: torch.dtype) -> None:
-    """A complex parameter moves as `torch.view_as_real` of it does."""
-    (param,) = make_params([(7, 3)], dtype)
-    (pairs,) = [torch.view_as_real(param).clone()]
-    options = Options(kind, lr=LR, amsgrad=True)
-    optimizers = [make_optimizer([tensor], options, backend) for tensor in (param, pairs)]
-    for (grad,) in make_gradients([param], [event for event in EVENTS if event.missing is None]):
-        assert grad is not None
-        param.grad, pairs.grad = grad, torch.view_as_real(grad)
-        for optimizer in optimizers:
-            optimizer.step()
-        assert torch.equal(torch.view_as_real(param), pairs)
+    _run(backend, [first, second.t(), *real], maker(Options(kind, lr=LR, weight_decay=0.1)), EVENTS)
 
 
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mixed_dtypes(kind: Kind, scope: Any) -> None:
+def test_mixed_dtypes(backend: str, kind: Kind, scope: Any) -> None:
     """All dtypes in one group, whose norm is over all of them."""
     dtypes = (*DTYPES, torch.complex64, torch.complex128)
     params = [make_params([(BLOCK + 3,)], dtype, seed)[0] for seed, dtype in enumerate(dtypes)]
-    _run(params, maker(Options(kind, lr=LR, priority_scope=scope)), EVENTS)
+    _run(backend, params, maker(Options(kind, lr=LR, priority_scope=scope)), EVENTS)
 
 
 def _three_groups(params: list[Tensor], backend: str) -> CriticalAdam:
-    options = Options("cm", capacity=RUNNING_SUM_MIN_CAPACITY, lr=LR)
+    options = Options("cm", capacity=CAPACITY, lr=LR)
     optimizer = make_optimizer(params[:2], options, backend)
     optimizer.add_param_group(
         {
             "params": params[2:3],
             "lr": 0.01,
             "betas": (0.5, 0.8),
-            "capacity": RUNNING_SUM_MIN_CAPACITY - 1,
+            "capacity": 2,
             "priority_scope": "tensor",
             "amsgrad": True,
             "eps_inside_sqrt": False,
@@ -225,13 +228,13 @@ def _three_groups(params: list[Tensor], backend: str) -> CriticalAdam:
     return optimizer
 
 
-def test_groups_with_options_of_their_own() -> None:
+def test_groups_with_options_of_their_own(backend: str) -> None:
     """Every option is the group's, and every group's norm its own."""
-    _run(make_params([(70,), (3, 3), (65,), (20,), (1,)]), _three_groups, EVENTS)
+    _run(backend, make_params([(70,), (3, 3), (65,), (20,), (1,)]), _three_groups, EVENTS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lr_as_a_tensor(kind: Kind) -> None:
+def test_lr_as_a_tensor(backend: str, kind: Kind) -> None:
     """A 0-dim tensor as learning rate, read anew at every step, is the number it holds."""
     params = make_params([(70,), (3, 3)])
     lrs = [torch.tensor(LR, dtype=torch.float64) for _ in range(2)]
@@ -239,8 +242,9 @@ def test_lr_as_a_tensor(kind: Kind) -> None:
     lockstep = Lockstep(
         params,
         lambda params, backend: make_optimizer(params, Options(kind, lr=next(made)), backend),  # type: ignore[arg-type]
+        backend,
     )
-    numbers = Lockstep(params, maker(Options(kind, lr=LR)))
+    numbers = Lockstep(params, maker(Options(kind, lr=LR)), backend)
     for t, grads in enumerate(make_gradients(params, EVENTS)):
         for lr in lrs:
             lr.fill_(LR / (1 + t))
@@ -260,10 +264,10 @@ SCHEDULERS: dict[str, Callable[[CriticalAdam], lr_scheduler.LRScheduler]] = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_schedulers(kind: Kind, scheduler: str) -> None:
+def test_schedulers(backend: str, kind: Kind, scheduler: str) -> None:
     """A scheduler of lr, or of lr and betas, is a loop that sets them by hand."""
     params = make_params([(70,), (3, 3)])
-    lockstep = Lockstep(params, maker(replace(Options(kind), lr=LR)))
+    lockstep = Lockstep(params, maker(replace(Options(kind), lr=LR)), backend)
     schedule = SCHEDULERS[scheduler](lockstep.optimizer)
     scheduled, by_hand = (
         lockstep.optimizer.param_groups[0],

@@ -20,6 +20,7 @@ from tests.cases import (
     make_optimizer,
     make_params,
     needs_cpu_backend,
+    needs_triton,
     normal_like,
 )
 from tests.compare import OracleRun, Seen, check_state, largest, relative, see
@@ -129,8 +130,21 @@ def _step(params: list[Tensor], grads: Grads, optimizer: CriticalAdam) -> None:
 @given(runs())
 def test_cpu_is_eager(run: Run) -> None:
     """The "cpu" backend takes every step as the reference does."""
-    lockstep = Lockstep(run.params(), maker(run.options))
-    for grads in run.gradients(lockstep.params):
+    _take_in_lockstep(run, "cpu")
+
+
+@needs_triton
+@settings(stable, max_examples=60)  # an interpreted step takes a hundred times as long
+@given(runs())
+def test_triton_is_eager(run: Run) -> None:
+    """The "triton" backend takes every step as the reference does."""
+    _take_in_lockstep(run, "triton")
+
+
+def _take_in_lockstep(run: Run, backend: str) -> None:
+    params = run.params()
+    lockstep = Lockstep(params, maker(run.options), backend)
+    for grads in run.gradients(params):
         lockstep.step(grads)
 
 
@@ -214,7 +228,7 @@ def _effective(param: Tensor, grad: Tensor, options: Options) -> Tensor:
     return g
 
 
-@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("backend", backend_params(("eager", "cpu")))
 @stable
 @given(run=runs(), checkpoints=st.integers(0, 2**14 - 1))
 def test_buffer(backend: str, run: Run, checkpoints: int) -> None:

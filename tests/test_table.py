@@ -30,6 +30,8 @@ COLUMNS = (
     "steps",
 )
 SLOT, NUMEL = COLUMNS.index("pending_slots"), len(COLUMNS)
+PARAM_DTYPE = NUMEL + 1
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What a table holds where nobody writes.
 UNTOUCHED = 77
 
@@ -56,7 +58,8 @@ class Table:
             [
                 *(tensors[i].data_ptr() if tensors else 0 for tensors in lists),
                 param.numel(),
-                *[UNTOUCHED] * (TABLE_WIDTH - NUMEL - 1),
+                DTYPES.index(param.dtype),
+                *[UNTOUCHED] * (TABLE_WIDTH - PARAM_DTYPE - 1),
             ]
             for i, param in enumerate(self.case.params)
         ]

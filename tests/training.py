@@ -11,10 +11,17 @@ from torch.optim import Optimizer
 
 from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
 from cm_fused._critical_adam import CriticalAdam
+from tests import cases
 
 CLASSES: tuple[type[CriticalAdam], ...] = (AdamCM, AdamWCM, AdamCG, AdamWCG)
 KINDS: tuple[type[CriticalAdam], ...] = (AdamCM, AdamCG)
-BACKENDS = ("eager", "cpu")
+# Those that step CPU tensors in this process: triton where its kernels are interpreted.
+BACKENDS = tuple(
+    name
+    for name in cases.BACKENDS
+    if name != "triton"
+    or (cases.skip_reason(backend=name) is None and cases.device_of(name).type == "cpu")
+)
 
 # One tensor of each kind that backends tell apart; the last two make the second group.
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (), (0, 2), (2, 3, 2, 2), (5,))
