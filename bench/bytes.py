@@ -8,6 +8,7 @@ slots. Where a step is limited by memory its time is in proportion to these byte
 from dataclasses import dataclass
 
 from cm_fused.ops.cpu import RUNNING_SUM_MIN_CAPACITY
+from cm_fused.ops.table import running_sum_min_capacity
 
 _FLOAT = 4
 _DOUBLE = 8
@@ -76,6 +77,48 @@ def adam_cg(capacity: int, admits: bool) -> Bytes:
     """As `adam_cm`, after a pass that reads g for its norm."""
     norm = _streams(1, 0)
     return norm + adamw_fused() + _buffer(capacity, admits) + _rebuild(capacity, admits, True)
+
+
+def triton_pass(amsgrad: bool, summed_slots: int, *, param_bytes: int, state_bytes: int) -> Bytes:
+    """What the Triton pass loads and stores where it replaces a slot (cm_fused/ops/triton_kernels).
+
+    Where slots are summed, the load of the one that is replaced by a momentum is counted: it is
+    issued, and switched off when the step runs.
+
+    Args:
+        amsgrad: Whether there is a maximum of v.
+        summed_slots: Slots that are summed, 0 where there is a running sum.
+        param_bytes: Of an element of θ and g.
+        state_bytes: Of an element of the state.
+    """
+    moments = 3 if amsgrad else 2
+    # The running sum is read and written, the evicted slot is read.
+    buffer_read = summed_slots or 2
+    buffer_written = 1 if summed_slots else 2
+    return Bytes(
+        2 * param_bytes + (moments + buffer_read) * state_bytes,
+        param_bytes + (moments + buffer_written) * state_bytes,
+    )
+
+
+def triton(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
+    """A step of the Triton backend, float32: the pass, and what comes before and now and then.
+
+    Critical gradients take the norm in a pass that reads g. Once in 4 C steps a chunk's slots are
+    read and its sum is written, before the pass reads it.
+    """
+    running = capacity >= running_sum_min_capacity(critical_gradients)
+    if running:
+        buffer = _streams(2, 2) if admits else _streams(1, 0)
+        share = 1 / (4 * capacity)
+        rebuild = _streams(share * capacity, share)
+    else:
+        # The slot a momentum takes is not read; a gradient's is, for this step's sum.
+        replaced = 1 if admits and not critical_gradients else 0
+        buffer = _streams(capacity - replaced, 1 if admits else 0)
+        rebuild = _streams(0, 0)
+    norm = _streams(1 if critical_gradients else 0, 0)
+    return norm + adamw_fused() + buffer + rebuild
 
 
 def eager(capacity: int, admits: bool) -> Bytes:
