@@ -7,16 +7,16 @@ from bench.cases import Case, cases
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option for a run that only shows that everything runs."""
+    """Add the option for a run that only shows that everything runs, and the device's."""
     parser.addoption("--smoke", action="store_true", help="tiny workloads, two rounds")
+    parser.addoption("--device", choices=("cpu", "cuda"), default=machine.default_device())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a test of every case."""
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "case", [_param(case) for case in cases(metafunc.config.getoption("--smoke"))]
-        )
+        options = (metafunc.config.getoption(name) for name in ("--smoke", "--device"))
+        metafunc.parametrize("case", [_param(case) for case in cases(*options)])
 
 
 def _param(case: Case) -> object:
@@ -27,9 +27,11 @@ def _param(case: Case) -> object:
 # pytest-benchmark's own descriptions hold the host's name and the working tree's path.
 
 
-def pytest_benchmark_generate_machine_info() -> dict[str, str | int | float]:
+def pytest_benchmark_generate_machine_info(
+    config: pytest.Config,
+) -> dict[str, str | int | float]:
     """Describe the machine in place of pytest-benchmark."""
-    return machine.device()
+    return machine.device(config.getoption("--device"))
 
 
 def pytest_benchmark_generate_commit_info() -> dict[str, str]:

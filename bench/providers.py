@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -53,10 +53,12 @@ class Contestant:
     Attributes:
         step: Takes a step.
         priorities: The keys of all its buffers.
+        kept: What has to live as long as it is stepped.
     """
 
     step: Callable[[], object]
     priorities: list[Tensor]
+    kept: object = None
 
     def set_keys(self, regime: Regime) -> None:
         """Put the buffers into the regime's initial state."""
@@ -80,7 +82,8 @@ class Provider:
         regimes: Those in which it is measured.
         state_copies: Copies of the parameters it holds, for the memory it needs.
         rounds_share: Of the workload's rounds, for providers too slow for all of them.
-        max_tensors: The largest workload whose making does not take minutes.
+        max_tensors: The largest workload that it is measured on.
+        too_many: Why it is not measured on larger ones.
     """
 
     name: str
@@ -91,20 +94,21 @@ class Provider:
     state_copies: int
     rounds_share: float = 1.0
     max_tensors: int | None = None
+    too_many: str = ""
 
 
-def parameters(shapes: Shapes) -> list[Parameter]:
+def parameters(shapes: Shapes, device_type: str) -> list[Parameter]:
     """Return parameters with gradients, both normal deviates."""
-    params = [Parameter(_normal(shape)) for shape in shapes]
+    params = [Parameter(_normal(shape, device_type)) for shape in shapes]
     for param in params:
-        param.grad = _normal(param.shape)
+        param.grad = _normal(param.shape, device_type)
     return params
 
 
-def _normal(shape: Sequence[int]) -> Tensor:
+def _normal(shape: Sequence[int], device_type: str) -> Tensor:
     # Repeated from some size on: drawing as many as GPT-2 has takes longer than stepping them.
     numel = math.prod(shape)
-    block = torch.randn(min(numel, _DRAWN))
+    block = torch.randn(min(numel, _DRAWN), device=device_type)
     return block.repeat(-(-numel // block.numel()))[:numel].reshape(shape)
 
 
@@ -152,15 +156,40 @@ def _compiled(capacity: int, params: list[Parameter], regime: Regime) -> Contest
     return Contestant(lambda: step_(bucket, options), bucket.priorities)
 
 
+def _captured(
+    make: Callable[[list[Parameter]], Optimizer], params: list[Parameter], regime: Regime
+) -> Contestant:
+    """Return the replays of a captured step."""
+    optimizer = make(params)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    critical = isinstance(optimizer, AdamCM)
+    return Contestant(graph.replay, _priorities(optimizer) if critical else [], optimizer)
+
+
 _ALL = (FILLING, REPLACING, SKIPPING)
+_BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 
 
-def _cm(capacity: int) -> Provider:
+def _fused(kind: type[AdamCM | AdamCG], capacity: int, device_type: str) -> Provider:
+    gradients = kind is AdamCG
+    if device_type == "cuda":
+        model = partial(byte_model.triton, capacity, critical_gradients=gradients)
+    else:
+        model = partial(byte_model.adam_cg if gradients else byte_model.adam_cm, capacity)
+    backend = _BACKENDS[device_type]
     return Provider(
-        f"AdamCM C={capacity}",
-        f"cm_fused.AdamCM(capacity={capacity}, backend='cpu')",
-        partial(_critical, AdamCM, capacity, "cpu"),
-        partial(byte_model.adam_cm, capacity),
+        f"{kind.__name__} C={capacity}",
+        f"cm_fused.{kind.__name__}(capacity={capacity}, backend='{backend}')",
+        partial(_critical, kind, capacity, backend),
+        model,
         _ALL,
         state_copies=capacity + 3,
     )
@@ -174,43 +203,60 @@ BASELINE = Provider(
     (NO_BUFFER,),
     state_copies=2,
 )
-PROVIDERS = (
+_FOREACH = Provider(
+    "AdamW foreach",
+    "torch.optim.AdamW(foreach=True)",
+    partial(_adamw, partial(AdamW, foreach=True)),
+    lambda admits: byte_model.adamw_foreach(),
+    (NO_BUFFER,),
+    state_copies=3,
+    rounds_share=0.5,
+)
+_EAGER = Provider(
+    "AdamCM C=5 eager",
+    "cm_fused.AdamCM(capacity=5, backend='eager')",
+    partial(_critical, AdamCM, 5, "eager"),
+    partial(byte_model.eager, 5),
+    (REPLACING,),
+    state_copies=12,
+    rounds_share=0.1,
+)
+_COMPILED = Provider(
+    "AdamCM C=5 compiled",
+    "torch.compile(cm_fused.reference.adam_cm_, fullgraph=True), capacity 5",
+    partial(_compiled, 5),
+    partial(byte_model.compiled, 5),
+    (REPLACING,),
+    state_copies=12,
+    rounds_share=0.5,
+    max_tensors=1,
+    too_many="unrolled over {} tensors it compiles for minutes",
+)
+_CAPTURED = (
     Provider(
-        "AdamW foreach",
-        "torch.optim.AdamW(foreach=True)",
-        partial(_adamw, partial(AdamW, foreach=True)),
-        lambda admits: byte_model.adamw_foreach(),
+        "AdamW in a graph",
+        "torch.optim.AdamW(fused=True, capturable=True), captured",
+        partial(_captured, partial(AdamW, fused=True, capturable=True)),
+        lambda admits: byte_model.adamw_fused(),
         (NO_BUFFER,),
-        state_copies=3,
-        rounds_share=0.5,
+        state_copies=2,
     ),
-    _cm(5),
-    _cm(20),
     Provider(
-        "AdamCG C=5",
-        "cm_fused.AdamCG(capacity=5, backend='cpu')",
-        partial(_critical, AdamCG, 5, "cpu"),
-        partial(byte_model.adam_cg, 5),
-        _ALL,
+        "AdamCM C=5 in a graph",
+        "cm_fused.AdamCM(capacity=5, backend='triton', capturable=True), captured",
+        partial(_captured, partial(AdamCM, capacity=5, backend="triton", capturable=True)),
+        partial(byte_model.triton, 5, critical_gradients=False),
+        (REPLACING,),
         state_copies=8,
     ),
-    Provider(
-        "AdamCM C=5 eager",
-        "cm_fused.AdamCM(capacity=5, backend='eager')",
-        partial(_critical, AdamCM, 5, "eager"),
-        partial(byte_model.eager, 5),
-        (REPLACING,),
-        state_copies=12,
-        rounds_share=0.1,
-    ),
-    Provider(
-        "AdamCM C=5 compiled",
-        "torch.compile(cm_fused.reference.adam_cm_, fullgraph=True), capacity 5",
-        partial(_compiled, 5),
-        partial(byte_model.compiled, 5),
-        (REPLACING,),
-        state_copies=12,
-        rounds_share=0.5,
-        max_tensors=1,
-    ),
 )
+
+
+def providers(device_type: str) -> tuple[Provider, ...]:
+    """Return what is measured on a type of device, besides the baseline."""
+    if device_type == "cuda":
+        eager = replace(_EAGER, max_tensors=1000, too_many="it launches kernels for {} tensors")
+        fused = [_fused(kind, c, device_type) for kind in (AdamCM, AdamCG) for c in (5, 20)]
+        return (_FOREACH, *fused, *_CAPTURED, eager, _COMPILED)
+    fused = [_fused(AdamCM, 5, "cpu"), _fused(AdamCM, 20, "cpu"), _fused(AdamCG, 5, "cpu")]
+    return (_FOREACH, *fused, _EAGER, _COMPILED)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +16,7 @@ Case = dict[str, Any]
 
 _BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _LARGE, _SMALL, _GPT2 = "one 30 M tensor", "1000 tensors of 256", "GPT-2 small"
+_HUGE, _RESNET, _TINY = "one 1 B tensor", "ResNet-50", "10,000 tensors of 16"
 _MIB = 2**20
 # Okabe and Ito's blue and vermilion, which the colour-blind can tell apart.
 _MEASURED, _PREDICTED = "#0072B2", "#D55E00"
@@ -37,16 +38,23 @@ class Target(NamedTuple):
         return [self.name, f"{self.measured:.3f}", bound, met]
 
 
-def _ratio(results: Results, workload: str, capacity: int) -> float | None:
+def _case(results: Results, workload: str, capacity: int) -> Case | None:
     wanted = (workload, f"AdamCM C={capacity}", "replacing")
     for case in results["cases"]:
         if (case["workload"], case["provider"], case["regime"]) == wanted:
-            return float(case["ratio_to_fused_adamw"]["median"])
+            return cast(Case, case)
     return None
 
 
+def _ratio(results: Results, workload: str, capacity: int) -> float | None:
+    case = _case(results, workload, capacity)
+    return None if case is None else float(case["ratio_to_fused_adamw"]["median"])
+
+
 def targets(results: Results) -> list[Target]:
-    """Return the acceptance figures."""
+    """Return the acceptance figures of the device that was measured."""
+    if results["device"]["type"] == "cuda":
+        return _gpu_targets(results)
     five, twenty = (_ratio(results, _LARGE, capacity) for capacity in (5, 20))
     apart = None if five is None or twenty is None else abs(twenty / five - 1)
     return [
@@ -57,6 +65,35 @@ def targets(results: Results) -> list[Target]:
         Target(f"time ratio, {_GPT2}, C=5, replacing", _ratio(results, _GPT2, 5), 1.65),
         *(target for entry in results["memory"] for target in _memory_targets(entry)),
     ]
+
+
+def _gpu_targets(results: Results) -> list[Target]:
+    found = []
+    for workload in (_HUGE, _GPT2):
+        case = _case(results, workload, 5)
+        share = None if case is None else 1 / case["share_of_copy"]
+        ratio = _ratio(results, workload, 5)
+        found.append(Target(f"copy's bandwidth over the step's, {workload}, C=5", share, 1 / 0.9))
+        found.append(Target(f"time ratio, {workload}, C=5, replacing", ratio, 1.65))
+    for workload in (_RESNET, _TINY):
+        found.append(Target(f"time ratio, {workload}, C=5", _ratio(results, workload, 5), 1.0))
+    steady = [
+        case
+        for case in results["cases"]
+        if case["provider"].startswith("AdamCM C=")
+        and "device_operations" in case
+        and "eager" not in case["provider"]
+        and "compiled" not in case["provider"]
+    ]
+    for name, key, bound in (
+        ("launches a step of AdamCM", "device_operations", 2),
+        ("allocations a step of AdamCM", "allocations", 0),
+    ):
+        most = max((case[key] for case in steady), default=None)
+        found.append(Target(name, most, bound))
+    ratios = [entry["ratio"] for entry in results["parity"]]
+    found.append(Target("error over eager float32's", max(ratios, default=None), 2.0))
+    return found
 
 
 def _memory_targets(entry: dict[str, Any]) -> list[Target]:
@@ -107,12 +144,20 @@ def main_table(results: Results) -> str:
             f"in the same process ({min(rounds)} to {max(rounds)} pairs); every step replaces a "
             "slot. In brackets what the byte model predicts, where memory is the limit; "
             "-: left out.",
-            f"Measured {results['date']} on {device['model']}, {device['cores']} cores, "
-            f"{device['threads']} threads, {device['cache']}, {device['memory_gib']} GiB, "
-            f"{device['instructions']}; torch {versions['torch']}, Python {versions['python']}, "
-            f"cm_fused {versions['cm_fused']} at {versions['commit']}; load average before: "
-            f"{results['load_before']:.2f}.",
+            f"Measured {results['date']} on {_machine(device)}; torch {versions['torch']}, "
+            f"Python {versions['python']}, cm_fused {versions['cm_fused']} at "
+            f"{versions['commit']}; load average before: {results['load_before']:.2f}.",
         ]
+    )
+
+
+def _machine(device: dict[str, Any]) -> str:
+    if device["type"] == "cuda":
+        kernel = device["priority_kernel"]
+        return f"{device['model']}, {device['memory_gib']} GiB, priority kernel: {kernel}"
+    return (
+        f"{device['model']}, {device['cores']} cores, {device['threads']} threads, "
+        f"{device['cache']}, {device['memory_gib']} GiB, {device['instructions']}"
     )
 
 
@@ -136,7 +181,10 @@ def markdown(results: Results) -> str:
             ),
             f"Absolute (a copy moves {results['copy_gb_per_s']:.1f} GB/s):",
             _table(
-                ["case", "ms", "AdamW ms", "quartiles of the ratio", "GB/s", "share of a copy"],
+                [
+                    *("case", "ms", "AdamW ms", "quartiles of the ratio", "GB/s"),
+                    *("share of a copy", "host ms", "launches", "allocations"),
+                ],
                 map(_absolute_row, results["cases"]),
             ),
             "Left out:",
@@ -161,6 +209,8 @@ def _absolute_row(case: Case) -> list[str]:
         f"{low:.2f} to {high:.2f}",
         "-" if rate is None else f"{rate:.1f}",
         "-" if share is None else f"{share:.2f}",
+        f"{case['host_seconds'] * 1e3:.3g}" if "device_operations" in case else "-",
+        *(str(case.get(key, "-")) for key in ("device_operations", "allocations")),
     ]
 
 
@@ -234,6 +284,8 @@ def update_readme(results: Results, readme: Path) -> None:
     """
     if results["smoke"]:
         raise ValueError("the results must be those of a full run, got a smoke run's")
+    if results["failed"]:
+        raise ValueError(f"the results must be complete, got failures: {results['failed']}")
     text = readme.read_text()
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)

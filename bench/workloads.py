@@ -52,6 +52,7 @@ class Workload:
         name: Its name in the results.
         shapes: Of the parameters, float32.
         rounds: Timed steps of a provider that keeps pace with the baseline.
+        device_types: Those it is for.
         memory_bound: Whether the state is far larger than any cache, so that the byte model
             predicts the time.
     """
@@ -60,6 +61,7 @@ class Workload:
     shapes: Shapes
     rounds: int
     memory_bound: bool
+    device_types: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def numel(self) -> int:
@@ -82,4 +84,5 @@ WORKLOADS = (
     Workload("10,000 tensors of 16", ((16,),) * 10_000, rounds=100, memory_bound=False),
     Workload("ResNet-50", _resnet50(), rounds=20, memory_bound=True),
     Workload("GPT-2 small", _gpt2_small(), rounds=10, memory_bound=True),
+    Workload("one 1 B tensor", ((10**9,),), rounds=10, memory_bound=True, device_types=("cuda",)),
 )
