@@ -50,6 +50,13 @@ _QUARTER_WARPS = 16
 _WARP = 32
 
 
+NO_INLINE_INFO = 3
+
+
+class NoInlineInfoError(Exception):
+    """The line tables do not say from which call an instruction comes, as triton 3.6's do not."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One specialization of `critical_adam_kernel`; the attributes are its constexprs."""
@@ -178,7 +185,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         attrs={(list(signature).index("table_ptr"),): [["tt.divisibility", 16]]},
     )
     options = triton_kernels.launch_options(
-        backend.TRITON_DTYPES[variant.param_dtype], variant.amsgrad
+        backend.TRITON_DTYPES[variant.param_dtype], variant.amsgrad, variant.summed_slots
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
@@ -310,6 +317,8 @@ def report(variant: Variant, arch: int) -> Report:
     usage = _run_tool("cuobjdump", "-res-usage", cubin=cubin)
     used = {name: int(value) for name, value in re.findall(r"\b(\w+):(\d+)", usage)}
     listing = _run_tool("nvdisasm", "-gi", cubin=cubin)
+    if not any(len(instruction.lines) > 1 for instruction in instructions(listing)):
+        raise NoInlineInfoError
     places = _places()
     full, tail = (_accesses(listing, call) for call in (places.full, places.tail))
     counted = bytes_per_element(full, variant.param_dtype.itemsize)
@@ -341,11 +350,15 @@ def main() -> None:
         sys.exit("bench.sass: TRITON_INTERPRET=1 is set, so nothing is compiled; unset it")
     if not arguments.json:
         print(HEADER)
-    for arch in arguments.arch:
-        for variant in variants():
-            if arguments.only in variant.name:
-                result = report(variant, arch)
-                print(json.dumps(asdict(result)) if arguments.json else result.row(), flush=True)
+    for arch, variant in itertools.product(arguments.arch, variants()):
+        if arguments.only not in variant.name:
+            continue
+        try:
+            result = report(variant, arch)
+        except NoInlineInfoError as error:
+            print(f"bench.sass: {error.__doc__} Use triton 3.9.", file=sys.stderr)
+            sys.exit(NO_INLINE_INFO)
+        print(json.dumps(asdict(result)) if arguments.json else result.row(), flush=True)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         options = self._options
         lr_ptr, lr = self._lr()
         amsgrad = bool(self._bucket.max_exp_avg_sqs)
+        summed_slots = 0 if self._bucket.critical_sums else self._capacity
         l2, decoupled = _weight_decays(options)
         for chunks in self.tables.launches:
             self._launch(
@@ -186,8 +187,8 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 int(options.buffer_mean == "capacity"),
                 CRITICAL_GRADIENTS=critical_gradients,
                 AMSGRAD=amsgrad,
-                SUMMED_SLOTS=0 if self._bucket.critical_sums else self._capacity,
-                **self._launch_options(chunks.param_dtype, amsgrad),
+                SUMMED_SLOTS=summed_slots,
+                **_pass_options(self._device, chunks.param_dtype, amsgrad, summed_slots),
             )
         torch.autograd.graph.increment_version(self._bucket.params)
 
@@ -200,7 +201,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 chunks,
                 l2,
                 _sign(self._options),
-                **self._launch_options(chunks.param_dtype, amsgrad=False),
+                **triton_kernels.LAUNCH_OPTIONS,
             )
 
     def update_priorities(self, sq_norm: Tensor | None) -> None:
@@ -234,11 +235,6 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             **options,
         )
 
-    def _launch_options(self, param_dtype: torch.dtype, amsgrad: bool) -> dict[str, Any]:
-        if self._device.type != "cuda" or torch.version.hip is not None:
-            return triton_kernels.LAUNCH_OPTIONS
-        return triton_kernels.launch_options(TRITON_DTYPES[param_dtype], amsgrad)
-
     def _lr(self) -> tuple[Tensor | None, float]:
         """Return the learning rate as an address or as a number; never waits for a device."""
         lr = self._options.lr
@@ -247,6 +243,14 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         if lr.device == self._device or lr.device.type != "cpu":
             return lr.to(self._device, non_blocking=True), 0.0
         return None, float(lr)
+
+
+def _pass_options(
+    device: torch.device, param_dtype: torch.dtype, amsgrad: bool, summed_slots: int
+) -> dict[str, Any]:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return triton_kernels.LAUNCH_OPTIONS
+    return triton_kernels.launch_options(TRITON_DTYPES[param_dtype], amsgrad, summed_slots)
 
 
 def _weight_decays(options: StepOptions) -> tuple[float, float]:

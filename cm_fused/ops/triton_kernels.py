@@ -27,15 +27,19 @@ TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
 
 
-def launch_options(param_dtype: tl.dtype, amsgrad: bool) -> dict[str, Any]:
+def launch_options(param_dtype: tl.dtype, amsgrad: bool, summed_slots: int) -> dict[str, Any]:
     """Return the launch options of the pass for CUDA devices.
 
-    A cap on registers keeps half of a multiprocessor's threads or more at work, to hide memory's
-    latency. Without one ptxas takes 70 to 96; under these no variant spills (python -m bench.sass).
+    Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
+    AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
+    which no variant spills, at half of a multiprocessor's warps for float32 (python -m bench.sass).
     """
-    if param_dtype == tl.float64:  # 122 to 126 registers, which are what its values take
+    if param_dtype == tl.float64:
         return LAUNCH_OPTIONS
-    return {**LAUNCH_OPTIONS, "maxnreg": 72 if amsgrad or param_dtype != tl.float32 else 64}
+    half = param_dtype != tl.float32
+    if half and summed_slots == 4:
+        return {**LAUNCH_OPTIONS, "maxnreg": 80}
+    return {**LAUNCH_OPTIONS, "maxnreg": 72 if half or amsgrad else 64}
 
 
 CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
@@ -59,8 +63,12 @@ _NUM_CHUNKS = tl.constexpr(int(Column.NUM_CHUNKS))
 _FILLED = tl.constexpr(int(Column.FILLED))
 
 
-# A later dtype's chunks start anywhere in the lists of all: no variant for each alignment.
-_entry = triton.jit(do_not_specialize_on_alignment=("chunks_ptr", "chunk_sq_norms_ptr"))
+# One variant for all values of the options. A later dtype's chunks start anywhere in the lists of
+# all: none for each alignment either.
+_entry = triton.jit(
+    do_not_specialize=("capacity", "mean_over_capacity"),
+    do_not_specialize_on_alignment=("chunks_ptr", "chunk_sq_norms_ptr"),
+)
 
 
 @triton.jit
@@ -490,7 +498,7 @@ def sq_norm_kernel(
         )
 
 
-@triton.jit
+@_entry
 def update_priorities_kernel(
     table_ptr,
     chunk_sq_norms_ptr,
