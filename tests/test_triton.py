@@ -223,6 +223,40 @@ def test_without_the_extension(kind: Kind, scope: str, monkeypatch: pytest.Monke
     assert repr(lockstep.optimizer).endswith(expected)
 
 
+@pytest.mark.parametrize("extension", [pytest.param(True, marks=needs_cpu_backend), False])
+def test_tables_and_graph_capture(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a capture uploads is its graph's alone, and stays; what was there is shared.
+
+    tests/test_gpu.py replays graphs; here a capture is only said to be going on.
+    """
+    if not extension:
+        monkeypatch.setattr(library, "unavailable_reason", "not built")
+    bucket = _bucket_in_training(Options(capacity=3), 9, torch.zeros)
+    made = tables.Tables(bucket)
+    before = made.refresh(bucket.params, bucket.grads)
+    kept = before.clone()
+    others = [grad.clone() for grad in bucket.grads]
+    with monkeypatch.context() as capturing:
+        for module in (tables, triton):
+            capturing.setattr(module, "is_capturing", lambda device: True)
+        assert made.refresh(bucket.params, bucket.grads) is before
+        captured = made.refresh(bucket.params, others)
+        in_capture = tables.Tables(bucket)
+    assert captured is not before
+    assert captured[0, Column.GRAD] == others[0].data_ptr()
+    # Eager steps have the table that has been uploaded, and never write what a graph reads.
+    assert made.refresh(bucket.params, bucket.grads) is before
+    assert torch.equal(before, kept)
+    assert any(table is captured for table, _ in made._of_captures)
+    # Tables that a capture has made are not there yet for a step outside: it makes its own.
+    bucket.handle = in_capture
+    assert in_capture.made_in_capture
+    own = triton._tables_of(bucket)
+    assert own is not in_capture
+    assert not own.made_in_capture
+    assert own._replaced is in_capture
+
+
 # Offsets of more than 31 bits
 
 
