@@ -50,8 +50,12 @@ deliver() {  # what there is, for there may be no later
 }
 
 finish() {
-    # Lanes that are still at work, and what they started.
-    jobs -p | while read -r lane; do kill "$lane" 2>/dev/null; done
+    # Lanes that are still at work, and the stages they started.
+    local lane
+    for lane in $(jobs -p); do
+        kill "$lane" 2>/dev/null
+        pkill -P "$lane" 2>/dev/null
+    done
     deliver
     rm -rf "$logs"
 }
@@ -158,7 +162,7 @@ fi
 
 echo
 if [ -n "$results" ]; then
-    "$python" -m bench.report --summary "$results" | tail -c 9500
+    "$python" -m bench.report --summary "$results" | tail -c 10000
 fi
 echo
 cat "$logs/stages"

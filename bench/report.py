@@ -142,7 +142,7 @@ def _cell(case: Case) -> str:
 def main_table(results: Results) -> str:
     """Return what the README shows: every provider, steady state, and what was measured how."""
     device, versions = results["device"], results["versions"]
-    steady = [case for case in results["cases"] if case["regime"] in ("replacing", "no buffer")]
+    steady = _steady(results)
     rounds = [case["rounds"] for case in steady]
     return "\n\n".join(
         [
@@ -272,30 +272,39 @@ def parity_table(parity: dict[str, Any]) -> str:
 
 
 def summary(results: Results) -> str:
-    """Return what is most worth knowing, in few characters: a line a case, then the rest."""
+    """Return what is most worth knowing in some thousand characters, a line a steady case."""
     rows = [
         [
-            f"{case['workload']}, {_label(case)}",
+            f"{case['workload']}, {case['provider']}",
             f"{case['seconds'] * 1e3:.3g}",
             _cell(case),
             f"{case['gb_per_s']:.0f} ({case['share_of_copy']:.2f})" if "gb_per_s" in case else "-",
             f"{case['host_seconds'] * 1e6:.0f}" if "host_seconds" in case else "-",
             str(case["launches"]["kernels"] or "-") if "launches" in case else "-",
         ]
-        for case in results["cases"]
+        for case in _steady(results)
     ]
+    head = ["case", "ms", "of AdamW", "GB/s (of copy)", "host µs", "kernels"]
     lines = [
         f"Measured {results['date']} on {_described(results['device'])}; "
         f"torch {results['versions']['torch']}. A copy moves {results['copy_gb_per_s']:.0f} GB/s.",
-        f"{'case':<48}{'ms':>9}{'of AdamW':>14}{'GB/s':>14}{'host µs':>9}{'kernels':>9}",
-        *(f"{a:<48}{b:>9}{c:>14}{d:>14}{e:>9}{f:>9}" for a, b, c, d, e, f in rows),
+        *(f"{a:<42}{b:>8}{c:>13}{d:>15}{e:>8}{f:>8}" for a, b, c, d, e, f in [head, *rows]),
     ]
     reasons = Counter(entry["reason"] for entry in results["left_out"])
     lines += [f"left out, {count} times: {reason}" for reason, count in reasons.items()]
     lines += [" | ".join(target.row()) for target in targets(results)]
-    if "parity" in results:
-        lines.append(parity_table(results["parity"]))
+    for run in results.get("parity", {"runs": []})["runs"]:
+        errors = run["largest_errors"]["parameters"]
+        lines.append(
+            f"{run['optimizer']} C={run['capacity']}, largest error of the parameters: "
+            f"{errors['fused']:.2e}, eager {errors['eager']:.2e}"
+        )
     return "\n".join(lines)
+
+
+def _steady(results: Results) -> list[Case]:
+    """Return the cases whose every step replaces a slot, and those without a buffer."""
+    return [case for case in results["cases"] if case["regime"] in ("replacing", "no buffer")]
 
 
 def save_figure(results: Results, path: Path) -> None:
