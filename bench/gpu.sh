@@ -109,11 +109,12 @@ parallel=()
 if "$python" -c 'import xdist' 2>/dev/null; then
     parallel=(-n 6)
 fi
-pytest=("$python" -m pytest -q --continue-on-collection-errors -p no:cacheprovider tests)
+# The mark is also on every case of the Triton backend, whose tensors are on the GPU here.
+pytest=("$python" -m pytest -q --continue-on-collection-errors -p no:cacheprovider -m gpu)
 
 tests() {
-    stage tests-gpu 90 "${pytest[@]}" -m gpu
-    stage tests-parity 100 "${pytest[@]}" "${parallel[@]}" -m "not gpu" -k triton
+    stage tests-gpu 80 "${pytest[@]}" tests/test_gpu.py
+    stage tests-parity 110 "${pytest[@]}" "${parallel[@]}" tests --ignore=tests/test_gpu.py
 }
 
 sanitizers() {
