@@ -1,17 +1,15 @@
 """Which provider is measured on which workload, in which regime."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bench import machine
 from bench.providers import BASELINE, Provider, Regime, providers
-from bench.workloads import WORKLOADS, Workload
+from bench.workloads import Workload, workloads
 
 # What a machine can be asked to give to a benchmark.
 _MEMORY_SHARE = 0.8
 _FLOAT = 4
 _MIN_ROUNDS = 3
-# A GPU's times scatter little, and the session that lends one is short.
-_MAX_ROUNDS = {"cpu": 1000, "cuda": 20}
 
 
 @dataclass(frozen=True)
@@ -35,36 +33,32 @@ class Case:
         return max(rounds, min(_MIN_ROUNDS, self.workload.rounds))
 
 
-def reason_left_out(workload: Workload, provider: Provider, device_type: str) -> str | None:
+def reason_left_out(workload: Workload, provider: Provider, device: str) -> str | None:
     """Return why a provider is not measured on a workload, or None."""
-    if provider.max_tensors is not None and len(workload.shapes) > provider.max_tensors:
-        return provider.too_many.format(len(workload.shapes))
+    if provider.limit is not None and len(workload.shapes) > provider.limit.tensors:
+        return provider.limit.reason
     # Beside the state: parameters and gradients of both.
     copies = provider.state_copies + BASELINE.state_copies + 4
     needed = copies * _FLOAT * workload.numel
-    available = _MEMORY_SHARE * machine.memory_bytes(device_type)
+    available = _MEMORY_SHARE * machine.memory_bytes(device)
     if needed > available:
         return f"needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are allowed"
     return None
 
 
-def cases(smoke: bool, device_type: str) -> list[Case]:
-    """Return all cases, the left-out ones included.
+def cases(device: str, smoke: bool) -> list[Case]:
+    """Return all cases, the left-out ones included, the slowest providers' last.
 
     Args:
+        device: "cpu" or "cuda".
         smoke: Shrink the workloads to nothing.
-        device_type: "cpu" or "cuda".
     """
-    workloads = [
-        replace(workload, rounds=min(workload.rounds, _MAX_ROUNDS[device_type]))
-        for workload in WORKLOADS
-        if device_type in workload.device_types
-    ]
+    of_device = workloads(device)
     if smoke:
-        workloads = [workload.for_smoke() for workload in workloads]
+        of_device = tuple(workload.for_smoke() for workload in of_device)
     return [
-        Case(workload, provider, regime, reason_left_out(workload, provider, device_type))
-        for workload in workloads
-        for provider in providers(device_type)
+        Case(workload, provider, regime, reason_left_out(workload, provider, device))
+        for provider in providers(device)
+        for workload in of_device
         for regime in provider.regimes
     ]

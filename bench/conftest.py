@@ -7,16 +7,24 @@ from bench.cases import Case, cases
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option for a run that only shows that everything runs, and the device's."""
+    """Add the options of `bench.run`."""
     parser.addoption("--smoke", action="store_true", help="tiny workloads, two rounds")
-    parser.addoption("--device", choices=("cpu", "cuda"), default=machine.default_device())
+    parser.addoption(
+        "--device",
+        choices=machine.DEVICES,
+        default=machine.default_device(),
+        help="what is measured; a GPU where there is one",
+    )
+    parser.addoption("--deadline", type=float, help="time.time() from which cases are left out")
+    parser.addoption("--record", help="file to which each case adds a line of JSON")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a test of every case."""
     if "case" in metafunc.fixturenames:
-        options = (metafunc.config.getoption(name) for name in ("--smoke", "--device"))
-        metafunc.parametrize("case", [_param(case) for case in cases(*options)])
+        config = metafunc.config
+        of_device = cases(config.getoption("--device"), config.getoption("--smoke"))
+        metafunc.parametrize("case", [_param(case) for case in of_device])
 
 
 def _param(case: Case) -> object:
@@ -27,11 +35,9 @@ def _param(case: Case) -> object:
 # pytest-benchmark's own descriptions hold the host's name and the working tree's path.
 
 
-def pytest_benchmark_generate_machine_info(
-    config: pytest.Config,
-) -> dict[str, str | int | float]:
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> machine.Description:
     """Describe the machine in place of pytest-benchmark."""
-    return machine.device(config.getoption("--device"))
+    return machine.describe(config.getoption("--device"))
 
 
 def pytest_benchmark_generate_commit_info() -> dict[str, str]:

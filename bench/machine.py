@@ -5,49 +5,50 @@ import platform
 import re
 import subprocess
 from functools import cache
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from cm_fused.ops import cpu, library
+from cm_fused import AdamCM
+from cm_fused.ops import cpu
 
+DEVICES = ("cpu", "cuda")
+Description = dict[str, str | int | float]
 _REPOSITORY = Path(__file__).parent.parent
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def default_device() -> str:
-    """Return the type of device to measure: "cuda" where there is one."""
+    """Return the device that is measured unless another is asked for."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def memory_bytes(device_type: str) -> int:
-    """Return the memory of the machine or of its GPU."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_properties().total_memory
+def memory_bytes(device: str) -> int:
+    """Return the memory of a device."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def cache_bytes(device: str) -> int:
+    """Return the size of a GPU's L2; 0 for a CPU, whose caches no measurement here looks at."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done all it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 @cache
-def device(device_type: str) -> dict[str, str | int | float]:
-    """Describe the processor or the GPU."""
-    return _gpu() if device_type == "cuda" else _cpu()
+def describe(device: str) -> Description:
+    """Describe what is measured: the processor, or the GPU and its host's processor."""
+    return _describe_cuda() if device == "cuda" else _describe_cpu()
 
 
-def _gpu() -> dict[str, str | int | float]:
-    properties = torch.cuda.get_device_properties()
-    return {
-        "type": "cuda",
-        "model": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "cuda": str(torch.version.cuda),
-        "memory_gib": round(memory_bytes("cuda") / 2**30, 1),
-        "priority_kernel": library.cuda_unavailable_reason or "CUDA",
-    }
-
-
-def _cpu() -> dict[str, str | int | float]:
+def _describe_cpu() -> Description:
     return {
         "type": "cpu",
         "model": _cpu_model(),
@@ -57,6 +58,29 @@ def _cpu() -> dict[str, str | int | float]:
         "cache": _last_cache(),
         "memory_gib": round(memory_bytes("cpu") / 2**30, 1),
     }
+
+
+def _describe_cuda() -> Description:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "type": "cuda",
+        "model": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "cache": f"L2 {cache_bytes('cuda') / 2**20:.0f} MiB",
+        "memory_gib": round(memory_bytes("cuda") / 2**30, 1),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "backend": _backend(),
+        "host": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _backend() -> str:
+    """Return what steps CUDA parameters by default, as an optimizer's `repr` says it."""
+    optimizer = AdamCM([torch.zeros(1, device="cuda", requires_grad=True)])
+    found = re.search(r"Active backends: (.+)", repr(optimizer))
+    return found[1] if found else "unknown"
 
 
 def _cpu_model() -> str:
@@ -80,26 +104,36 @@ def versions() -> dict[str, str]:
     return {
         "cm_fused": found[1] if found else "unknown",
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": _version_of("triton"),
+        "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
         "commit": _commit(),
     }
 
 
-def _triton_version() -> str:
+def _version_of(package: str) -> str:
     try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return "none"
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(_REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    # For a copy of the tree without its history.
+    if "CM_FUSED_COMMIT" in os.environ:
+        return os.environ["CM_FUSED_COMMIT"]
+    head = _output("git", "-C", str(_REPOSITORY), "rev-parse", "--short=12", "HEAD")
+    if head == "unknown":
+        return head
+    status = ("status", "--porcelain", "--untracked-files=no", "cm_fused", "csrc", "bench")
+    changed = _output("git", "-C", str(_REPOSITORY), *status)
+    return head + (" and changes" if changed else "")
 
+
+def _output(*command: str) -> str:
+    """Return what a command prints, or "unknown"."""
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "cm_fused", "csrc", "bench")
-        return git("rev-parse", "--short=12", "HEAD") + (" and changes" if changed else "")
+        finished = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return finished.stdout.strip()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from cm_fused import AdamCG, AdamCM, _critical_adam, _state, reference
 from cm_fused._bucket import Bucket
 
 _DRAWN = 2**20
+_STEPS_BEFORE_CAPTURE = 3
+# The Python-side cost of these is some microseconds an operator and tensor.
+_EAGER_TENSORS = 1000
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,10 @@ class Contestant:
     Attributes:
         step: Takes a step.
         priorities: The keys of all its buffers.
-        kept: What has to live as long as it is stepped.
     """
 
     step: Callable[[], object]
     priorities: list[Tensor]
-    kept: object = None
 
     def set_keys(self, regime: Regime) -> None:
         """Put the buffers into the regime's initial state."""
@@ -67,7 +69,17 @@ class Contestant:
 
     def follows(self, regime: Regime) -> bool:
         """Return whether every buffer has admitted since its keys were set, or none has."""
-        return all(bool((keys != regime.key).any()) == regime.admits for keys in self.priorities)
+        if not self.priorities:
+            return True
+        admitted = (torch.stack(self.priorities) != regime.key).any(1)
+        return bool((admitted == regime.admits).all())
+
+
+class Limit(NamedTuple):
+    """The most tensors a provider is measured on, and why not more."""
+
+    tensors: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,7 @@ class Provider:
         regimes: Those in which it is measured.
         state_copies: Copies of the parameters it holds, for the memory it needs.
         rounds_share: Of the workload's rounds, for providers too slow for all of them.
-        max_tensors: The largest workload that it is measured on.
-        too_many: Why it is not measured on larger ones.
+        limit: The largest workload it is measured on.
     """
 
     name: str
@@ -93,22 +104,21 @@ class Provider:
     regimes: tuple[Regime, ...]
     state_copies: int
     rounds_share: float = 1.0
-    max_tensors: int | None = None
-    too_many: str = ""
+    limit: Limit | None = None
 
 
-def parameters(shapes: Shapes, device_type: str) -> list[Parameter]:
+def parameters(shapes: Shapes, device: str) -> list[Parameter]:
     """Return parameters with gradients, both normal deviates."""
-    params = [Parameter(_normal(shape, device_type)) for shape in shapes]
+    params = [Parameter(_normal(shape, device)) for shape in shapes]
     for param in params:
-        param.grad = _normal(param.shape, device_type)
+        param.grad = _normal(param.shape, device)
     return params
 
 
-def _normal(shape: Sequence[int], device_type: str) -> Tensor:
+def _normal(shape: Sequence[int], device: str) -> Tensor:
     # Repeated from some size on: drawing as many as GPT-2 has takes longer than stepping them.
     numel = math.prod(shape)
-    block = torch.randn(min(numel, _DRAWN), device=device_type)
+    block = torch.randn(min(numel, _DRAWN), device=device)
     return block.repeat(-(-numel // block.numel()))[:numel].reshape(shape)
 
 
@@ -134,6 +144,50 @@ def _critical(
     return Contestant(optimizer.step, _priorities(optimizer))
 
 
+def _captured_adamw(params: list[Parameter], regime: Regime) -> Contestant:
+    optimizer = AdamW(params, fused=True, capturable=True)
+    return Contestant(_captured(optimizer), priorities=[])
+
+
+def _captured_critical(
+    optimizer_class: type[AdamCM | AdamCG],
+    capacity: int,
+    backend: str,
+    params: list[Parameter],
+    regime: Regime,
+) -> Contestant:
+    optimizer = optimizer_class(
+        params,
+        capacity=capacity,
+        priority_decay=regime.priority_decay,
+        capturable=True,
+        backend=backend,
+    )
+    replay = _captured(optimizer)
+    return Contestant(replay, _priorities(optimizer))
+
+
+def _captured(optimizer: Optimizer) -> Callable[[], object]:
+    """Return the replay of a CUDA graph of one step of an optimizer."""
+    # As torch asks for: the steps before are taken on a stream of their own.
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_STEPS_BEFORE_CAPTURE):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+
+    def replay() -> None:
+        graph.replay()
+
+    # The graph reads what the optimizer holds.
+    replay.optimizer = optimizer  # type: ignore[attr-defined]
+    return replay
+
+
 def _priorities(optimizer: Optimizer) -> list[Tensor]:
     return [state["priorities"] for state in optimizer.state.values()]
 
@@ -156,45 +210,58 @@ def _compiled(capacity: int, params: list[Parameter], regime: Regime) -> Contest
     return Contestant(lambda: step_(bucket, options), bucket.priorities)
 
 
-def _captured(
-    make: Callable[[list[Parameter]], Optimizer], params: list[Parameter], regime: Regime
-) -> Contestant:
-    """Return the replays of a captured step."""
-    optimizer = make(params)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            optimizer.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    critical = isinstance(optimizer, AdamCM)
-    return Contestant(graph.replay, _priorities(optimizer) if critical else [], optimizer)
+def _regimes(device: str) -> tuple[Regime, ...]:
+    # To fill moves the bytes of replacing; on a GPU setting the keys before each step would be
+    # most of the time.
+    return (FILLING, REPLACING, SKIPPING) if device == "cpu" else (REPLACING, SKIPPING)
 
 
-_ALL = (FILLING, REPLACING, SKIPPING)
-_BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+def _moved(capacity: int, critical_gradients: bool, device: str) -> Callable[[bool], Bytes]:
+    """Return the byte model of a device's fused step."""
+    if device == "cuda":
+        return partial(byte_model.triton, capacity, critical_gradients=critical_gradients)
+    return partial(byte_model.adam_cg if critical_gradients else byte_model.adam_cm, capacity)
 
 
-def _fused(kind: type[AdamCM | AdamCG], capacity: int, device_type: str) -> Provider:
-    gradients = kind is AdamCG
-    if device_type == "cuda":
-        model = partial(byte_model.triton, capacity, critical_gradients=gradients)
-    else:
-        model = partial(byte_model.adam_cg if gradients else byte_model.adam_cm, capacity)
-    backend = _BACKENDS[device_type]
+def _cm(capacity: int, device: str) -> Provider:
+    backend = BACKENDS[device]
     return Provider(
-        f"{kind.__name__} C={capacity}",
-        f"cm_fused.{kind.__name__}(capacity={capacity}, backend='{backend}')",
-        partial(_critical, kind, capacity, backend),
-        model,
-        _ALL,
+        f"AdamCM C={capacity}",
+        f"cm_fused.AdamCM(capacity={capacity}, backend={backend!r})",
+        partial(_critical, AdamCM, capacity, backend),
+        _moved(capacity, False, device),
+        _regimes(device),
         state_copies=capacity + 3,
     )
 
 
+def _cg(capacity: int, device: str) -> Provider:
+    backend = BACKENDS[device]
+    return Provider(
+        f"AdamCG C={capacity}",
+        f"cm_fused.AdamCG(capacity={capacity}, backend={backend!r})",
+        partial(_critical, AdamCG, capacity, backend),
+        _moved(capacity, True, device),
+        _regimes(device),
+        state_copies=capacity + 3,
+    )
+
+
+def _cm_graph(capacity: int, device: str) -> Provider:
+    backend = BACKENDS[device]
+    return Provider(
+        f"AdamCM C={capacity} graph",
+        f"replay of a CUDA graph of cm_fused.AdamCM(capacity={capacity}, capturable=True, "
+        f"backend={backend!r})",
+        partial(_captured_critical, AdamCM, capacity, backend),
+        _moved(capacity, False, device),
+        _regimes(device),
+        state_copies=capacity + 3,
+    )
+
+
+# The fused backend of each device.
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 BASELINE = Provider(
     "AdamW fused",
     "torch.optim.AdamW(fused=True)",
@@ -203,7 +270,7 @@ BASELINE = Provider(
     (NO_BUFFER,),
     state_copies=2,
 )
-_FOREACH = Provider(
+_ADAMW_FOREACH = Provider(
     "AdamW foreach",
     "torch.optim.AdamW(foreach=True)",
     partial(_adamw, partial(AdamW, foreach=True)),
@@ -211,6 +278,14 @@ _FOREACH = Provider(
     (NO_BUFFER,),
     state_copies=3,
     rounds_share=0.5,
+)
+_ADAMW_GRAPH = Provider(
+    "AdamW fused graph",
+    "replay of a CUDA graph of torch.optim.AdamW(fused=True, capturable=True)",
+    _captured_adamw,
+    lambda admits: byte_model.adamw_fused(),
+    (NO_BUFFER,),
+    state_copies=2,
 )
 _EAGER = Provider(
     "AdamCM C=5 eager",
@@ -229,34 +304,24 @@ _COMPILED = Provider(
     (REPLACING,),
     state_copies=12,
     rounds_share=0.5,
-    max_tensors=1,
-    too_many="unrolled over {} tensors it compiles for minutes",
-)
-_CAPTURED = (
-    Provider(
-        "AdamW in a graph",
-        "torch.optim.AdamW(fused=True, capturable=True), captured",
-        partial(_captured, partial(AdamW, fused=True, capturable=True)),
-        lambda admits: byte_model.adamw_fused(),
-        (NO_BUFFER,),
-        state_copies=2,
-    ),
-    Provider(
-        "AdamCM C=5 in a graph",
-        "cm_fused.AdamCM(capacity=5, backend='triton', capturable=True), captured",
-        partial(_captured, partial(AdamCM, capacity=5, backend="triton", capturable=True)),
-        partial(byte_model.triton, 5, critical_gradients=False),
-        (REPLACING,),
-        state_copies=8,
-    ),
+    limit=Limit(1, "unrolled over several tensors it compiles for minutes"),
 )
 
 
-def providers(device_type: str) -> tuple[Provider, ...]:
-    """Return what is measured on a type of device, besides the baseline."""
-    if device_type == "cuda":
-        eager = replace(_EAGER, max_tensors=1000, too_many="it launches kernels for {} tensors")
-        fused = [_fused(kind, c, device_type) for kind in (AdamCM, AdamCG) for c in (5, 20)]
-        return (_FOREACH, *fused, *_CAPTURED, eager, _COMPILED)
-    fused = [_fused(AdamCM, 5, "cpu"), _fused(AdamCM, 20, "cpu"), _fused(AdamCG, 5, "cpu")]
-    return (_FOREACH, *fused, _EAGER, _COMPILED)
+def providers(device: str) -> tuple[Provider, ...]:
+    """Return what is measured on a device beside the baseline, the slowest last."""
+    if device == "cpu":
+        critical = (_cm(5, device), _cm(20, device), _cg(5, device))
+        return (_ADAMW_FOREACH, *critical, _EAGER, _COMPILED)
+    eager_limit = Limit(_EAGER_TENSORS, "dozens of launches a tensor take seconds a step")
+    return (
+        _cm(5, device),
+        _cm_graph(5, device),
+        _cm(20, device),
+        _cg(5, device),
+        _cg(20, device),
+        _ADAMW_GRAPH,
+        _ADAMW_FOREACH,
+        replace(_EAGER, limit=eager_limit),
+        _COMPILED,
+    )
