@@ -20,7 +20,6 @@ from tests.cases import (
     make_optimizer,
     make_params,
     needs_cpu_backend,
-    needs_triton,
     normal_like,
 )
 from tests.compare import OracleRun, Seen, check_state, largest, relative, see
@@ -133,12 +132,12 @@ def test_cpu_is_eager(run: Run) -> None:
     _take_in_lockstep(run, "cpu")
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", backend_params(("triton",)))
 @settings(stable, max_examples=60)  # an interpreted step takes a hundred times as long
-@given(runs())
-def test_triton_is_eager(run: Run) -> None:
+@given(run=runs())
+def test_triton_is_eager(backend: str, run: Run) -> None:
     """The "triton" backend takes every step as the reference does."""
-    _take_in_lockstep(run, "triton")
+    _take_in_lockstep(run, backend)
 
 
 def _take_in_lockstep(run: Run, backend: str) -> None:

@@ -42,6 +42,7 @@ triton = pytest.importorskip("cm_fused.ops.triton", reason="triton is not instal
 tables = pytest.importorskip("cm_fused.ops.tables")
 
 DEVICE = device_of("triton")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 # Here both kernels keep a running sum, so both add the same numbers in the same order.
 CAPACITY = 5
 EVENTS = MIXED.events(CAPACITY)
