@@ -2,5 +2,6 @@
 
 from cm_fused.adam_cg import AdamCG, AdamWCG
 from cm_fused.adam_cm import AdamCM, AdamWCM
+from cm_fused.sam import SAM
 
-__all__ = ["AdamCG", "AdamCM", "AdamWCG", "AdamWCM"]
+__all__ = ["SAM", "AdamCG", "AdamCM", "AdamWCG", "AdamWCM"]

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import cm_fused.adam_cm
+import cm_fused.sam
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -19,9 +20,10 @@ def test_readme_examples_run() -> None:
 
 def test_docstring_examples_run() -> None:
     """The examples of the optimizers' docstrings run."""
-    results = doctest.testmod(cm_fused.adam_cm)
-    assert results.attempted > 0
-    assert results.failed == 0
+    for module in (cm_fused.adam_cm, cm_fused.sam):
+        results = doctest.testmod(module)
+        assert results.attempted > 0
+        assert results.failed == 0
 
 
 def test_readme_names_existing_files() -> None:
