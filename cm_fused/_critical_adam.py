@@ -11,11 +11,7 @@ from cm_fused import _checkpoint, _state
 from cm_fused._backend import Backend, select
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._capture import check_not_capturing, is_capturing
-from cm_fused._checks import (
-    check_capturable,
-    check_gradients,
-    check_options,
-)
+from cm_fused._checks import check_capturable, check_gradients, check_options
 from cm_fused._plan import Plan
 
 
