@@ -223,40 +223,25 @@ def _moved(capacity: int, critical_gradients: bool, device: str) -> Callable[[bo
     return partial(byte_model.adam_cg if critical_gradients else byte_model.adam_cm, capacity)
 
 
-def _cm(capacity: int, device: str) -> Provider:
+def _fused(kind: type[AdamCM | AdamCG], capacity: int, device: str) -> Provider:
     backend = BACKENDS[device]
     return Provider(
-        f"AdamCM C={capacity}",
-        f"cm_fused.AdamCM(capacity={capacity}, backend={backend!r})",
-        partial(_critical, AdamCM, capacity, backend),
-        _moved(capacity, False, device),
+        f"{kind.__name__} C={capacity}",
+        f"cm_fused.{kind.__name__}(capacity={capacity}, backend={backend!r})",
+        partial(_critical, kind, capacity, backend),
+        _moved(capacity, kind is AdamCG, device),
         _regimes(device),
         state_copies=capacity + 3,
     )
 
 
-def _cg(capacity: int, device: str) -> Provider:
-    backend = BACKENDS[device]
-    return Provider(
-        f"AdamCG C={capacity}",
-        f"cm_fused.AdamCG(capacity={capacity}, backend={backend!r})",
-        partial(_critical, AdamCG, capacity, backend),
-        _moved(capacity, True, device),
-        _regimes(device),
-        state_copies=capacity + 3,
-    )
-
-
-def _cm_graph(capacity: int, device: str) -> Provider:
-    backend = BACKENDS[device]
-    return Provider(
-        f"AdamCM C={capacity} graph",
-        f"replay of a CUDA graph of cm_fused.AdamCM(capacity={capacity}, capturable=True, "
-        f"backend={backend!r})",
-        partial(_captured_critical, AdamCM, capacity, backend),
-        _moved(capacity, False, device),
-        _regimes(device),
-        state_copies=capacity + 3,
+def _captured_fused(capacity: int, device: str) -> Provider:
+    fused = _fused(AdamCM, capacity, device)
+    return replace(
+        fused,
+        name=f"{fused.name} graph",
+        what=f"replay of a CUDA graph of {fused.what[:-1]}, capturable=True)",
+        make=partial(_captured_critical, AdamCM, capacity, BACKENDS[device]),
     )
 
 
@@ -311,15 +296,19 @@ _COMPILED = Provider(
 def providers(device: str) -> tuple[Provider, ...]:
     """Return what is measured on a device beside the baseline, the slowest last."""
     if device == "cpu":
-        critical = (_cm(5, device), _cm(20, device), _cg(5, device))
+        critical = (
+            _fused(AdamCM, 5, device),
+            _fused(AdamCM, 20, device),
+            _fused(AdamCG, 5, device),
+        )
         return (_ADAMW_FOREACH, *critical, _EAGER, _COMPILED)
     eager_limit = Limit(_EAGER_TENSORS, "dozens of launches a tensor take seconds a step")
     return (
-        _cm(5, device),
-        _cm_graph(5, device),
-        _cm(20, device),
-        _cg(5, device),
-        _cg(20, device),
+        _fused(AdamCM, 5, device),
+        _captured_fused(5, device),
+        _fused(AdamCM, 20, device),
+        _fused(AdamCG, 5, device),
+        _fused(AdamCG, 20, device),
         _ADAMW_GRAPH,
         _ADAMW_FOREACH,
         replace(_EAGER, limit=eager_limit),
