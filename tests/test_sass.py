@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], d
             text=True,
             check=False,
         )
-        if result.returncode == 3:
+        if result.returncode == 3 and metadata.version("triton").startswith("3.6."):
             pytest.skip(result.stderr)
         assert result.returncode == 0, result.stderr
         for line in result.stdout.splitlines():

@@ -376,3 +376,18 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     for cls in (AdamCM, AdamCG):
         with pytest.raises(RuntimeError, match=r"Triton compiles for CUDA, ROCm and XPU .* cpu"):
             cls([torch.nn.Parameter(torch.ones(1))], backend="triton")
+
+
+def test_default_of_cuda_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA parameters are stepped by triton; without it by the reference, said once."""
+    device = torch.device("cuda")
+    with monkeypatch.context() as compiled:
+        compiled.setattr(triton.triton_kernels, "INTERPRETED", False)
+        assert _backend.select(None, device).name == "triton"
+    monkeypatch.setattr(_backend, "find_spec", lambda name: None)
+    _backend._triton.cache_clear()
+    _backend._warn_of_fallback.cache_clear()
+    with pytest.warns(UserWarning, match="slow eager .* cuda .* triton is not installed") as warned:
+        assert [_backend.select(None, device).name for _ in range(2)] == ["eager", "eager"]
+    assert len(warned) == 1
+    _backend._triton.cache_clear()
