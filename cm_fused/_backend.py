@@ -34,12 +34,12 @@ class Backend:
     adam_cm_: Step
     adam_cg_: Step
     sq_norm: Callable[[Bucket, StepOptions], Tensor]
-    state_keys: Callable[[bool, int], tuple[str, ...]]
+    state_keys: Callable[[bool, int, int], tuple[str, ...]]
     hold: Callable[[Bucket], Handle | None]
     describe: Callable[[torch.device], str]
 
 
-def _no_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
+def _no_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
     return ()
 
 

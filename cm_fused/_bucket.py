@@ -1,7 +1,7 @@
 """What one call of a backend works on: the tensors of a bucket and its hyperparameters."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class Bucket:
     """The tensors of one param group that share a device and take part in a step.
 
     Item i of every list belongs to parameter i. Real dtypes only: complex tensors come as views of
-    pairs. State tensors have the state dtype of their parameter (see `cm_fused._state`).
+    pairs. State tensors have the dtypes that `cm_fused._state` says.
 
     Attributes:
         params: Changed by the step. Any strides.
@@ -36,6 +36,14 @@ class Bucket:
             keeps none. Changed.
         pending_slots: The slot that exp_avg is still to be copied to, or -1, int64 (); empty where
             a backend commits at once. Changed.
+        critical_scales: Scales of the slots, float32 (C, blocks); empty where their dtype has none.
+            Changed.
+        exp_avg_scales: Scales of m, float32 (blocks,); empty where its dtype has none. Changed.
+        exp_avg_sq_scales: Scales of v, likewise.
+        compensations: What rounding took from a half-precision parameter, shape and dtype of the
+            parameter, (0,) for others; empty unless `low_precision_update="kahan"`. Changed.
+        param_indices: The place of each parameter among the optimizer's, the key of its random
+            words; empty where the bucket is all there is.
     """
 
     params: list[Tensor]
@@ -48,10 +56,25 @@ class Bucket:
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
     critical_sums: list[Tensor] = field(default_factory=list)
     pending_slots: list[Tensor] = field(default_factory=list)
+    critical_scales: list[Tensor] = field(default_factory=list)
+    exp_avg_scales: list[Tensor] = field(default_factory=list)
+    exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
+    compensations: list[Tensor] = field(default_factory=list)
+    param_indices: list[int] = field(default_factory=list)
     # What a backend prepared for further steps of these tensors.
     handle: Handle | None = field(default=None, init=False)
 
-    def state(self) -> tuple[list[Tensor], ...]:
+    def low_precision_state(self) -> tuple[Any, ...]:
+        """Return the lists that only low precision needs, in the order of the operators."""
+        return (
+            self.critical_scales,
+            self.exp_avg_scales,
+            self.exp_avg_sq_scales,
+            self.compensations,
+            self.param_indices,
+        )
+
+    def state(self) -> tuple[Any, ...]:
         """Return the lists of the state, in the order of `cm_fused::hold_state`."""
         return (
             self.exp_avgs,
@@ -62,6 +85,7 @@ class Bucket:
             self.priorities,
             self.pending_slots,
             self.steps,
+            *self.low_precision_state(),
         )
 
 
@@ -80,3 +104,5 @@ class StepOptions:
     eps_inside_sqrt: bool
     maximize: bool
     decoupled_weight_decay: bool
+    low_precision_update: str
+    seed: int

@@ -1,6 +1,7 @@
 """Loading a state dict: everything is checked and copied before the optimizer changes."""
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
@@ -11,13 +12,25 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused._checks import check_options
-from cm_fused._state import State, missing_state, new_tensor, required_keys
+from cm_fused._state import (
+    SCALES,
+    State,
+    dequantized,
+    missing_state,
+    new_tensor,
+    required_keys,
+)
+from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_moment
 
 # Keys that hold a tensor of the parameter's shape.
 SHAPED_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "critical_sum")
+# Keys that are loaded where the state dict has them, whatever the options.
+OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
 BUFFER_KEYS = ("critical_buffer", "priorities")
 # Options of the process, not of the training run: neither saved nor loaded.
 LOCAL_OPTIONS = ("backend",)
+# Options that stay the optimizer's own; the state is converted to them.
+PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
 
 
 def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -64,7 +77,7 @@ def loaded_groups(
         options = {
             name: copy.deepcopy(value)
             for name, value in saved.items()
-            if name != "params" and name not in LOCAL_OPTIONS
+            if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
         }
         merged = {**group, **options}
         if merged["capacity"] != group["capacity"]:
@@ -118,9 +131,8 @@ def _loaded_param_state(
     if not saved:
         return {}
     capacity = group["capacity"]
-    known = {
-        key for key in (*required_keys(group), "max_exp_avg_sq", "critical_sum") if key in saved
-    }
+    known = {key for key in (*required_keys(group), *OPTIONAL_KEYS) if key in saved}
+    known -= {*SCALES.values()}
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in known:
             raise ValueError(f"the state of {where} must have {key!r}, got {sorted(saved)}")
@@ -130,16 +142,82 @@ def _loaded_param_state(
         )
     shapes = {key: tuple(param.shape) for key in SHAPED_KEYS}
     shapes |= {"critical_buffer": (capacity, *param.shape), "priorities": (capacity,)}
-    state = {key: copy.deepcopy(value) for key, value in saved.items() if key not in known}
+    not_copied = {*known, *SCALES.values()}
+    state = {key: copy.deepcopy(value) for key, value in saved.items() if key not in not_copied}
     for key in known:
         value = torch.as_tensor(saved[key])
         if key == "step":
             value = value.reshape(()) if value.numel() == 1 else value
-        expected = shapes.get(key, ())
+        new = new_tensor(key, param, {}, group)
+        expected = tuple(new.shape) if key == "compensation" else shapes.get(key, ())
         if tuple(value.shape) != expected:
             raise ValueError(
                 f"{key!r} in the state of {where} must have shape {expected} (capacity "
                 f"{capacity}), got {tuple(value.shape)}"
             )
-        state[key] = new_tensor(key, param, {}, capacity).copy_(value)
-    return state | missing_state(param, state, required_keys(group), capacity)
+        if key in SCALES:
+            state |= _loaded_in_precision(where, key, saved, new, param, group)
+        else:
+            state[key] = new.copy_(value)
+    if "critical_sum" in known and saved["critical_buffer"].dtype != state["critical_buffer"].dtype:
+        del state["critical_sum"]  # the sum of slots that are now rounded otherwise
+    return state | missing_state(param, state, required_keys(group), group)
+
+
+def _loaded_in_precision(
+    where: str,
+    key: str,
+    saved: Mapping[str, Any],
+    new: Tensor,
+    param: Tensor,
+    group: Mapping[str, Any],
+) -> State:
+    """Return a tensor of `SCALES` and its scales, if any, as a group's options have them.
+
+    What is saved in the same precision is copied; else it is rounded to nearest.
+
+    Raises:
+        ValueError: What is saved has no scales where its dtype needs them, or does not fit them.
+    """
+    value, scales_key = torch.as_tensor(saved[key]), SCALES[key]
+    leading = value.ndim - param.ndim
+    scales = new_tensor(scales_key, param, {}, group)
+    if value.dtype in LARGEST:
+        found = saved.get(scales_key)
+        if found is None or found.shape != scales.shape:
+            raise ValueError(
+                f"{scales_key!r} in the state of {where} must have shape {tuple(scales.shape)}, "
+                f"got {None if found is None else tuple(found.shape)}"
+            )
+        same_order = value.numel() == 0 or value.stride() == new.stride()
+        if value.dtype == new.dtype and same_order:
+            return {key: new.copy_(value), scales_key: scales.copy_(found)}
+    elif new.dtype not in LARGEST:
+        return {key: new.copy_(value)}
+    order = new[0] if leading else new
+    values = dequantized({**saved, key: value}, key).to(new.device, torch.float32)
+    if key == "critical_buffer":
+        flat = torch.stack([flat_as(slot, order) for slot in values])
+        stored, new_scales = quantize(flat, new.dtype)
+    elif new.dtype in LARGEST:
+        stored, new_scales = quantize_moment(flat_as(values, order), None, signed=key == "exp_avg")
+    else:
+        stored, new_scales = flat_as(values, order).to(new.dtype), None
+    as_flat(new, leading).copy_(stored)
+    return {key: new} if new_scales is None else {key: new, scales_key: scales.copy_(new_scales)}
+
+
+def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    """Say which groups' state was saved in another precision than they keep it in."""
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        # A checkpoint of torch.optim has no buffer.
+        names = PRECISION_OPTIONS if "capacity" in saved else ("moment_dtype",)
+        for name in names:
+            own, other = (options.get(name) or torch.float32 for options in (group, saved))
+            if own != other:
+                warnings.warn(
+                    f"the state of group {i} was saved with {name}={other} and is converted to "
+                    f"this optimizer's {name}={own}",
+                    UserWarning,
+                    stacklevel=3,
+                )

@@ -11,6 +11,13 @@ from cm_fused._backend import NAMES
 
 PRIORITY_SCOPES = ("group", "tensor")
 BUFFER_MEANS = ("capacity", "size")
+BUFFER_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16),
+    *(torch.float8_e4m3fn, torch.int8),
+)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOW_PRECISION_UPDATES = ("nearest", "stochastic", "kahan")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -46,13 +53,33 @@ def check_options(options: Mapping[str, Any]) -> None:
     _require_choice("buffer_mean", options["buffer_mean"], BUFFER_MEANS)
     if options["backend"] is not None:
         _require_choice("backend", options["backend"], NAMES)
+    _require_choice("buffer_dtype", options["buffer_dtype"], (None, *BUFFER_DTYPES))
+    _require_choice("moment_dtype", options["moment_dtype"], (None, *MOMENT_DTYPES))
+    _require_choice("low_precision_update", options["low_precision_update"], LOW_PRECISION_UPDATES)
+    seed = options["seed"]
+    _require(
+        isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63,
+        "seed must be an int in [0, 2^63)",
+        seed,
+    )
+
+
+def check_low_precision(group: Mapping[str, Any]) -> None:
+    """Check that the parameters of a group can have the state that its options ask for.
+
+    Raises:
+        ValueError: One is float64 or complex, and buffer_dtype or moment_dtype is not None.
+    """
     for name in ("buffer_dtype", "moment_dtype"):
-        _require(
-            options[name] is None,
-            f"{name} must be None in this version: state is float32, or float64 for float64 "
-            "parameters",
-            options[name],
-        )
+        if group[name] is None:
+            continue
+        for i, param in enumerate(group["params"]):
+            _require(
+                param.dtype in LOW_PRECISION_PARAM_DTYPES,
+                f"{name} must be None for float64 and complex parameters; put them into a group of "
+                f"their own: params[{i}] is {param.dtype}",
+                group[name],
+            )
 
 
 def _require(condition: bool, rule: str, value: object) -> None:
@@ -65,7 +92,7 @@ def _require_number(name: str, value: object, rule: str, holds: Callable[[float]
     _require(number and holds(float(value)), f"{name} must be {rule}", value)  # type: ignore[arg-type]
 
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     _require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}", value)
 
 

@@ -1,6 +1,7 @@
 """What AdamCM and AdamCG share: options, state, checkpoints and the dispatch of a step."""
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -11,7 +12,7 @@ from cm_fused import _checkpoint, _state
 from cm_fused._backend import Backend, select
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._capture import check_not_capturing, is_capturing
-from cm_fused._checks import check_capturable, check_gradients, check_options
+from cm_fused._checks import check_capturable, check_gradients, check_low_precision, check_options
 from cm_fused._plan import Plan
 
 
@@ -36,6 +37,8 @@ class CriticalAdam(Optimizer):
         eps_inside_sqrt: bool = True,
         buffer_dtype: torch.dtype | None = None,
         moment_dtype: torch.dtype | None = None,
+        low_precision_update: str = "nearest",
+        seed: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
@@ -54,6 +57,8 @@ class CriticalAdam(Optimizer):
             "eps_inside_sqrt": eps_inside_sqrt,
             "buffer_dtype": buffer_dtype,
             "moment_dtype": moment_dtype,
+            "low_precision_update": low_precision_update,
+            "seed": seed,
             "maximize": maximize,
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
@@ -74,7 +79,8 @@ class CriticalAdam(Optimizer):
             param_group: "params" and any of the constructor's options.
 
         Raises:
-            ValueError: An option is out of its range; nothing is added.
+            ValueError: An option is out of its range, or asks for low-precision state of float64 or
+                complex parameters; nothing is added.
             RuntimeError: The requested backend cannot serve the parameters; nothing is added.
         """
         if isinstance(param_group, dict):
@@ -82,10 +88,11 @@ class CriticalAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_low_precision(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
                     select(group["backend"], device)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -154,7 +161,7 @@ class CriticalAdam(Optimizer):
     def _make_state(self, groups: list[dict[str, Any]]) -> None:
         """Make the state that the participants of these groups lack, all of it or none."""
         missing = [
-            (param, _state.missing_state(param, self.state.get(param, {}), keys, group["capacity"]))
+            (param, _state.missing_state(param, self.state.get(param, {}), keys, group))
             for group in groups
             for param, keys in self._participants_and_keys(group)
         ]
@@ -172,7 +179,8 @@ class CriticalAdam(Optimizer):
             yield param, self._state_keys(group, select(group["backend"], param.device))
 
     def _state_keys(self, group: dict[str, Any], backend: Backend) -> tuple[str, ...]:
-        extra_keys = backend.state_keys(self._critical_gradients, group["capacity"])
+        slot_bytes = (group["buffer_dtype"] or torch.float32).itemsize
+        extra_keys = backend.state_keys(self._critical_gradients, group["capacity"], slot_bytes)
         return (*_state.required_keys(group), *extra_keys)
 
     def _new_plan(self, group: dict[str, Any]) -> Plan:
@@ -190,11 +198,18 @@ class CriticalAdam(Optimizer):
         states = [self.state[param] for param in params]
         _state.drop_derived(states, self._state_keys(group, backend))
         lists = _state.lists(states, self._state_keys(group, backend))
+        indices = self._indices(params)
         if any(map(torch.is_complex, params)):
             params = [_state.as_real(param) for param in params]
             grads = [_state.as_real(grad) for grad in grads]
             lists = {name: [_state.as_real(t) for t in tensors] for name, tensors in lists.items()}
-        return Bucket(params, grads, **lists)
+        return Bucket(params, grads, **lists, param_indices=indices)
+
+    def _indices(self, params: list[Tensor]) -> list[int]:
+        """Return the places of parameters among all of the optimizer's."""
+        all_params = chain.from_iterable(group["params"] for group in self.param_groups)
+        places = {id(param): index for index, param in enumerate(all_params)}
+        return [places[id(param)] for param in params]
 
     def _step_group(self, group: dict[str, Any], buckets: list[tuple[Backend, Bucket]]) -> None:
         options = _step_options(group)
@@ -229,8 +244,10 @@ class CriticalAdam(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of any backend, or one of torch.optim.Adam or AdamW (buffer empty).
 
-        Float32 state of half-precision parameters stays float32. Options the state dict lacks keep
-        their values. The values are copied; `state_dict` is not changed.
+        Float32 state of half-precision parameters stays float32. `buffer_dtype` and `moment_dtype`
+        stay this optimizer's: state of another precision is rounded to nearest, with a warning.
+        Options the state dict lacks keep their values. The values are copied; `state_dict` is not
+        changed.
 
         Args:
             state_dict: What `state_dict()` returned.
@@ -243,8 +260,10 @@ class CriticalAdam(Optimizer):
             hooked = pre_hook(self, state_dict)
             if hooked is not None:
                 state_dict = hooked
-        groups = _checkpoint.loaded_groups(self.param_groups, state_dict["param_groups"])
+        saved_groups = state_dict["param_groups"]
+        groups = _checkpoint.loaded_groups(self.param_groups, saved_groups)
         state = _checkpoint.loaded_state(groups, state_dict)
+        _checkpoint.warn_of_conversion(groups, saved_groups)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -313,6 +332,8 @@ def _step_options(group: dict[str, Any]) -> StepOptions:
         eps_inside_sqrt=group["eps_inside_sqrt"],
         maximize=group["maximize"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
+        low_precision_update=group["low_precision_update"],
+        seed=group["seed"],
     )
 
 
@@ -339,6 +360,8 @@ class DecoupledCriticalAdam(CriticalAdam):
         eps_inside_sqrt: bool = True,
         buffer_dtype: torch.dtype | None = None,
         moment_dtype: torch.dtype | None = None,
+        low_precision_update: str = "nearest",
+        seed: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         decoupled_weight_decay: bool = True,
@@ -358,6 +381,8 @@ class DecoupledCriticalAdam(CriticalAdam):
             eps_inside_sqrt=eps_inside_sqrt,
             buffer_dtype=buffer_dtype,
             moment_dtype=moment_dtype,
+            low_precision_update=low_precision_update,
+            seed=seed,
             maximize=maximize,
             capturable=capturable,
             decoupled_weight_decay=decoupled_weight_decay,

@@ -28,6 +28,9 @@ class Plan:
         self.buckets = buckets
         self._params = params
         self._options = _deciding_options(group)
+        # A compensation is one of the parameter's dtype, which a cast of the model changes.
+        compensates = group["low_precision_update"] == "kahan"
+        self._dtypes = [param.dtype for param in params] if compensates else None
         self._state = state
         # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
         # ours does not count its changes.
@@ -45,6 +48,7 @@ class Plan:
             and _deciding_options(group) == self._options
             and len(params) == len(self._params)
             and all(map(is_, params, self._params))
+            and (self._dtypes is None or self._dtypes == [param.dtype for param in params])
         )
 
     def checks_lists(self) -> bool:
@@ -62,4 +66,6 @@ class Plan:
 
 def _deciding_options(group: dict[str, Any]) -> tuple[Any, ...]:
     """Return the options that decide which tensors a step needs and who steps them."""
-    return group["amsgrad"], group["capacity"], group["backend"], group["capturable"]
+    names = ("amsgrad", "capacity", "backend", "capturable")
+    precisions = ("buffer_dtype", "moment_dtype", "low_precision_update")
+    return tuple(group[name] for name in (*names, *precisions))

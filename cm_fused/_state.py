@@ -1,7 +1,8 @@
 """The state of a parameter: made on its first step, completed when options change, loaded.
 
-State is float32, or float64 for a float64 parameter (complex likewise), and lies in memory as its
-parameter does where that is dense, so that the fused backends walk both in one order.
+State is float32, or float64 for a float64 parameter (complex likewise), unless a group's
+`buffer_dtype` and `moment_dtype` say otherwise. It lies in memory as its parameter does where that
+is dense, so that the fused backends walk both in one order.
 """
 
 from collections import defaultdict
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cm_fused import reference
 from cm_fused.ops import cpu
+from cm_fused.rounding import LARGEST, num_blocks
 
 State = dict[str, Any]
 
@@ -90,16 +92,45 @@ LIST_NAMES = {
     "critical_sum": "critical_sums",
     "priorities": "priorities",
     "pending_slot": "pending_slots",
+    "critical_scales": "critical_scales",
+    "exp_avg_scales": "exp_avg_scales",
+    "exp_avg_sq_scales": "exp_avg_sq_scales",
+    "compensation": "compensations",
+}
+# The scales of what is stored with scales.
+SCALES = {
+    "critical_buffer": "critical_scales",
+    "exp_avg": "exp_avg_scales",
+    "exp_avg_sq": "exp_avg_sq_scales",
 }
 
 
 def required_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the state keys that every backend needs under a group's options."""
-    keys = ("step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities")
-    return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
+    keys = ["step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities"]
+    if group["amsgrad"]:
+        keys.append("max_exp_avg_sq")
+    keys += [scales for key, scales in SCALES.items() if option_dtype(key, group) in LARGEST]
+    if group["low_precision_update"] == "kahan":
+        keys.append("compensation")
+    return tuple(keys)
 
 
-def lists(states: list[State], keys: tuple[str, ...]) -> dict[str, list[Tensor]]:
+def option_dtype(key: str, group: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype that a group's options give a state key, or None: as the parameter says.
+
+    `max_exp_avg_sq` keeps its precision: a maximum of rounded values would only grow.
+    """
+    option = {
+        "critical_buffer": "buffer_dtype",
+        "exp_avg": "moment_dtype",
+        "exp_avg_sq": "moment_dtype",
+    }.get(key)
+    dtype: torch.dtype | None = group[option] if option else None
+    return dtype
+
+
+def lists(states: list[State], keys: tuple[str, ...]) -> dict[str, Any]:
     """Return the lists of a `Bucket` that hold these keys.
 
     Raises:
@@ -126,22 +157,49 @@ def check_param(param: Tensor, state: State) -> None:
         )
 
 
-def missing_state(param: Tensor, state: State, keys: tuple[str, ...], capacity: int) -> State:
+def missing_state(
+    param: Tensor, state: State, keys: tuple[str, ...], group: Mapping[str, Any]
+) -> State:
     """Return new tensors for those of `keys` that `state` lacks; changes nothing.
 
     Raises:
-        RuntimeError: As `check_param`, or the state's capacity is another.
+        RuntimeError: As `check_param`, or the state's capacity or a dtype of it is another than the
+            group's.
     """
     check_param(param, state)
-    if "priorities" in state and state["priorities"].numel() != capacity:
+    if "priorities" in state and state["priorities"].numel() != group["capacity"]:
         raise RuntimeError(
-            f"capacity must stay that of the state, {state['priorities'].numel()}, got {capacity}; "
-            "build a new optimizer to change it"
+            f"capacity must stay that of the state, {state['priorities'].numel()}, got "
+            f"{group['capacity']}; build a new optimizer to change it"
         )
-    return {key: new_tensor(key, param, state, capacity) for key in keys if key not in state}
+    for key in SCALES:
+        expected = dtype_of(key, param, group)
+        if key in state and state[key].dtype != expected:
+            raise RuntimeError(
+                f"buffer_dtype and moment_dtype must stay those of the state, whose {key!r} is "
+                f"{state[key].dtype}, got {expected}; to convert a state, load its state dict into "
+                "a new optimizer"
+            )
+    return {
+        key: new_tensor(key, param, state, group)
+        for key in keys
+        if key not in state or (key == "compensation" and not _compensates(state[key], param))
+    }
 
 
-def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
+def _compensates(compensation: Tensor, param: Tensor) -> bool:
+    """Return whether a compensation is for a parameter of this dtype, which may have been cast."""
+    return compensation.dtype == param.dtype
+
+
+def dtype_of(key: str, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype of a state key that has the parameter's shape."""
+    if key == "compensation":
+        return param.dtype
+    return option_dtype(key, group) or state_dtype(param.dtype)
+
+
+def new_tensor(key: str, param: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
     """Return the tensor of a state key as it is before the first step.
 
     Args:
@@ -149,37 +207,54 @@ def new_tensor(key: str, param: Tensor, state: State, capacity: int) -> Tensor:
         param: The parameter.
         state: What there is of its state, whose memory order a new tensor follows; a running sum
             starts as the sum of its slots.
-        capacity: The number of slots.
+        group: The options: the number of slots, and dtypes.
     """
     like = state.get("exp_avg", param)
+    capacity = group["capacity"]
+    device = param.device
     if key == "step":
-        return torch.zeros((), dtype=torch.float32, device=param.device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     if key == "priorities":
-        return torch.full((capacity,), -torch.inf, dtype=torch.float32, device=param.device)
+        return torch.full((capacity,), -torch.inf, dtype=torch.float32, device=device)
     if key == "pending_slot":
-        return torch.full((), -1, dtype=torch.int64, device=param.device)
+        return torch.full((), -1, dtype=torch.int64, device=device)
+    if key in SCALES.values():
+        slots = (capacity,) if key == "critical_scales" else ()
+        return torch.zeros((*slots, num_blocks(param.numel())), dtype=torch.float32, device=device)
+    dtype = dtype_of(key, param, group)
     if key == "critical_buffer":
-        return _new_buffer(like, capacity)
+        return _new_buffer(like, capacity, dtype)
+    if key == "compensation" and dtype not in (torch.bfloat16, torch.float16):
+        return torch.zeros(0, dtype=dtype, device=device)
     shaped = torch.zeros_like(
-        like,
-        dtype=state_dtype(param.dtype),
-        memory_format=torch.preserve_format,
-        requires_grad=False,
+        like, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
     )
     if key == "critical_sum" and "critical_buffer" in state:
-        torch.sum(state["critical_buffer"], 0, out=shaped)
+        shaped.copy_(dequantized(state, "critical_buffer").sum(0))
     return shaped
 
 
-def _new_buffer(like: Tensor, capacity: int) -> Tensor:
+def _new_buffer(like: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
     buffer = torch.empty_strided(
         (capacity, *slot.shape),
         (like.numel(), *slot.stride()),
-        dtype=state_dtype(like.dtype),
+        dtype=dtype,
         device=like.device,
     )
     return buffer.zero_()
+
+
+def dequantized(state: Mapping[str, Any], key: str) -> Tensor:
+    """Return the values of "exp_avg", "exp_avg_sq" or "critical_buffer", of its shape.
+
+    That is the tensor itself where it is stored as what it is computed in.
+    """
+    stored: Tensor = state[key]
+    scales = state.get(SCALES[key])
+    if key == "critical_buffer":
+        return reference.load_slots(stored, scales)
+    return reference.load_moment(stored, scales, signed=key == "exp_avg")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -214,21 +289,26 @@ def commit_pending(states: list[State]) -> None:
                 state["critical_buffer"],
                 state.get("critical_sum"),
                 state["pending_slot"],
+                state.get("critical_scales"),
+                state.get("exp_avg_scales"),
             )
 
 
 def _is_for_the_extension(state: State) -> bool:
-    return state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None
+    stored = (state["exp_avg"].dtype, state["critical_buffer"].dtype)
+    of_the_update = all(dtype == state_dtype(dtype) for dtype in stored)
+    on_cpu = state["exp_avg"].device.type == "cpu"
+    return of_the_update and on_cpu and cpu.unavailable_reason is None
 
 
 def drop_derived(states: list[State], kept: tuple[str, ...]) -> None:
-    """Remove what only another fused backend keeps, which this one would let go stale.
+    """Remove what this step would let go stale: what only another backend or option keeps.
 
     Args:
         states: Of the parameters.
         kept: The keys that this backend keeps.
     """
-    stale = {"pending_slot", "critical_sum"}.difference(kept)
+    stale = {"pending_slot", "critical_sum", "compensation"}.difference(kept)
     if not any(key in state for state in states for key in stale):
         return
     commit_pending(states)

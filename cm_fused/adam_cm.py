@@ -25,8 +25,16 @@ class AdamCM(CriticalAdam):
     computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
     `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
     amsgrad `max_exp_avg_sq`, and on the fused backends `critical_sum`, the running sum of the slots
-    (C++: from capacity 3 on; Triton: from 5 on, 4 for critical gradients). A parameter without a
-    gradient takes no part in a step.
+    (of float32 slots, C++: from capacity 3 on; Triton: from 5 on, 4 for critical gradients; of 2
+    bytes from 6 and 7 on, of 1 byte from 10 and 11 on). A parameter without a gradient takes no
+    part in a step.
+
+    `buffer_dtype` and `moment_dtype` keep the state in lower precision; it is read and computed
+    with in float32. int8 and float8_e4m3fn have one float32 scale for each 256 elements, in memory
+    order: `critical_scales` ((C, blocks)), `exp_avg_scales` and `exp_avg_sq_scales` ((blocks,)).
+    Slots are rounded to nearest, moments stochastically, so that a slow average is not stuck:
+    without bias, by random numbers that depend on `seed`, parameter, step and element alone.
+    `cm_fused.rounding` defines every rounding and cites its source.
 
     Source: Malviya et al., "Promoting Exploration in Memory-Augmented Adam using Critical Momenta",
     Algorithm 1.
@@ -46,8 +54,16 @@ class AdamCM(CriticalAdam):
         buffer_mean: Divide the buffer's sum by "capacity", even while it fills, or by "size", the
             number of filled slots.
         eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch.
-        buffer_dtype: None; for lower precision in a later version.
-        moment_dtype: None; for lower precision in a later version.
+        buffer_dtype: Of the slots: torch.float32, bfloat16, float16, float8_e4m3fn or int8; None is
+            float32, float64 for float64 parameters, which like complex ones take no other.
+        moment_dtype: Of `exp_avg` and `exp_avg_sq`: torch.float32, bfloat16 or int8; None likewise.
+            `max_exp_avg_sq` stays float32.
+        low_precision_update: How bfloat16 and float16 parameters are rounded: "nearest",
+            "stochastic" (without bias), or "kahan": what rounding takes is kept in their state, as
+            `compensation` (dtype and shape of the parameter), and added at the next step. Others
+            are not rounded.
+        seed: Of stochastic rounding, an int in [0, 2^63). Saved in checkpoints. No generator of
+            torch's is used.
         maximize: Ascend instead of descend.
         capturable: `step()` may be captured in a CUDA graph, once a step outside has made the
             state. Parameters on other devices are refused. For a learning rate that changes

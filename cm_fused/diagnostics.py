@@ -100,8 +100,8 @@ def _weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
 
 def _reading(base: CriticalAdam, group: Mapping[str, Any], state: Mapping[str, Any]) -> Reading:
     keys = state["priorities"]
-    momentum = _flat(state["exp_avg"], 0)
-    slots = _flat(state["critical_buffer"], 1)[keys > -torch.inf]
+    momentum = _flat(_state.dequantized(state, "exp_avg"), 0)
+    slots = _flat(_state.dequantized(state, "critical_buffer"), 1)[keys > -torch.inf]
     filled = len(slots)
     divisor = group["capacity"] if group["buffer_mean"] == "capacity" else max(filled, 1)
     mean = slots.sum(0) / divisor

@@ -2,7 +2,8 @@
 
 Equation numbers are those of Malviya et al., "Promoting Exploration in Memory-Augmented Adam using
 Critical Momenta". This is the `"eager"` backend and the oracle of the others. It branches on
-options only, never on data: no host synchronization, and `torch.compile` takes it whole.
+options only, never on data: no host synchronization, and `torch.compile` takes it whole. State of
+low precision is read as `cm_fused.rounding` defines and computed with in float32.
 
 An unfilled slot's key is -inf. It is smaller than any norm, so "append while the buffer fills, then
 replace the smallest key" is one rule: replace the smallest key.
@@ -11,7 +12,9 @@ replace the smallest key" is one rule: replace the smallest key.
 import torch
 from torch import Tensor
 
+from cm_fused import rounding
 from cm_fused._bucket import Bucket, StepOptions
+from cm_fused.philox import Stream, random_words
 
 
 def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
@@ -28,12 +31,16 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     gradients = effective_gradients(bucket, options)
     keys = priority_keys(gradients, options, sq_norm)
     for i, g in enumerate(gradients):
-        m = bucket.exp_avgs[i]
-        mean = buffer_mean(bucket.critical_buffers[i], bucket.priorities[i], options)
+        bucket.steps[i].add_(1)
+        m, v = _load_moments(bucket, i)
+        mean = buffer_mean(_load_buffer(bucket, i), bucket.priorities[i], options)
         m.mul_(options.beta1).add_(g, alpha=1 - options.beta1)  # Eq. (4)
         aggregate = m + mean  # Eq. (5)
-        _update_(bucket, i, aggregate, numerator=aggregate, options=options)
-        admit_(bucket.critical_buffers[i], bucket.priorities[i], keys[i], m, options)
+        _update_(bucket, i, v, aggregate, numerator=aggregate, options=options)
+        _store_moments_(bucket, i, m, v, options)
+        # What is stored of m is what a deferred commit still finds.
+        item, _ = _load_moments(bucket, i)
+        _admit_(bucket, i, keys[i], item, options)
 
 
 def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
@@ -44,12 +51,19 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     gradients = effective_gradients(bucket, options)
     keys = priority_keys(gradients, options, sq_norm)
     for i, g in enumerate(gradients):
-        m = bucket.exp_avgs[i]
-        mean = buffer_mean(bucket.critical_buffers[i], bucket.priorities[i], options)
+        bucket.steps[i].add_(1)
+        m, v = _load_moments(bucket, i)
+        mean = buffer_mean(_load_buffer(bucket, i), bucket.priorities[i], options)
         aggregate = g + mean  # Eq. (3)
         m.mul_(options.beta1).add_(aggregate, alpha=1 - options.beta1)
-        _update_(bucket, i, aggregate, numerator=m, options=options)
-        admit_(bucket.critical_buffers[i], bucket.priorities[i], keys[i], g, options)
+        _update_(bucket, i, v, aggregate, numerator=m, options=options)
+        _store_moments_(bucket, i, m, v, options)
+        _admit_(bucket, i, keys[i], g, options)
+
+
+def update_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype a parameter's update is computed in; real tensors only."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def sq_norm(bucket: Bucket, options: StepOptions) -> Tensor:
@@ -58,14 +72,15 @@ def sq_norm(bucket: Bucket, options: StepOptions) -> Tensor:
 
 
 def effective_gradients(bucket: Bucket, options: StepOptions) -> list[Tensor]:
-    """Return the gradients the step uses, in the state's dtype: negated to maximize, with L2."""
+    """Return the gradients the step uses, in the update's dtype: negated to maximize, with L2."""
     gradients = []
-    for param, grad, exp_avg in zip(bucket.params, bucket.grads, bucket.exp_avgs, strict=True):
-        g = grad.to(exp_avg.dtype)
+    for param, grad in zip(bucket.params, bucket.grads, strict=True):
+        dtype = update_dtype(param)
+        g = grad.to(dtype)
         if options.maximize:
             g = -g
         if options.weight_decay != 0 and not options.decoupled_weight_decay:
-            g = g + options.weight_decay * param.to(exp_avg.dtype)
+            g = g + options.weight_decay * param.to(dtype)
         gradients.append(g)
     return gradients
 
@@ -95,54 +110,165 @@ def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Ten
     return (1 / filled.to(torch.float64)).to(buffer.dtype) * buffer.sum(0)
 
 
-def admit_(
-    buffer: Tensor, priorities: Tensor, key: Tensor, item: Tensor, options: StepOptions
-) -> None:
+def _admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions) -> None:
     """Store `(key, item)` where the key is finite and exceeds the smallest; decay all keys."""
+    priorities = bucket.priorities[i]
     slot = priorities.argmin(keepdim=True)  # the lowest index on a tie
     smallest = priorities.index_select(0, slot)
     admitted = torch.isfinite(key) & (key > smallest)
-    stored = torch.where(
-        admitted.reshape(-1, *[1] * item.ndim), item.unsqueeze(0), buffer.index_select(0, slot)
+    _put_in_slot_(
+        bucket.critical_buffers[i], _item(bucket.critical_scales, i), slot, admitted, item
     )
-    buffer.index_copy_(0, slot, stored)
     priorities.index_copy_(0, slot, torch.where(admitted, key, smallest))
     # An unfilled slot keeps its key: -inf times a decay of 0 would be NaN.
     unfilled = priorities == -torch.inf
     priorities.copy_(torch.where(unfilled, priorities, priorities * options.priority_decay))
 
 
+def _put_in_slot_(
+    buffer: Tensor, scales: Tensor | None, slot: Tensor, admitted: Tensor, item: Tensor
+) -> None:
+    """Round an item to its slot's dtype and store it, where it is admitted.
+
+    Args:
+        buffer: The slots, (C, *shape). Changed.
+        scales: Their scales, or None. Changed.
+        slot: Which one, int64 (1,).
+        admitted: Whether to, bool () or (1,).
+        item: (*shape).
+    """
+    values = item if item.dtype == buffer.dtype else rounding.flat_as(item, buffer[0])
+    stored, new_scales = rounding.quantize(values, buffer.dtype)
+    slots = buffer if item.dtype == buffer.dtype else rounding.as_flat(buffer, leading=1)
+    # Not every operator takes 8-bit floats: a copy is one of bytes.
+    slots, stored = (_bytes(t) if t.dtype == torch.float8_e4m3fn else t for t in (slots, stored))
+    kept = torch.where(admitted, stored.unsqueeze(0), slots.index_select(0, slot))
+    slots.index_copy_(0, slot, kept)
+    if scales is not None and new_scales is not None:
+        kept = torch.where(admitted, new_scales.unsqueeze(0), scales.index_select(0, slot))
+        scales.index_copy_(0, slot, kept)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int8)
+
+
 def commit_(
-    exp_avg: Tensor, buffer: Tensor, critical_sum: Tensor | None, pending_slot: Tensor
+    exp_avg: Tensor,
+    buffer: Tensor,
+    critical_sum: Tensor | None,
+    pending_slot: Tensor,
+    critical_scales: Tensor | None = None,
+    exp_avg_scales: Tensor | None = None,
 ) -> None:
     """Copy a momentum to its pending slot, where it has one, and follow with the running sum.
 
-    The form of `cm_fused::commit_` for any device, with the same bits.
+    The form of `cm_fused::commit_` for any device and dtype, with the same bits.
 
     Args:
         exp_avg: The momentum; not changed.
         buffer: The slots, (C, *shape). Changed.
         critical_sum: The running sum, or None. Changed.
         pending_slot: The slot to copy to, int64 (). Changed to -1.
+        critical_scales: The scales of the slots, or None. Changed.
+        exp_avg_scales: The scales of the momentum, or None.
     """
     slot = pending_slot.clamp(min=0).reshape(1)
-    evicted = buffer.index_select(0, slot)
-    stored = torch.where(pending_slot >= 0, exp_avg.unsqueeze(0), evicted)
+    item = load_moment(exp_avg, exp_avg_scales, signed=True)
+
+    def content() -> Tensor:
+        scales = None if critical_scales is None else critical_scales.index_select(0, slot)[0]
+        return _load_slot(buffer, scales, slot)
+
+    evicted = content()
+    _put_in_slot_(buffer, critical_scales, slot, pending_slot >= 0, item)
     if critical_sum is not None:
-        critical_sum.add_((stored - evicted).squeeze(0))
-    buffer.index_copy_(0, slot, stored)
+        critical_sum.add_(content() - evicted)
     pending_slot.fill_(-1)
 
 
+def load_slots(buffer: Tensor, scales: Tensor | None) -> Tensor:
+    """Return the values of a buffer's slots, in their dtype or float32, (C, *shape)."""
+    if scales is None:
+        return rounding.dequantize(buffer, None)
+    values = rounding.dequantize(rounding.as_flat(buffer, leading=1), scales)
+    return values.as_strided(buffer.shape, buffer.stride())
+
+
+def load_moment(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
+    """Return the values of a moment, in its dtype or float32, (*shape)."""
+    if scales is None:
+        return rounding.dequantize(stored, None)
+    values = rounding.dequantize_moment(rounding.as_flat(stored), scales, signed=signed)
+    return rounding.shaped_as(values, stored)
+
+
+def _load_slot(buffer: Tensor, scales: Tensor | None, slot: Tensor) -> Tensor:
+    """Return the values of one slot, in the buffer's dtype or float32, (*shape)."""
+    slots = rounding.as_flat(buffer, leading=1)
+    raw = _bytes(slots) if buffer.dtype == torch.float8_e4m3fn else slots
+    stored = raw.index_select(0, slot)[0].view(buffer.dtype)
+    return rounding.shaped_as(rounding.dequantize(stored, scales), buffer[0])
+
+
+def _item(tensors: list[Tensor], i: int) -> Tensor | None:
+    return tensors[i] if tensors else None
+
+
+def _load_buffer(bucket: Bucket, i: int) -> Tensor:
+    return load_slots(bucket.critical_buffers[i], _item(bucket.critical_scales, i))
+
+
+def _load_moments(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:
+    """Return m and v of parameter i: the state itself where it is of the update's dtype."""
+    return (
+        load_moment(bucket.exp_avgs[i], _item(bucket.exp_avg_scales, i), signed=True),
+        load_moment(bucket.exp_avg_sqs[i], _item(bucket.exp_avg_sq_scales, i), signed=False),
+    )
+
+
+def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepOptions) -> None:
+    """Round m and v of parameter i to the state's dtype, stochastically; no-op where they are it.
+
+    Of an element's word, m takes the upper half and v the lower.
+    """
+    stored = bucket.exp_avgs[i], bucket.exp_avg_sqs[i]
+    if m is stored[0]:
+        return
+    words = _words(bucket, i, Stream.MOMENTS, options)
+    all_bits = words >> rounding.RANDOM_BITS, words & (2**rounding.RANDOM_BITS - 1)
+    all_scales = _item(bucket.exp_avg_scales, i), _item(bucket.exp_avg_sq_scales, i)
+    for state, values, scales, bits, signed in zip(
+        stored, (m, v), all_scales, all_bits, (True, False), strict=True
+    ):
+        flat = rounding.flat_as(values, state)
+        if scales is None:
+            flat = rounding.round_stochastically(flat, state.dtype, bits)
+        else:
+            flat, new_scales = rounding.quantize_moment(flat, bits, signed=signed)
+            scales.copy_(new_scales)
+        rounding.as_flat(state).copy_(flat)
+
+
+def _words(bucket: Bucket, i: int, stream: Stream, options: StepOptions) -> Tensor:
+    index, step = (bucket.param_indices or range(len(bucket.params)))[i], bucket.steps[i]
+    return random_words(options.seed, index, step, bucket.params[i].numel(), stream)
+
+
 def _update_(
-    bucket: Bucket, i: int, aggregate: Tensor, numerator: Tensor, options: StepOptions
+    bucket: Bucket,
+    i: int,
+    v: Tensor,
+    aggregate: Tensor,
+    numerator: Tensor,
+    options: StepOptions,
 ) -> None:
-    """Update step count, second moment and parameter i."""
-    param, v, step = bucket.params[i], bucket.exp_avg_sqs[i], bucket.steps[i]
-    step.add_(1)
+    """Update second moment v and parameter i."""
+    param, step = bucket.params[i], bucket.steps[i]
     t = step.to(torch.float64)
     bias_correction1 = 1 - options.beta1**t
-    bias_correction2 = (1 - options.beta2**t).to(v.dtype)
+    # Its inverse: a product is cheaper than a quotient.
+    inverse_bias_correction2 = (1 / (1 - options.beta2**t)).to(v.dtype)
     lr = options.lr
     if isinstance(lr, Tensor):
         lr = lr.to(step.device).reshape(())
@@ -152,14 +278,23 @@ def _update_(
     if bucket.max_exp_avg_sqs:
         second_moment = bucket.max_exp_avg_sqs[i]
         torch.maximum(second_moment, v, out=second_moment)
-    corrected = second_moment / bias_correction2
+    corrected = inverse_bias_correction2 * second_moment
     if options.eps_inside_sqrt:
         denominator = (corrected + options.eps).sqrt()
     else:
         denominator = corrected.sqrt() + options.eps
 
+    half = param.dtype in (torch.bfloat16, torch.float16)
     theta = param.to(v.dtype)
+    if half and options.low_precision_update == "kahan":
+        theta = theta + bucket.compensations[i].to(v.dtype)
     if options.decoupled_weight_decay:
         theta = theta * (1 - lr * options.weight_decay)
     step_size = (lr / bias_correction1).to(v.dtype)
-    param.copy_(theta - step_size * (numerator / denominator))  # Eq. (7)
+    theta = theta - step_size * (numerator / denominator)  # Eq. (7)
+    if half and options.low_precision_update == "stochastic":
+        words = rounding.shaped_as(_words(bucket, i, Stream.PARAM, options), bucket.exp_avgs[i])
+        theta = rounding.round_stochastically(theta, param.dtype, words >> rounding.RANDOM_BITS)
+    param.copy_(theta)
+    if half and options.low_precision_update == "kahan":
+        bucket.compensations[i].copy_(theta - param.to(v.dtype))

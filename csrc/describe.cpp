@@ -1,6 +1,7 @@
 #include "describe.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace cm_fused {
 
@@ -41,10 +42,44 @@ void check_dense(size_t i, const TensorView& exp_avg) {
       " and strides ", to_string(exp_avg.strides));
 }
 
-void* state_data(const char* role, size_t i, const Tensor& tensor, const TensorView& order) {
+namespace {
+
+// How a tensor of state is stored.
+StoredDtype stored_dtype(const char* role, size_t i, int32_t dtype, ParamDtype param_dtype) {
+  const int32_t unchanged = state_dtype(param_dtype);
+  if (dtype == unchanged) {
+    return StoredDtype::kUnchanged;
+  }
+  if (param_dtype != ParamDtype::kFloat64) {
+    const std::pair<int32_t, StoredDtype> rounded[] = {
+        {aoti_torch_dtype_bfloat16(), StoredDtype::kBFloat16},
+        {aoti_torch_dtype_float16(), StoredDtype::kFloat16},
+        {aoti_torch_dtype_float8_e4m3fn(), StoredDtype::kFloat8},
+        {aoti_torch_dtype_int8(), StoredDtype::kInt8}};
+    for (const auto& [stored, value] : rounded) {
+      if (dtype == stored) {
+        return value;
+      }
+    }
+  }
+  check_dtype(role, i, dtype, unchanged);  // says so
+  return StoredDtype::kUnchanged;
+}
+
+StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype) {
+  const StoredDtype stored = stored_dtype("exp_avgs", i, dtype, param_dtype);
+  STD_TORCH_CHECK(stored != StoredDtype::kFloat16 && stored != StoredDtype::kFloat8, "exp_avgs[", i,
+      "] must be float32, bfloat16 or int8, got ", dtype_name(dtype));
+  return stored;
+}
+
+}  // namespace
+
+void* state_data(
+    const char* role, size_t i, const Tensor& tensor, const TensorView& order, int32_t dtype) {
   const TensorView state = view(role, i, tensor);
   check_device(role, i, state.device, order.device);
-  check_dtype(role, i, state.dtype, order.dtype);
+  check_dtype(role, i, state.dtype, dtype);
   check_sizes(role, i, state.sizes, order.sizes);
   check_strides(role, i, order.sizes, state.strides, order.strides);
   return state.data;
@@ -54,7 +89,7 @@ void describe_buffer(
     size_t i, const Tensor& critical_buffer, const TensorView& order, ParamData& data) {
   const TensorView buffer = view("critical_buffers", i, critical_buffer);
   check_device("critical_buffers", i, buffer.device, order.device);
-  check_dtype("critical_buffers", i, buffer.dtype, order.dtype);
+  data.slot_dtype = stored_dtype("critical_buffers", i, buffer.dtype, data.dtype);
   STD_TORCH_CHECK(buffer.sizes.size() == order.sizes.size() + 1 && buffer.sizes[0] >= 1 &&
                       std::equal(order.sizes.begin(), order.sizes.end(), buffer.sizes.begin() + 1),
       "critical_buffers[", i, "] must have shape (capacity, *", to_string(order.sizes), "), got ",
@@ -88,23 +123,72 @@ void check_lengths(const StateTensors& state, const Tensors& params, const Tenso
   check_length("priorities", state.priorities.size(), count);
   check_length("pending_slots", state.pending_slots.size(), optional_length(state.pending_slots));
   check_length("steps", state.steps.size(), count);
+  check_length(
+      "critical_scales", state.critical_scales.size(), optional_length(state.critical_scales));
+  check_length(
+      "exp_avg_scales", state.exp_avg_scales.size(), optional_length(state.exp_avg_scales));
+  check_length("exp_avg_sq_scales", state.exp_avg_sq_scales.size(),
+      optional_length(state.exp_avg_sq_scales));
+  check_length("compensations", state.compensations.size(), optional_length(state.compensations));
+  STD_TORCH_CHECK(state.param_indices.empty() || state.param_indices.size() == count,
+      "param_indices must have one number for each of the ", count, " params, got ",
+      state.param_indices.size());
 }
 
 namespace {
+
+// The scales of a tensor of state, or nullptr where it has none.
+float* scales_data(const char* role, size_t i, const Tensors& list, StoredDtype dtype,
+    int64_t slots, const TensorView& order) {
+  if (!has_scales(dtype)) {
+    return nullptr;
+  }
+  STD_TORCH_CHECK(!list.empty(), role, " must be given: the state has a dtype with scales");
+  const TensorView scales = view(role, i, list[i]);
+  check_device(role, i, scales.device, order.device);
+  check_dtype(role, i, scales.dtype, aoti_torch_dtype_float32());
+  const int64_t numel = slots * num_scales(order.numel);
+  STD_TORCH_CHECK(scales.numel == numel && list[i].is_contiguous(), role, "[", i,
+      "] must be contiguous with ", numel, " elements, got shape ", to_string(scales.sizes),
+      " and strides ", to_string(scales.strides));
+  return static_cast<float*>(scales.data);
+}
+
+// What rounding takes from parameter i, or nullptr: parameters of the update's dtype lose nothing.
+void* compensation_data(
+    size_t i, const StateTensors& state, const TensorView& order, ParamDtype dtype) {
+  if (state.compensations.empty() || dtype == ParamDtype::kFloat32 ||
+      dtype == ParamDtype::kFloat64) {
+    return nullptr;
+  }
+  const int32_t half =
+      dtype == ParamDtype::kBFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
+  return state_data("compensations", i, state.compensations[i], order, half);
+}
 
 // Checks the state of parameter i and takes its addresses.
 void describe_state(size_t i, const StateTensors& state, const TensorView& order, ParamData& data) {
   data.step_count = nullptr;  // until the checks below have passed
   check_dense(i, order);
   data.exp_avg = order.data;
-  data.exp_avg_sq = state_data("exp_avg_sqs", i, state.exp_avg_sqs[i], order);
+  data.exp_avg_sq = state_data("exp_avg_sqs", i, state.exp_avg_sqs[i], order, order.dtype);
+  const int32_t unchanged = state_dtype(data.dtype);
   if (!state.max_exp_avg_sqs.empty()) {
-    data.max_exp_avg_sq = state_data("max_exp_avg_sqs", i, state.max_exp_avg_sqs[i], order);
+    data.max_exp_avg_sq =
+        state_data("max_exp_avg_sqs", i, state.max_exp_avg_sqs[i], order, unchanged);
   }
   if (!state.critical_sums.empty()) {
-    data.critical_sum = state_data("critical_sums", i, state.critical_sums[i], order);
+    data.critical_sum = state_data("critical_sums", i, state.critical_sums[i], order, unchanged);
   }
   describe_buffer(i, state.critical_buffers[i], order, data);
+  data.critical_scales = scales_data(
+      "critical_scales", i, state.critical_scales, data.slot_dtype, data.capacity, order);
+  data.exp_avg_scales =
+      scales_data("exp_avg_scales", i, state.exp_avg_scales, data.moment_dtype, 1, order);
+  data.exp_avg_sq_scales =
+      scales_data("exp_avg_sq_scales", i, state.exp_avg_sq_scales, data.moment_dtype, 1, order);
+  data.compensation = compensation_data(i, state, order, data.dtype);
+  data.param_index = state.param_indices.empty() ? static_cast<int64_t>(i) : state.param_indices[i];
   data.priorities = bookkeeping<float>("priorities", i, state.priorities[i], data.capacity,
       aoti_torch_dtype_float32(), order.device);
   if (!state.pending_slots.empty()) {
@@ -121,13 +205,20 @@ bool state_moved(
   const auto moved = [i](const Tensors& list, const void* address) {
     return !list.empty() && list[i].data_ptr() != address;
   };
+  const auto scales_moved = [&](const Tensors& list, const void* address) {
+    return address != nullptr && moved(list, address);
+  };
   return data.step_count == nullptr || order.data != data.exp_avg ||
          moved(state.exp_avg_sqs, data.exp_avg_sq) ||
          moved(state.max_exp_avg_sqs, data.max_exp_avg_sq) ||
          moved(state.critical_buffers, data.critical_buffer) ||
          moved(state.critical_sums, data.critical_sum) ||
          moved(state.priorities, data.priorities) ||
-         moved(state.pending_slots, data.pending_slot) || moved(state.steps, data.step_count);
+         moved(state.pending_slots, data.pending_slot) || moved(state.steps, data.step_count) ||
+         scales_moved(state.critical_scales, data.critical_scales) ||
+         scales_moved(state.exp_avg_scales, data.exp_avg_scales) ||
+         scales_moved(state.exp_avg_sq_scales, data.exp_avg_sq_scales) ||
+         scales_moved(state.compensations, data.compensation);
 }
 
 }  // namespace
@@ -139,8 +230,12 @@ ParamViews describe_param(
   check_device("exp_avgs", i, order.device, param_view.device);
   check_sizes("exp_avgs", i, order.sizes, param_view.sizes);
   const TensorView grad_view = view_gradient(i, param_view, grad);
-  data.dtype = param_dtype("params", i, param_view.dtype);
-  check_dtype("exp_avgs", i, order.dtype, state_dtype(data.dtype));
+  const ParamDtype dtype = param_dtype("params", i, param_view.dtype);
+  if (data.dtype != dtype) {
+    data.step_count = nullptr;  // what the state is checked against has changed
+  }
+  data.dtype = dtype;
+  data.moment_dtype = moment_dtype(i, order.dtype, dtype);
   STD_TORCH_CHECK(
       lies_as(param_view, order) || has_no_overlap(param_view.sizes, param_view.strides), "params[",
       i, "] must not hold two elements in one place (an expanded tensor?), got shape ",

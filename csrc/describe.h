@@ -18,7 +18,8 @@ struct ParamViews {
 
 ParamDtype param_dtype(const char* role, size_t index, int32_t dtype);
 
-// The dtype that a parameter's state has, as aoti_torch_dtype_*().
+// The dtype that a parameter's update is computed in, and its state has unless it has low
+// precision; as aoti_torch_dtype_*().
 int32_t state_dtype(ParamDtype dtype);
 
 // Whether a tensor's elements lie in memory in the order of `order`.
@@ -29,9 +30,11 @@ TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad);
 // The state's memory order is exp_avg's.
 void check_dense(size_t i, const TensorView& exp_avg);
 
-// The address of a state tensor of the parameter's shape.
-void* state_data(const char* role, size_t i, const Tensor& tensor, const TensorView& order);
+// The address of a state tensor of the parameter's shape and some dtype.
+void* state_data(
+    const char* role, size_t i, const Tensor& tensor, const TensorView& order, int32_t dtype);
 
+// Takes the buffer's capacity, dtype and address.
 void describe_buffer(
     size_t i, const Tensor& critical_buffer, const TensorView& order, ParamData& data);
 

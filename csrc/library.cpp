@@ -4,23 +4,31 @@
 #define CM_FUSED_HYPERPARAMETERS                                                              \
   "float lr, float beta1, float beta2, float eps, float weight_decay, float priority_decay, " \
   "bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, "          \
-  "bool decoupled_weight_decay"
+  "bool decoupled_weight_decay, bool stochastic_update, int seed"
+
+#define CM_FUSED_LOW_PRECISION_STATE                            \
+  "Tensor(k!)[] critical_scales, Tensor(l!)[] exp_avg_scales, " \
+  "Tensor(m!)[] exp_avg_sq_scales, Tensor(n!)[] compensations, int[] param_indices"
 
 // Lists run over the tensors of one bucket: those of a param group that share a device. Real dtypes
 // only; complex tensors are passed as views of pairs. `grads` are never written.
-// max_exp_avg_sqs is empty without amsgrad, critical_sums where the sum is read from the slots.
+// max_exp_avg_sqs is empty without amsgrad, critical_sums where the sum is read from the slots, a
+// list of scales where the dtype has none, compensations but for Kahan's summation, param_indices
+// where parameters are counted as the list has them.
 // sq_norm, the group's sum of g^2, is computed from the bucket where it is not given.
 STABLE_TORCH_LIBRARY(cm_fused, m) {
   m.def(
       "adam_cm_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] critical_buffers, "
       "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, Tensor(h!)[] pending_slots, "
-      "Tensor(i!)[] steps, Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
+      "Tensor(i!)[] steps, " CM_FUSED_LOW_PRECISION_STATE
+      ", Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
   m.def(
       "adam_cg_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] critical_buffers, "
-      "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, Tensor(h!)[] steps, "
-      "Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
+      "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, "
+      "Tensor(h!)[] steps, " CM_FUSED_LOW_PRECISION_STATE
+      ", Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
   m.def(
       "sq_norm(Tensor[] params, Tensor[] grads, *, float weight_decay, bool maximize, "
       "bool decoupled_weight_decay) -> Tensor");
@@ -35,7 +43,9 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
   m.def(
       "hold_state(Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "
       "Tensor[] critical_buffers, Tensor[] critical_sums, Tensor[] priorities, "
-      "Tensor[] pending_slots, Tensor[] steps) -> int");
+      "Tensor[] pending_slots, Tensor[] steps, Tensor[] critical_scales, "
+      "Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, Tensor[] compensations, "
+      "int[] param_indices) -> int");
   m.def("release_state(int held) -> ()");
   m.def(
       "step_held_(int held, Tensor(a!)[] params, Tensor[] grads, Tensor? sq_norm, *, "

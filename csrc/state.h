@@ -24,6 +24,11 @@ struct StateTensors {
   Tensors priorities;
   Tensors pending_slots;  // critical momenta only
   Tensors steps;
+  Tensors critical_scales;
+  Tensors exp_avg_scales;
+  Tensors exp_avg_sq_scales;
+  Tensors compensations;
+  std::vector<int64_t> param_indices;
 };
 
 class HeldState {

@@ -28,9 +28,10 @@ int64_t address(const void* data) {
 Row refreshed(const ParamData& data, const int64_t* row) {
   return {address(data.param), address(data.grad), address(data.exp_avg), address(data.exp_avg_sq),
       address(data.max_exp_avg_sq), address(data.critical_buffer), address(data.critical_sum),
-      address(data.priorities),
+      address(data.compensation), address(data.critical_scales), address(data.exp_avg_scales),
+      address(data.exp_avg_sq_scales), address(data.priorities),
       data.pending_slot == nullptr ? row[kSlotColumn] : address(data.pending_slot),
-      address(data.step_count), data.numel, static_cast<int64_t>(data.dtype)};
+      address(data.step_count), data.numel, static_cast<int64_t>(data.dtype), data.param_index};
 }
 
 int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table) {

@@ -7,8 +7,8 @@
 
 namespace cm_fused {
 
-// Of a row, in the order of the columns. The first twelve are refresh_table_'s, the others are left
-// to whoever makes the table.
+// Of a row, in the order of the columns. Those before kNumRefreshedColumns are refresh_table_'s,
+// the others are left to whoever makes the table.
 enum TableColumn : int64_t {
   // Addresses; 0 where there is no such tensor.
   kParamColumn,
@@ -18,11 +18,16 @@ enum TableColumn : int64_t {
   kMaxExpAvgSqColumn,
   kCriticalBufferColumn,
   kCriticalSumColumn,
+  kCompensationColumn,
+  kCriticalScalesColumn,
+  kExpAvgScalesColumn,
+  kExpAvgSqScalesColumn,
   kPrioritiesColumn,
   kSlotColumn,  // an int64: critical momenta's pending slot, else any place that may be written
   kStepColumn,
   kNumelColumn,       // a number
   kParamDtypeColumn,  // a ParamDtype
+  kParamIndexColumn,  // a number
   kNumRefreshedColumns,
   // The parameter's part of the partial norms: numbers.
   kFirstChunkColumn = kNumRefreshedColumns,
@@ -30,8 +35,8 @@ enum TableColumn : int64_t {
   kFilledColumn,  // the address of an int64, or 0
 };
 
-// In int64: 128 bytes, so that a row lies in two cache lines and never in three.
-inline constexpr int64_t kTableWidth = 16;
+// In int64: 192 bytes, three cache lines of a CPU and whole sectors of a GPU's.
+inline constexpr int64_t kTableWidth = 24;
 
 template <typename column_t>
 CM_FUSED_HOST_DEVICE inline column_t* row_of(column_t* table, int64_t i) {

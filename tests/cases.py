@@ -20,6 +20,7 @@ from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused._state import lists, missing_state, state_dtype
 from cm_fused.ops import cpu
+from cm_fused.rounding import LARGEST
 from tests.oracle import Array, Options
 
 Kind = Literal["cm", "cg"]
@@ -186,8 +187,17 @@ def keywords(options: Options) -> dict[str, Any]:
     }
 
 
-def make_optimizer(params: Any, options: Options, backend: str | None) -> CriticalAdam:
-    """Return the public class of the kind and the form of weight decay, with these options."""
+def make_optimizer(
+    params: Any, options: Options, backend: str | None, **precision: Any
+) -> CriticalAdam:
+    """Return the public class of the kind and the form of weight decay, with these options.
+
+    Args:
+        params: As of the class.
+        options: Those that the oracle knows.
+        backend: As of the class.
+        precision: Options of low precision, of which the float64 oracle knows nothing.
+    """
     classes: dict[tuple[str, bool], type[CriticalAdam]] = {
         ("cm", False): AdamCM,
         ("cm", True): AdamWCM,
@@ -195,7 +205,7 @@ def make_optimizer(params: Any, options: Options, backend: str | None) -> Critic
         ("cg", True): AdamWCG,
     }
     optimizer_class = classes[options.kind, options.decoupled_weight_decay]
-    return optimizer_class(params, **keywords(options), backend=backend)
+    return optimizer_class(params, **keywords(options), **precision, backend=backend)
 
 
 def step_options(options: Options) -> StepOptions:
@@ -203,7 +213,7 @@ def step_options(options: Options) -> StepOptions:
     beta1, beta2 = options.betas
     names = {field.name for field in fields(StepOptions)} - {"beta1", "beta2"}
     chosen = {name: value for name, value in keywords(options).items() if name in names}
-    return StepOptions(beta1=beta1, beta2=beta2, **chosen)
+    return StepOptions(beta1=beta1, beta2=beta2, low_precision_update="nearest", seed=0, **chosen)
 
 
 # What happens in a run
@@ -347,21 +357,33 @@ def grads_to_arrays(grads: Grads) -> list[Array | None]:
     return [None if grad is None else to_array(grad) for grad in grads]
 
 
-def make_bucket(params: list[Tensor], options: Options, *, fused: bool) -> Bucket:
+def make_bucket(
+    params: list[Tensor],
+    options: Options,
+    *,
+    fused: bool,
+    buffer_dtype: torch.dtype | None = None,
+) -> Bucket:
     """Return a bucket with new state; its gradients are zeros to write to.
 
     Args:
         params: Real tensors.
         options: For what state there is to be.
         fused: Also what the "cpu" backend keeps.
+        buffer_dtype: Of the slots.
     """
-    extra = cpu.state_keys(options.kind == "cg", options.capacity) if fused else ()
+    slot_bytes = (buffer_dtype or torch.float32).itemsize
+    extra = cpu.state_keys(options.kind == "cg", options.capacity, slot_bytes) if fused else ()
     keys = ("step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities", *extra)
     if options.amsgrad:
         keys = (*keys, "max_exp_avg_sq")
-    states = [missing_state(param, {}, keys, options.capacity) for param in params]
+    if buffer_dtype in LARGEST:
+        keys = (*keys, "critical_scales")
+    group = {"capacity": options.capacity, "buffer_dtype": buffer_dtype, "moment_dtype": None}
+    states = [missing_state(param, {}, keys, group) for param in params]
     grads = [torch.zeros_like(param) for param in params]
-    return Bucket(params=params, grads=grads, **lists(states, keys))
+    indices = list(range(len(params)))
+    return Bucket(params=params, grads=grads, **lists(states, keys), param_indices=indices)
 
 
 def eps_of(dtype: torch.dtype) -> float:

@@ -60,6 +60,8 @@ def see(state: dict[str, Any]) -> Seen:
             copied["critical_buffer"],
             copied.get("critical_sum"),
             copied["pending_slot"],
+            copied.get("critical_scales"),
+            copied.get("exp_avg_scales"),
         )
     return Seen(
         step=int(copied["step"]),

@@ -20,8 +20,8 @@ CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, skip_if(library.cuda_unavail
 TRITON = pytest.param("triton", marks=needs_triton)
 on_each_kernel = pytest.mark.parametrize("kernel", [OPERATOR, CUDA, TRITON])
 
-TABLE_WIDTH = 16
-PRIORITIES, SLOT, STEP, FIRST_CHUNK, NUM_CHUNKS, FILLED = 7, 8, 9, 12, 13, 14
+TABLE_WIDTH = 24
+PRIORITIES, SLOT, STEP, FIRST_CHUNK, NUM_CHUNKS, FILLED = 11, 12, 13, 17, 18, 19
 
 # Sums of a few of these are exact, in any order; the last make keys that are not finite.
 FINITE = (0.0, 0.25, 1.0, 1.0 + 2**-40, 4.0, 9.0, 2.0**100)
@@ -206,8 +206,8 @@ def _set(table: Tensor, column: int, value: int) -> Tensor:
 CHUNKS = r"table\[1\] must name chunks of the 3 in chunk_sq_norms, got"
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
     "table dtype": ({"table": lambda t: t.int()}, "table must have dtype Long, got Int"),
-    "table width": ({"table": lambda t: t[:, :15].clone()}, r"table must have shape \(params, 16"),
-    "table dimensions": ({"table": lambda t: t[0]}, r"table must have shape .*got \(16\)"),
+    "table width": ({"table": lambda t: t[:, :15].clone()}, r"table must have shape \(params, 24"),
+    "table dimensions": ({"table": lambda t: t[0]}, r"table must have shape .*got \(24\)"),
     "table strides": (
         {"table": lambda t: t.t().contiguous().t()},
         r"table must be contiguous, got strides \(1, 2\)",

@@ -33,7 +33,7 @@ from tests.training import (
 pytestmark = pytest.mark.sampled
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
-CAPACITIES = (RUNNING_SUM_MIN_CAPACITY - 1, 3, 5, 20)
+CAPACITIES = (RUNNING_SUM_MIN_CAPACITY[4] - 1, 3, 5, 20)
 # With capacity 3: before the first step, filling (a commit pending from 1 on), just full,
 # replacing, in the middle of skips.
 SAVE_AT = (0, 1, 2, 3, 5, 7)
@@ -218,7 +218,10 @@ def test_state_dict_holds_what_is_specified(
     state_dtype = {torch.bfloat16: torch.float32, torch.float16: torch.float32}.get(dtype, dtype)
     shaped = {"exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
     critical_gradients = cls is AdamCG
-    running_sum_from = {"cpu": RUNNING_SUM_MIN_CAPACITY, "triton": 4 if critical_gradients else 5}
+    running_sum_from = {
+        "cpu": RUNNING_SUM_MIN_CAPACITY[4],
+        "triton": 4 if critical_gradients else 5,
+    }
     if capacity >= running_sum_from.get(backend, 100):
         shaped.add("critical_sum")
     assert list(state_dict["state"]) == list(range(len(SHAPES)))

@@ -39,7 +39,7 @@ from tests.training import (
 pytestmark = pytest.mark.sampled
 
 # Without and with a running sum on the C++ backend.
-CAPACITIES = (RUNNING_SUM_MIN_CAPACITY - 1, 5)
+CAPACITIES = (RUNNING_SUM_MIN_CAPACITY[4] - 1, 5)
 
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 of_each_class = pytest.mark.parametrize("cls", CLASSES)
@@ -76,6 +76,8 @@ def test_constructor_signature_is_the_specified_one() -> None:
         "eps_inside_sqrt": True,
         "buffer_dtype": None,
         "moment_dtype": None,
+        "low_precision_update": "nearest",
+        "seed": 0,
         "maximize": False,
         "capturable": False,
         "decoupled_weight_decay": False,

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cm_fused import reference
 from cm_fused._bucket import Bucket
 from cm_fused.ops import cpu
 from tests.cases import (
@@ -54,8 +55,11 @@ def _draws(size: int) -> list[Tensor]:
 class _Run:
     """Steps of one tensor by the library's operators, which cost less than an optimizer's."""
 
-    def __init__(self, size: int, options: Options) -> None:
-        self.bucket: Bucket = make_bucket(make_params([(size,)]), options, fused=True)
+    def __init__(
+        self, size: int, options: Options, buffer_dtype: torch.dtype | None = None
+    ) -> None:
+        params = make_params([(size,)])
+        self.bucket: Bucket = make_bucket(params, options, fused=True, buffer_dtype=buffer_dtype)
         self.options = step_options(options)
         self.step_ = cpu.adam_cm_ if options.kind == "cm" else cpu.adam_cg_
         self.draws = _draws(size)
@@ -71,11 +75,12 @@ class _Run:
     def slots(self) -> tuple[Tensor, Tensor]:
         """Return copies of the slots and their running sum, with what is pending committed."""
         slots = self.bucket.critical_buffers[0].clone()
+        scales = self.bucket.critical_scales[0].clone() if self.bucket.critical_scales else None
         running_sum = self.bucket.critical_sums[0].clone()
         if self.bucket.pending_slots:
-            pending = [self.bucket.pending_slots[0].clone()]
-            cpu.commit_(self.bucket.exp_avgs, [slots], [running_sum], pending)
-        return slots, running_sum
+            pending = self.bucket.pending_slots[0].clone()
+            reference.commit_(self.bucket.exp_avgs[0], slots, running_sum, pending, scales)
+        return reference.load_slots(slots, scales), running_sum
 
     def error(self) -> float:
         """Return the worst chunk's error, as a part of the norm of the float64 sum."""
@@ -92,6 +97,20 @@ class _Run:
 def test_long_run(kind: Kind, capacity: int) -> None:
     """100,000 steps whose gradients shrink a thousandfold leave the sum right all along."""
     run = _Run(SIZE, Options(kind, capacity=capacity))
+    for part in np.split(_scales(), CHECKS):
+        for scale in part.tolist():
+            run.step(scale)
+        assert run.error() < BOUND, f"step {run.taken}"
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "buffer_dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
+)
+def test_long_run_of_rounded_slots(buffer_dtype: torch.dtype, kind: Kind) -> None:
+    """What is stored is what is summed: slots of low precision add nothing to the sum's error."""
+    run = _Run(SIZE, Options(kind, capacity=20), buffer_dtype)
     for part in np.split(_scales(), CHECKS):
         for scale in part.tolist():
             run.step(scale)

@@ -62,8 +62,10 @@ for kernel in KERNELS:
 triton.unavailable_reason = lambda device: None
 triton.priority_kernel = lambda device: "Triton"
 # As on a CUDA device: with the caps on registers.
-triton._pass_options = lambda device, dtype, *others: triton_kernels.launch_options(
-    triton.TRITON_DTYPES[dtype], *others
+triton._Launcher._pass_options = lambda self, dtype, dtypes, *others: (
+    triton_kernels.launch_options(
+        triton.TRITON_DTYPES[dtype], dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"], *others
+    )
 )
 
 

@@ -1,7 +1,7 @@
 """The operators of the C++ library, called as they are: schemas, fakes, checks of every list."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cm_fused import rounding
 from cm_fused._bucket import Bucket
 from cm_fused.ops import cpu
 from tests.training import SHAPES, assert_same
@@ -25,6 +26,8 @@ HYPERPARAMETERS: dict[str, Any] = {
     "eps_inside_sqrt": True,
     "maximize": False,
     "decoupled_weight_decay": False,
+    "stochastic_update": False,
+    "seed": 0,
 }
 
 
@@ -42,11 +45,15 @@ class Sample:
     priorities: list[Tensor]
     pending_slots: list[Tensor]
     steps: list[Tensor]
+    critical_scales: list[Tensor] = field(default_factory=list)
+    exp_avg_scales: list[Tensor] = field(default_factory=list)
+    exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
+    compensations: list[Tensor] = field(default_factory=list)
     sq_norm: Tensor | None = None
     hyperparameters: dict[str, Any] = field(default_factory=lambda: dict(HYPERPARAMETERS))
 
-    def lists(self) -> dict[str, list[Tensor]]:
-        """All lists by name."""
+    def lists(self) -> dict[str, Any]:
+        """All lists of tensors by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, list)}
 
     def arguments(self, op: str) -> tuple[Any, ...]:
@@ -58,7 +65,7 @@ class Sample:
         lists = self.lists()
         if op == "adam_cg_":
             del lists["pending_slots"]
-        return (*lists.values(), self.sq_norm)
+        return (*lists.values(), list(range(len(self.params))), self.sq_norm)
 
     def keywords(self, op: str) -> dict[str, Any]:
         """The keyword arguments of an operator."""
@@ -113,6 +120,41 @@ def sample(
     )
 
 
+def rounded_sample(
+    dtype: torch.dtype, buffer_dtype: torch.dtype, moment_dtype: torch.dtype
+) -> Sample:
+    """Return arguments with state of low precision; a half parameter has a compensation."""
+    wide = sample(dtype, capacity=5)
+    half = dtype in (torch.bfloat16, torch.float16)
+    flat = [rounding.as_flat(buffer, leading=1) for buffer in wide.critical_buffers]
+    slots = [rounding.quantize(values, buffer_dtype) for values in flat]
+    rounded = replace(
+        wide,
+        critical_buffers=[
+            stored.contiguous().view_as(buffer)
+            for (stored, _), buffer in zip(slots, wide.critical_buffers, strict=True)
+        ],
+        critical_scales=[scales for _, scales in slots if scales is not None],
+        compensations=[torch.zeros_like(param) for param in wide.params] if half else [],
+    )
+    for name, signed in (("exp_avgs", True), ("exp_avg_sqs", False)):
+        moments = getattr(wide, name)
+        if moment_dtype is not torch.int8:
+            setattr(rounded, name, [moment.to(moment_dtype) for moment in moments])
+            continue
+        codes = [
+            rounding.quantize_moment(rounding.as_flat(moment), None, signed=signed)
+            for moment in moments
+        ]
+        shaped = [
+            code.contiguous().view_as(moment)
+            for (code, _), moment in zip(codes, moments, strict=True)
+        ]
+        setattr(rounded, name, shaped)
+        setattr(rounded, name.removesuffix("s") + "_scales", [scales for _, scales in codes])
+    return rounded
+
+
 SAMPLES: dict[str, Callable[[], Sample]] = {
     "plain": sample,
     "amsgrad": lambda: sample(amsgrad=True),
@@ -124,6 +166,8 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "float16": lambda: sample(torch.float16),
     "strided": lambda: sample(strided=True),
     "strided_bfloat16": lambda: sample(torch.bfloat16, strided=True),
+    "int8": lambda: rounded_sample(torch.float32, torch.int8, torch.int8),
+    "float8": lambda: rounded_sample(torch.bfloat16, torch.float8_e4m3fn, torch.bfloat16),
     "empty": lambda: sample(shapes=((0,), (0, 3))),
 }
 STEPS = ("adam_cm_", "adam_cg_")
@@ -169,7 +213,9 @@ def test_steps_write_what_they_declare(op: str, name: str) -> None:
     assert_same(case.sq_norm, before.sq_norm)
     for role in ("params", "exp_avgs", "exp_avg_sqs", "priorities", "steps"):
         for mine, theirs in zip(case.lists()[role], before.lists()[role], strict=True):
-            assert mine.numel() == 0 or not torch.equal(mine, theirs), role
+            # A single rounded value may well stay what it is.
+            few = mine.numel() < 3 and mine.itemsize < 4 and role.startswith("exp_avg")
+            assert mine.numel() == 0 or few or not torch.equal(mine, theirs), role
     if op == "adam_cg_":
         assert_same(case.pending_slots, before.pending_slots)
 
@@ -329,8 +375,8 @@ BAD_LISTS = [
     *(
         BadLists(
             f"dtype_{role}",
-            _set(role, lambda t: t.to(torch.bfloat16)),
-            rf"{role}{_MINE}have dtype .*got BFloat16",
+            _set(role, lambda t: t.to(torch.int16)),
+            rf"{role}{_MINE}have dtype .*got Short",
             _ops_with(role),
         )
         for role in (*CPU_LISTS, "pending_slots")

@@ -123,6 +123,9 @@ def test_compiles_whole(options: Options) -> None:
             for target, grad in zip(bucket.grads, present, strict=True):
                 target.copy_(grad)
             step_(bucket)
-        expected, actual = ([*bucket.params, *chain(*bucket.state())] for bucket in buckets)
+        expected, actual = (
+            [*bucket.params, *(t for t in chain(*bucket.state()) if isinstance(t, Tensor))]
+            for bucket in buckets
+        )
         for mine, eager in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(mine.numpy(), eager.numpy())

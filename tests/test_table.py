@@ -15,7 +15,7 @@ from tests.training import SHAPES
 pytestmark = needs_cpu_backend
 
 UNCHANGED, CHANGED, NEEDS_COPIES = 0, 1, 2
-TABLE_WIDTH = 16
+TABLE_WIDTH = 24
 # The lists in the order of the columns of addresses.
 COLUMNS = (
     "params",
@@ -25,12 +25,17 @@ COLUMNS = (
     "max_exp_avg_sqs",
     "critical_buffers",
     "critical_sums",
+    "compensations",
+    "critical_scales",
+    "exp_avg_scales",
+    "exp_avg_sq_scales",
     "priorities",
     "pending_slots",
     "steps",
 )
 SLOT, NUMEL = COLUMNS.index("pending_slots"), len(COLUMNS)
 PARAM_DTYPE = NUMEL + 1
+PARAM_INDEX = NUMEL + 2
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What a table holds where nobody writes.
 UNTOUCHED = 77
@@ -59,10 +64,20 @@ class Table:
                 *(tensors[i].data_ptr() if tensors else 0 for tensors in lists),
                 param.numel(),
                 DTYPES.index(param.dtype),
-                *[UNTOUCHED] * (TABLE_WIDTH - PARAM_DTYPE - 1),
+                i,
+                *[UNTOUCHED] * (TABLE_WIDTH - PARAM_INDEX - 1),
             ]
             for i, param in enumerate(self.case.params)
         ]
+
+
+def _sample_with(role: str) -> Sample:
+    """Return a sample whose list of this role is not empty."""
+    if role == "compensations":
+        return SAMPLES["float8"]()
+    if role.endswith("scales"):
+        return SAMPLES["int8"]()
+    return sample(amsgrad=True, running_sum=True)
 
 
 DENSE = [name for name in SAMPLES if "strided" not in name]
@@ -108,13 +123,13 @@ def _move(role: str) -> Callable[[Sample], None]:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [_new_grad, _new_data, *(_move(role) for role in COLUMNS)],
+    ("change", "role"),
+    [(_new_grad, ""), (_new_data, ""), *((_move(role), role) for role in COLUMNS)],
     ids=["new_grad", "new_data", *COLUMNS],
 )
-def test_moved_tensors_are_seen(change: Callable[[Sample], None]) -> None:
+def test_moved_tensors_are_seen(change: Callable[[Sample], None], role: str) -> None:
     """A tensor that lies elsewhere is a changed table, once."""
-    table = Table(sample(amsgrad=True, running_sum=True))
+    table = Table(_sample_with(role) if role else sample(amsgrad=True, running_sum=True))
     table.refresh()
     before = table.rows.clone()
     change(table.case)
@@ -234,7 +249,7 @@ def test_bad_lists_leave_the_table(bad: BadLists, refreshed: bool) -> None:
 @pytest.mark.parametrize("role", [role for role in COLUMNS if role != "params"])
 def test_other_device_is_refused(role: str) -> None:
     """Every tensor must be where its parameter is."""
-    case = sample(amsgrad=True, running_sum=True)
+    case = _sample_with(role)
     tensors = case.lists()[role]
     tensors[1] = tensors[1].to("meta")
     with pytest.raises(RuntimeError, match=rf"{role}\[1\] must be on cpu, got "):
@@ -243,7 +258,7 @@ def test_other_device_is_refused(role: str) -> None:
 
 BAD_TABLES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "dtype": (lambda t: t.int(), "table must have dtype Long, got Int"),
-    "width": (lambda t: t[:, :12], r"table must have shape \(params, 16\), got \(5, 12\)"),
+    "width": (lambda t: t[:, :12], r"table must have shape \(params, 24\), got \(5, 12\)"),
     "rows": (lambda t: t[1:], "table must have one row for each of the 5 params, got 4"),
     "strides": (lambda t: t.t().contiguous().t(), "table must be contiguous, got strides"),
     "device": (lambda t: t.to("meta"), "table must be on cpu, got "),
@@ -252,7 +267,7 @@ BAD_TABLES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("name", BAD_TABLES)
 def test_bad_table_is_refused(name: str) -> None:
-    """A table that is not contiguous int64 (n, 16) on the CPU is an error that says so."""
+    """A table that is not contiguous int64 (n, 24) on the CPU is an error that says so."""
     change, message = BAD_TABLES[name]
     table = Table(sample())
     table.rows = change(table.rows)

@@ -311,7 +311,7 @@ def _bucket_in_training(options: Options, numel: int, make: Any, begin: int = 0)
     buffer = make(capacity, numel)
     for i, tensor in enumerate((param, grad, exp_avg, exp_avg_sq, *buffer)):
         tensor[begin:] = values[i]
-    keys = cpu.state_keys(options.kind == "cg", capacity)
+    keys = cpu.state_keys(options.kind == "cg", capacity, 4)
     sums = [make(numel)] if "critical_sum" in keys else []
     for total in sums:
         total[begin:] = buffer[:, begin:].sum(0)

@@ -5,16 +5,19 @@ Run as a module it prints the instruction set in use and the hash.
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cm_fused import AdamCG, AdamCM
 from cm_fused.ops import cpu
 from tests.cases import (
     CHUNK,
     DTYPES,
     KINDS,
     Event,
+    Kind,
     make_bucket,
     make_gradients,
     make_optimizer,
@@ -32,6 +35,13 @@ OPTIONS = (
     Options(weight_decay=0.1, maximize=True, buffer_mean="size"),
 )
 STEPS = 30
+# Of runs in bfloat16 parameters, which take every form of rounding.
+PRECISIONS: tuple[dict[str, Any], ...] = (
+    {"buffer_dtype": torch.bfloat16, "low_precision_update": "kahan"},
+    {"buffer_dtype": torch.float16, "moment_dtype": torch.bfloat16},
+    {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.int8},
+    {"buffer_dtype": torch.int8, "low_precision_update": "stochastic", "capacity": 12},
+)
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -46,6 +56,20 @@ def _sq_norm(params: list[Tensor]) -> Tensor:
     bucket = make_bucket(params, Options(), fused=True)
     bucket.grads = params
     return cpu.sq_norm(bucket, step_options(Options()))
+
+
+def _rounded_run(kind: Kind, precision: dict[str, Any]) -> bytes:
+    """Return the parameters and state of a run with state of low precision."""
+    params = make_params(SHAPES, torch.bfloat16)
+    cls = AdamCM if kind == "cm" else AdamCG
+    optimizer = cls(params, lr=0.05, seed=2**40 + 3, backend="cpu", **precision)
+    for grads in make_gradients(params, [Event(scale=1 + t % 7) for t in range(8)]):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    states = optimizer.state_dict()["state"]
+    values = [value for state in states.values() for _, value in sorted(state.items())]
+    return b"".join(map(_bytes, [*params, *values]))
 
 
 def digest() -> str:
@@ -73,6 +97,9 @@ def digest() -> str:
             for tensor in [*run, *values]:
                 bits.update(_bytes(tensor))
         bits.update(_bytes(_sq_norm(params)))
+    for kind in KINDS:
+        for precision in PRECISIONS:
+            bits.update(_rounded_run(kind, precision))
     return bits.hexdigest()
 
 

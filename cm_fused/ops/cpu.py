@@ -15,7 +15,7 @@ from cm_fused.ops import library
 # element against 32 + 4 C in float32, where a slot that is written must be fetched first. Measured
 # against fused AdamW at C = 1, 2, 3, 4 (30 M float32, two cores of a Zen 4): reading 1.35, 1.65,
 # 1.92, 2.24; running sum 1.73 for each.
-RUNNING_SUM_MIN_CAPACITY = 3
+RUNNING_SUM_MIN_CAPACITY = {8: 3, 4: 3, 2: 6, 1: 10}
 
 
 unavailable_reason = library.unavailable_reason
@@ -46,9 +46,15 @@ class HeldState(library.Held):
         _increment_version(bucket.params)
 
 
-def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
-    """Return the keys this backend keeps in a parameter's state besides the reference's."""
-    running_sum = ("critical_sum",) if capacity >= RUNNING_SUM_MIN_CAPACITY else ()
+def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
+    """Return the keys this backend keeps in a parameter's state besides the reference's.
+
+    Args:
+        critical_gradients: Whether the buffer holds gradients.
+        capacity: Slots of the buffer.
+        slot_bytes: Of one element of a slot.
+    """
+    running_sum = ("critical_sum",) if capacity >= RUNNING_SUM_MIN_CAPACITY[slot_bytes] else ()
     return running_sum if critical_gradients else (*running_sum, "pending_slot")
 
 
@@ -68,6 +74,7 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         bucket.priorities,
         bucket.pending_slots,
         bucket.steps,
+        *bucket.low_precision_state(),
         sq_norm,
         **_hyperparameters(options),
     )
@@ -89,6 +96,7 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         bucket.critical_sums,
         bucket.priorities,
         bucket.steps,
+        *bucket.low_precision_state(),
         sq_norm,
         **_hyperparameters(options),
     )
@@ -148,4 +156,6 @@ def _hyperparameters(options: StepOptions) -> dict[str, float | bool]:
         "eps_inside_sqrt": options.eps_inside_sqrt,
         "maximize": options.maximize,
         "decoupled_weight_decay": options.decoupled_weight_decay,
+        "stochastic_update": options.low_precision_update == "stochastic",
+        "seed": options.seed,
     }

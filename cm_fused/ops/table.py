@@ -24,30 +24,43 @@ class Column(IntEnum):
     MAX_EXP_AVG_SQ = 4
     CRITICAL_BUFFER = 5
     CRITICAL_SUM = 6
-    PRIORITIES = 7
+    COMPENSATION = 7
+    CRITICAL_SCALES = 8
+    EXP_AVG_SCALES = 9
+    EXP_AVG_SQ_SCALES = 10
+    PRIORITIES = 11
     # int64 (): the slot that the momentum of the last step, or the gradient of this, is to take.
-    SLOT = 8
-    STEP = 9
-    NUMEL = 10
+    SLOT = 12
+    STEP = 13
+    NUMEL = 14
     # The parameter's place in PARAM_DTYPES.
-    PARAM_DTYPE = 11
+    PARAM_DTYPE = 15
+    # Its place among the optimizer's parameters, which keys its random numbers.
+    PARAM_INDEX = 16
     # The parameter's chunks, consecutive in the order of the partial norms.
-    FIRST_CHUNK = 12
-    NUM_CHUNKS = 13
+    FIRST_CHUNK = 17
+    NUM_CHUNKS = 18
     # int64 (): the number of filled slots before this step's admission.
-    FILLED = 14
+    FILLED = 19
 
 
 # In the order of csrc/param_data.h.
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # A row fills whole cache lines.
-WIDTH = 16
+WIDTH = 24
 
 
-def running_sum_min_capacity(critical_gradients: bool) -> int:
+def running_sum_min_capacity(critical_gradients: bool, slot_bytes: int) -> int:
     """Return the capacity from which on keeping the slots' sum takes fewer bytes than reading them.
 
-    44 an element against 28 + 4 C for momenta, 48 against 36 + 4 C for gradients (float32).
+    With b bytes an element of a slot, besides what both move: C b to read the slots but the one
+    that is replaced and to write that one, against 8 to read and write the sum and 2 b to read and
+    write one slot; critical gradients read all slots before one is replaced.
+
+    Args:
+        critical_gradients: Whether the buffer holds gradients.
+        slot_bytes: b.
     """
-    return 4 if critical_gradients else 5
+    reads_all = 1 if critical_gradients else 0
+    return 8 // slot_bytes + 3 - reads_all

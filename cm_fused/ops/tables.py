@@ -9,6 +9,7 @@ The optimizer keeps the plan of a captured step for as long as it lives itself.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,10 +164,11 @@ def _upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _refresh_in_python(
-    params: list[Tensor], grads: list[Tensor], state: tuple[list[Tensor], ...], host: Tensor
+    params: list[Tensor], grads: list[Tensor], state: tuple[Any, ...], host: Tensor
 ) -> int:
     """Do what cm_fused::refresh_table_ does, but for its checks, without the C++ extension."""
-    exp_avgs, exp_avg_sqs, max_exp_avg_sqs, buffers, sums, priorities, slots, steps = state
+    exp_avgs, exp_avg_sqs, max_exp_avg_sqs, buffers, sums, priorities, slots, steps = state[:8]
+    critical_scales, exp_avg_scales, exp_avg_sq_scales, compensations, param_indices = state[8:]
     for listed in (params, grads):
         if not all(map(lies_as, listed, exp_avgs)):
             return _NEEDS_COPIES
@@ -181,11 +183,16 @@ def _refresh_in_python(
         Column.PRIORITIES: priorities,
         Column.SLOT: slots,
         Column.STEP: steps,
+        Column.COMPENSATION: compensations,
+        Column.CRITICAL_SCALES: critical_scales,
+        Column.EXP_AVG_SCALES: exp_avg_scales,
+        Column.EXP_AVG_SQ_SCALES: exp_avg_sq_scales,
     }
     before = host.clone()
     for column, tensors in columns.items():
         if tensors:
             host[:, column] = torch.tensor([tensor.data_ptr() for tensor in tensors])
     host[:, Column.PARAM_DTYPE] = _dtype_codes(params)
+    host[:, Column.PARAM_INDEX] = torch.tensor(param_indices or range(len(params)))
     host[:, Column.NUMEL] = torch.tensor([param.numel() for param in params])
     return _UNCHANGED if torch.equal(before, host) else _CHANGED

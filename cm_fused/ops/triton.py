@@ -26,6 +26,13 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Of state that is stored otherwise than it is computed with; 8-bit floats as their bytes.
+STORED_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.uint8,
+    torch.int8: tl.int8,
+}
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -46,9 +53,15 @@ def priority_kernel(device: torch.device) -> str:
     return "Triton"
 
 
-def state_keys(critical_gradients: bool, capacity: int) -> tuple[str, ...]:
-    """Return the keys this backend keeps in a parameter's state besides the reference's."""
-    sums = capacity >= running_sum_min_capacity(critical_gradients)
+def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
+    """Return the keys this backend keeps in a parameter's state besides the reference's.
+
+    Args:
+        critical_gradients: Whether the buffer holds gradients.
+        capacity: Slots of the buffer.
+        slot_bytes: Of one element of a slot.
+    """
+    sums = capacity >= running_sum_min_capacity(critical_gradients, slot_bytes)
     running_sum = ("critical_sum",) if sums else ()
     return running_sum if critical_gradients else (*running_sum, "pending_slot")
 
@@ -171,7 +184,9 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         amsgrad = bool(self._bucket.max_exp_avg_sqs)
         summed_slots = 0 if self._bucket.critical_sums else self._capacity
         l2, decoupled = _weight_decays(options)
+        stored = self._bucket.exp_avgs[0].dtype, self._bucket.critical_buffers[0].dtype
         for chunks in self.tables.launches:
+            dtypes = precision(chunks.param_dtype, *stored, options.low_precision_update)
             self._launch(
                 triton_kernels.critical_adam_kernel,
                 chunks,
@@ -185,10 +200,12 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 _sign(options),
                 self._capacity,
                 int(options.buffer_mean == "capacity"),
+                options.seed,
                 CRITICAL_GRADIENTS=critical_gradients,
                 AMSGRAD=amsgrad,
                 SUMMED_SLOTS=summed_slots,
-                **_pass_options(self._device, chunks.param_dtype, amsgrad, summed_slots),
+                **dtypes,
+                **self._pass_options(chunks.param_dtype, dtypes, amsgrad, summed_slots),
             )
         torch.autograd.graph.increment_version(self._bucket.params)
 
@@ -235,6 +252,16 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             **options,
         )
 
+    def _pass_options(
+        self, param_dtype: torch.dtype, dtypes: dict[str, Any], amsgrad: bool, summed_slots: int
+    ) -> dict[str, Any]:
+        if self._device.type != "cuda" or torch.version.hip is not None:
+            return triton_kernels.LAUNCH_OPTIONS
+        stored = dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"]
+        return triton_kernels.launch_options(
+            TRITON_DTYPES[param_dtype], *stored, amsgrad, summed_slots
+        )
+
     def _lr(self) -> tuple[Tensor | None, float]:
         """Return the learning rate as an address or as a number; never waits for a device."""
         lr = self._options.lr
@@ -245,12 +272,28 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         return None, float(lr)
 
 
-def _pass_options(
-    device: torch.device, param_dtype: torch.dtype, amsgrad: bool, summed_slots: int
+def precision(
+    param_dtype: torch.dtype,
+    moment_dtype: torch.dtype,
+    slot_dtype: torch.dtype,
+    low_precision_update: str,
 ) -> dict[str, Any]:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return triton_kernels.LAUNCH_OPTIONS
-    return triton_kernels.launch_options(TRITON_DTYPES[param_dtype], amsgrad, summed_slots)
+    """Return the compile-time arguments of the pass that say how state and parameters are stored.
+
+    Args:
+        param_dtype: Of the parameters.
+        moment_dtype: Of the moments.
+        slot_dtype: Of the slots.
+        low_precision_update: As of `AdamCM`.
+    """
+    half = param_dtype in (torch.bfloat16, torch.float16)
+    update_dtype = tl.float64 if param_dtype == torch.float64 else tl.float32
+    return {
+        "MOMENT_DTYPE": STORED_DTYPES.get(moment_dtype, update_dtype),
+        "SLOT_DTYPE": STORED_DTYPES.get(slot_dtype, update_dtype),
+        "STOCHASTIC": half and low_precision_update == "stochastic",
+        "KAHAN": half and low_precision_update == "kahan",
+    }
 
 
 def _weight_decays(options: StepOptions) -> tuple[float, float]:

@@ -13,6 +13,22 @@ import triton.language as tl
 
 from cm_fused.ops.table import CHUNK_SIZE as _CHUNK_SIZE
 from cm_fused.ops.table import WIDTH, Column
+from cm_fused.ops.triton_rounding import (
+    MOMENTS_STREAM,
+    PARAM_STREAM,
+    SCALE_BLOCK,
+    from_moment,
+    from_slot,
+    has_scales,
+    load_scales,
+    random_words,
+    round_to_bfloat16,
+    round_to_float16,
+    store_scales,
+    to_moment,
+    to_slot,
+)
+from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
 
 # Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -27,21 +43,34 @@ TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
 
 
-def launch_options(param_dtype: tl.dtype, amsgrad: bool, summed_slots: int) -> dict[str, Any]:
+def launch_options(
+    param_dtype: tl.dtype,
+    moment_dtype: tl.dtype,
+    slot_dtype: tl.dtype,
+    amsgrad: bool,
+    summed_slots: int,
+) -> dict[str, Any]:
     """Return the launch options of the pass for CUDA devices.
 
     Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
     AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
     which no variant spills, at half of a multiprocessor's warps for float32 (python -m bench.sass).
+    State of low precision spills 40 to 112 bytes a thread at 80 registers, none at 96 but for 8 to
+    32 on sm_100 with 8-bit floats or a compensation; int8 moments spill 48 there.
     """
     if param_dtype == tl.float64:
         return LAUNCH_OPTIONS
+    if moment_dtype == tl.int8:
+        return {**LAUNCH_OPTIONS, "maxnreg": 128}
+    if moment_dtype != tl.float32 or slot_dtype != tl.float32:
+        return {**LAUNCH_OPTIONS, "maxnreg": 96}
     half = param_dtype != tl.float32
     if half and summed_slots == 4:
         return {**LAUNCH_OPTIONS, "maxnreg": 80}
     return {**LAUNCH_OPTIONS, "maxnreg": 72 if half or amsgrad else 64}
 
 
+_SCALED_DTYPES = (tl.int8, tl.uint8)
 CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
 _BLOCK_SIZE = tl.constexpr(BLOCK_SIZE)
 _TAIL_BLOCK_SIZE = tl.constexpr(TAIL_BLOCK_SIZE)
@@ -54,6 +83,11 @@ _EXP_AVG_SQ = tl.constexpr(int(Column.EXP_AVG_SQ))
 _MAX_EXP_AVG_SQ = tl.constexpr(int(Column.MAX_EXP_AVG_SQ))
 _CRITICAL_BUFFER = tl.constexpr(int(Column.CRITICAL_BUFFER))
 _CRITICAL_SUM = tl.constexpr(int(Column.CRITICAL_SUM))
+_COMPENSATION = tl.constexpr(int(Column.COMPENSATION))
+_CRITICAL_SCALES = tl.constexpr(int(Column.CRITICAL_SCALES))
+_EXP_AVG_SCALES = tl.constexpr(int(Column.EXP_AVG_SCALES))
+_EXP_AVG_SQ_SCALES = tl.constexpr(int(Column.EXP_AVG_SQ_SCALES))
+_PARAM_INDEX = tl.constexpr(int(Column.PARAM_INDEX))
 _PRIORITIES = tl.constexpr(int(Column.PRIORITIES))
 _SLOT = tl.constexpr(int(Column.SLOT))
 _STEP = tl.constexpr(int(Column.STEP))
@@ -66,7 +100,7 @@ _FILLED = tl.constexpr(int(Column.FILLED))
 # One variant for all values of the options. A later dtype's chunks start anywhere in the lists of
 # all: none for each alignment either.
 _entry = triton.jit(
-    do_not_specialize=("capacity", "mean_over_capacity"),
+    do_not_specialize=("capacity", "mean_over_capacity", "seed"),
     do_not_specialize_on_alignment=("chunks_ptr", "chunk_sq_norms_ptr"),
 )
 
@@ -129,10 +163,10 @@ def _at(ptr, start, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _is_aligned(row_ptr, numel, STATE_BYTES: tl.constexpr):
+def _is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
     """Return whether every chunk of every tensor of a row starts at 16 bytes."""
-    joined = numel * STATE_BYTES  # from one slot to the next
-    for column in tl.static_range(_PARAM, _CRITICAL_SUM + 1):
+    joined = numel * SLOT_BYTES  # from one slot to the next
+    for column in tl.static_range(_PARAM, _COMPENSATION + 1):
         joined |= tl.load(row_ptr + column)
     return joined % 16 == 0
 
@@ -153,32 +187,129 @@ def _sum_squares(g, BLOCK: tl.constexpr):
     return tl.sum(tl.reshape(squares, (_NUM_THREADS, BLOCK // _NUM_THREADS)), 1)
 
 
+@triton.constexpr_function
+def _block_size(full, moment_dtype, slot_dtype):
+    """Return the elements that are worked on at a time: whole blocks of those that share scales."""
+    if full:
+        return BLOCK_SIZE
+    scaled = moment_dtype in _SCALED_DTYPES or slot_dtype in _SCALED_DTYPES
+    return max(TAIL_BLOCK_SIZE, SCALE_BLOCK_SIZE) if scaled else TAIL_BLOCK_SIZE
+
+
+@triton.jit
+def _load_slot(
+    slots_ptr,
+    scales_ptr,
+    slot,
+    numel,
+    begin,
+    count,
+    mask,
+    STATE_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Return the values of a slot, or what is cheap to load where the mask is not set."""
+    slot_ptr = _at(slots_ptr, slot * numel, FULL)
+    stored = tl.load(slot_ptr + (begin + tl.arange(0, BLOCK)), mask=mask, other=0)
+    scales = 0
+    if has_scales(slots_ptr.dtype.element_ty):
+        scales = load_scales(scales_ptr + slot * tl.cdiv(numel, SCALE_BLOCK), begin, count, BLOCK)
+    return from_slot(stored, scales, STATE_DTYPE, BLOCK)
+
+
+@triton.jit
+def _load_moment(
+    moment_ptr,
+    scales_ptr,
+    begin,
+    count,
+    mask,
+    STATE_DTYPE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the values of a moment."""
+    stored = tl.load(moment_ptr + (begin + tl.arange(0, BLOCK)), mask=mask, other=0)
+    if stored.dtype == tl.int8:
+        return from_moment(stored, load_scales(scales_ptr, begin, count, BLOCK), SIGNED, BLOCK)
+    else:
+        return stored.to(STATE_DTYPE)
+
+
+@triton.jit
+def _store_moment(
+    moment_ptr,
+    scales_ptr,
+    begin,
+    count,
+    mask,
+    values,
+    words,
+    SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a moment; of an element's word, m takes the upper half and v the lower."""
+    offsets = begin + tl.arange(0, BLOCK)
+    MOMENT_DTYPE: tl.constexpr = moment_ptr.dtype.element_ty
+    if values.dtype == MOMENT_DTYPE:
+        tl.store(moment_ptr + offsets, values, mask=mask)
+    else:
+        bits = words >> 16 if SIGNED else words & 0xFFFF
+        if MOMENT_DTYPE == tl.int8:
+            codes, scales = to_moment(values, bits, SIGNED, BLOCK)
+            store_scales(scales_ptr, begin, count, scales, 1, BLOCK)
+            tl.store(moment_ptr + offsets, codes, mask=mask)
+        else:
+            tl.store(moment_ptr + offsets, round_to_bfloat16(values, bits), mask=mask)
+
+
 @triton.jit
 def _rebuild_sum(
     exp_avg_ptr,
+    exp_avg_scales_ptr,
     slots_ptr,
+    slot_scales_ptr,
     critical_sum_ptr,
     count,
     numel,
     capacity,
     slot,
+    STATE_DTYPE: tl.constexpr,
     CRITICAL_GRADIENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Set the running sum of a chunk to the sum of its slots, in slot order.
 
     The momentum that is to be committed takes its slot's place; a gradient is not there yet.
     """
-    BLOCK: tl.constexpr = _BLOCK_SIZE if FULL else _TAIL_BLOCK_SIZE
     for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
-        buffer_sum = tl.zeros((BLOCK,), dtype=exp_avg_ptr.dtype.element_ty)
+        buffer_sum = tl.zeros((BLOCK,), dtype=STATE_DTYPE)
+        item = buffer_sum
+        if not CRITICAL_GRADIENTS:
+            item = _load_moment(
+                exp_avg_ptr, exp_avg_scales_ptr, begin, count, mask, STATE_DTYPE, True, BLOCK
+            )
+        stored, scales = to_slot(item, slots_ptr.dtype.element_ty, BLOCK)
+        item = from_slot(stored, scales, STATE_DTYPE, BLOCK)
         for other in range(0, capacity):
-            other_ptr = _at(slots_ptr, other * numel, FULL)
             taken = (not CRITICAL_GRADIENTS) & (_spread(slot, BLOCK) == other)
-            buffer_sum += tl.load(other_ptr + offsets, mask=mask & ~taken, other=0.0)
-            buffer_sum += tl.load(exp_avg_ptr + offsets, mask=mask & taken, other=0.0)
+            kept = _load_slot(
+                slots_ptr,
+                slot_scales_ptr,
+                other,
+                numel,
+                begin,
+                count,
+                mask & ~taken,
+                STATE_DTYPE,
+                BLOCK,
+                FULL,
+            )
+            buffer_sum += tl.where(taken, item, kept)
         tl.store(critical_sum_ptr + offsets, buffer_sum, mask=mask)
 
 
@@ -197,18 +328,24 @@ def _update_chunk(
     one_minus_beta1,
     beta2,
     one_minus_beta2,
-    bias_correction2,
+    inverse_bias_correction2,
     step_size,
     eps_inside,
     eps_outside,
     decay_factor,
     l2,
     sign,
+    step,
+    seed,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
+    SLOT_DTYPE: tl.constexpr,
     CRITICAL_GRADIENTS: tl.constexpr,
     AMSGRAD: tl.constexpr,
     SUMMED_SLOTS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    KAHAN: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Update the `count` elements from `start` of a tensor; return their sum of g^2, float64.
@@ -217,16 +354,22 @@ def _update_chunk(
     """
     param_ptr = _at(_pointer(row_ptr, _PARAM, PARAM_DTYPE), start, FULL)
     grad_ptr = _at(_pointer(row_ptr, _GRAD, PARAM_DTYPE), start, FULL)
-    exp_avg_ptr = _at(_pointer(row_ptr, _EXP_AVG, STATE_DTYPE), start, FULL)
-    exp_avg_sq_ptr = _at(_pointer(row_ptr, _EXP_AVG_SQ, STATE_DTYPE), start, FULL)
-    slots_ptr = _at(_pointer(row_ptr, _CRITICAL_BUFFER, STATE_DTYPE), start, FULL)
+    exp_avg_ptr = _at(_pointer(row_ptr, _EXP_AVG, MOMENT_DTYPE), start, FULL)
+    exp_avg_sq_ptr = _at(_pointer(row_ptr, _EXP_AVG_SQ, MOMENT_DTYPE), start, FULL)
+    slots_ptr = _at(_pointer(row_ptr, _CRITICAL_BUFFER, SLOT_DTYPE), start, FULL)
     # Where nothing is committed this is no slot, and it is not touched.
     slot_ptr = _at(slots_ptr, slot * numel, FULL)
+    # What an option does without is no tensor, and it is not touched.
     critical_sum_ptr = _at(_pointer(row_ptr, _CRITICAL_SUM, STATE_DTYPE), start, FULL)
-    # Without amsgrad this is no tensor, and it is not touched.
     max_exp_avg_sq_ptr = _at(_pointer(row_ptr, _MAX_EXP_AVG_SQ, STATE_DTYPE), start, FULL)
+    compensation_ptr = _at(_pointer(row_ptr, _COMPENSATION, PARAM_DTYPE), start, FULL)
+    slot_scales_ptr = _pointer(row_ptr, _CRITICAL_SCALES, tl.float32) + start // SCALE_BLOCK
+    exp_avg_scales_ptr = _pointer(row_ptr, _EXP_AVG_SCALES, tl.float32) + start // SCALE_BLOCK
+    exp_avg_sq_scales_ptr = _pointer(row_ptr, _EXP_AVG_SQ_SCALES, tl.float32) + start // SCALE_BLOCK
+    param_index = tl.load(row_ptr + _PARAM_INDEX)
     commits_first: tl.constexpr = not CRITICAL_GRADIENTS
-    BLOCK: tl.constexpr = _BLOCK_SIZE if FULL else _TAIL_BLOCK_SIZE
+    rounds_moments: tl.constexpr = MOMENT_DTYPE != STATE_DTYPE
+    BLOCK: tl.constexpr = _block_size(FULL, MOMENT_DTYPE, SLOT_DTYPE)
     commit = _spread(slot, BLOCK) >= 0
     # A sum that was rebuilt with the momentum in its slot has followed the commit.
     follow = commit & (_spread(rebuild, BLOCK) == 0) if commits_first else commit
@@ -234,42 +377,84 @@ def _update_chunk(
         # The threads that write an element here read it below: both walk in the same layout.
         _rebuild_sum(
             exp_avg_ptr,
+            exp_avg_scales_ptr,
             slots_ptr,
+            slot_scales_ptr,
             critical_sum_ptr,
             count,
             numel,
             capacity,
             slot,
+            STATE_DTYPE,
             CRITICAL_GRADIENTS,
+            BLOCK,
             FULL,
         )
     squares = tl.zeros((_NUM_THREADS,), dtype=tl.float64)
     for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
-        exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
+        exp_avg = _load_moment(
+            exp_avg_ptr, exp_avg_scales_ptr, begin, count, mask, STATE_DTYPE, True, BLOCK
+        )
         param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
-        exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+        exp_avg_sq = _load_moment(
+            exp_avg_sq_ptr, exp_avg_sq_scales_ptr, begin, count, mask, STATE_DTYPE, False, BLOCK
+        )
         g = _effective_gradient(grad, param, sign, l2)
-        item = g if CRITICAL_GRADIENTS else exp_avg
+        if KAHAN:
+            param += tl.load(compensation_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
+        stored, scales = to_slot(g if CRITICAL_GRADIENTS else exp_avg, SLOT_DTYPE, BLOCK)
+        # What is stored is what is summed.
+        item = from_slot(stored, scales, STATE_DTYPE, BLOCK)
         # A momentum's commit is last step's and comes before the sum, a gradient's is this step's
         # and comes after.
         if SUMMED_SLOTS > 0:
             buffer_sum = tl.zeros_like(item)
             for other in tl.static_range(SUMMED_SLOTS):
                 taken = commits_first & (_spread(slot, BLOCK) == other)
-                other_ptr = _at(slots_ptr, other * numel, FULL)
-                stored = tl.load(other_ptr + offsets, mask=mask & ~taken, other=0.0)
-                buffer_sum += tl.where(taken, item, stored)
+                kept = _load_slot(
+                    slots_ptr,
+                    slot_scales_ptr,
+                    other,
+                    numel,
+                    begin,
+                    count,
+                    mask & ~taken,
+                    STATE_DTYPE,
+                    BLOCK,
+                    FULL,
+                )
+                buffer_sum += tl.where(taken, item, kept)
         else:
             buffer_sum = tl.load(critical_sum_ptr + offsets, mask=mask, other=0.0)
-            evicted = tl.load(slot_ptr + offsets, mask=mask & follow, other=0.0)
+            evicted = _load_slot(
+                slots_ptr,
+                slot_scales_ptr,
+                tl.maximum(slot, 0),
+                numel,
+                begin,
+                count,
+                mask & follow,
+                STATE_DTYPE,
+                BLOCK,
+                FULL,
+            )
             new_sum = buffer_sum + tl.where(follow, item - evicted, tl.zeros_like(item))
             tl.store(critical_sum_ptr + offsets, new_sum, mask=mask & follow)
             if commits_first:
                 buffer_sum = new_sum
-        tl.store(slot_ptr + offsets, item, mask=mask & commit)
+        if has_scales(SLOT_DTYPE):
+            store_scales(
+                slot_scales_ptr + slot * tl.cdiv(numel, SCALE_BLOCK),
+                begin,
+                count,
+                scales,
+                slot >= 0,
+                BLOCK,
+            )
+        tl.store(slot_ptr + offsets, stored, mask=mask & commit)
         mean = inverse_divisor * buffer_sum  # Eq. (6)
         if CRITICAL_GRADIENTS:
             aggregate = g + mean  # Eq. (3)
@@ -281,18 +466,44 @@ def _update_chunk(
             numerator = aggregate
             squares += _sum_squares(g, BLOCK)
         exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (aggregate * aggregate)  # Eq. (5)
-        tl.store(exp_avg_ptr + offsets, exp_avg, mask=mask)
-        tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=mask)
+        words = 0
+        if rounds_moments:
+            words = random_words(seed, param_index, step, start + begin, MOMENTS_STREAM, BLOCK)
+        _store_moment(
+            exp_avg_ptr, exp_avg_scales_ptr, begin, count, mask, exp_avg, words, True, BLOCK
+        )
+        _store_moment(
+            exp_avg_sq_ptr,
+            exp_avg_sq_scales_ptr,
+            begin,
+            count,
+            mask,
+            exp_avg_sq,
+            words,
+            False,
+            BLOCK,
+        )
         second_moment = exp_avg_sq
         if AMSGRAD:
             largest = tl.load(max_exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
             # In this order a NaN in exp_avg_sq is kept.
             second_moment = tl.where(largest > exp_avg_sq, largest, exp_avg_sq)
             tl.store(max_exp_avg_sq_ptr + offsets, second_moment, mask=mask)
-        corrected = _divide(second_moment, bias_correction2)
+        corrected = inverse_bias_correction2 * second_moment
         denominator = _sqrt(corrected + eps_inside) + eps_outside
         param = decay_factor * param - step_size * _divide(numerator, denominator)  # Eq. (7)
-        tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
+        if STOCHASTIC:
+            words = random_words(seed, param_index, step, start + begin, PARAM_STREAM, BLOCK)
+            if PARAM_DTYPE == tl.bfloat16:
+                rounded = round_to_bfloat16(param, words >> 16)
+            else:
+                rounded = round_to_float16(param, words >> 16)
+        else:
+            rounded = param.to(PARAM_DTYPE)
+        tl.store(param_ptr + offsets, rounded, mask=mask)
+        if KAHAN:
+            lost = param - rounded.to(STATE_DTYPE)
+            tl.store(compensation_ptr + offsets, lost.to(PARAM_DTYPE), mask=mask)
     if not CRITICAL_GRADIENTS:
         tl.store(chunk_sq_norm_ptr, tl.sum(squares))
 
@@ -313,11 +524,16 @@ def critical_adam_kernel(
     sign: tl.float64,
     capacity: tl.int32,
     mean_over_capacity: tl.int32,
+    seed: tl.int64,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
+    SLOT_DTYPE: tl.constexpr,
     CRITICAL_GRADIENTS: tl.constexpr,
     AMSGRAD: tl.constexpr,
     SUMMED_SLOTS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    KAHAN: tl.constexpr,
 ):
     """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part.
 
@@ -338,11 +554,16 @@ def critical_adam_kernel(
         capacity: Slots of each buffer.
         mean_over_capacity: Whether the buffer's sum is divided by its capacity, or by its filled
             slots.
+        seed: Of the random words, in [0, 2^63).
         PARAM_DTYPE: Of parameters and gradients.
-        STATE_DTYPE: Of the state and of the arithmetic.
+        STATE_DTYPE: Of the arithmetic, and of the state but for the next two.
+        MOMENT_DTYPE: Of the moments: STATE_DTYPE, bfloat16 or int8.
+        SLOT_DTYPE: Of the slots: STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats.
         CRITICAL_GRADIENTS: The buffer holds gradients, else momenta.
         AMSGRAD: Divide by the running maximum of the second moment.
         SUMMED_SLOTS: The capacity where the slots are summed, 0 where the table has running sums.
+        STOCHASTIC: A half-precision parameter is rounded stochastically.
+        KAHAN: It has a compensation, which takes what rounding leaves.
     """
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * _WIDTH
@@ -379,7 +600,7 @@ def critical_adam_kernel(
     inverse_divisor = (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE)
     step_size = (lr / bias_correction1).to(STATE_DTYPE)
     decay_factor = (1.0 - lr * decoupled_weight_decay).to(STATE_DTYPE)
-    full = (count == CHUNK_SIZE) & _is_aligned(row_ptr, numel, STATE_DTYPE.primitive_bitwidth // 8)
+    full = (count == CHUNK_SIZE) & _is_aligned(row_ptr, numel, SLOT_DTYPE.primitive_bitwidth // 8)
     values = (
         row_ptr,
         chunk_sq_norms_ptr + program,
@@ -394,21 +615,43 @@ def critical_adam_kernel(
         (1.0 - beta1).to(STATE_DTYPE),
         beta2.to(STATE_DTYPE),
         (1.0 - beta2).to(STATE_DTYPE),
-        bias_correction2.to(STATE_DTYPE),
+        (1.0 / bias_correction2).to(STATE_DTYPE),
         step_size,
         _double(eps_inside).to(STATE_DTYPE),
         _double(eps_outside).to(STATE_DTYPE),
         decay_factor,
         _double(l2).to(STATE_DTYPE),
         _double(sign).to(STATE_DTYPE),
+        step,
+        seed,
     )
     if full:
         _update_chunk(
-            *values, PARAM_DTYPE, STATE_DTYPE, CRITICAL_GRADIENTS, AMSGRAD, SUMMED_SLOTS, True
+            *values,
+            PARAM_DTYPE,
+            STATE_DTYPE,
+            MOMENT_DTYPE,
+            SLOT_DTYPE,
+            CRITICAL_GRADIENTS,
+            AMSGRAD,
+            SUMMED_SLOTS,
+            STOCHASTIC,
+            KAHAN,
+            True,
         )
     else:
         _update_chunk(
-            *values, PARAM_DTYPE, STATE_DTYPE, CRITICAL_GRADIENTS, AMSGRAD, SUMMED_SLOTS, False
+            *values,
+            PARAM_DTYPE,
+            STATE_DTYPE,
+            MOMENT_DTYPE,
+            SLOT_DTYPE,
+            CRITICAL_GRADIENTS,
+            AMSGRAD,
+            SUMMED_SLOTS,
+            STOCHASTIC,
+            KAHAN,
+            False,
         )
 
 

@@ -123,43 +123,53 @@ void step_critical_gradients(const StateTensors& state, const Tensors& params, c
 
 void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
     Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
-    Tensors pending_slots, Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1,
-    double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
-    bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
+    Tensors pending_slots, Tensors steps, Tensors critical_scales, Tensors exp_avg_scales,
+    Tensors exp_avg_sq_scales, Tensors compensations, std::vector<int64_t> param_indices,
+    std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
+    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
+    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay, bool stochastic_update,
+    int64_t seed) {
   BucketStep bucket;
-  step_critical_momenta({std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-                            std::move(critical_buffers), std::move(critical_sums),
-                            std::move(priorities), std::move(pending_slots), std::move(steps)},
+  step_critical_momenta(
+      {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+          std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
+          std::move(pending_slots), std::move(steps), std::move(critical_scales),
+          std::move(exp_avg_scales), std::move(exp_avg_sq_scales), std::move(compensations),
+          std::move(param_indices)},
       params, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-          eps_inside_sqrt, maximize, decoupled_weight_decay},
+          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
       bucket);
 }
 
 void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
     Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
-    Tensors steps, std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
-    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
-    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay) {
+    Tensors steps, Tensors critical_scales, Tensors exp_avg_scales, Tensors exp_avg_sq_scales,
+    Tensors compensations, std::vector<int64_t> param_indices, std::optional<Tensor> sq_norm,
+    double lr, double beta1, double beta2, double eps, double weight_decay, double priority_decay,
+    bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
+    bool decoupled_weight_decay, bool stochastic_update, int64_t seed) {
   BucketStep bucket;
-  step_critical_gradients({std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-                              std::move(critical_buffers), std::move(critical_sums),
-                              std::move(priorities), {}, std::move(steps)},
+  step_critical_gradients(
+      {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+          std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
+          std::move(steps), std::move(critical_scales), std::move(exp_avg_scales),
+          std::move(exp_avg_sq_scales), std::move(compensations), std::move(param_indices)},
       params, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-          eps_inside_sqrt, maximize, decoupled_weight_decay},
+          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
       bucket);
 }
 
 void step_held_(int64_t held, Tensors params, Tensors grads, std::optional<Tensor> sq_norm,
     bool critical_gradients, double lr, double beta1, double beta2, double eps, double weight_decay,
     double priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt,
-    bool maximize, bool decoupled_weight_decay) {
+    bool maximize, bool decoupled_weight_decay, bool stochastic_update, int64_t seed) {
   const auto state = HeldStates::instance().get(held);
   const auto step = critical_gradients ? &step_critical_gradients : &step_critical_momenta;
   step(state->tensors, params, grads, sq_norm,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-          eps_inside_sqrt, maximize, decoupled_weight_decay},
+          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
       state->knowledge<BucketStep>());
 }
 
@@ -207,9 +217,11 @@ void commit_(
     check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
     tensor.numel = order.numel;
     tensor.exp_avg = order.data;
+    check_dtype(
+        "critical_buffers", i, view("critical_buffers", i, critical_buffers[i]).dtype, order.dtype);
     describe_buffer(i, critical_buffers[i], order, tensor);
     if (!critical_sums.empty()) {
-      tensor.critical_sum = state_data("critical_sums", i, critical_sums[i], order);
+      tensor.critical_sum = state_data("critical_sums", i, critical_sums[i], order, order.dtype);
     }
     tensor.pending_slot = pending_slot_data(i, pending_slots[i], order.device);
     read_pending_slot(i, tensor);

@@ -10,7 +10,12 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -28,6 +33,10 @@ inline constexpr int64_t kChunkSize = 16384;
 // run side by side: at the prefetch distance below 64, 128, 256 elements took 1.58, 1.50, 1.67 of
 // fused AdamW's time (30 M float32, C = 5, two cores of a Zen 4).
 inline constexpr int64_t kBlockSize = 128;
+
+// A block of state that has low precision: as many elements as share a scale.
+inline constexpr int64_t kLargestBlock = kScaleBlock;
+static_assert(kLargestBlock % kBlockSize == 0 && kChunkSize % kLargestBlock == 0);
 
 // Elements ahead of which a step asks for its streams, into the second-level cache: 384, 512, 640,
 // 1024, 1536 took 1.83, 1.52, 1.63, 1.54, 1.69; without asking 1.76; into the first level, where
@@ -71,7 +80,16 @@ struct StepOptions {
   bool eps_inside_sqrt;
   bool maximize;
   bool decoupled_weight_decay;
+  bool stochastic_update;  // of half-precision parameters
+  int64_t seed;
 };
+
+inline int64_t block_size_of(const TensorStep& tensor, const StepOptions& options) {
+  const bool low_precision = tensor.moment_dtype != StoredDtype::kUnchanged ||
+                             tensor.slot_dtype != StoredDtype::kUnchanged ||
+                             options.stochastic_update;
+  return low_precision ? kLargestBlock : kBlockSize;
+}
 
 // Works on chunk `chunk` of one tensor. Returns the chunk's sum of g^2 where it reads g for that,
 // else 0.

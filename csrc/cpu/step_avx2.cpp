@@ -11,6 +11,7 @@
 #endif
 
 #define CM_FUSED_ISA avx2
+#define CM_FUSED_VECTOR_BYTES 32
 #define CM_FUSED_ISA_NAME "avx2"
 #define CM_FUSED_KERNELS kAvx2Kernels
 #include "step_kernel.h"

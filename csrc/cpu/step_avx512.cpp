@@ -13,6 +13,7 @@
 #endif
 
 #define CM_FUSED_ISA avx512
+#define CM_FUSED_VECTOR_BYTES 64
 #define CM_FUSED_ISA_NAME "avx512"
 #define CM_FUSED_KERNELS kAvx512Kernels
 #include "step_kernel.h"

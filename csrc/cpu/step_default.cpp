@@ -2,6 +2,7 @@
 #include "step.h"
 
 #define CM_FUSED_ISA baseline
+#define CM_FUSED_VECTOR_BYTES 16
 #define CM_FUSED_ISA_NAME "default"
 #define CM_FUSED_KERNELS kDefaultKernels
 #include "step_kernel.h"

@@ -4,6 +4,13 @@
 // instruction set gives the same bits.
 //
 // No include guard: it is meant to be included once per translation unit, after step.h.
+#include "element_kernel.h"
+
+// These use it.
+#include "block_kernel.h"
+#include "moments_kernel.h"
+#include "philox_kernel.h"
+#include "slots_kernel.h"
 
 namespace cm_fused::CM_FUSED_ISA {
 
@@ -11,107 +18,13 @@ namespace cm_fused::CM_FUSED_ISA {
 // of its bits on every instruction set.
 constexpr int kLanes = 16;
 
-template <typename state_t, typename param_t>
-inline state_t load_element(param_t value) {
-  if constexpr (std::is_same_v<param_t, c10::Half>) {
-    return c10::detail::fp16_ieee_to_fp32_value(value.x);
-  } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-    const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-  } else {
-    return value;
-  }
-}
-
-// Rounds to nearest even. The bfloat16 form is c10's without its branch, which would keep the
-// loop from being vectorized.
-template <typename param_t, typename state_t>
-inline param_t store_element(state_t value) {
-  if constexpr (std::is_same_v<param_t, c10::Half>) {
-    return c10::Half(c10::detail::fp16_ieee_from_fp32_value(value), c10::Half::from_bits());
-  } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
-    const bool is_nan = (bits & 0x7FFFFFFFU) > 0x7F800000U;
-    return c10::BFloat16(
-        static_cast<uint16_t>(is_nan ? 0x7FC0U : rounded), c10::BFloat16::from_bits());
-  } else {
-    return value;
-  }
-}
-
-// Calls visit(offset, at, count, stride) for every run of elements [begin, begin + n) of a
-// strided tensor: `count` elements from `offset`, `stride` apart, are the block's from `at`.
-template <typename Visit>
-inline void for_each_run(const StridedLayout& layout, int64_t begin, int64_t n, Visit visit) {
-  const size_t inner = layout.sizes.size() - 1;
-  int64_t position = 0;
-  while (position < n) {
-    int64_t remainder = begin + position;
-    int64_t offset = 0;
-    int64_t inner_index = 0;
-    for (size_t d = inner + 1; d-- > 0;) {
-      const int64_t index = remainder % layout.sizes[d];
-      remainder /= layout.sizes[d];
-      offset += index * layout.strides[d];
-      inner_index = d == inner ? index : inner_index;
-    }
-    const int64_t count = std::min(n - position, layout.sizes[inner] - inner_index);
-    visit(offset, position, count, layout.strides[inner]);
-    position += count;
-  }
-}
-
-// A block's elements in the state's type: the tensor's own memory where that serves, else a copy
-// in `scratch`.
-template <typename state_t, typename data_t>
-inline auto load_block(data_t* data, const StridedLayout* layout, int64_t begin, int64_t n,
-    state_t* scratch) -> std::conditional_t<std::is_const_v<data_t>, const state_t*, state_t*> {
-  if (layout != nullptr) {
-    for_each_run(*layout, begin, n, [&](int64_t offset, int64_t at, int64_t count, int64_t stride) {
-      for (int64_t i = 0; i < count; ++i) {
-        scratch[at + i] = load_element<state_t>(data[offset + i * stride]);
-      }
-    });
-    return scratch;
-  }
-  if constexpr (std::is_same_v<state_t, std::remove_const_t<data_t>>) {
-    return data + begin;
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      scratch[i] = load_element<state_t>(data[begin + i]);
-    }
-    return scratch;
-  }
-}
-
-// Writes back what load_block copied; nothing to do where it gave the tensor's own memory.
-template <typename state_t, typename param_t>
-inline void store_block(
-    param_t* data, const StridedLayout* layout, int64_t begin, int64_t n, const state_t* block) {
-  if (layout != nullptr) {
-    for_each_run(*layout, begin, n, [&](int64_t offset, int64_t at, int64_t count, int64_t stride) {
-      for (int64_t i = 0; i < count; ++i) {
-        data[offset + i * stride] = store_element<param_t>(block[at + i]);
-      }
-    });
-  } else if constexpr (!std::is_same_v<state_t, param_t>) {
-    for (int64_t i = 0; i < n; ++i) {
-      data[begin + i] = store_element<param_t>(block[i]);
-    }
-  }
-}
-
 inline bool adds_l2_term(const StepOptions& options) {
   return options.weight_decay != 0.0 && !options.decoupled_weight_decay;
 }
 
 // The gradient the step uses: negated to maximize, plus the L2 term.
 template <typename state_t>
-inline const state_t* effective_gradient(const state_t* grad, const state_t* param, int64_t n,
+inline const state_t* effective_gradient(const state_t* grad, const state_t* param, auto n,
     const StepOptions& options, state_t* scratch) {
   const bool l2 = adds_l2_term(options);
   if (!options.maximize && !l2) {
@@ -135,7 +48,7 @@ struct SquareSum {
   double lanes[kLanes] = {};
 
   template <typename state_t>
-  inline void add(const state_t* __restrict g, int64_t n) {
+  inline void add(const state_t* __restrict g, auto n) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -157,102 +70,11 @@ struct SquareSum {
   }
 };
 
-// Sum of the slots over a block, in slot order. `slots` points at the block in slot 0.
-template <typename state_t>
-inline void sum_slots(const state_t* __restrict slots, int64_t numel, int64_t capacity, int64_t n,
-    state_t* __restrict sum) {
-  for (int64_t i = 0; i < n; ++i) {
-    sum[i] = slots[i];
-  }
-  for (int64_t slot = 1; slot < capacity; ++slot) {
-    const state_t* __restrict row = slots + slot * numel;
-    for (int64_t i = 0; i < n; ++i) {
-      sum[i] += row[i];
-    }
-  }
-}
-
-// Puts `item` in a slot; a running sum, where given, follows.
-template <typename state_t>
-inline void put_in_slot(
-    const state_t* __restrict item, state_t* __restrict slot, state_t* __restrict sum, int64_t n) {
-  if (sum == nullptr) {
-    for (int64_t i = 0; i < n; ++i) {
-      slot[i] = item[i];
-    }
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    sum[i] += item[i] - slot[i];
-    slot[i] = item[i];
-  }
-}
-
-// A running sum loses a rounding with every admission. Each chunk is therefore summed anew from
-// its slots once in 4 C steps, a different chunk each step, which bounds the error by the
-// roundings of 4 C admissions and costs (4 (C - 1) - 8) / (4 C) bytes an element: at most 2 % of
-// the 44 of a step.
-inline bool rebuilds_sum(const TensorStep& tensor, int64_t chunk) {
-  return (tensor.step + chunk) % (4 * tensor.capacity) == 0;
-}
-
-// The buffer over one block: slots and, where one is kept, the running sum.
-template <typename state_t>
-struct BufferBlock {
-  state_t* slots;  // the block in slot 0
-  state_t* sum;    // nullptr: no running sum
-  state_t* slot;   // the block in the slot to be replaced, or nullptr
-  bool from_slots;
-};
-
-template <typename state_t>
-inline BufferBlock<state_t> buffer_block(const TensorStep& tensor, int64_t chunk, int64_t begin) {
-  auto* slots = static_cast<state_t*>(tensor.critical_buffer) + begin;
-  auto* sum = static_cast<state_t*>(tensor.critical_sum);
-  return {slots, sum == nullptr ? nullptr : sum + begin,
-      tensor.slot == kNoSlot ? nullptr : slots + tensor.slot * tensor.numel,
-      sum == nullptr || rebuilds_sum(tensor, chunk)};
-}
-
-// The sum over the slots after `item`, last step's momentum, took its slot: the deferred commit.
-template <typename state_t>
-inline const state_t* commit_then_sum(const TensorStep& tensor, const BufferBlock<state_t>& buffer,
-    const state_t* item, int64_t n, state_t* scratch) {
-  if (buffer.slot != nullptr) {
-    put_in_slot(item, buffer.slot, buffer.from_slots ? nullptr : buffer.sum, n);
-  }
-  if (!buffer.from_slots) {
-    return buffer.sum;
-  }
-  state_t* sum = buffer.sum == nullptr ? scratch : buffer.sum;
-  sum_slots(buffer.slots, tensor.numel, tensor.capacity, n, sum);
-  return sum;
-}
-
-// The sum over the slots before `item`, this step's gradient, takes its slot.
-template <typename state_t>
-inline const state_t* sum_then_commit(const TensorStep& tensor, const BufferBlock<state_t>& buffer,
-    const state_t* item, int64_t n, state_t* scratch) {
-  const size_t bytes = static_cast<size_t>(n) * sizeof(state_t);
-  if (!buffer.from_slots) {
-    std::memcpy(scratch, buffer.sum, bytes);
-  } else {
-    sum_slots(buffer.slots, tensor.numel, tensor.capacity, n, scratch);
-    if (buffer.sum != nullptr) {
-      std::memcpy(buffer.sum, scratch, bytes);
-    }
-  }
-  if (buffer.slot != nullptr) {
-    put_in_slot(item, buffer.slot, buffer.sum, n);
-  }
-  return scratch;
-}
-
 // The scalars of an element update, rounded once to the state's type.
 template <typename state_t>
 struct Scalars {
   state_t beta1, one_minus_beta1, beta2, one_minus_beta2;
-  state_t inverse_divisor, step_size, bias_correction2, eps, decay_factor;
+  state_t inverse_divisor, step_size, inverse_bias_correction2, eps, decay_factor;
 
   Scalars(const TensorStep& tensor, const StepOptions& options)
       : beta1(static_cast<state_t>(options.beta1)),
@@ -261,14 +83,15 @@ struct Scalars {
         one_minus_beta2(static_cast<state_t>(1.0 - options.beta2)),
         inverse_divisor(static_cast<state_t>(1.0 / static_cast<double>(tensor.mean_divisor))),
         step_size(static_cast<state_t>(options.lr / tensor.bias_correction1)),
-        bias_correction2(static_cast<state_t>(tensor.bias_correction2)),
+        inverse_bias_correction2(static_cast<state_t>(1.0 / tensor.bias_correction2)),
         eps(static_cast<state_t>(options.eps)),
         decay_factor(static_cast<state_t>(
             options.decoupled_weight_decay ? 1.0 - options.lr * options.weight_decay : 1.0)) {}
 };
 
-template <bool kCriticalGradients, bool kAmsgrad, bool kEpsInsideSqrt, typename state_t>
-inline void update_block(const Scalars<state_t>& s, int64_t n, const state_t* __restrict g,
+template <bool kCriticalGradients, bool kAmsgrad, bool kEpsInsideSqrt, typename state_t,
+    typename Count>
+inline void update_block(const Scalars<state_t>& s, Count n, const state_t* __restrict g,
     const state_t* __restrict buffer_sum, state_t* __restrict exp_avg,
     state_t* __restrict exp_avg_sq, state_t* __restrict max_exp_avg_sq, state_t* __restrict param) {
   for (int64_t i = 0; i < n; ++i) {
@@ -292,89 +115,202 @@ inline void update_block(const Scalars<state_t>& s, int64_t n, const state_t* __
       second_moment = max_exp_avg_sq[i] > second_moment ? max_exp_avg_sq[i] : second_moment;
       max_exp_avg_sq[i] = second_moment;
     }
-    const state_t corrected = second_moment / s.bias_correction2;
+    const state_t corrected = s.inverse_bias_correction2 * second_moment;
     const state_t denominator =
         kEpsInsideSqrt ? std::sqrt(corrected + s.eps) : std::sqrt(corrected) + s.eps;
     param[i] = s.decay_factor * param[i] - s.step_size * (numerator / denominator);  // Eq. (7)
   }
 }
 
-template <typename data_t>
-inline void prefetch(const void* data, int64_t begin) {
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(data_t));
-  for (int64_t i = 0; i < kBlockSize; i += line) {
-    __builtin_prefetch(static_cast<const data_t*>(data) + begin + i, 0, 2);
+inline void prefetch(const void* data, int64_t begin, int64_t element_bytes) {
+  const char* const first = static_cast<const char*>(data) + begin * element_bytes;
+  for (int64_t offset = 0; offset < kBlockSize * element_bytes; offset += 64) {
+    __builtin_prefetch(first + offset, 0, 2);
   }
 }
 
-// Asks for the block at `begin` of every stream a step reads: they are more than the hardware
-// follows by itself.
+// Asks for the kBlockSize elements at `begin` of every stream a step reads: they are more than the
+// hardware follows by itself.
 template <typename state_t, typename param_t>
 inline void prefetch_block(const TensorStep& tensor, int64_t begin) {
   if (begin + kBlockSize > tensor.numel) {
     return;
   }
   if (tensor.grad_layout == nullptr) {
-    prefetch<param_t>(tensor.grad, begin);
+    prefetch(tensor.grad, begin, sizeof(param_t));
   }
   if (tensor.param_layout == nullptr) {
-    prefetch<param_t>(tensor.param, begin);
+    prefetch(tensor.param, begin, sizeof(param_t));
   }
-  prefetch<state_t>(tensor.exp_avg, begin);
-  prefetch<state_t>(tensor.exp_avg_sq, begin);
+  const int64_t moment_bytes = stored_bytes(tensor.moment_dtype, sizeof(state_t));
+  prefetch(tensor.exp_avg, begin, moment_bytes);
+  prefetch(tensor.exp_avg_sq, begin, moment_bytes);
   if (tensor.max_exp_avg_sq != nullptr) {
-    prefetch<state_t>(tensor.max_exp_avg_sq, begin);
+    prefetch(tensor.max_exp_avg_sq, begin, sizeof(state_t));
   }
+  const int64_t slot_bytes = stored_bytes(tensor.slot_dtype, sizeof(state_t));
   if (tensor.critical_sum == nullptr) {
     for (int64_t slot = 0; slot < tensor.capacity; ++slot) {
-      prefetch<state_t>(tensor.critical_buffer, slot * tensor.numel + begin);
+      prefetch(tensor.critical_buffer, slot * tensor.numel + begin, slot_bytes);
     }
   } else {
-    prefetch<state_t>(tensor.critical_sum, begin);
+    prefetch(tensor.critical_sum, begin, sizeof(state_t));
     if (tensor.slot != kNoSlot) {
-      prefetch<state_t>(tensor.critical_buffer, tensor.slot * tensor.numel + begin);
+      prefetch(tensor.critical_buffer, tensor.slot * tensor.numel + begin, slot_bytes);
     }
   }
 }
 
-template <typename state_t, typename param_t, bool kCriticalGradients>
-double step_chunk(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
-  alignas(64) state_t grad_scratch[kBlockSize];
-  alignas(64) state_t param_scratch[kBlockSize];
-  alignas(64) state_t sum_scratch[kBlockSize];
-  const Scalars<state_t> scalars(tensor, options);
-  auto* const param_data = static_cast<param_t*>(tensor.param);
-  const auto* const grad_data = static_cast<const param_t*>(tensor.grad);
-  const bool amsgrad = tensor.max_exp_avg_sq != nullptr;
-  const auto update =
-      amsgrad
-          ? (options.eps_inside_sqrt ? &update_block<kCriticalGradients, true, true, state_t>
-                                     : &update_block<kCriticalGradients, true, false, state_t>)
-          : (options.eps_inside_sqrt ? &update_block<kCriticalGradients, false, true, state_t>
-                                     : &update_block<kCriticalGradients, false, false, state_t>);
-  SquareSum squares;
-  const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
-  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
-    const int64_t n = std::min(kBlockSize, chunk_end - begin);
-    prefetch_block<state_t, param_t>(tensor, begin + kPrefetchDistance);
-    state_t* param = load_block(param_data, tensor.param_layout.get(), begin, n, param_scratch);
-    const state_t* g = load_block(grad_data, tensor.grad_layout.get(), begin, n, grad_scratch);
-    g = effective_gradient(g, param, n, options, grad_scratch);
-    state_t* exp_avg = static_cast<state_t*>(tensor.exp_avg) + begin;
-    const auto buffer = buffer_block<state_t>(tensor, chunk, begin);
-    const state_t* sum;
-    if constexpr (kCriticalGradients) {
-      sum = sum_then_commit(tensor, buffer, g, n, sum_scratch);
-    } else {
-      squares.add(g, n);
-      sum = commit_then_sum<state_t>(tensor, buffer, exp_avg, n, sum_scratch);
-    }
-    update(scalars, n, g, sum, exp_avg, static_cast<state_t*>(tensor.exp_avg_sq) + begin,
-        amsgrad ? static_cast<state_t*>(tensor.max_exp_avg_sq) + begin : nullptr, param);
-    store_block(param_data, tensor.param_layout.get(), begin, n, param);
+// What rounding took from the parameter when it was last stored.
+template <typename state_t, typename param_t>
+inline void add_compensation(const TensorStep& tensor, int64_t begin, auto n, state_t* param) {
+  if (tensor.compensation == nullptr) {
+    return;
   }
-  return squares.total();
+  const auto* compensation = static_cast<const param_t*>(tensor.compensation) + begin;
+  for (int64_t i = 0; i < n; ++i) {
+    param[i] += load_element<state_t>(compensation[i]);
+  }
 }
+
+template <typename state_t, typename param_t>
+inline void keep_compensation(
+    const TensorStep& tensor, int64_t begin, auto n, const state_t* param) {
+  if (tensor.compensation == nullptr) {
+    return;
+  }
+  auto* compensation = static_cast<param_t*>(tensor.compensation) + begin;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto stored = load_element<state_t>(store_element<param_t>(param[i]));
+    compensation[i] = store_element<param_t>(param[i] - stored);
+  }
+}
+
+// Rounds a block to values of param_t, so that storing them loses nothing more.
+template <typename state_t, typename param_t>
+inline void round_stochastically(const uint32_t* words, auto n, state_t* param) {
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
+      param[i] =
+          bit_cast<float>(static_cast<uint32_t>(round_to_bfloat16(param[i], words[i] >> 16)) << 16);
+    } else {
+      param[i] = round_to_float16(param[i], words[i] >> 16);
+    }
+  }
+}
+
+template <typename state_t, bool kCriticalGradients, typename Count>
+inline auto update_function(bool amsgrad, bool eps_inside_sqrt) {
+  if (amsgrad) {
+    return eps_inside_sqrt ? &update_block<kCriticalGradients, true, true, state_t, Count>
+                           : &update_block<kCriticalGradients, true, false, state_t, Count>;
+  }
+  return eps_inside_sqrt ? &update_block<kCriticalGradients, false, true, state_t, Count>
+                         : &update_block<kCriticalGradients, false, false, state_t, Count>;
+}
+
+// One chunk's step, a block at a time.
+template <typename state_t, typename param_t, bool kCriticalGradients>
+class ChunkStep {
+ public:
+  ChunkStep(const TensorStep& tensor, const StepOptions& options, int64_t chunk)
+      : tensor_(tensor), options_(options), chunk_(chunk), scalars_(tensor, options) {}
+
+  // Returns the sum of g^2, of critical momenta.
+  double run() {
+    const int64_t block_size = block_size_of(tensor_, options_);
+    const int64_t end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
+    for (int64_t begin = chunk_ * kChunkSize; begin < end; begin += block_size) {
+      for (int64_t part = 0; part < block_size; part += kBlockSize) {
+        prefetch_block<state_t, param_t>(tensor_, begin + part + kPrefetchDistance);
+      }
+      if constexpr (std::is_same_v<state_t, float>) {
+        if (begin + kLargestBlock <= end && block_size == kLargestBlock) {
+          step(begin, std::integral_constant<int64_t, kLargestBlock>{});
+          continue;
+        }
+      }
+      step(begin, std::min(block_size, end - begin));
+    }
+    return squares_.total();
+  }
+
+ private:
+  static constexpr bool kHalf =
+      std::is_same_v<param_t, c10::BFloat16> || std::is_same_v<param_t, c10::Half>;
+
+  template <typename Count>
+  void step(int64_t begin, Count n) {
+    auto* const param_data = static_cast<param_t*>(tensor_.param);
+    state_t* param = load_block(param_data, tensor_.param_layout.get(), begin, n, param_scratch_);
+    const state_t* g = load_block(static_cast<const param_t*>(tensor_.grad),
+        tensor_.grad_layout.get(), begin, n, grad_scratch_);
+    g = effective_gradient(g, param, n, options_, grad_scratch_);
+    state_t* exp_avg = load_moment<true>(
+        tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, begin, n, exp_avg_scratch_);
+    state_t* exp_avg_sq = load_moment<false>(
+        tensor_, tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, begin, n, exp_avg_sq_scratch_);
+    const state_t* sum =
+        with_buffer_block<state_t>(tensor_, chunk_, begin, n, [&](const auto& buffer) {
+          if constexpr (kCriticalGradients) {
+            return buffer.sum_then_commit(g, sum_scratch_);
+          } else {
+            return buffer.commit_then_sum(exp_avg, sum_scratch_);
+          }
+        });
+    if constexpr (!kCriticalGradients) {
+      squares_.add(g, n);
+    }
+    if constexpr (kHalf) {
+      add_compensation<state_t, param_t>(tensor_, begin, n, param);
+    }
+    const bool amsgrad = tensor_.max_exp_avg_sq != nullptr;
+    const auto update =
+        update_function<state_t, kCriticalGradients, Count>(amsgrad, options_.eps_inside_sqrt);
+    update(scalars_, n, g, sum, exp_avg, exp_avg_sq,
+        amsgrad ? static_cast<state_t*>(tensor_.max_exp_avg_sq) + begin : nullptr, param);
+    store_moments(begin, n, exp_avg, exp_avg_sq);
+    store_param(begin, n, param_data, param);
+  }
+
+  template <typename Count>
+  void store_moments(int64_t begin, Count n, const state_t* exp_avg, const state_t* exp_avg_sq) {
+    if (tensor_.moment_dtype == StoredDtype::kUnchanged) {
+      return;
+    }
+    random_words(tensor_, options_, begin, Stream::kMoments, words_);
+    store_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, begin, n, exp_avg, words_);
+    store_moment<false>(
+        tensor_, tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, begin, n, exp_avg_sq, words_);
+  }
+
+  template <typename Count>
+  void store_param(int64_t begin, Count n, param_t* data, state_t* param) {
+    if constexpr (kHalf) {
+      if (options_.stochastic_update) {
+        random_words(tensor_, options_, begin, Stream::kParam, words_);
+        round_stochastically<state_t, param_t>(words_, n, param);
+      }
+    }
+    store_block(data, tensor_.param_layout.get(), begin, n, param);
+    if constexpr (kHalf) {
+      keep_compensation<state_t, param_t>(tensor_, begin, n, param);
+    }
+  }
+
+  const TensorStep& tensor_;
+  const StepOptions& options_;
+  const int64_t chunk_;
+  const Scalars<state_t> scalars_;
+  SquareSum squares_;
+  // Blocks in the update's type, where the tensors themselves are not.
+  alignas(64) state_t grad_scratch_[kLargestBlock];
+  alignas(64) state_t param_scratch_[kLargestBlock];
+  alignas(64) state_t sum_scratch_[kLargestBlock];
+  alignas(64) state_t exp_avg_scratch_[kLargestBlock];
+  alignas(64) state_t exp_avg_sq_scratch_[kLargestBlock];
+  alignas(64) uint32_t words_[kLargestBlock];
+};
 
 template <typename state_t, typename param_t>
 double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
@@ -401,8 +337,8 @@ double commit_chunk(const TensorStep& tensor, int64_t chunk) {
   const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
   for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
     const int64_t n = std::min(kBlockSize, chunk_end - begin);
-    const auto buffer = buffer_block<state_t>(tensor, chunk, begin);
-    put_in_slot(static_cast<const state_t*>(tensor.exp_avg) + begin, buffer.slot, buffer.sum, n);
+    BufferBlock<state_t, Unchanged<state_t>, int64_t>(tensor, chunk, begin, n)
+        .commit(static_cast<const state_t*>(tensor.exp_avg) + begin);
   }
   return 0.0;
 }
@@ -426,7 +362,8 @@ inline double dispatch(ParamDtype dtype, Visit visit) {
 template <bool kCriticalGradients>
 double step(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
   return dispatch(tensor.dtype, [&](auto state, auto param) {
-    return step_chunk<decltype(state), decltype(param), kCriticalGradients>(tensor, options, chunk);
+    return ChunkStep<decltype(state), decltype(param), kCriticalGradients>(tensor, options, chunk)
+        .run();
   });
 }
 

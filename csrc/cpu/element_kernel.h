@@ -1,0 +1,151 @@
+// Elements: how each dtype is read and rounded (cm_fused/rounding.py).
+//
+// No include guard: a part of step_kernel.h.
+
+namespace cm_fused::CM_FUSED_ISA {
+
+// The value whose bits these are, or the bits of a value.
+template <typename to_t, typename from_t>
+inline to_t bit_cast(from_t value) {
+  return __builtin_bit_cast(to_t, value);
+}
+
+constexpr uint32_t kMagnitudeBits = 0x7FFFFFFFU;
+constexpr uint32_t kInfinityBits = 0x7F800000U;
+
+template <typename state_t, typename param_t>
+inline state_t load_element(param_t value) {
+  if constexpr (std::is_same_v<param_t, c10::Half>) {
+    return c10::detail::fp16_ieee_to_fp32_value(value.x);
+  } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
+    return bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
+  } else {
+    return value;
+  }
+}
+
+// Rounds to nearest even. The bfloat16 form is c10's without its branch, which would keep the
+// loop from being vectorized.
+template <typename param_t, typename state_t>
+inline param_t store_element(state_t value) {
+  if constexpr (std::is_same_v<param_t, c10::Half>) {
+    return c10::Half(c10::detail::fp16_ieee_from_fp32_value(value), c10::Half::from_bits());
+  } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
+    const auto bits = bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
+    const bool is_nan = (bits & kMagnitudeBits) > kInfinityBits;
+    return c10::BFloat16(
+        static_cast<uint16_t>(is_nan ? 0x7FC0U : rounded), c10::BFloat16::from_bits());
+  } else {
+    return value;
+  }
+}
+
+// Rounds to one of bfloat16's two neighbours, whose bits are returned: up with the probability of
+// the distance from the lower one. `bits` is in [0, 2^16). A value that is not finite stays.
+inline uint16_t round_to_bfloat16(float value, uint32_t bits) {
+  const auto raw = bit_cast<uint32_t>(value);
+  // Infinity has no bits for these to carry out of. Written as a choice of bits or none, this is
+  // not vectorized (GCC 12).
+  const uint32_t mask = value == value ? 0xFFFFU : 0U;
+  return static_cast<uint16_t>((raw + (bits & mask)) >> 16);
+}
+
+// Rounds to one of float16's two neighbours, as a float. The quotient is exact: `spacing` is a
+// power of two.
+inline float round_to_float16(float value, uint32_t bits) {
+  const auto raw = bit_cast<uint32_t>(value);
+  const uint32_t magnitude = raw & kMagnitudeBits;
+  const uint32_t exponent = std::max(magnitude & kInfinityBits, bit_cast<uint32_t>(0x1p-14F));
+  const float spacing = bit_cast<float>(exponent) * 0x1p-10F;
+  const float scaled = bit_cast<float>(magnitude) / spacing;
+  const bool finite = magnitude < kInfinityBits;
+  const auto lower = static_cast<float>(static_cast<int32_t>(finite ? scaled : 0.0F));
+  const float up = (scaled - lower) * 65536.0F > static_cast<float>(bits) ? 1.0F : 0.0F;
+  const float rounded = (lower + up) * spacing;
+  return finite ? bit_cast<float>(bit_cast<uint32_t>(rounded) | (raw & ~kMagnitudeBits)) : value;
+}
+
+// How a slot's elements are stored. Rounding is to nearest even (cm_fused/rounding.py).
+template <typename value_t>
+struct Unchanged {
+  using stored_t = value_t;
+  static constexpr bool kScaled = false;
+  static value_t load(value_t stored) {
+    return stored;
+  }
+  static value_t store(value_t value) {
+    return value;
+  }
+};
+
+template <typename half_t>
+struct Halved {
+  using stored_t = half_t;
+  static constexpr bool kScaled = false;
+  static float load(half_t stored) {
+    return load_element<float>(stored);
+  }
+  static half_t store(float value) {
+    return store_element<half_t>(value);
+  }
+};
+
+struct Int8 {
+  using stored_t = int8_t;
+  static constexpr bool kScaled = true;
+  static constexpr float kLargest = 127.0F;
+  static float load(int8_t stored) {
+    return static_cast<float>(stored);
+  }
+  // The sum with 1.5 * 2^23 is rounded to an integer, which its last bits hold.
+  static int8_t store(float value) {
+    return static_cast<int8_t>(bit_cast<int32_t>(value + 0x1.8p23F) - bit_cast<int32_t>(0x1.8p23F));
+  }
+};
+
+// torch.float8_e4m3fn: bias 7, three bits of mantissa, no infinity.
+struct Float8 {
+  using stored_t = uint8_t;
+  static constexpr bool kScaled = true;
+  static constexpr float kLargest = 448.0F;
+  static constexpr uint32_t kBias = 120U;  // float32's less its own
+  static float load(uint8_t stored) {
+    const uint32_t magnitude = stored & 0x7FU;
+    const auto normal = bit_cast<float>((magnitude << 20) + (kBias << 23));
+    const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9F;
+    const float value = magnitude < 8U ? subnormal : normal;
+    return bit_cast<float>(
+        bit_cast<uint32_t>(value) | (static_cast<uint32_t>(stored & 0x80U) << 24));
+  }
+  // The sum with 2^14 is rounded to a multiple of 2^-9, the spacing of subnormal numbers.
+  static uint8_t store(float value) {
+    const auto bits = bit_cast<uint32_t>(value);
+    const uint32_t magnitude = bits & kMagnitudeBits;
+    const uint32_t normal =
+        ((magnitude + 0x7FFFFU + ((magnitude >> 20) & 1U)) >> 20) - (kBias << 3);
+    const uint32_t subnormal =
+        bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0x1p14F) - bit_cast<uint32_t>(0x1p14F);
+    const bool is_normal = magnitude >= bit_cast<uint32_t>(0x1p-6F);
+    return static_cast<uint8_t>((is_normal ? normal : subnormal) | (bits >> 24 & 0x80U));
+  }
+};
+
+// Of a block that is stored with a scale: what its values are multiplied by, and restored by.
+struct BlockScale {
+  float inverse;  // 0 where the largest value is too small or not finite
+  float scale;
+};
+
+// The order of magnitudes is that of their bits, in which NaN is above infinity.
+inline BlockScale block_scale(const float* __restrict values, auto n, float largest_stored) {
+  int32_t largest_bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    largest_bits = std::max(largest_bits, bit_cast<int32_t>(values[i]) & 0x7FFFFFFF);
+  }
+  const auto largest = bit_cast<float>(largest_bits);
+  const bool usable = largest >= 0x1p-100F && largest_bits < static_cast<int32_t>(kInfinityBits);
+  return {usable ? largest_stored / largest : 0.0F, largest / largest_stored};
+}
+
+}  // namespace cm_fused::CM_FUSED_ISA
