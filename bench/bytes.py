@@ -50,14 +50,14 @@ def _buffer(capacity: int, admits: bool) -> Bytes:
     The commit of an admission is deferred to the next step's pass, which holds m anyway: in a
     steady state each step pays for one, the last step's, with the slot alone.
     """
-    if capacity < RUNNING_SUM_MIN_CAPACITY:
+    if capacity < RUNNING_SUM_MIN_CAPACITY[4]:
         return _streams(capacity - 1, 1) if admits else _streams(capacity, 0)
     return _streams(2, 2) if admits else _streams(1, 0)
 
 
 def _rebuild(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
     """What rebuilding S from the slots, once in 4 C steps, adds to a step on average."""
-    if capacity < RUNNING_SUM_MIN_CAPACITY:
+    if capacity < RUNNING_SUM_MIN_CAPACITY[4]:
         return _streams(0, 0)
     # A momentum is in its slot before the slots are summed, so that slot is not read; a gradient
     # comes after. Either way neither S nor the evicted slot is read apart.
@@ -73,13 +73,38 @@ def adam_cm(capacity: int, admits: bool) -> Bytes:
     return adamw_fused() + _buffer(capacity, admits) + _rebuild(capacity, admits, False)
 
 
+def rounded(capacity: int, admits: bool, *, moment_bytes: int, slot_bytes: int) -> Bytes:
+    """One pass of critical momenta whose state has low precision and whose slots are summed.
+
+    The slot that a momentum takes is not read. Scales, 1/64 of a byte an element, are not counted.
+
+    Args:
+        capacity: C.
+        admits: Whether a slot is replaced.
+        moment_bytes: Of an element of m and of v.
+        slot_bytes: Of an element of a slot.
+    """
+    moments = Bytes(2 * moment_bytes, 2 * moment_bytes)
+    slots = Bytes((capacity - admits) * slot_bytes, admits * slot_bytes)
+    return _streams(2, 1) + moments + slots
+
+
 def adam_cg(capacity: int, admits: bool) -> Bytes:
     """As `adam_cm`, after a pass that reads g for its norm."""
     norm = _streams(1, 0)
     return norm + adamw_fused() + _buffer(capacity, admits) + _rebuild(capacity, admits, True)
 
 
-def triton_pass(amsgrad: bool, summed_slots: int, *, param_bytes: int, state_bytes: int) -> Bytes:
+def triton_pass(
+    amsgrad: bool,
+    summed_slots: int,
+    *,
+    param_bytes: int,
+    state_bytes: int,
+    moment_bytes: int,
+    slot_bytes: int,
+    kahan: bool = False,
+) -> Bytes:
     """What the Triton pass loads and stores where it replaces a slot (cm_fused/ops/triton_kernels).
 
     Where slots are summed, the load of the one that is replaced by a momentum is counted: it is
@@ -89,16 +114,18 @@ def triton_pass(amsgrad: bool, summed_slots: int, *, param_bytes: int, state_byt
         amsgrad: Whether there is a maximum of v.
         summed_slots: Slots that are summed, 0 where there is a running sum.
         param_bytes: Of an element of θ and g.
-        state_bytes: Of an element of the state.
+        state_bytes: Of an element of the maximum and of the running sum.
+        moment_bytes: Of an element of m and of v.
+        slot_bytes: Of an element of a slot. Scales, 1/64 of a byte an element, are not counted.
+        kahan: Whether there is a compensation.
     """
-    moments = 3 if amsgrad else 2
-    # The running sum is read and written, the evicted slot is read.
-    buffer_read = summed_slots or 2
-    buffer_written = 1 if summed_slots else 2
-    return Bytes(
-        2 * param_bytes + (moments + buffer_read) * state_bytes,
-        param_bytes + (moments + buffer_written) * state_bytes,
-    )
+    both_ways = (2 * moment_bytes) + (state_bytes if amsgrad else 0) + (param_bytes * kahan)
+    if summed_slots:
+        buffer = Bytes(summed_slots * slot_bytes, slot_bytes)
+    else:
+        # The running sum is read and written, the evicted slot is read.
+        buffer = Bytes(state_bytes + slot_bytes, state_bytes + slot_bytes)
+    return Bytes(2 * param_bytes + both_ways, param_bytes + both_ways) + buffer
 
 
 def triton(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
@@ -107,7 +134,7 @@ def triton(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
     Critical gradients take the norm in a pass that reads g. Once in 4 C steps a chunk's slots are
     read and its sum is written, before the pass reads it.
     """
-    running = capacity >= running_sum_min_capacity(critical_gradients)
+    running = capacity >= running_sum_min_capacity(critical_gradients, 4)
     if running:
         buffer = _streams(2, 2) if admits else _streams(1, 0)
         share = 1 / (4 * capacity)

@@ -131,13 +131,13 @@ def _adamw(
 
 
 def _critical(
-    optimizer_class: type[AdamCM | AdamCG],
+    make: Callable[..., Optimizer],
     capacity: int,
     backend: str,
     params: list[Parameter],
     regime: Regime,
 ) -> Contestant:
-    optimizer = optimizer_class(
+    optimizer = make(
         params, capacity=capacity, priority_decay=regime.priority_decay, backend=backend
     )
     optimizer.step()
@@ -235,6 +235,24 @@ def _fused(kind: type[AdamCM | AdamCG], capacity: int, device: str) -> Provider:
     )
 
 
+def _rounded(
+    device: str, buffer_dtype: torch.dtype, moment_dtype: torch.dtype | None = None
+) -> Provider:
+    moment_bytes = (moment_dtype or torch.float32).itemsize
+    precision = {"buffer_dtype": buffer_dtype, "moment_dtype": moment_dtype}
+    make = partial(AdamCM, buffer_dtype=buffer_dtype, moment_dtype=moment_dtype)
+    words = [f"{name}={dtype}" for name, dtype in precision.items() if dtype]
+    short = [str(dtype).removeprefix("torch.") for dtype in precision.values() if dtype]
+    return Provider(
+        f"AdamCM {' + '.join(short)}",
+        f"cm_fused.AdamCM({', '.join(words)}, backend={BACKENDS[device]!r})",
+        partial(_critical, make, 5, BACKENDS[device]),
+        partial(byte_model.rounded, 5, moment_bytes=moment_bytes, slot_bytes=buffer_dtype.itemsize),
+        (REPLACING,),
+        state_copies=5,
+    )
+
+
 def _captured_fused(capacity: int, device: str) -> Provider:
     fused = _fused(AdamCM, capacity, device)
     return replace(
@@ -295,11 +313,17 @@ _COMPILED = Provider(
 
 def providers(device: str) -> tuple[Provider, ...]:
     """Return what is measured on a device beside the baseline, the slowest last."""
+    low_precision = (
+        _rounded(device, torch.bfloat16),
+        _rounded(device, torch.int8),
+        _rounded(device, torch.int8, torch.bfloat16),
+    )
     if device == "cpu":
         critical = (
             _fused(AdamCM, 5, device),
             _fused(AdamCM, 20, device),
             _fused(AdamCG, 5, device),
+            *low_precision,
         )
         return (_ADAMW_FOREACH, *critical, _EAGER, _COMPILED)
     eager_limit = Limit(_EAGER_TENSORS, "dozens of launches a tensor take seconds a step")
@@ -309,6 +333,7 @@ def providers(device: str) -> tuple[Provider, ...]:
         _fused(AdamCM, 20, device),
         _fused(AdamCG, 5, device),
         _fused(AdamCG, 20, device),
+        *low_precision,
         _ADAMW_GRAPH,
         _ADAMW_FOREACH,
         replace(_EAGER, limit=eager_limit),

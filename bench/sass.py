@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from bench import bytes as byte_model
 from bench.bytes import Bytes
 from cm_fused.ops import triton as backend
-from cm_fused.ops import triton_kernels
+from cm_fused.ops import triton_kernels, triton_rounding
 from cm_fused.ops.table import running_sum_min_capacity
 
 ARCHITECTURES = (80, 90, 100)
@@ -65,10 +65,13 @@ class Variant:
     critical_gradients: bool
     amsgrad: bool
     summed_slots: int
+    moment_dtype: torch.dtype | None = None
+    slot_dtype: torch.dtype | None = None
+    update: str = "nearest"
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Of the state."""
+        """Of the arithmetic, and of state that no option rounds."""
         return torch.float64 if self.param_dtype is torch.float64 else torch.float32
 
     @property
@@ -76,8 +79,21 @@ class Variant:
         """Its name in the table."""
         kind = "CG" if self.critical_gradients else "CM"
         buffer = f"{self.summed_slots} slots" if self.summed_slots else "running sum"
-        amsgrad = " amsgrad" if self.amsgrad else ""
-        return f"{str(self.param_dtype).removeprefix('torch.')} {kind} {buffer}{amsgrad}"
+        words = ["rounded"] if self.moment_dtype or self.slot_dtype else []
+        words += [_short(self.param_dtype), kind, buffer]
+        words += [_short(self.slot_dtype)] if self.slot_dtype else []
+        words += [f"{_short(self.moment_dtype)} moments"] if self.moment_dtype else []
+        words += ["amsgrad"] if self.amsgrad else []
+        return " ".join(words + ([self.update] if self.update != "nearest" else []))
+
+    def precision(self) -> dict[str, Any]:
+        """Return those of them that say how state and parameters are stored."""
+        return backend.precision(
+            self.param_dtype,
+            self.moment_dtype or self.state_dtype,
+            self.slot_dtype or self.state_dtype,
+            self.update,
+        )
 
     def constexprs(self) -> dict[str, Any]:
         """Return the kernel's compile-time arguments."""
@@ -85,6 +101,7 @@ class Variant:
             "lr_ptr": None,
             "PARAM_DTYPE": backend.TRITON_DTYPES[self.param_dtype],
             "STATE_DTYPE": backend.TRITON_DTYPES[self.state_dtype],
+            **self.precision(),
             "CRITICAL_GRADIENTS": self.critical_gradients,
             "AMSGRAD": self.amsgrad,
             "SUMMED_SLOTS": self.summed_slots,
@@ -97,18 +114,46 @@ class Variant:
             self.summed_slots,
             param_bytes=self.param_dtype.itemsize,
             state_bytes=self.state_dtype.itemsize,
+            moment_bytes=(self.moment_dtype or self.state_dtype).itemsize,
+            slot_bytes=(self.slot_dtype or self.state_dtype).itemsize,
+            kahan=self.update == "kahan",
         )
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def rounded_variants() -> list[Variant]:
+    """Return variants with state of low precision at C = 5, and a running sum: every rounding."""
+    int8, half = torch.int8, torch.bfloat16
+    states: list[tuple[torch.dtype | None, torch.dtype]]
+    states = [(None, slot) for slot in (half, torch.float16, torch.float8_e4m3fn, int8)]
+    states += [(half, int8), (int8, int8)]
+    of_float32 = [
+        Variant(torch.float32, gradients, False, slots, moment, slot)
+        for gradients in (False, True)
+        for slots in (5, 0)
+        for moment, slot in states
+    ]
+    of_halves = [
+        Variant(dtype, False, False, 5, half, int8, update)
+        for dtype in (torch.bfloat16, torch.float16)
+        for update in ("nearest", "stochastic", "kahan")
+    ]
+    return of_float32 + of_halves
+
+
 def variants() -> list[Variant]:
-    """Return every variant that a launch can ask for, with a number as learning rate."""
-    return [
+    """Return every variant of unrounded state, with a number as learning rate, and rounded ones."""
+    unrounded = [
         Variant(dtype, critical_gradients, amsgrad, slots)
         for dtype, critical_gradients, amsgrad in itertools.product(
             backend.TRITON_DTYPES, (False, True), (False, True)
         )
-        for slots in range(running_sum_min_capacity(critical_gradients))
+        for slots in range(running_sum_min_capacity(critical_gradients, 4))
     ]
+    return unrounded + rounded_variants()
 
 
 @dataclass(frozen=True)
@@ -148,7 +193,7 @@ class Report:
         counted = (self.read, self.written)
         verdict = "" if counted == self.expected else " NOT {:g} + {:g}".format(*self.expected)
         return (
-            f"sm_{self.arch:<4}{self.name:<36}{self.registers:>4}{self.local_bytes:>7}"
+            f"sm_{self.arch:<4}{self.name:<60}{self.registers:>4}{self.local_bytes:>7}"
             f"{self.occupancy:>6.0%}{_widths(self.full_widths):>22}{_widths(self.tail_widths):>22}"
             f"{self.read:>6g}{self.written:>6g}{verdict}"
         )
@@ -159,7 +204,7 @@ def _widths(widths: dict[int, int]) -> str:
 
 
 HEADER = (
-    f"{'arch':<7}{'variant':<36}{'regs':>4}{'local':>7}{'occ':>6}{'full chunks, bits':>22}"
+    f"{'arch':<7}{'variant':<60}{'regs':>4}{'local':>7}{'occ':>6}{'full chunks, bits':>22}"
     f"{'tails, bits':>22}{'read':>6}{'write':>6}"
 )
 
@@ -185,7 +230,11 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         attrs={(list(signature).index("table_ptr"),): [["tt.divisibility", 16]]},
     )
     options = triton_kernels.launch_options(
-        backend.TRITON_DTYPES[variant.param_dtype], variant.amsgrad, variant.summed_slots
+        backend.TRITON_DTYPES[variant.param_dtype],
+        variant.precision()["MOMENT_DTYPE"],
+        variant.precision()["SLOT_DTYPE"],
+        variant.amsgrad,
+        variant.summed_slots,
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
@@ -202,7 +251,10 @@ def _run_tool(name: str, *options: str, cubin: bytes) -> str:
 
 
 class Instruction(NamedTuple):
-    """One instruction and the source lines it comes from, the innermost call's first."""
+    """One instruction and the source lines it comes from, the innermost call's first.
+
+    Those of `triton_rounding` are negative, those of other files 0.
+    """
 
     opcode: str
     lines: tuple[int, ...]
@@ -216,7 +268,8 @@ class Instruction(NamedTuple):
 
 _NARROW = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-_LINE = re.compile(r'^\s*//## File ".*?", line (\d+)')
+_SIGNS = {"triton_kernels.py": 1, "triton_rounding.py": -1}
+_LINE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 
 
 def instructions(listing: str) -> Iterator[Instruction]:
@@ -228,7 +281,7 @@ def instructions(listing: str) -> Iterator[Instruction]:
         if line:
             if complete:
                 lines, complete = [], False
-            lines.append(int(line[1]))
+            lines.append(_SIGNS.get(Path(line[1]).name, 0) * int(line[2]))
             continue
         instruction = _INSTRUCTION.match(text)
         if instruction:
@@ -245,12 +298,14 @@ class _Places:
         tail: The call for all others.
         loop: The loop over a chunk's elements.
         param_store: The one store of each element's parameter.
+        scales: The functions that access scales, a 64th of a byte an element, negative.
     """
 
     full: range
     tail: range
     loop: range
     param_store: range
+    scales: frozenset[int]
 
 
 def _lines_of(node: ast.stmt | ast.expr) -> range:
@@ -274,18 +329,25 @@ def _places() -> _Places:
         for node in ast.walk(loop)
         if isinstance(node, ast.Call) and ast.unparse(node).startswith("tl.store(param_ptr")
     ]
-    return _Places(by_last["True"], by_last["False"], _lines_of(loop), _lines_of(store))
+    scales = frozenset(
+        -line
+        for node in ast.parse(inspect.getsource(triton_rounding)).body
+        if isinstance(node, ast.FunctionDef) and node.name in ("load_scales", "store_scales")
+        for line in _lines_of(node)
+    )
+    return _Places(by_last["True"], by_last["False"], _lines_of(loop), _lines_of(store), scales)
 
 
 def _accesses(listing: str, call: range) -> list[Instruction]:
     """Return the accesses of tensors by one of the two calls, in its loop over the elements."""
-    loop = _places().loop
+    loop, scales = _places().loop, _places().scales
     return [
         instruction
         for instruction in instructions(listing)
         if instruction.opcode.startswith(("LDG", "STG"))
         and any(line in call for line in instruction.lines)
-        and instruction.lines[0] in loop
+        and any(line in loop for line in instruction.lines)
+        and not scales.intersection(instruction.lines)
     ]
 
 
@@ -343,7 +405,9 @@ def main() -> None:
     """Print a line for every variant and architecture."""
     parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
-    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=("",), help="variants whose name starts with one of these"
+    )
     parser.add_argument("--json", action="store_true", help="print the reports as JSON lines")
     arguments = parser.parse_args()
     if triton_kernels.INTERPRETED:
@@ -351,7 +415,7 @@ def main() -> None:
     if not arguments.json:
         print(HEADER)
     for arch, variant in itertools.product(arguments.arch, variants()):
-        if arguments.only not in variant.name:
+        if not variant.name.startswith(tuple(arguments.only)):
             continue
         try:
             result = report(variant, arch)

@@ -26,9 +26,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], d
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     compiled = {}
     for arch in ARCHITECTURES:
-        only = "float32 " if arch == 90 else DEFAULT
+        only = ["float32 ", "rounded float32 CM 5 slots"] if arch == 90 else [DEFAULT]
         result = subprocess.run(
-            [sys.executable, "-m", "bench.sass", "--json", "--arch", str(arch), "--only", only],
+            [sys.executable, "-m", "bench.sass", "--json", "--arch", str(arch), "--only", *only],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -92,6 +92,25 @@ def test_every_float32_variant(
     assert report["registers"] <= 72
 
 
+@pytest.mark.parametrize(
+    ("variant", "moved"),
+    [("bfloat16", 38), ("int8", 33), ("int8 bfloat16 moments", 25)],
+)
+def test_bytes_of_low_precision(
+    reports: dict[tuple[int, str], dict[str, Any]], variant: str, moved: int
+) -> None:
+    """At C = 5 a step that replaces a slot moves the bytes that the design promises.
+
+    Of the five slots' loads the one of the replaced slot is issued but switched off.
+    """
+    report = reports[90, f"rounded float32 CM 5 slots {variant}"]
+    assert [report["read"], report["written"]] == report["expected"]
+    slot_bytes = 2 if variant == "bfloat16" else 1
+    assert report["read"] + report["written"] - slot_bytes == moved
+    assert report["local_bytes"] == 0
+    assert report["fused_multiply_adds"] == 0
+
+
 LISTING = """
 	//## File "{file}", line {load} inlined at "{file}", line {full}
 	//## File "{file}", line {full}
@@ -112,7 +131,7 @@ import sys
 from bench import sass
 places = sass._places()
 listing = sys.argv[1].format(
-    file="kernels.py",
+    file="triton_kernels.py",
     load=places.loop[2],
     store=places.param_store[0],
     before=places.loop[0] - 1,
