@@ -47,8 +47,8 @@ class Seen:
         return int((self.priorities > -torch.inf).sum())
 
 
-def see(state: dict[str, Any]) -> Seen:
-    """Copy a state to the CPU, with its pending commit made in the copy alone.
+def committed_copy(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Copy a state to the CPU, complex tensors as pairs, with its pending commit made there alone.
 
     `state_dict()` would commit in the original too, and the commit that the next step makes by
     itself would never run in a test that looks at every step.
@@ -63,6 +63,12 @@ def see(state: dict[str, Any]) -> Seen:
             copied.get("critical_scales"),
             copied.get("exp_avg_scales"),
         )
+    return copied
+
+
+def see(state: dict[str, Any]) -> Seen:
+    """Return what a checkpoint would show of a state; see `committed_copy`."""
+    copied = committed_copy(state)
     return Seen(
         step=int(copied["step"]),
         exp_avg=copied["exp_avg"],

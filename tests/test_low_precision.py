@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cm_fused import AdamCG, AdamCM, AdamWCM, _state, diagnostics, reference
+from cm_fused import AdamCG, AdamCM, AdamWCM, _state, diagnostics
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused.rounding import LARGEST, num_blocks
 from tests.cases import (
@@ -27,6 +27,7 @@ from tests.cases import (
     skip_if,
     skip_reason,
 )
+from tests.compare import committed_copy
 
 HALVES = (torch.bfloat16, torch.float16)
 BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
@@ -112,23 +113,9 @@ def _codes_and_values(stored: Tensor, what: str) -> tuple[Tensor, Tensor]:
     return torch.where(raw < 0, -magnitude, magnitude), stored.float()
 
 
-def _seen(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return copies of a state, with what is pending committed in them alone."""
-    copied = {key: copy_of(value) for key, value in state.items()}
-    if "pending_slot" in copied:
-        reference.commit_(
-            copied["exp_avg"],
-            copied["critical_buffer"],
-            copied.get("critical_sum"),
-            copied["pending_slot"],
-            copied.get("critical_scales"),
-            copied.get("exp_avg_scales"),
-        )
-    return copied
-
-
 def _check(actual: Tensor, expected: Tensor, what: str) -> None:
     """Check that stored values are equal, but for a few that are neighbours; float32's nearly."""
+    actual, expected = actual.cpu(), expected.cpu()
     assert actual.dtype == expected.dtype, what
     if actual.dtype in (torch.float32, torch.int64):
         finite = expected[expected.isfinite()]
@@ -189,7 +176,7 @@ def test_lockstep(
             where, wanted = f"step {step}, params[{i}]", eager.state[other]
             # Slots are compared as they are of the same momenta: these may be a code apart.
             momenta = {key: wanted[key] for key in ("exp_avg", "exp_avg_scales") if key in wanted}
-            seen = _seen({**fused.state[param], **momenta})
+            seen = committed_copy({**fused.state[param], **momenta})
             for key in momenta:
                 _check(fused.state[param][key], wanted[key], f"{where}, {key}")
             for key in wanted.keys() - {"compensation"}:
@@ -197,7 +184,7 @@ def test_lockstep(
             _check(param, other, where)
             if wanted.get("compensation", torch.empty(0)).numel():
                 running, exact = (
-                    p.float() + state["compensation"].float()
+                    p.float().cpu() + state["compensation"].float().cpu()
                     for p, state in ((param, seen), (other, wanted))
                 )
                 spacing = float(torch.finfo(dtype).eps) * wanted["compensation"].abs().max()
@@ -214,17 +201,15 @@ def test_lockstep(
 @pytest.mark.parametrize("backend", backend_params(["triton"]))
 def test_same_bits(backend: str, kind: Kind, dtype: torch.dtype, precision: Precision) -> None:
     """A run of the Triton pass has the C++ step's bits: both contract nothing."""
-    if device_of(backend).type != "cpu":
-        pytest.skip("compared on the CPU, interpreted")
     results = []
     for name in ("cpu", backend):
-        params = _params(dtype)
+        params = _params(dtype, device_of(name))
         optimizer = _class(kind)(params, capacity=12, lr=0.05, seed=SEED, backend=name, **precision)
         for step in range(16):
             _take_step(optimizer, params, step)
-        states = [_seen(optimizer.state[param]) for param in params]
+        states = [committed_copy(optimizer.state[param]) for param in params]
         results.append(
-            [(param, *state.values()) for param, state in zip(params, states, strict=True)]
+            [(param.cpu(), *state.values()) for param, state in zip(params, states, strict=True)]
         )
     for ours, theirs in zip(*results, strict=True):
         for a, b in zip(ours, theirs, strict=True):
@@ -255,8 +240,8 @@ def test_resume(backend: str, kind: Kind, dtype: torch.dtype, precision: Precisi
         _take_step(resumed, resumed_params, step)
     for param, other in zip(params, resumed_params, strict=True):
         assert torch.equal(param, other)
-        for key, value in _seen(optimizer.state[param]).items():
-            other_value = _seen(resumed.state[other])[key]
+        for key, value in committed_copy(optimizer.state[param]).items():
+            other_value = committed_copy(resumed.state[other])[key]
             if key != "critical_sum":  # summed anew on load where it was not saved
                 assert torch.equal(_bits(value), _bits(other_value)), key
 

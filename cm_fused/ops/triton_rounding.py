@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 
 from cm_fused.philox import ROUNDS as _ROUNDS
+from cm_fused.philox import Stream
 from cm_fused.rounding import BLOCK_SIZE as _SCALE_BLOCK
 
 SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
 ROUNDS = tl.constexpr(_ROUNDS)
-MOMENTS_STREAM = tl.constexpr(0)
-PARAM_STREAM = tl.constexpr(1)
+MOMENTS_STREAM = tl.constexpr(int(Stream.MOMENTS))
+PARAM_STREAM = tl.constexpr(int(Stream.PARAM))
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 # The bits of 2^-14 and 2^-6, and of 1.5 * 2^23 and 2^14, by whose sum a number is rounded to an
