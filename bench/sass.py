@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from bench import bytes as byte_model
 from bench.bytes import Bytes
 from cm_fused.ops import triton as backend
-from cm_fused.ops import triton_kernels, triton_rounding
+from cm_fused.ops import triton_common, triton_kernels, triton_rounding
 from cm_fused.ops.table import running_sum_min_capacity
 
 ARCHITECTURES = (80, 90, 100)
@@ -99,6 +99,8 @@ class Variant:
         """Return the kernel's compile-time arguments."""
         return {
             "lr_ptr": None,
+            "grad_factor_ptr": None,
+            "found_inf_ptr": None,
             "PARAM_DTYPE": backend.TRITON_DTYPES[self.param_dtype],
             "STATE_DTYPE": backend.TRITON_DTYPES[self.state_dtype],
             **self.precision(),
@@ -368,7 +370,7 @@ def occupancy(registers: int) -> float:
     per_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
     warps = _QUARTERS * min(_QUARTER_REGISTERS // per_warp, _QUARTER_WARPS)
     # A program's warps run together or not at all.
-    per_program: int = triton_kernels.LAUNCH_OPTIONS["num_warps"]
+    per_program: int = triton_common.LAUNCH_OPTIONS["num_warps"]
     return warps // per_program * per_program / (_QUARTERS * _QUARTER_WARPS)
 
 
@@ -410,7 +412,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the reports as JSON lines")
     arguments = parser.parse_args()
-    if triton_kernels.INTERPRETED:
+    if triton_common.INTERPRETED:
         sys.exit("bench.sass: TRITON_INTERPRET=1 is set, so nothing is compiled; unset it")
     if not arguments.json:
         print(HEADER)

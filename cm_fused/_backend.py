@@ -24,7 +24,10 @@ class Backend:
         name: The value of the `backend` option that asks for it.
         adam_cm_: The step with critical momenta.
         adam_cg_: The step with critical gradients.
-        sq_norm: The sum of the squares of a bucket's gradients.
+        update_cm_: The step with critical momenta but for the priority buffers' books; returns what
+            `sq_norms` does.
+        keep_books_: The books, once the norms are known.
+        sq_norms: The sum of the squares of each gradient.
         state_keys: What it keeps in a parameter's state besides the reference's keys.
         hold: Makes a bucket's `handle`, which speeds up further steps of the same tensors.
         describe: What of it is at work on a device, for `repr`.
@@ -33,7 +36,9 @@ class Backend:
     name: str
     adam_cm_: Step
     adam_cg_: Step
-    sq_norm: Callable[[Bucket, StepOptions], Tensor]
+    update_cm_: Callable[[Bucket, StepOptions], Tensor]
+    keep_books_: Callable[[Bucket, StepOptions, Tensor], None]
+    sq_norms: Callable[[Bucket, StepOptions], Tensor]
     state_keys: Callable[[bool, int, int], tuple[str, ...]]
     hold: Callable[[Bucket], Handle | None]
     describe: Callable[[torch.device], str]
@@ -51,7 +56,9 @@ EAGER = Backend(
     "eager",
     adam_cm_=reference.adam_cm_,
     adam_cg_=reference.adam_cg_,
-    sq_norm=reference.sq_norm,
+    update_cm_=reference.update_cm_,
+    keep_books_=reference.keep_books_,
+    sq_norms=reference.sq_norms,
     state_keys=_no_keys,
     hold=_no_handle,
     describe=lambda device: f"eager on {device.type}",
@@ -60,7 +67,9 @@ CPU = Backend(
     "cpu",
     adam_cm_=cpu.adam_cm_,
     adam_cg_=cpu.adam_cg_,
-    sq_norm=cpu.sq_norm,
+    update_cm_=cpu.update_cm_,
+    keep_books_=cpu.keep_books_,
+    sq_norms=cpu.sq_norms,
     state_keys=cpu.state_keys,
     hold=cpu.HeldState,
     describe=lambda device: f"cpu on {device.type}",
@@ -81,7 +90,9 @@ def _triton() -> "Backend | str":
         "triton",
         adam_cm_=triton.adam_cm_,
         adam_cg_=triton.adam_cg_,
-        sq_norm=triton.sq_norm,
+        update_cm_=triton.update_cm_,
+        keep_books_=triton.keep_books_,
+        sq_norms=triton.sq_norms,
         state_keys=triton.state_keys,
         hold=triton.hold,
         describe=lambda device: (

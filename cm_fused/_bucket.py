@@ -64,6 +64,16 @@ class Bucket:
     # What a backend prepared for further steps of these tensors.
     handle: Handle | None = field(default=None, init=False)
 
+    def changed(self, i: int) -> list[Tensor]:
+        """Return what a step of the reference changes of parameter i."""
+        lists = (
+            *(self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs),
+            *(self.critical_buffers, self.priorities, self.steps),
+            *(self.critical_scales, self.exp_avg_scales, self.exp_avg_sq_scales),
+            self.compensations,
+        )
+        return [tensors[i] for tensors in lists if tensors]
+
     def low_precision_state(self) -> tuple[Any, ...]:
         """Return the lists that only low precision needs, in the order of the operators."""
         return (
@@ -91,7 +101,12 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """The hyperparameters of one step of one param group, as the optimizers' docstrings define."""
+    """The hyperparameters of one step of one param group, as the optimizers' docstrings define.
+
+    Attributes:
+        grad_factor: What every gradient is multiplied by before all else, float64 (); None for 1.
+        found_inf: float64 (); where it is not 0 the step changes nothing. None for 0.
+    """
 
     lr: float | Tensor
     beta1: float
@@ -106,3 +121,5 @@ class StepOptions:
     decoupled_weight_decay: bool
     low_precision_update: str
     seed: int
+    grad_factor: Tensor | None = None
+    found_inf: Tensor | None = None

@@ -12,23 +12,24 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused._checks import check_options
+from cm_fused._sharding import local, local_as
 from cm_fused._state import (
     SCALES,
+    SHAPED_KEYS,
     State,
     dequantized,
     missing_state,
     new_tensor,
+    placed_as,
     required_keys,
 )
 from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_moment
 
-# Keys that hold a tensor of the parameter's shape.
-SHAPED_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "critical_sum")
 # Keys that are loaded where the state dict has them, whatever the options.
 OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
 BUFFER_KEYS = ("critical_buffer", "priorities")
 # Options of the process, not of the training run: neither saved nor loaded.
-LOCAL_OPTIONS = ("backend",)
+LOCAL_OPTIONS = ("backend", "amp_scaling")
 # Options that stay the optimizer's own; the state is converted to them.
 PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
 
@@ -105,10 +106,24 @@ def loaded_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) ->
     for index, saved in state_dict["state"].items():
         if index in owners:
             param, group = owners[index]
-            state[param] = _loaded_param_state(f"parameter {index}", param, saved, group)
+            state[param] = _loaded_param_state_of(f"parameter {index}", param, saved, group)
         else:
             state[index] = copy.deepcopy(saved)
     return state
+
+
+def _loaded_param_state_of(
+    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]
+) -> State:
+    """Return what `_loaded_param_state` does, of a parameter that may be a DTensor.
+
+    What is saved may be whole, or be placed otherwise.
+    """
+    held = {
+        key: local_as(value, param, SHAPED_KEYS[key]) if key in SHAPED_KEYS else value
+        for key, value in saved.items()
+    }
+    return placed_as(param, _loaded_param_state(where, local(param), held, group))
 
 
 def _loaded_param_state(
@@ -131,17 +146,19 @@ def _loaded_param_state(
     if not saved:
         return {}
     capacity = group["capacity"]
-    known = {key for key in (*required_keys(group), *OPTIONAL_KEYS) if key in saved}
-    known -= {*SCALES.values()}
+    loadable = {*required_keys(group), *OPTIONAL_KEYS}.difference(SCALES.values())
+    # In one order in every process: whoever gathers state goes through it key by key.
+    known = dict.fromkeys(key for key in saved if key in loadable)
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in known:
             raise ValueError(f"the state of {where} must have {key!r}, got {sorted(saved)}")
-    if len(known.intersection(BUFFER_KEYS)) == 1:
+    if len(known.keys() & BUFFER_KEYS) == 1:
         raise ValueError(
             f"the state of {where} must have both of {BUFFER_KEYS} or neither, got {sorted(saved)}"
         )
-    shapes = {key: tuple(param.shape) for key in SHAPED_KEYS}
-    shapes |= {"critical_buffer": (capacity, *param.shape), "priorities": (capacity,)}
+    slots = (capacity,)
+    shapes = {key: (*slots[:n], *param.shape) for key, n in SHAPED_KEYS.items()}
+    shapes |= {"priorities": slots}
     not_copied = {*known, *SCALES.values()}
     state = {key: copy.deepcopy(value) for key, value in saved.items() if key not in not_copied}
     for key in known:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from cm_fused._backend import NAMES
+from cm_fused._sharding import is_made_by_zero, is_sharded
+from cm_fused.rounding import LARGEST
 
 PRIORITY_SCOPES = ("group", "tensor")
 BUFFER_MEANS = ("capacity", "size")
@@ -56,12 +58,76 @@ def check_options(options: Mapping[str, Any]) -> None:
     _require_choice("buffer_dtype", options["buffer_dtype"], (None, *BUFFER_DTYPES))
     _require_choice("moment_dtype", options["moment_dtype"], (None, *MOMENT_DTYPES))
     _require_choice("low_precision_update", options["low_precision_update"], LOW_PRECISION_UPDATES)
+    max_grad_norm = options["max_grad_norm"]
+    if max_grad_norm is not None:
+        rule = "None or finite and > 0"
+        _require_number("max_grad_norm", max_grad_norm, rule, lambda x: math.isfinite(x) and x > 0)
+    for name in ("skip_nonfinite", "amp_scaling"):
+        _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
     seed = options["seed"]
     _require(
         isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63,
         "seed must be an int in [0, 2^63)",
         seed,
     )
+
+
+def check_optimizer_option(
+    name: str, param_group: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Check that a group does not change an option of the whole optimizer.
+
+    Raises:
+        ValueError: It has another value.
+    """
+    value = param_group.get(name, defaults[name])
+    _require(
+        value == defaults[name],
+        f"{name} must be the same for all param groups, {defaults[name]}",
+        value,
+    )
+
+
+def check_sharding(group: Mapping[str, Any]) -> None:
+    """Check that the state of a group's DTensors can be saved from one mesh and loaded on another.
+
+    Raises:
+        ValueError: Its dtype has scales, which belong to blocks of what a process holds.
+    """
+    if not any(map(is_sharded, group["params"])):
+        return
+    for name in ("buffer_dtype", "moment_dtype"):
+        _require(
+            group[name] not in LARGEST,
+            f"{name} must be None, torch.float32, torch.bfloat16 or torch.float16 for DTensor "
+            "parameters: scales cannot be resharded",
+            group[name],
+        )
+
+
+def check_zero(groups: list[dict[str, Any]]) -> None:
+    """Check that an optimizer needs no norm over parameters that it is not given.
+
+    Raises:
+        ValueError: It is made by `ZeroRedundancyOptimizer`, and needs one.
+    """
+    if not is_made_by_zero():
+        return
+    for group in groups:
+        scope = group["priority_scope"]
+        _require(
+            scope == "tensor",
+            "priority_scope must be 'tensor' under ZeroRedundancyOptimizer, whose processes do not "
+            "have the gradients of a group; pass priority_scope='tensor', or use fully_shard",
+            scope,
+        )
+        for name, off in (("max_grad_norm", None), ("skip_nonfinite", False)):
+            _require(
+                group[name] == off,
+                f"{name} must be {off} under ZeroRedundancyOptimizer, whose processes do not have "
+                "all gradients; use torch.nn.utils.clip_grad_norm_",
+                group[name],
+            )
 
 
 def check_low_precision(group: Mapping[str, Any]) -> None:
@@ -130,6 +196,11 @@ def check_gradients(group_index: int, params: list[Tensor]) -> None:
             raise RuntimeError(
                 f"{where} must be dense, got layout {grad.layout}; for an embedding, use "
                 "sparse=False"
+            )
+        if is_sharded(grad) != is_sharded(param):
+            raise RuntimeError(
+                f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "
+                f"{type(param)}"
             )
         for name, value, expected in (
             ("dtype", grad.dtype, param.dtype),

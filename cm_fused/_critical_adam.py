@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, ClassVar, cast, overload
+from operator import is_
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -12,8 +13,18 @@ from cm_fused import _checkpoint, _state
 from cm_fused._backend import Backend, select
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._capture import check_not_capturing, is_capturing
-from cm_fused._checks import check_capturable, check_gradients, check_low_precision, check_options
+from cm_fused._checks import (
+    check_capturable,
+    check_gradients,
+    check_low_precision,
+    check_optimizer_option,
+    check_options,
+    check_sharding,
+    check_zero,
+)
+from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled
 from cm_fused._plan import Plan
+from cm_fused._sharding import Processes, local, local_grad, processes
 
 
 class CriticalAdam(Optimizer):
@@ -39,6 +50,9 @@ class CriticalAdam(Optimizer):
         moment_dtype: torch.dtype | None = None,
         low_precision_update: str = "nearest",
         seed: int = 0,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
@@ -59,6 +73,9 @@ class CriticalAdam(Optimizer):
             "moment_dtype": moment_dtype,
             "low_precision_update": low_precision_update,
             "seed": seed,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "amp_scaling": amp_scaling,
             "maximize": maximize,
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
@@ -66,11 +83,26 @@ class CriticalAdam(Optimizer):
         }
         check_options(defaults)
         super().__init__(params, defaults)
+        check_zero(self.param_groups)
         self.state = _state.OptimizerState()
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        """Have nothing prepared for the next step."""
         # The last step's plan for each group.
         self._plans: dict[int, Plan] = {}
         # The plans of captured graphs, which go on using what their buckets hold.
         self._captured_plans: list[Plan] = []
+        # Of a step whose norms other processes are still adding to.
+        self._pending_books: PendingBooks | None = None
+        # The parameters when it was last asked what processes they are sharded among, and those.
+        self._processes: tuple[list[Tensor], Processes | None] = ([], None)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` asks: whether a step unscales, and skips where it must."""
+        amp_scaling: bool = self.defaults["amp_scaling"]
+        return amp_scaling
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as `torch.optim.Optimizer.add_param_group`.
@@ -85,10 +117,12 @@ class CriticalAdam(Optimizer):
         """
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group})
+            check_optimizer_option("amp_scaling", param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_low_precision(group)
+            check_sharding(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
                     select(group["backend"], device)
@@ -121,21 +155,74 @@ class CriticalAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._finish_step()
         # All that can fail comes first, for every group.
         kept = [self._kept_plan(i, group) for i, group in enumerate(self.param_groups)]
         if None in kept:
             self._make_state(
                 [g for g, plan in zip(self.param_groups, kept, strict=True) if plan is None]
             )
+        plans = []
         for i, (group, plan) in enumerate(zip(self.param_groups, kept, strict=True)):
-            if plan is None:
-                self._plans[i] = plan = self._new_plan(group)
-            self._step_group(group, plan.buckets)
+            self._plans[i] = plan or self._new_plan(group)
+            plans.append(self._plans[i])
+        self._step_groups(plans)
+        for group, plan in zip(self.param_groups, plans, strict=True):
             if group["capturable"] and any(
-                is_capturing(b.params[0].device) for _, b in plan.buckets
+                is_capturing(bucket.params[0].device) for _, bucket in plan.buckets
             ):
                 self._captured_plans.append(plan)
         return loss
+
+    def _finish_step(self) -> None:
+        """Keep the books of the last step, where they were left for the norms' sum."""
+        if self._pending_books is not None:
+            self._pending_books.keep_()
+            self._pending_books = None
+
+    def _step_groups(self, plans: list[Plan]) -> None:
+        steps, first = [], 0
+        for group, plan in zip(self.param_groups, plans, strict=True):
+            count = len(group["params"])
+            steps.append(GroupStep(_step_options(group), plan.buckets, first, count))
+            first += count
+        among = self._sharded_among()
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        steps = scaled(steps, self.param_groups, among, grad_scale, found_inf)
+        if among is None:
+            for step in steps:
+                self._step_(step) if step.is_alone() else self._step_across_([step], None)
+        else:
+            self._step_across_(steps, among)
+        for plan in plans:
+            plan.drop_gradients()
+
+    def _sharded_among(self) -> Processes | None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        known, found = self._processes
+        if len(known) != len(params) or not all(map(is_, known, params)):
+            found = processes(params)
+            self._processes = params, found
+        return found
+
+    def _step_(self, step: GroupStep) -> None:
+        """Step a group whose priority scopes each lie within a bucket."""
+        for backend, bucket in step.buckets:
+            step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
+            step_(bucket, step.options, None)
+
+    def _step_across_(self, steps: list[GroupStep], among: Processes | None) -> None:
+        """Step groups whose priority scopes span devices or processes."""
+        if self._critical_gradients:
+            norms = Norms(steps, among, lambda backend, *bucket: backend.sq_norms(*bucket))
+            for step in steps:
+                for backend, bucket in step.buckets:
+                    backend.adam_cg_(bucket, step.options, norms.over_scope(step, bucket))
+            return
+        norms = Norms(steps, among, lambda backend, *bucket: backend.update_cm_(*bucket))
+        self._pending_books = PendingBooks(steps, norms)
+        if among is None:
+            self._finish_step()
 
     def _kept_plan(self, index: int, group: dict[str, Any]) -> Plan | None:
         """Check a group's gradients; return the last step's plan if it serves again."""
@@ -154,14 +241,14 @@ class CriticalAdam(Optimizer):
             # Else the only call of this step checks them before it changes anything.
             check_gradients(index, group["params"])
             for param in params:
-                _state.check_param(param, self.state[param])
+                _state.check_param(local(param), _state.local_state(self.state[param]))
         plan.take_gradients()
         return plan
 
     def _make_state(self, groups: list[dict[str, Any]]) -> None:
         """Make the state that the participants of these groups lack, all of it or none."""
         missing = [
-            (param, _state.missing_state(param, self.state.get(param, {}), keys, group))
+            (param, _state.missing_state_of(param, self.state.get(param, {}), keys, group))
             for group in groups
             for param, keys in self._participants_and_keys(group)
         ]
@@ -194,11 +281,13 @@ class CriticalAdam(Optimizer):
 
     def _bucket(self, group: dict[str, Any], backend: Backend, params: list[Tensor]) -> Bucket:
         """Gather the tensors of one bucket, whose state is there."""
-        grads = [cast(Tensor, param.grad) for param in params]
-        states = [self.state[param] for param in params]
-        _state.drop_derived(states, self._state_keys(group, backend))
-        lists = _state.lists(states, self._state_keys(group, backend))
+        grads = [local_grad(param) for param in params]
+        states = [_state.local_state(self.state[param]) for param in params]
+        keys = self._state_keys(group, backend)
+        _state.drop_derived([self.state[param] for param in params], keys)
+        lists = _state.lists(states, keys)
         indices = self._indices(params)
+        params = [local(param) for param in params]
         if any(map(torch.is_complex, params)):
             params = [_state.as_real(param) for param in params]
             grads = [_state.as_real(grad) for grad in grads]
@@ -211,34 +300,23 @@ class CriticalAdam(Optimizer):
         places = {id(param): index for index, param in enumerate(all_params)}
         return [places[id(param)] for param in params]
 
-    def _step_group(self, group: dict[str, Any], buckets: list[tuple[Backend, Bucket]]) -> None:
-        options = _step_options(group)
-        sq_norm = None
-        if options.priority_scope == "group" and len(buckets) > 1:
-            sq_norm = _sum_over_devices(
-                [backend.sq_norm(bucket, options) for backend, bucket in buckets]
-            )
-        for backend, bucket in buckets:
-            step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
-            on_device = None
-            if sq_norm is not None:
-                on_device = sq_norm.to(bucket.steps[0].device, non_blocking=True)
-            step_(bucket, options, on_device)
-            # A plan that is kept must not keep gradients alive.
-            bucket.grads = []
-
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
         The tensors are references, not copies. The choice of a backend is not saved.
         """
-        _state.commit_pending(_state.param_states(self.state))
+        self._commit_pending()
         # The first of the hooks, so that all others see what the caller gets.
         saved_form = self.register_state_dict_post_hook(_checkpoint.saved_form, prepend=True)
         try:
             return super().state_dict()
         finally:
             saved_form.remove()
+
+    def _commit_pending(self) -> None:
+        """Have in the state what Algorithm 1 has in it after the last step."""
+        self._finish_step()
+        _state.commit_pending(_state.param_states(self.state))
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -269,7 +347,7 @@ class CriticalAdam(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        _state.commit_pending(_state.param_states(self.state))
+        self._commit_pending()
         state = super().__getstate__()
         return {**state, "state": _checkpoint.saved_state(state["state"])}
 
@@ -277,8 +355,7 @@ class CriticalAdam(Optimizer):
         super().__setstate__(state)
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
-        self._plans = {}
-        self._captured_plans = []
+        self._forget_plans()
         self.state = _state.OptimizerState(dict, self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -300,16 +377,6 @@ def _active_backend(requested: str | None, device: torch.device) -> str:
         return select(requested, device).describe(device)
     except RuntimeError:
         return f"none on {device.type}, where {requested!r} cannot serve"
-
-
-def _sum_over_devices(sq_norms: list[Tensor]) -> Tensor:
-    """Return the sum of the buckets' norms: on an accelerator, which is not waited for, or the CPU.
-
-    A CPU among the devices needs the sum, and has to wait for it.
-    """
-    devices = [sq_norm.device for sq_norm in sq_norms]
-    home = next((device for device in devices if device.type == "cpu"), devices[0])
-    return torch.stack([sq_norm.to(home) for sq_norm in sq_norms]).sum()
 
 
 def _check_graph_capture(optimizer: Optimizer) -> None:
@@ -362,6 +429,9 @@ class DecoupledCriticalAdam(CriticalAdam):
         moment_dtype: torch.dtype | None = None,
         low_precision_update: str = "nearest",
         seed: int = 0,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         decoupled_weight_decay: bool = True,
@@ -383,6 +453,9 @@ class DecoupledCriticalAdam(CriticalAdam):
             moment_dtype=moment_dtype,
             low_precision_update=low_precision_update,
             seed=seed,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
             maximize=maximize,
             capturable=capturable,
             decoupled_weight_decay=decoupled_weight_decay,

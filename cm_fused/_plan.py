@@ -9,6 +9,7 @@ from torch import Tensor
 from cm_fused import _state
 from cm_fused._backend import Backend
 from cm_fused._bucket import Bucket
+from cm_fused._sharding import is_sharded, local, local_grad
 
 
 class Plan:
@@ -32,6 +33,9 @@ class Plan:
         compensates = group["low_precision_update"] == "kahan"
         self._dtypes = [param.dtype for param in params] if compensates else None
         self._state = state
+        # What this process holds of them, where they are DTensors.
+        sharded = any(map(is_sharded, params))
+        self._locals = [local(param) for param in params] if sharded else None
         # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
         # ours does not count its changes.
         lasting = not any(map(torch.is_complex, params))
@@ -48,6 +52,7 @@ class Plan:
             and _deciding_options(group) == self._options
             and len(params) == len(self._params)
             and all(map(is_, params, self._params))
+            and (self._locals is None or all(map(is_, map(local, params), self._locals)))
             and (self._dtypes is None or self._dtypes == [param.dtype for param in params])
         )
 
@@ -60,8 +65,20 @@ class Plan:
 
     def take_gradients(self) -> None:
         """Give the buckets this step's gradients."""
+        if self._locals is not None:
+            grads = {
+                id(held): local_grad(p) for p, held in zip(self._params, self._locals, strict=True)
+            }
+            for _, bucket in self.buckets:
+                bucket.grads = [grads[id(param)] for param in bucket.params]
+            return
         for _, bucket in self.buckets:
             bucket.grads = [cast(Tensor, param.grad) for param in bucket.params]
+
+    def drop_gradients(self) -> None:
+        """Keep no gradient alive."""
+        for _, bucket in self.buckets:
+            bucket.grads = []
 
 
 def _deciding_options(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import reference
+from cm_fused._sharding import is_sharded, local, sharded_as
 from cm_fused.ops import cpu
 from cm_fused.rounding import LARGEST, num_blocks
 
@@ -105,6 +106,17 @@ SCALES = {
 }
 
 
+# The keys whose tensors have the parameter's shape, and the dimensions in front of it.
+SHAPED_KEYS = {
+    "exp_avg": 0,
+    "exp_avg_sq": 0,
+    "max_exp_avg_sq": 0,
+    "critical_buffer": 1,
+    "critical_sum": 0,
+    "compensation": 0,
+}
+
+
 def required_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the state keys that every backend needs under a group's options."""
     keys = ["step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities"]
@@ -187,6 +199,35 @@ def missing_state(
     }
 
 
+def missing_state_of(
+    param: Tensor, state: State, keys: tuple[str, ...], group: Mapping[str, Any]
+) -> State:
+    """Return what `missing_state` does, of a parameter that may be a DTensor, placed as it is."""
+    return placed_as(param, missing_state(local(param), local_state(state), keys, group))
+
+
+def local_state(state: State) -> State:
+    """Return a state with what this process holds of its tensors."""
+    if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+        return state
+    return {
+        key: local(value) if isinstance(value, Tensor) else value for key, value in state.items()
+    }
+
+
+def placed_as(param: Tensor, state: State) -> State:
+    """Return a state of the local tensor of a parameter with DTensors placed as the parameter."""
+    if not is_sharded(param):
+        return state
+    shape = local(param).shape
+    return {
+        key: sharded_as(value, param, SHAPED_KEYS[key])
+        if key in SHAPED_KEYS and value.shape[SHAPED_KEYS[key] :] == shape
+        else value
+        for key, value in state.items()
+    }
+
+
 def _compensates(compensation: Tensor, param: Tensor) -> bool:
     """Return whether a compensation is for a parameter of this dtype, which may have been cast."""
     return compensation.dtype == param.dtype
@@ -265,8 +306,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def param_states(state: Mapping[Any, Any]) -> list[State]:
-    """Return the states of parameters; an optimizer's state may hold other entries."""
-    return [value for key, value in state.items() if isinstance(key, Tensor)]
+    """Return the local states of parameters; an optimizer's state may hold other entries."""
+    return [local_state(value) for key, value in state.items() if isinstance(key, Tensor)]
 
 
 def commit_pending(states: list[State]) -> None:
@@ -311,7 +352,7 @@ def drop_derived(states: list[State], kept: tuple[str, ...]) -> None:
     stale = {"pending_slot", "critical_sum", "compensation"}.difference(kept)
     if not any(key in state for state in states for key in stale):
         return
-    commit_pending(states)
+    commit_pending([local_state(state) for state in states])
     for state in states:
         for key in stale:
             state.pop(key, None)

@@ -64,6 +64,17 @@ class AdamCM(CriticalAdam):
             are not rounded.
         seed: Of stochastic rounding, an int in [0, 2^63). Saved in checkpoints. No generator of
             torch's is used.
+        max_grad_norm: Clip the gradients within the step, > 0: as
+            `torch.nn.utils.clip_grad_norm_` over all parameters of the optimizer before it, for one
+            more read of the gradients, which are not changed. None: do not. Groups may have
+            different bounds; the norm is over all of them.
+        skip_nonfinite: A step whose gradients' norm, over all groups, is not finite changes
+            nothing, and is counted in its param groups' `skipped_steps`, an int64 (). Costs the
+            same read; clipping has made it already.
+        amp_scaling: Unscale the gradients of a `torch.amp.GradScaler` within the step, and skip it
+            where the scaler found one that is not finite, without waiting for the device. The same
+            for all groups, not saved in checkpoints. Trainers refuse to clip gradients then, which
+            are still scaled: use `max_grad_norm`.
         maximize: Ascend instead of descend.
         capturable: `step()` may be captured in a CUDA graph, once a step outside has made the
             state. Parameters on other devices are refused. For a learning rate that changes

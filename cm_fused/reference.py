@@ -25,22 +25,46 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     Args:
         bucket: The tensors; `critical_sums` and `pending_slots` are not used.
         options: The hyperparameters.
-        sq_norm: The sum of the squares of all the group's gradients, float64 (), for
-            `priority_scope="group"`. None: the bucket is the whole group.
+        sq_norm: The sum of the squares of the gradients over the priority scope, float64 () or one
+            for each parameter, (params,). None: the bucket is the whole group.
+    """
+    sq_norms = update_cm_(bucket, options)
+    keep_books_(bucket, options, over_scope(sq_norms, options) if sq_norm is None else sq_norm)
+
+
+def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Take the step of `adam_cm_` but for the books, which `keep_books_` is to keep.
+
+    Returns:
+        The sum of the squares of each gradient, float64 (params,).
     """
     gradients = effective_gradients(bucket, options)
-    keys = priority_keys(gradients, options, sq_norm)
     for i, g in enumerate(gradients):
-        bucket.steps[i].add_(1)
+        kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
         mean = buffer_mean(_load_buffer(bucket, i), bucket.priorities[i], options)
         m.mul_(options.beta1).add_(g, alpha=1 - options.beta1)  # Eq. (4)
         aggregate = m + mean  # Eq. (5)
         _update_(bucket, i, v, aggregate, numerator=aggregate, options=options)
         _store_moments_(bucket, i, m, v, options)
+        _undo_where_skipped_(bucket, i, kept, options)
+    return _sq_norms(gradients)
+
+
+def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
+    """Admit the momenta that `update_cm_` left, by the norms, and count its step.
+
+    Args:
+        bucket: The tensors.
+        options: The hyperparameters.
+        sq_norm: As for `adam_cm_`.
+    """
+    for i, key in enumerate(priority_keys(sq_norm, len(bucket.params))):
+        kept = _kept(bucket, i, options)
         # What is stored of m is what a deferred commit still finds.
         item, _ = _load_moments(bucket, i)
-        _admit_(bucket, i, keys[i], item, options)
+        _admit_(bucket, i, key, item, options)
+        _undo_where_skipped_(bucket, i, kept, options)
 
 
 def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
@@ -49,9 +73,11 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     Source: Malviya et al., eq. (3), after McRae et al.'s aggregation of critical gradients.
     """
     gradients = effective_gradients(bucket, options)
-    keys = priority_keys(gradients, options, sq_norm)
+    if sq_norm is None:
+        sq_norm = over_scope(_sq_norms(gradients), options)
+    keys = priority_keys(sq_norm, len(gradients))
     for i, g in enumerate(gradients):
-        bucket.steps[i].add_(1)
+        kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
         mean = buffer_mean(_load_buffer(bucket, i), bucket.priorities[i], options)
         aggregate = g + mean  # Eq. (3)
@@ -59,6 +85,28 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         _update_(bucket, i, v, aggregate, numerator=m, options=options)
         _store_moments_(bucket, i, m, v, options)
         _admit_(bucket, i, keys[i], g, options)
+        _undo_where_skipped_(bucket, i, kept, options)
+
+
+def _kept(bucket: Bucket, i: int, options: StepOptions) -> list[Tensor]:
+    """Return copies of what a step changes of parameter i, where it may have to be undone."""
+    if options.found_inf is None:
+        return []
+    return [tensor.clone() for tensor in bucket.changed(i)]
+
+
+def _undo_where_skipped_(bucket: Bucket, i: int, kept: list[Tensor], options: StepOptions) -> None:
+    """Put back what a step changed of parameter i, where it was to be skipped.
+
+    That costs copies, but branches on no data.
+    """
+    if options.found_inf is None:
+        return
+    for tensor, before in zip(bucket.changed(i), kept, strict=True):
+        after = tensor
+        if tensor.dtype == torch.float8_e4m3fn:
+            before, after = _bytes(before), _bytes(after)
+        after.copy_(torch.where(options.found_inf.to(after.device) != 0, before, after))
 
 
 def update_dtype(param: Tensor) -> torch.dtype:
@@ -66,17 +114,22 @@ def update_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def sq_norm(bucket: Bucket, options: StepOptions) -> Tensor:
-    """Return the sum of the squares of the bucket's gradients, float64 ()."""
-    return _sq_norms(effective_gradients(bucket, options)).sum()
+def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
+    return _sq_norms(effective_gradients(bucket, options))
 
 
 def effective_gradients(bucket: Bucket, options: StepOptions) -> list[Tensor]:
-    """Return the gradients the step uses, in the update's dtype: negated to maximize, with L2."""
+    """Return the gradients the step uses, in the update's dtype.
+
+    They are unscaled and clipped, then negated to maximize, then the L2 term is added.
+    """
     gradients = []
     for param, grad in zip(bucket.params, bucket.grads, strict=True):
         dtype = update_dtype(param)
         g = grad.to(dtype)
+        if options.grad_factor is not None:
+            g = options.grad_factor.to(g.device, dtype) * g
         if options.maximize:
             g = -g
         if options.weight_decay != 0 and not options.decoupled_weight_decay:
@@ -92,14 +145,19 @@ def _sq_norms(gradients: list[Tensor]) -> Tensor:
     )
 
 
-def priority_keys(
-    gradients: list[Tensor], options: StepOptions, sq_norm: Tensor | None
-) -> list[Tensor]:
+def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
+    """Return the sums of squares over the priority scope, where there is no more to the group.
+
+    Args:
+        sq_norms: Those of each parameter, float64 (params,).
+        options: The hyperparameters.
+    """
+    return sq_norms.sum() if options.priority_scope == "group" else sq_norms
+
+
+def priority_keys(sq_norm: Tensor, count: int) -> list[Tensor]:
     """Return each parameter's kappa, float32 (): the L2 norm over the priority scope."""
-    sq_norms = _sq_norms(gradients)
-    if options.priority_scope == "group":
-        sq_norms = (sq_norms.sum() if sq_norm is None else sq_norm).expand(len(gradients))
-    return list(sq_norms.sqrt().to(torch.float32).unbind())
+    return list(sq_norm.sqrt().to(torch.float32).expand(count).unbind())
 
 
 def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Tensor:
@@ -111,7 +169,10 @@ def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Ten
 
 
 def _admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions) -> None:
-    """Store `(key, item)` where the key is finite and exceeds the smallest; decay all keys."""
+    """Store `(key, item)` where the key is finite and exceeds the smallest; decay all keys.
+
+    The step is counted here, in all backends: with this it is over.
+    """
     priorities = bucket.priorities[i]
     slot = priorities.argmin(keepdim=True)  # the lowest index on a tie
     smallest = priorities.index_select(0, slot)
@@ -123,6 +184,7 @@ def _admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOpti
     # An unfilled slot keeps its key: -inf times a decay of 0 would be NaN.
     unfilled = priorities == -torch.inf
     priorities.copy_(torch.where(unfilled, priorities, priorities * options.priority_decay))
+    bucket.steps[i].add_(1)
 
 
 def _put_in_slot_(
@@ -251,7 +313,7 @@ def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepO
 
 
 def _words(bucket: Bucket, i: int, stream: Stream, options: StepOptions) -> Tensor:
-    index, step = (bucket.param_indices or range(len(bucket.params)))[i], bucket.steps[i]
+    index, step = (bucket.param_indices or range(len(bucket.params)))[i], bucket.steps[i] + 1
     return random_words(options.seed, index, step, bucket.params[i].numel(), stream)
 
 
@@ -264,7 +326,7 @@ def _update_(
     options: StepOptions,
 ) -> None:
     """Update second moment v and parameter i."""
-    param, step = bucket.params[i], bucket.steps[i]
+    param, step = bucket.params[i], bucket.steps[i] + 1
     t = step.to(torch.float64)
     bias_correction1 = 1 - options.beta1**t
     # Its inverse: a product is cheaper than a quotient.

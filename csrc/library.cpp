@@ -6,6 +6,9 @@
   "bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, "          \
   "bool decoupled_weight_decay, bool stochastic_update, int seed"
 
+#define CM_FUSED_SCALARS \
+  "Tensor? sq_norm, Tensor? lr_tensor, Tensor? grad_factor, Tensor? found_inf"
+
 #define CM_FUSED_LOW_PRECISION_STATE                            \
   "Tensor(k!)[] critical_scales, Tensor(l!)[] exp_avg_scales, " \
   "Tensor(m!)[] exp_avg_sq_scales, Tensor(n!)[] compensations, int[] param_indices"
@@ -15,23 +18,31 @@
 // max_exp_avg_sqs is empty without amsgrad, critical_sums where the sum is read from the slots, a
 // list of scales where the dtype has none, compensations but for Kahan's summation, param_indices
 // where parameters are counted as the list has them.
-// sq_norm, the group's sum of g^2, is computed from the bucket where it is not given.
+//
+// Scalars that a device may hold, float64, as tensors of one element: lr_tensor replaces lr;
+// grad_factor multiplies every gradient before all else; where found_inf is not 0 nothing changes.
+// sq_norm is the sum of g^2 over the priority scope, of one element or one for each tensor, and is
+// computed from the bucket where it is not given. local_sq_norms receives each tensor's sum of g^2
+// and leaves the books to keep_books_, for whoever has to add to it what other processes have.
 STABLE_TORCH_LIBRARY(cm_fused, m) {
   m.def(
       "adam_cm_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] critical_buffers, "
       "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, Tensor(h!)[] pending_slots, "
-      "Tensor(i!)[] steps, " CM_FUSED_LOW_PRECISION_STATE
-      ", Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
+      "Tensor(i!)[] steps, " CM_FUSED_LOW_PRECISION_STATE ", " CM_FUSED_SCALARS
+      ", Tensor(o!)? local_sq_norms, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
   m.def(
       "adam_cg_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] critical_buffers, "
       "Tensor(f!)[] critical_sums, Tensor(g!)[] priorities, "
-      "Tensor(h!)[] steps, " CM_FUSED_LOW_PRECISION_STATE
-      ", Tensor? sq_norm, *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
+      "Tensor(h!)[] steps, " CM_FUSED_LOW_PRECISION_STATE ", " CM_FUSED_SCALARS
+      ", *, " CM_FUSED_HYPERPARAMETERS ") -> ()");
   m.def(
-      "sq_norm(Tensor[] params, Tensor[] grads, *, float weight_decay, bool maximize, "
-      "bool decoupled_weight_decay) -> Tensor");
+      "sq_norms(Tensor[] params, Tensor[] grads, Tensor? grad_factor, *, float weight_decay, "
+      "bool maximize, bool decoupled_weight_decay) -> Tensor");
+  m.def(
+      "keep_books_(Tensor(a!)[] priorities, Tensor(b!)[] pending_slots, Tensor(c!)[] steps, "
+      "Tensor sq_norm, Tensor? found_inf, *, float priority_decay) -> ()");
   m.def(
       "commit_(Tensor[] exp_avgs, Tensor(a!)[] critical_buffers, Tensor(b!)[] critical_sums, "
       "Tensor(c!)[] pending_slots) -> ()");
@@ -47,9 +58,9 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, Tensor[] compensations, "
       "int[] param_indices) -> int");
   m.def("release_state(int held) -> ()");
-  m.def(
-      "step_held_(int held, Tensor(a!)[] params, Tensor[] grads, Tensor? sq_norm, *, "
-      "bool critical_gradients, " CM_FUSED_HYPERPARAMETERS ") -> ()");
+  m.def("step_held_(int held, Tensor(a!)[] params, Tensor[] grads, " CM_FUSED_SCALARS
+        ", Tensor(b!)? local_sq_norms, *, bool critical_gradients, " CM_FUSED_HYPERPARAMETERS
+        ") -> ()");
 
   // The table of a held state, for kernels that find a bucket's tensors by their addresses: see
   // table.h. Returns 0 when nothing changed since the table was last refreshed, 1 when it was
@@ -59,11 +70,12 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
 
   // What follows a pass over a bucket: its partial sums of g^2 to keys, then admission, decay and
   // step count of every row. Changes what the table's addresses name, which no schema can say:
-  // tracing compilers are not to be given it. sq_norm, the group's sum of g^2, replaces the sum of
-  // chunk_sq_norms; a tensor's own norm it does not concern.
+  // tracing compilers are not to be given it. sq_norm, of one element or one for each row, replaces
+  // the sums of chunk_sq_norms. Where found_inf, float64 (), is not 0 nothing changes.
   m.def(
-      "update_priorities_(Tensor table, Tensor chunk_sq_norms, Tensor? sq_norm, *, int capacity, "
-      "float priority_decay, bool group_scope) -> ()");
+      "update_priorities_(Tensor table, Tensor chunk_sq_norms, Tensor? sq_norm, Tensor? found_inf, "
+      "*, "
+      "int capacity, float priority_decay, bool group_scope) -> ()");
 
   m.def("cpu_capability() -> str");
 }

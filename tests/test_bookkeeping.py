@@ -93,19 +93,24 @@ class Rows:
         self.table = table.to(self.device)
 
     def update(
-        self, chunk_sq_norms: list[float], sq_norm: float | None = None, **options: Any
+        self,
+        chunk_sq_norms: list[float],
+        sq_norm: float | list[float] | None = None,
+        found_inf: float | None = None,
+        **options: Any,
     ) -> None:
         """Call the kernel."""
-        norms = torch.tensor(chunk_sq_norms, dtype=torch.float64, device=self.device)
-        given = None
-        if sq_norm is not None:
-            given = torch.tensor(sq_norm, dtype=torch.float64, device=self.device)
+        norms, *scalars = (
+            None if value is None else torch.tensor(value, dtype=torch.float64, device=self.device)
+            for value in (chunk_sq_norms, sq_norm, found_inf)
+        )
+        assert norms is not None
         if self.kernel == "triton":
             from cm_fused.ops import triton
 
-            triton.update_priorities_(self.table, norms, given, **options)
+            triton.update_priorities_(self.table, norms, *scalars, **options)
             return
-        torch.ops.cm_fused.update_priorities_(self.table, norms, given, **options)
+        torch.ops.cm_fused.update_priorities_(self.table, norms, *scalars, **options)
 
     def split(self, chunk_sq_norms: list[float]) -> list[list[float]]:
         """Return each row's part of the chunks."""
@@ -113,14 +118,20 @@ class Rows:
         return [chunk_sq_norms[end - n : end] for end, n in zip(ends, self.num_chunks, strict=True)]
 
 
+# The norms of a step's chunks, those it is given instead, and found_inf.
+Step = tuple[list[float], float | list[float] | None, float | None]
+
+
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[list[int], list[tuple[list[float], float | None]]]:
+def runs(draw: st.DrawFn) -> tuple[list[int], list[Step]]:
     """Draw the numbers of chunks of a bucket's tensors, and for each step the norms."""
     num_chunks = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     # Mostly few values, so that keys tie.
     values = draw(st.sampled_from([(1.0, 4.0), FINITE, NORMS]))
     norms = st.lists(st.sampled_from(values), min_size=sum(num_chunks), max_size=sum(num_chunks))
-    steps = st.tuples(norms, st.none() | st.sampled_from(values))
+    given = st.none() | st.sampled_from(values)
+    for_each = st.lists(st.sampled_from(values), min_size=len(num_chunks), max_size=len(num_chunks))
+    steps = st.tuples(norms, given | for_each, st.sampled_from([None, 0.0, 1.0]))
     return num_chunks, draw(st.lists(steps, min_size=1, max_size=20))
 
 
@@ -134,7 +145,7 @@ def runs(draw: st.DrawFn) -> tuple[list[int], list[tuple[list[float], float | No
     filled=st.booleans(),
 )
 def test_rows_follow_the_model(
-    run: tuple[list[int], list[tuple[list[float], float | None]]],
+    run: tuple[list[int], list[Step]],
     capacity: int,
     priority_decay: float,
     group_scope: bool,
@@ -146,17 +157,29 @@ def test_rows_follow_the_model(
     rows = Rows(num_chunks, capacity, kernel, filled=filled)
     table = rows.table.clone()
     models = [Model(capacity) for _ in num_chunks]
-    for chunk_sq_norms, sq_norm in steps:
+    for chunk_sq_norms, sq_norm, found_inf in steps:
+        before = [t.clone() for t in (rows.priorities, rows.slots, rows.steps, rows.filled)]
         rows.update(
             chunk_sq_norms,
             sq_norm,
+            found_inf,
             capacity=capacity,
             priority_decay=priority_decay,
             group_scope=group_scope,
         )
-        group = sum(chunk_sq_norms) if sq_norm is None else sq_norm
-        for model, part in zip(models, rows.split(chunk_sq_norms), strict=True):
-            model.update(group if group_scope else sum(part), priority_decay)
+        if found_inf:
+            after = (rows.priorities, rows.slots, rows.steps, rows.filled)
+            assert all(map(torch.equal, before, after))
+            continue
+        own = [sum(part) for part in rows.split(chunk_sq_norms)]
+        if isinstance(sq_norm, list):
+            own = sq_norm
+        elif sq_norm is not None:
+            own = [sq_norm] * len(models)
+        elif group_scope:
+            own = [sum(chunk_sq_norms)] * len(models)
+        for model, value in zip(models, own, strict=True):
+            model.update(value, priority_decay)
         assert rows.priorities.tolist() == [model.priorities() for model in models]
         assert rows.slots.tolist() == [model.slot for model in models]
         assert rows.steps.tolist() == [model.step for model in models]
@@ -192,7 +215,7 @@ def test_opcheck(group_scope: bool) -> None:
     rows = Rows([1, 2], capacity=2)
     torch.library.opcheck(
         torch.ops.cm_fused.update_priorities_.default,
-        (rows.table, torch.ones(3, dtype=torch.float64), None),
+        (rows.table, torch.ones(3, dtype=torch.float64), None, None),
         {"capacity": 2, "priority_decay": 0.7, "group_scope": group_scope},
     )
 
@@ -233,8 +256,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
         "sq_norm must have dtype Double, got Float",
     ),
     "sq_norm shape": (
-        {"sq_norm": lambda _: torch.ones(2, dtype=torch.float64)},
-        r"sq_norm must be contiguous with 1 elements, got shape \(2\)",
+        {"sq_norm": lambda _: torch.ones(3, dtype=torch.float64)},
+        r"sq_norm must be contiguous with 2 elements, got shape \(3\)",
     ),
     "capacity": ({"capacity": lambda _: 0}, "capacity must be >= 1, got 0"),
     "small decay": ({"priority_decay": lambda _: -0.1}, r"must be in \[0, 1\], got -0.1"),
@@ -253,6 +276,7 @@ def test_bad_arguments_change_nothing(name: str) -> None:
         "table": rows.table,
         "chunk_sq_norms": torch.ones(3, dtype=torch.float64),
         "sq_norm": None,
+        "found_inf": None,
         "capacity": 2,
         "priority_decay": 0.7,
         "group_scope": False,

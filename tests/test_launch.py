@@ -37,13 +37,13 @@ class Sm90:
 driver.set_active(Sm90())
 
 from cm_fused import AdamCG, AdamCM
-from cm_fused.ops import triton, triton_kernels
+from cm_fused.ops import triton, triton_kernels, triton_norms
 
 launched = []
 KERNELS = (
     triton_kernels.critical_adam_kernel,
-    triton_kernels.sq_norm_kernel,
-    triton_kernels.update_priorities_kernel,
+    triton_norms.sq_norm_kernel,
+    triton_norms.update_priorities_kernel,
 )
 
 

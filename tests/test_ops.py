@@ -50,6 +50,10 @@ class Sample:
     exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
     compensations: list[Tensor] = field(default_factory=list)
     sq_norm: Tensor | None = None
+    lr_tensor: Tensor | None = None
+    grad_factor: Tensor | None = None
+    found_inf: Tensor | None = None
+    local_sq_norms: Tensor | None = None
     hyperparameters: dict[str, Any] = field(default_factory=lambda: dict(HYPERPARAMETERS))
 
     def lists(self) -> dict[str, Any]:
@@ -60,18 +64,30 @@ class Sample:
         """The positional arguments of an operator."""
         if op == "commit_":
             return self.exp_avgs, self.critical_buffers, self.critical_sums, self.pending_slots
-        if op == "sq_norm":
-            return self.params, self.grads
+        if op == "sq_norms":
+            return self.params, self.grads, self.grad_factor
+        if op == "keep_books_":
+            sq_norm = torch.tensor(4.0).double() if self.sq_norm is None else self.sq_norm
+            return self.priorities, self.pending_slots, self.steps, sq_norm, self.found_inf
         lists = self.lists()
         if op == "adam_cg_":
             del lists["pending_slots"]
-        return (*lists.values(), list(range(len(self.params))), self.sq_norm)
+        scalars = self.scalars()
+        if op == "adam_cm_":
+            scalars = (*scalars, self.local_sq_norms)
+        return (*lists.values(), list(range(len(self.params))), *scalars)
+
+    def scalars(self) -> tuple[Tensor | None, ...]:
+        """The scalars that come in tensors."""
+        return self.sq_norm, self.lr_tensor, self.grad_factor, self.found_inf
 
     def keywords(self, op: str) -> dict[str, Any]:
         """The keyword arguments of an operator."""
         if op == "commit_":
             return {}
-        if op == "sq_norm":
+        if op == "keep_books_":
+            return {"priority_decay": self.hyperparameters["priority_decay"]}
+        if op == "sq_norms":
             names = ("weight_decay", "maximize", "decoupled_weight_decay")
             return {name: self.hyperparameters[name] for name in names}
         return self.hyperparameters
@@ -171,7 +187,7 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "empty": lambda: sample(shapes=((0,), (0, 3))),
 }
 STEPS = ("adam_cm_", "adam_cg_")
-OPS = (*STEPS, "sq_norm", "commit_")
+OPS = (*STEPS, "sq_norms", "keep_books_", "commit_")
 
 of_each_op = pytest.mark.parametrize("op", OPS)
 of_each_step = pytest.mark.parametrize("op", STEPS)
@@ -197,8 +213,9 @@ def test_fake_call(op: str, name: str) -> None:
     with FakeTensorMode():
         case = SAMPLES[name]()
         result = case.call(op)
-    if op == "sq_norm":
-        assert (result.shape, result.dtype, result.device.type) == ((), torch.float64, "cpu")
+    if op == "sq_norms":
+        form = (result.shape, result.dtype, result.device.type)
+        assert form == ((len(case.params),), torch.float64, "cpu")
     else:
         assert result is None
 
@@ -220,6 +237,89 @@ def test_steps_write_what_they_declare(op: str, name: str) -> None:
         assert_same(case.pending_slots, before.pending_slots)
 
 
+# Scalars that come in tensors
+
+
+def _float64(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@of_each_step
+def test_learning_rate_in_a_tensor(op: str) -> None:
+    """lr_tensor is lr, to the bit."""
+    case, twin = sample(capacity=5), sample(capacity=5)
+    case.lr_tensor = _float64(twin.hyperparameters["lr"])
+    case.hyperparameters["lr"] = -1.0
+    case.call(op)
+    twin.call(op)
+    assert_same(case.lists(), twin.lists())
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@of_each_step
+def test_gradients_are_multiplied_first(
+    op: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """grad_factor gives the bits of gradients that were multiplied before, in the norm too."""
+    case, twin = sample(dtype), sample(dtype)
+    for each in (case, twin):
+        each.hyperparameters.update(options)
+    case.grad_factor = _float64(0.3)
+    twin.grads = [grad * torch.tensor(0.3, dtype=dtype) for grad in twin.grads]
+    before = [grad.clone() for grad in case.grads]
+    assert torch.equal(case.call("sq_norms"), twin.call("sq_norms"))
+    for each in (case, twin):
+        each.call(op)
+    assert_same(case.grads, before)
+    case.grads = twin.grads
+    assert_same(case.lists(), twin.lists())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("op", ["adam_cm_", "adam_cg_", "keep_books_"])
+def test_found_inf_changes_nothing(op: str, name: str) -> None:
+    """Where found_inf is not 0 no bit changes; 0 is as if it were not given."""
+    case, before, twin = SAMPLES[name](), SAMPLES[name](), SAMPLES[name]()
+    case.found_inf = _float64(1.0)
+    case.call(op)
+    assert_same(case.lists(), before.lists())
+    case.found_inf = _float64(0.0)
+    case.call(op)
+    twin.call(op)
+    assert_same(case.lists(), twin.lists())
+
+
+@pytest.mark.parametrize("group_scope", [False, True])
+def test_books_that_are_kept_later(group_scope: bool) -> None:
+    """The pass with local_sq_norms and then keep_books_ are the whole step, to the bit."""
+    case, twin = sample(capacity=3), sample(capacity=3)
+    for each in (case, twin):
+        each.hyperparameters["group_scope"] = group_scope
+    for _ in range(6):
+        before = [t.clone() for t in (*case.priorities, *case.steps, *case.pending_slots)]
+        case.local_sq_norms = torch.zeros(len(SHAPES), dtype=torch.float64)
+        case.call("adam_cm_")
+        assert_same(before, [*case.priorities, *case.steps, *case.pending_slots][: len(before)])
+        assert torch.equal(case.local_sq_norms, twin.call("sq_norms"))
+        case.sq_norm = case.local_sq_norms.sum() if group_scope else case.local_sq_norms
+        case.call("keep_books_")
+        case.sq_norm = None
+        twin.call("adam_cm_")
+        assert_same(case.lists(), twin.lists())
+
+
+@of_each_step
+def test_norm_of_each_tensor_is_taken(op: str) -> None:
+    """sq_norm may have one sum for each tensor, whatever the scope."""
+    case, twin = sample(), sample()
+    twin.hyperparameters["group_scope"] = False
+    case.sq_norm = case.call("sq_norms")
+    for each in (case, twin):
+        each.call(op)
+    assert_same(case.lists(), twin.lists())
+
+
 # What they compute beyond the steps
 
 
@@ -238,27 +338,27 @@ def test_steps_write_what_they_declare(op: str, name: str) -> None:
     ],
     ids=["contiguous", "transposed", "strided", "rows", "expanded", "every_other", "negated"],
 )
-def test_sq_norm_of_any_strides(
+def test_sq_norms_of_any_strides(
     view: Callable[[Tensor], Tensor], l2: bool, dtype: torch.dtype
 ) -> None:
-    """sq_norm adds the squares of the values, however the gradient lies in memory."""
+    """sq_norms adds the squares of the values, however the gradient lies in memory."""
     generator = torch.Generator().manual_seed(0)
     param, noise = (torch.randn(70, 3, generator=generator).to(dtype) for _ in range(2))
     grad = view(noise)
-    result = torch.ops.cm_fused.sq_norm(
-        [param], [grad], weight_decay=0.5, maximize=False, decoupled_weight_decay=not l2
+    result = torch.ops.cm_fused.sq_norms(
+        [param], [grad], None, weight_decay=0.5, maximize=False, decoupled_weight_decay=not l2
     )
     g = grad.double() + (0.5 * param.double() if l2 else 0)
-    torch.testing.assert_close(result, g.square().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result, g.square().sum()[None], rtol=1e-5, atol=0)
 
 
-def test_sq_norm_of_several_tensors() -> None:
-    """sq_norm adds over the tensors, the empty ones and those of several chunks included."""
+def test_sq_norms_of_several_tensors() -> None:
+    """sq_norms has each tensor's, the empty one's and those of several chunks included."""
     grads = [torch.full((numel,), 0.5) for numel in (0, 1, 63, 64, 65, 16383, 16384, 16385, 50000)]
-    result = torch.ops.cm_fused.sq_norm(
-        grads, grads, weight_decay=0.0, maximize=False, decoupled_weight_decay=False
+    result = torch.ops.cm_fused.sq_norms(
+        grads, grads, None, weight_decay=0.0, maximize=False, decoupled_weight_decay=False
     )
-    assert result.item() == 0.25 * sum(grad.numel() for grad in grads)
+    assert result.tolist() == [0.25 * grad.numel() for grad in grads]
 
 
 @pytest.mark.parametrize("running_sum", [False, True])
@@ -328,7 +428,7 @@ CPU_LISTS = (
 
 def _ops_with(role: str) -> tuple[str, ...]:
     if role == "grads":
-        return (*STEPS, "sq_norm")
+        return (*STEPS, "sq_norms")
     if role in ("critical_buffers", "critical_sums"):
         return (*STEPS, "commit_")
     return ("adam_cm_", "commit_") if role == "pending_slots" else STEPS
@@ -489,7 +589,7 @@ BAD_LISTS = [
                 _set(role, lambda t: t.to(dtype))(case) for role in ("params", "grads")
             ],
             rf"params{_MINE}be float32, float64, bfloat16 or float16, got {name}",
-            (*STEPS, "sq_norm"),
+            (*STEPS, "sq_norms"),
         )
         for dtype, name in ((torch.int64, "Long"), (torch.complex64, "ComplexFloat"))
     ),
@@ -503,11 +603,25 @@ BAD_LISTS = [
         _set("params", lambda t: t.expand(5, 5).flatten().as_strided((5,), (0,))),
         rf"params{_MINE}not hold two elements in one place",
     ),
+    *(
+        BadLists(
+            f"dtype_{name}",
+            lambda case, name=name: setattr(case, name, torch.tensor(1.0)),  # type: ignore[misc]
+            f"{name}.* must have dtype Double",
+        )
+        for name in ("lr_tensor", "grad_factor", "found_inf")
+    ),
+    BadLists(
+        "shape_local_sq_norms",
+        lambda case: setattr(case, "local_sq_norms", torch.zeros(1, dtype=torch.float64)),
+        "local_sq_norms.* must be contiguous with",
+        ("adam_cm_",),
+    ),
     BadLists("dtype_sq_norm", _give_sq_norm(torch.tensor(1.0)), "sq_norm.* must have dtype Double"),
     BadLists(
         "shape_sq_norm",
         _give_sq_norm(torch.ones(2, dtype=torch.float64)),
-        "sq_norm.* must be contiguous with 1 elements",
+        rf"sq_norm.* must be contiguous with {len(SHAPES)} elements",
     ),
 ]
 
@@ -530,7 +644,7 @@ def test_bad_lists_change_nothing(op: str, bad: BadLists) -> None:
 def test_sparse_gradient_is_refused(op: str) -> None:
     """A sparse tensor in a list never reaches a kernel."""
     case = sample()
-    role = {"commit_": "exp_avgs"}.get(op, "grads")
+    role = {"commit_": "exp_avgs", "keep_books_": "priorities"}.get(op, "grads")
     tensors = case.lists()[role]
     tensors[LAST] = tensors[LAST].to_sparse()
     others = {name: list for name, list in case.lists().items() if name != role}
@@ -552,7 +666,8 @@ def _step_held(held: int, case: Sample, *, critical_gradients: bool) -> None:
         held,
         case.params,
         case.grads,
-        case.sq_norm,
+        *case.scalars(),
+        None if critical_gradients else case.local_sq_norms,
         critical_gradients=critical_gradients,
         **case.hyperparameters,
     )

@@ -225,7 +225,10 @@ def test_no_params() -> None:
 # Checks
 
 # Of what lies in device memory, which is not read: CPU steps alone check it.
-READ = ("pending_slot_", "step_", "dtype_sq_norm", "shape_sq_norm")
+READ = (
+    *("pending_slot_", "step_", "dtype_sq_norm", "shape_sq_norm", "shape_local_sq_norms"),
+    *("dtype_lr_tensor", "dtype_grad_factor", "dtype_found_inf"),
+)
 BAD_STATES = [bad for bad in BAD_LISTS if "adam_cm_" in bad.ops and not bad.name.startswith(READ)]
 
 

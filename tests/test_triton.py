@@ -372,7 +372,7 @@ def _share(optimizer: CriticalAdam) -> None:
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that Triton does not serve is an error that names it."""
-    monkeypatch.setattr(triton.triton_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(triton.triton_common, "INTERPRETED", False)
     for cls in (AdamCM, AdamCG):
         with pytest.raises(RuntimeError, match=r"Triton compiles for CUDA, ROCm and XPU .* cpu"):
             cls([torch.nn.Parameter(torch.ones(1))], backend="triton")
@@ -382,7 +382,7 @@ def test_default_of_cuda_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA parameters are stepped by triton; without it by the reference, said once."""
     device = torch.device("cuda")
     with monkeypatch.context() as compiled:
-        compiled.setattr(triton.triton_kernels, "INTERPRETED", False)
+        compiled.setattr(triton.triton_common, "INTERPRETED", False)
         assert _backend.select(None, device).name == "triton"
     monkeypatch.setattr(_backend, "find_spec", lambda name: None)
     _backend._triton.cache_clear()

@@ -55,7 +55,7 @@ def _sq_norm(params: list[Tensor]) -> Tensor:
     """
     bucket = make_bucket(params, Options(), fused=True)
     bucket.grads = params
-    return cpu.sq_norm(bucket, step_options(Options()))
+    return cpu.sq_norms(bucket, step_options(Options())).sum()
 
 
 def _rounded_run(kind: Kind, precision: dict[str, Any]) -> bytes:

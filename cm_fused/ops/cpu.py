@@ -33,19 +33,20 @@ class HeldState(library.Held):
         bucket: Bucket,
         options: StepOptions,
         sq_norm: Tensor | None,
+        local_sq_norms: Tensor | None = None,
         *,
         critical_gradients: bool,
     ) -> None:
-        """Take one step of `adam_cm_` or `adam_cg_` on the state that is held."""
+        """Take one step of `adam_cm_`, `update_cm_` or `adam_cg_` on the state that is held."""
         torch.ops.cm_fused.step_held_(
             self.id,
             bucket.params,
             bucket.grads,
-            sq_norm,
+            *_scalars(sq_norm, options),
+            local_sq_norms,
             critical_gradients=critical_gradients,
             **_hyperparameters(options),
         )
-        _increment_version(bucket.params)
 
 
 def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
@@ -62,54 +63,68 @@ def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tupl
 
 def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
+    _step_critical_momenta_(bucket, options, sq_norm, None)
+
+
+def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Take the step of `adam_cm_` but for the books; return each gradient's sum of squares."""
+    # Of a skipped step nobody reads them.
+    sq_norms = torch.zeros(len(bucket.params), dtype=torch.float64)
+    _step_critical_momenta_(bucket, options, None, sq_norms)
+    return sq_norms
+
+
+def _step_critical_momenta_(
+    bucket: Bucket, options: StepOptions, sq_norm: Tensor | None, local_sq_norms: Tensor | None
+) -> None:
     if isinstance(bucket.handle, HeldState):
-        bucket.handle.step_(bucket, options, sq_norm, critical_gradients=False)
-        return
-    torch.ops.cm_fused.adam_cm_(
-        bucket.params,
-        bucket.grads,
-        bucket.exp_avgs,
-        bucket.exp_avg_sqs,
-        bucket.max_exp_avg_sqs,
-        bucket.critical_buffers,
-        bucket.critical_sums,
+        bucket.handle.step_(bucket, options, sq_norm, local_sq_norms, critical_gradients=False)
+    else:
+        torch.ops.cm_fused.adam_cm_(
+            *_momenta_and_buffers(bucket),
+            bucket.pending_slots,
+            bucket.steps,
+            *bucket.low_precision_state(),
+            *_scalars(sq_norm, options),
+            local_sq_norms,
+            **_hyperparameters(options),
+        )
+    _increment_version(bucket.params)
+
+
+def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
+    """Keep the books of `cm_fused.reference.keep_books_`, the commit deferred to the next step."""
+    torch.ops.cm_fused.keep_books_(
         bucket.priorities,
         bucket.pending_slots,
         bucket.steps,
-        *bucket.low_precision_state(),
         sq_norm,
-        **_hyperparameters(options),
+        _on_host(options.found_inf),
+        priority_decay=options.priority_decay,
     )
-    _increment_version(bucket.params)
 
 
 def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cg_`."""
     if isinstance(bucket.handle, HeldState):
         bucket.handle.step_(bucket, options, sq_norm, critical_gradients=True)
-        return
-    torch.ops.cm_fused.adam_cg_(
-        bucket.params,
-        bucket.grads,
-        bucket.exp_avgs,
-        bucket.exp_avg_sqs,
-        bucket.max_exp_avg_sqs,
-        bucket.critical_buffers,
-        bucket.critical_sums,
-        bucket.priorities,
-        bucket.steps,
-        *bucket.low_precision_state(),
-        sq_norm,
-        **_hyperparameters(options),
-    )
+    else:
+        torch.ops.cm_fused.adam_cg_(
+            *_momenta_and_buffers(bucket),
+            bucket.steps,
+            *bucket.low_precision_state(),
+            *_scalars(sq_norm, options),
+            **_hyperparameters(options),
+        )
     _increment_version(bucket.params)
 
 
-def sq_norm(bucket: Bucket, options: StepOptions) -> Tensor:
-    """Return the sum of the squares of the bucket's gradients, float64 ()."""
-    result: Tensor = torch.ops.cm_fused.sq_norm(
+def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
+    result: Tensor = torch.ops.cm_fused.sq_norms(
         bucket.params,
         bucket.grads,
+        _on_host(options.grad_factor),
         weight_decay=options.weight_decay,
         maximize=options.maximize,
         decoupled_weight_decay=options.decoupled_weight_decay,
@@ -145,9 +160,33 @@ def _increment_version(params: list[Tensor]) -> None:
         torch.autograd.graph.increment_version(params)
 
 
+def _momenta_and_buffers(bucket: Bucket) -> tuple[list[Tensor], ...]:
+    """Return the lists that the operators of both steps begin with."""
+    return (
+        bucket.params,
+        bucket.grads,
+        bucket.exp_avgs,
+        bucket.exp_avg_sqs,
+        bucket.max_exp_avg_sqs,
+        bucket.critical_buffers,
+        bucket.critical_sums,
+        bucket.priorities,
+    )
+
+
+def _on_host(scalar: Tensor | None) -> Tensor | None:
+    """Return a scalar as the operators take it."""
+    return None if scalar is None else scalar.to("cpu", torch.float64)
+
+
+def _scalars(sq_norm: Tensor | None, options: StepOptions) -> tuple[Tensor | None, ...]:
+    lr = _on_host(options.lr) if isinstance(options.lr, Tensor) else None
+    return sq_norm, lr, _on_host(options.grad_factor), _on_host(options.found_inf)
+
+
 def _hyperparameters(options: StepOptions) -> dict[str, float | bool]:
     return {
-        "lr": float(options.lr),
+        "lr": 0.0 if isinstance(options.lr, Tensor) else float(options.lr),
         "beta1": options.beta1,
         "beta2": options.beta2,
         "eps": options.eps,

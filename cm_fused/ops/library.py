@@ -30,9 +30,9 @@ def _load_extension() -> str | None:
     if reason is not None:
         return reason
     try:
-        for name in ("adam_cm_", "adam_cg_", "commit_", "update_priorities_"):
+        for name in ("adam_cm_", "adam_cg_", "keep_books_", "commit_", "update_priorities_"):
             torch.library.register_fake(f"cm_fused::{name}", _fake_in_place)
-        torch.library.register_fake("cm_fused::sq_norm", _fake_sq_norm)
+        torch.library.register_fake("cm_fused::sq_norms", _fake_sq_norms)
     except RuntimeError as error:
         return f"the C++ extension is another version's, reinstall cm_fused: {error}"
     return None
@@ -52,15 +52,16 @@ def _fake_in_place(*args: object, **kwargs: object) -> None:
     """Every output is an argument changed in place."""
 
 
-def _fake_sq_norm(
+def _fake_sq_norms(
     params: list[Tensor],
     grads: list[Tensor],
+    grad_factor: Tensor | None,
     *,
     weight_decay: float,
     maximize: bool,
     decoupled_weight_decay: bool,
 ) -> Tensor:
-    return params[0].new_empty((), dtype=torch.float64)
+    return torch.empty(len(params), dtype=torch.float64)
 
 
 unavailable_reason = _load_extension()

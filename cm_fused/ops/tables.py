@@ -50,6 +50,7 @@ class Tables:
         checks_lists: Whether `refresh` raises for tensors that do not fit each other.
         chunk_sq_norms: float64 (chunks,) on the device: all chunks' sums of g^2.
         launches: The chunks by dtype of the parameters.
+        last: The table of the last refresh.
         made_in_capture: Whether what these tables need was uploaded by a graph's capture.
     """
 
@@ -63,6 +64,7 @@ class Tables:
         # The tensors of uploads that a capture recorded, on the device and on the host.
         self._of_captures: list[tuple[Tensor, Tensor]] = []
         self._table: Tensor | None = None
+        self.last: Tensor | None = None
         self._lay_out_chunks(bucket.params)
         self._scratch = self._lay_out_scratch(bucket)
 
@@ -122,6 +124,7 @@ class Tables:
         if refreshed == _NEEDS_COPIES:
             return None
         if refreshed == _UNCHANGED and self._table is not None:
+            self.last = self._table
             return self._table
         if not torch.equal(host[:, Column.PARAM_DTYPE], self._dtypes):
             raise OutdatedTablesError
@@ -130,6 +133,7 @@ class Tables:
             self._of_captures.append((table, uploaded_from))
         else:
             self._table = table
+        self.last = table
         return table
 
     def replaces(self, tables: "Tables") -> None:

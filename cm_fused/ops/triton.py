@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._capture import is_capturing
-from cm_fused.ops import library, triton_kernels
+from cm_fused.ops import library, triton_common, triton_kernels, triton_norms
 from cm_fused.ops.table import running_sum_min_capacity
 from cm_fused.ops.tables import Chunks, OutdatedTablesError, Tables, lies_as
 
@@ -37,7 +37,7 @@ STORED_DTYPES = {
 
 def unavailable_reason(device: torch.device) -> str | None:
     """Return why this backend cannot step parameters on a device, or None."""
-    if triton_kernels.INTERPRETED:
+    if triton_common.INTERPRETED:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on the CPU"
     if device.type not in ("cuda", "xpu"):
         return f"Triton compiles for CUDA, ROCm and XPU devices, got {device}"
@@ -91,17 +91,39 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def sq_norm(bucket: Bucket, options: StepOptions) -> Tensor:
-    """Return the sum of the squares of the bucket's gradients, float64 ()."""
+def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Take the step of `adam_cm_` but for the books; return each gradient's sum of squares."""
+    with _Launcher(bucket, options) as launcher:
+        launcher.update(critical_gradients=False)
+        return launcher.tensor_sq_norms()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
+    """Keep the books of `cm_fused.reference.keep_books_`, after `update_cm_` of the same bucket.
+
+    The commit is deferred to the next step.
+    """
+    tables = bucket.handle
+    assert isinstance(tables, Tables)
+    assert tables.last is not None
+    with _device_guard(bucket.exp_avgs[0].device):
+        _keep_books(tables, tables.last, bucket, options, sq_norm)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
     with _Launcher(bucket, options) as launcher:
         launcher.sq_norms()
-        return launcher.tables.chunk_sq_norms.sum()
+        return launcher.tensor_sq_norms()
 
 
 def update_priorities_(
     table: Tensor,
     chunk_sq_norms: Tensor,
     sq_norm: Tensor | None,
+    found_inf: Tensor | None,
     *,
     capacity: int,
     priority_decay: float,
@@ -113,8 +135,9 @@ def update_priorities_(
         table: The bucket's table, int64 (params, `WIDTH`). What it names of keys, slots, steps and
             filled slots is changed.
         chunk_sq_norms: The sum of g^2 of each chunk, float64 (chunks,).
-        sq_norm: The sum of the squares of all the group's gradients, float64 (), where the bucket
-            is not the whole group.
+        sq_norm: The sum of the squares over the priority scope, float64 () or (params,), where it
+            is not that of these chunks.
+        found_inf: float64 (); where it is not 0 nothing is changed. None for 0.
         capacity: Slots of each buffer, >= 1.
         priority_decay: What the keys are multiplied by, in [0, 1].
         group_scope: Whether every key is the norm over the group, or each over its tensor.
@@ -123,14 +146,16 @@ def update_priorities_(
         return
     if group_scope and sq_norm is None:
         sq_norm = chunk_sq_norms.sum()
-    triton_kernels.update_priorities_kernel[(len(table),)](
+    triton_norms.update_priorities_kernel[(len(table),)](
         table,
         chunk_sq_norms,
-        sq_norm if group_scope else None,
+        sq_norm,
+        found_inf,
+        0 if sq_norm is None or sq_norm.numel() == 1 else 1,
         capacity,
         float(priority_decay),
         CAPACITY_BLOCK=triton.next_power_of_2(capacity),
-        **triton_kernels.LAUNCH_OPTIONS,
+        **triton_common.LAUNCH_OPTIONS,
     )
 
 
@@ -191,6 +216,8 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 triton_kernels.critical_adam_kernel,
                 chunks,
                 lr_ptr,
+                _on_device(options.grad_factor, self._device),
+                _on_device(options.found_inf, self._device),
                 lr,
                 options.beta1,
                 options.beta2,
@@ -214,30 +241,32 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         l2, _ = _weight_decays(self._options)
         for chunks in self.tables.launches:
             self._launch(
-                triton_kernels.sq_norm_kernel,
+                triton_norms.sq_norm_kernel,
                 chunks,
+                _on_device(self._options.grad_factor, self._device),
                 l2,
                 _sign(self._options),
-                **triton_kernels.LAUNCH_OPTIONS,
+                **triton_common.LAUNCH_OPTIONS,
             )
+
+    def tensor_sq_norms(self) -> Tensor:
+        """Return the sum of g^2 of each parameter, after a pass that took those of the chunks."""
+        count = len(self._table)
+        result = torch.empty(count, dtype=torch.float64, device=self._device)
+        if count:
+            triton_norms.tensor_sq_norms_kernel[(count,)](
+                self._table, self.tables.chunk_sq_norms, result, **triton_common.LAUNCH_OPTIONS
+            )
+        return result
 
     def update_priorities(self, sq_norm: Tensor | None) -> None:
         """Launch the priority kernel on the norms of the pass before.
 
         Args:
-            sq_norm: The sum of the squares of all the group's gradients, where the bucket is not
-                the whole group.
+            sq_norm: The sum of the squares over the priority scope, where the bucket is not all
+                of it.
         """
-        in_triton = priority_kernel(self._device) == "Triton"
-        kernel = update_priorities_ if in_triton else torch.ops.cm_fused.update_priorities_
-        kernel(
-            self._table,
-            self.tables.chunk_sq_norms,
-            sq_norm,
-            capacity=self._capacity,
-            priority_decay=self._options.priority_decay,
-            group_scope=self._options.priority_scope == "group",
-        )
+        _keep_books(self.tables, self._table, self._bucket, self._options, sq_norm)
 
     def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
         if not len(chunks.chunks):
@@ -256,7 +285,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         self, param_dtype: torch.dtype, dtypes: dict[str, Any], amsgrad: bool, summed_slots: int
     ) -> dict[str, Any]:
         if self._device.type != "cuda" or torch.version.hip is not None:
-            return triton_kernels.LAUNCH_OPTIONS
+            return triton_common.LAUNCH_OPTIONS
         stored = dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"]
         return triton_kernels.launch_options(
             TRITON_DTYPES[param_dtype], *stored, amsgrad, summed_slots
@@ -270,6 +299,28 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         if lr.device == self._device or lr.device.type != "cpu":
             return lr.to(self._device, non_blocking=True), 0.0
         return None, float(lr)
+
+
+def _keep_books(
+    tables: Tables, table: Tensor, bucket: Bucket, options: StepOptions, sq_norm: Tensor | None
+) -> None:
+    device = bucket.exp_avgs[0].device
+    in_triton = priority_kernel(device) == "Triton"
+    kernel = update_priorities_ if in_triton else torch.ops.cm_fused.update_priorities_
+    kernel(
+        table,
+        tables.chunk_sq_norms,
+        sq_norm,
+        _on_device(options.found_inf, device),
+        capacity=bucket.priorities[0].numel(),
+        priority_decay=options.priority_decay,
+        group_scope=options.priority_scope == "group",
+    )
+
+
+def _on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a scalar where the kernels can read it; never waits for a device."""
+    return None if scalar is None else scalar.to(device, torch.float64, non_blocking=True)
 
 
 def precision(

@@ -1,7 +1,6 @@
-"""The Triton kernels: the pass over all chunks of all tensors, and the priority buffers' books.
+"""The Triton kernel of the step: one pass over all chunks of all tensors.
 
-Every kernel finds its tensors through a table (`cm_fused.ops.table`). Hyperparameters are float64
-run-time values, rounded once to the state's dtype as in the C++ step. Nothing is contracted to a
+It finds its tensors through a table (`cm_fused.ops.table`). Nothing is contracted to a
 fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correctly rounded, so a
 parameter's bits depend neither on the path its chunk takes nor on the device.
 """
@@ -11,8 +10,41 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from cm_fused.ops.table import CHUNK_SIZE as _CHUNK_SIZE
-from cm_fused.ops.table import WIDTH, Column
+from cm_fused.ops.triton_common import (
+    BLOCK_SIZE,
+    CHUNK_SIZE,
+    COMPENSATION_COLUMN,
+    CRITICAL_BUFFER_COLUMN,
+    CRITICAL_SCALES_COLUMN,
+    CRITICAL_SUM_COLUMN,
+    EXP_AVG_COLUMN,
+    EXP_AVG_SCALES_COLUMN,
+    EXP_AVG_SQ_COLUMN,
+    EXP_AVG_SQ_SCALES_COLUMN,
+    FILLED_COLUMN,
+    GRAD_COLUMN,
+    LAUNCH_OPTIONS,
+    MAX_EXP_AVG_SQ_COLUMN,
+    NUMEL_COLUMN,
+    PARAM_COLUMN,
+    PARAM_INDEX_COLUMN,
+    PRIORITIES_COLUMN,
+    ROW,
+    SLOT_COLUMN,
+    STEP_COLUMN,
+    TAIL_BLOCK_SIZE,
+    THREADS,
+    at,
+    double,
+    effective_gradient,
+    entry,
+    is_aligned,
+    is_set,
+    pointer,
+    signed_factor,
+    spread,
+    sum_squares,
+)
 from cm_fused.ops.triton_rounding import (
     MOMENTS_STREAM,
     PARAM_STREAM,
@@ -29,18 +61,6 @@ from cm_fused.ops.triton_rounding import (
     to_slot,
 )
 from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
-
-# Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
-INTERPRETED = triton.knobs.runtime.interpret
-# Elements that a program works on at a time: four, 16 bytes of float32, a thread; where they are
-# not aligned or not all there, one a thread. The interpreter's time is by operation: it is given
-# half a chunk.
-NUM_THREADS = 128
-BLOCK_SIZE = 2048 if INTERPRETED else 4 * NUM_THREADS
-TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
-# What every launch is given besides its arguments. A kernel that changes its arguments in place is
-# never autotuned: the trials would be steps.
-LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
 
 
 def launch_options(
@@ -71,54 +91,6 @@ def launch_options(
 
 
 _SCALED_DTYPES = (tl.int8, tl.uint8)
-CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
-_BLOCK_SIZE = tl.constexpr(BLOCK_SIZE)
-_TAIL_BLOCK_SIZE = tl.constexpr(TAIL_BLOCK_SIZE)
-_NUM_THREADS = tl.constexpr(NUM_THREADS)
-_WIDTH = tl.constexpr(WIDTH)
-_PARAM = tl.constexpr(int(Column.PARAM))
-_GRAD = tl.constexpr(int(Column.GRAD))
-_EXP_AVG = tl.constexpr(int(Column.EXP_AVG))
-_EXP_AVG_SQ = tl.constexpr(int(Column.EXP_AVG_SQ))
-_MAX_EXP_AVG_SQ = tl.constexpr(int(Column.MAX_EXP_AVG_SQ))
-_CRITICAL_BUFFER = tl.constexpr(int(Column.CRITICAL_BUFFER))
-_CRITICAL_SUM = tl.constexpr(int(Column.CRITICAL_SUM))
-_COMPENSATION = tl.constexpr(int(Column.COMPENSATION))
-_CRITICAL_SCALES = tl.constexpr(int(Column.CRITICAL_SCALES))
-_EXP_AVG_SCALES = tl.constexpr(int(Column.EXP_AVG_SCALES))
-_EXP_AVG_SQ_SCALES = tl.constexpr(int(Column.EXP_AVG_SQ_SCALES))
-_PARAM_INDEX = tl.constexpr(int(Column.PARAM_INDEX))
-_PRIORITIES = tl.constexpr(int(Column.PRIORITIES))
-_SLOT = tl.constexpr(int(Column.SLOT))
-_STEP = tl.constexpr(int(Column.STEP))
-_NUMEL = tl.constexpr(int(Column.NUMEL))
-_FIRST_CHUNK = tl.constexpr(int(Column.FIRST_CHUNK))
-_NUM_CHUNKS = tl.constexpr(int(Column.NUM_CHUNKS))
-_FILLED = tl.constexpr(int(Column.FILLED))
-
-
-# One variant for all values of the options. A later dtype's chunks start anywhere in the lists of
-# all: none for each alignment either.
-_entry = triton.jit(
-    do_not_specialize=("capacity", "mean_over_capacity", "seed"),
-    do_not_specialize_on_alignment=("chunks_ptr", "chunk_sq_norms_ptr"),
-)
-
-
-@triton.jit
-def _double(x):
-    """Return a number as a float64 scalar; the interpreter passes floats as Python's."""
-    return tl.full((), x, tl.float64)
-
-
-@triton.jit
-def _spread(x, BLOCK: tl.constexpr):
-    """Return a block of a scalar.
-
-    For comparisons: the interpreter cannot spread the result of one of scalars, as it takes the
-    operands' dtype for its own.
-    """
-    return tl.full((BLOCK,), x, x.dtype)
 
 
 @triton.jit
@@ -149,44 +121,6 @@ def _power(base, exponent):
     return result
 
 
-@triton.jit
-def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def _at(ptr, start, ALIGNED: tl.constexpr):
-    """Return ptr + start, promising 16-byte alignment where it is known."""
-    if ALIGNED:
-        return tl.multiple_of(ptr + start, 16)
-    return ptr + start
-
-
-@triton.jit
-def _is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
-    """Return whether every chunk of every tensor of a row starts at 16 bytes."""
-    joined = numel * SLOT_BYTES  # from one slot to the next
-    for column in tl.static_range(_PARAM, _COMPENSATION + 1):
-        joined |= tl.load(row_ptr + column)
-    return joined % 16 == 0
-
-
-@triton.jit
-def _effective_gradient(grad, param, sign, l2):
-    """Return the gradient the step uses: negated to maximize, plus the L2 term."""
-    # Without weight decay a parameter that is not finite leaves its gradient as it is.
-    return sign * grad + tl.where(l2 != 0, l2 * param, tl.zeros_like(param))
-
-
-@triton.jit
-def _sum_squares(g, BLOCK: tl.constexpr):
-    """Return one partial sum of g^2 in float64 for each thread of a block."""
-    # A float32 gradient's square neither overflows nor underflows.
-    squares = g.to(tl.float64) * g.to(tl.float64)
-    # A thread's own elements first: it keeps one partial sum, not one for each.
-    return tl.sum(tl.reshape(squares, (_NUM_THREADS, BLOCK // _NUM_THREADS)), 1)
-
-
 @triton.constexpr_function
 def _block_size(full, moment_dtype, slot_dtype):
     """Return the elements that are worked on at a time: whole blocks of those that share scales."""
@@ -210,7 +144,7 @@ def _load_slot(
     FULL: tl.constexpr,
 ):
     """Return the values of a slot, or what is cheap to load where the mask is not set."""
-    slot_ptr = _at(slots_ptr, slot * numel, FULL)
+    slot_ptr = at(slots_ptr, slot * numel, FULL)
     stored = tl.load(slot_ptr + (begin + tl.arange(0, BLOCK)), mask=mask, other=0)
     scales = 0
     if has_scales(slots_ptr.dtype.element_ty):
@@ -296,7 +230,7 @@ def _rebuild_sum(
         stored, scales = to_slot(item, slots_ptr.dtype.element_ty, BLOCK)
         item = from_slot(stored, scales, STATE_DTYPE, BLOCK)
         for other in range(0, capacity):
-            taken = (not CRITICAL_GRADIENTS) & (_spread(slot, BLOCK) == other)
+            taken = (not CRITICAL_GRADIENTS) & (spread(slot, BLOCK) == other)
             kept = _load_slot(
                 slots_ptr,
                 slot_scales_ptr,
@@ -334,7 +268,7 @@ def _update_chunk(
     eps_outside,
     decay_factor,
     l2,
-    sign,
+    factor,
     step,
     seed,
     PARAM_DTYPE: tl.constexpr,
@@ -352,27 +286,29 @@ def _update_chunk(
 
     FULL: there are CHUNK_SIZE of them, and every tensor is aligned.
     """
-    param_ptr = _at(_pointer(row_ptr, _PARAM, PARAM_DTYPE), start, FULL)
-    grad_ptr = _at(_pointer(row_ptr, _GRAD, PARAM_DTYPE), start, FULL)
-    exp_avg_ptr = _at(_pointer(row_ptr, _EXP_AVG, MOMENT_DTYPE), start, FULL)
-    exp_avg_sq_ptr = _at(_pointer(row_ptr, _EXP_AVG_SQ, MOMENT_DTYPE), start, FULL)
-    slots_ptr = _at(_pointer(row_ptr, _CRITICAL_BUFFER, SLOT_DTYPE), start, FULL)
+    param_ptr = at(pointer(row_ptr, PARAM_COLUMN, PARAM_DTYPE), start, FULL)
+    grad_ptr = at(pointer(row_ptr, GRAD_COLUMN, PARAM_DTYPE), start, FULL)
+    exp_avg_ptr = at(pointer(row_ptr, EXP_AVG_COLUMN, MOMENT_DTYPE), start, FULL)
+    exp_avg_sq_ptr = at(pointer(row_ptr, EXP_AVG_SQ_COLUMN, MOMENT_DTYPE), start, FULL)
+    slots_ptr = at(pointer(row_ptr, CRITICAL_BUFFER_COLUMN, SLOT_DTYPE), start, FULL)
     # Where nothing is committed this is no slot, and it is not touched.
-    slot_ptr = _at(slots_ptr, slot * numel, FULL)
+    slot_ptr = at(slots_ptr, slot * numel, FULL)
     # What an option does without is no tensor, and it is not touched.
-    critical_sum_ptr = _at(_pointer(row_ptr, _CRITICAL_SUM, STATE_DTYPE), start, FULL)
-    max_exp_avg_sq_ptr = _at(_pointer(row_ptr, _MAX_EXP_AVG_SQ, STATE_DTYPE), start, FULL)
-    compensation_ptr = _at(_pointer(row_ptr, _COMPENSATION, PARAM_DTYPE), start, FULL)
-    slot_scales_ptr = _pointer(row_ptr, _CRITICAL_SCALES, tl.float32) + start // SCALE_BLOCK
-    exp_avg_scales_ptr = _pointer(row_ptr, _EXP_AVG_SCALES, tl.float32) + start // SCALE_BLOCK
-    exp_avg_sq_scales_ptr = _pointer(row_ptr, _EXP_AVG_SQ_SCALES, tl.float32) + start // SCALE_BLOCK
-    param_index = tl.load(row_ptr + _PARAM_INDEX)
+    critical_sum_ptr = at(pointer(row_ptr, CRITICAL_SUM_COLUMN, STATE_DTYPE), start, FULL)
+    max_exp_avg_sq_ptr = at(pointer(row_ptr, MAX_EXP_AVG_SQ_COLUMN, STATE_DTYPE), start, FULL)
+    compensation_ptr = at(pointer(row_ptr, COMPENSATION_COLUMN, PARAM_DTYPE), start, FULL)
+    slot_scales_ptr = pointer(row_ptr, CRITICAL_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
+    exp_avg_scales_ptr = pointer(row_ptr, EXP_AVG_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
+    exp_avg_sq_scales_ptr = (
+        pointer(row_ptr, EXP_AVG_SQ_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
+    )
+    param_index = tl.load(row_ptr + PARAM_INDEX_COLUMN)
     commits_first: tl.constexpr = not CRITICAL_GRADIENTS
     rounds_moments: tl.constexpr = MOMENT_DTYPE != STATE_DTYPE
     BLOCK: tl.constexpr = _block_size(FULL, MOMENT_DTYPE, SLOT_DTYPE)
-    commit = _spread(slot, BLOCK) >= 0
+    commit = spread(slot, BLOCK) >= 0
     # A sum that was rebuilt with the momentum in its slot has followed the commit.
-    follow = commit & (_spread(rebuild, BLOCK) == 0) if commits_first else commit
+    follow = commit & (spread(rebuild, BLOCK) == 0) if commits_first else commit
     if rebuild:
         # The threads that write an element here read it below: both walk in the same layout.
         _rebuild_sum(
@@ -390,7 +326,7 @@ def _update_chunk(
             BLOCK,
             FULL,
         )
-    squares = tl.zeros((_NUM_THREADS,), dtype=tl.float64)
+    squares = tl.zeros((THREADS,), dtype=tl.float64)
     for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
@@ -402,7 +338,7 @@ def _update_chunk(
         exp_avg_sq = _load_moment(
             exp_avg_sq_ptr, exp_avg_sq_scales_ptr, begin, count, mask, STATE_DTYPE, False, BLOCK
         )
-        g = _effective_gradient(grad, param, sign, l2)
+        g = effective_gradient(grad, param, factor, l2)
         if KAHAN:
             param += tl.load(compensation_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
         stored, scales = to_slot(g if CRITICAL_GRADIENTS else exp_avg, SLOT_DTYPE, BLOCK)
@@ -413,7 +349,7 @@ def _update_chunk(
         if SUMMED_SLOTS > 0:
             buffer_sum = tl.zeros_like(item)
             for other in tl.static_range(SUMMED_SLOTS):
-                taken = commits_first & (_spread(slot, BLOCK) == other)
+                taken = commits_first & (spread(slot, BLOCK) == other)
                 kept = _load_slot(
                     slots_ptr,
                     slot_scales_ptr,
@@ -464,7 +400,7 @@ def _update_chunk(
             exp_avg = beta1 * exp_avg + one_minus_beta1 * g  # Eq. (4)
             aggregate = exp_avg + mean  # Eq. (5)
             numerator = aggregate
-            squares += _sum_squares(g, BLOCK)
+            squares += sum_squares(g, BLOCK)
         exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (aggregate * aggregate)  # Eq. (5)
         words = 0
         if rounds_moments:
@@ -508,12 +444,14 @@ def _update_chunk(
         tl.store(chunk_sq_norm_ptr, tl.sum(squares))
 
 
-@_entry
+@entry
 def critical_adam_kernel(
     table_ptr,
     chunks_ptr,
     chunk_sq_norms_ptr,
     lr_ptr,
+    grad_factor_ptr,
+    found_inf_ptr,
     lr: tl.float64,
     beta1: tl.float64,
     beta2: tl.float64,
@@ -543,6 +481,8 @@ def critical_adam_kernel(
         chunk_sq_norms_ptr: float64 (programs,): the sum of g^2 of each chunk. Written by critical
             momenta; critical gradients have taken their norm before.
         lr_ptr: The learning rate on the device, or None: `lr`.
+        grad_factor_ptr: float64 (): what every gradient is multiplied by; None for 1.
+        found_inf_ptr: float64 (): where it is not 0 nothing is changed. Or None.
         lr: The learning rate.
         beta1: Decay of the momentum, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
@@ -565,20 +505,22 @@ def critical_adam_kernel(
         STOCHASTIC: A half-precision parameter is rounded stochastically.
         KAHAN: It has a compensation, which takes what rounding leaves.
     """
+    if is_set(found_inf_ptr):
+        return
     program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * _WIDTH
+    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
     chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
-    numel = tl.load(row_ptr + _NUMEL)
+    numel = tl.load(row_ptr + NUMEL_COLUMN)
     start = chunk * CHUNK_SIZE
     count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
 
-    beta1 = _double(beta1)
-    beta2 = _double(beta2)
+    beta1 = double(beta1)
+    beta2 = double(beta2)
     # The books of critical momenta are kept after the pass, those of critical gradients before.
-    step = tl.load(_pointer(row_ptr, _STEP, tl.float32)).to(tl.int64)
+    step = tl.load(pointer(row_ptr, STEP_COLUMN, tl.float32)).to(tl.int64)
     if not CRITICAL_GRADIENTS:
         step += 1
-    lr = _double(lr) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
+    lr = double(lr) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
     bias_correction1 = 1.0 - _power(beta1, step)
     bias_correction2 = 1.0 - _power(beta2, step)
 
@@ -586,21 +528,21 @@ def critical_adam_kernel(
     if mean_over_capacity == 0:
         filled = tl.full((), 0, tl.int32)
         if CRITICAL_GRADIENTS:
-            filled = tl.load(_pointer(row_ptr, _FILLED, tl.int64)).to(tl.int32)
+            filled = tl.load(pointer(row_ptr, FILLED_COLUMN, tl.int64)).to(tl.int32)
         else:
-            keys_ptr = _pointer(row_ptr, _PRIORITIES, tl.float32)
+            keys_ptr = pointer(row_ptr, PRIORITIES_COLUMN, tl.float32)
             for slot in range(0, capacity):
                 filled += (tl.load(keys_ptr + slot) >= 0).to(tl.int32)
         # An empty buffer's sum is 0 whatever divides it.
         divisor = tl.maximum(filled, 1)
-    slot = tl.load(_pointer(row_ptr, _SLOT, tl.int64)).to(tl.int32)
+    slot = tl.load(pointer(row_ptr, SLOT_COLUMN, tl.int64)).to(tl.int32)
     # A running sum loses a rounding with every admission: each chunk is summed anew once in 4 C
     # steps, a different chunk each step (see csrc/cpu/step_kernel.h).
     rebuild = (((step + chunk) % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
     inverse_divisor = (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE)
     step_size = (lr / bias_correction1).to(STATE_DTYPE)
     decay_factor = (1.0 - lr * decoupled_weight_decay).to(STATE_DTYPE)
-    full = (count == CHUNK_SIZE) & _is_aligned(row_ptr, numel, SLOT_DTYPE.primitive_bitwidth // 8)
+    full = (count == CHUNK_SIZE) & is_aligned(row_ptr, numel, SLOT_DTYPE.primitive_bitwidth // 8)
     values = (
         row_ptr,
         chunk_sq_norms_ptr + program,
@@ -617,11 +559,11 @@ def critical_adam_kernel(
         (1.0 - beta2).to(STATE_DTYPE),
         (1.0 / bias_correction2).to(STATE_DTYPE),
         step_size,
-        _double(eps_inside).to(STATE_DTYPE),
-        _double(eps_outside).to(STATE_DTYPE),
+        double(eps_inside).to(STATE_DTYPE),
+        double(eps_outside).to(STATE_DTYPE),
         decay_factor,
-        _double(l2).to(STATE_DTYPE),
-        _double(sign).to(STATE_DTYPE),
+        double(l2).to(STATE_DTYPE),
+        signed_factor(sign, grad_factor_ptr).to(STATE_DTYPE),
         step,
         seed,
     )
@@ -653,118 +595,3 @@ def critical_adam_kernel(
             KAHAN,
             False,
         )
-
-
-@triton.jit
-def _sq_norm_of_chunk(
-    row_ptr,
-    chunk_sq_norm_ptr,
-    start,
-    count,
-    l2,
-    sign,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    param_ptr = _at(_pointer(row_ptr, _PARAM, PARAM_DTYPE), start, FULL)
-    grad_ptr = _at(_pointer(row_ptr, _GRAD, PARAM_DTYPE), start, FULL)
-    BLOCK: tl.constexpr = _BLOCK_SIZE if FULL else _TAIL_BLOCK_SIZE
-    decays = _spread(l2, BLOCK) != 0
-    squares = tl.zeros((_NUM_THREADS,), dtype=tl.float64)
-    for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
-        # Without weight decay there is no need to read the parameter.
-        param = tl.load(param_ptr + offsets, mask=mask & decays, other=0.0).to(STATE_DTYPE)
-        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
-        squares += _sum_squares(_effective_gradient(grad, param, sign, l2), BLOCK)
-    tl.store(chunk_sq_norm_ptr, tl.sum(squares))
-
-
-@_entry
-def sq_norm_kernel(
-    table_ptr,
-    chunks_ptr,
-    chunk_sq_norms_ptr,
-    l2: tl.float64,
-    sign: tl.float64,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-):
-    """Write the sum of g^2 of each chunk; arguments as for `critical_adam_kernel`."""
-    program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * _WIDTH
-    chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
-    numel = tl.load(row_ptr + _NUMEL)
-    start = chunk * CHUNK_SIZE
-    count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
-    l2 = _double(l2).to(STATE_DTYPE)
-    sign = _double(sign).to(STATE_DTYPE)
-    chunk_sq_norm_ptr = chunk_sq_norms_ptr + program
-    full = (count == CHUNK_SIZE) & _is_aligned(row_ptr, numel, STATE_DTYPE.primitive_bitwidth // 8)
-    if full:
-        _sq_norm_of_chunk(
-            row_ptr, chunk_sq_norm_ptr, start, count, l2, sign, PARAM_DTYPE, STATE_DTYPE, True
-        )
-    else:
-        _sq_norm_of_chunk(
-            row_ptr, chunk_sq_norm_ptr, start, count, l2, sign, PARAM_DTYPE, STATE_DTYPE, False
-        )
-
-
-@_entry
-def update_priorities_kernel(
-    table_ptr,
-    chunk_sq_norms_ptr,
-    sq_norm_ptr,
-    capacity: tl.int32,
-    priority_decay,
-    CAPACITY_BLOCK: tl.constexpr,
-):
-    """The books of one tensor: key, admission, decay, slot, step count (csrc/bookkeeping.h).
-
-    Args:
-        table_ptr: The bucket's table. Keys, slots, step counts and, where there are such, numbers
-            of filled slots are changed.
-        chunk_sq_norms_ptr: float64: the sum of g^2 of each chunk.
-        sq_norm_ptr: float64 (): the group's sum of g^2, or None for that of the tensor's chunks.
-        capacity: Slots of the buffer.
-        priority_decay: What the keys are multiplied by, float32.
-        CAPACITY_BLOCK: The capacity rounded up to a power of two.
-    """
-    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * _WIDTH
-    if sq_norm_ptr is not None:
-        sq_norm = tl.load(sq_norm_ptr)
-    else:
-        first = tl.load(row_ptr + _FIRST_CHUNK)
-        num_chunks = tl.load(row_ptr + _NUM_CHUNKS)
-        sums = tl.zeros((_BLOCK_SIZE,), dtype=tl.float64)
-        for begin in range(0, num_chunks, _BLOCK_SIZE):
-            offsets = begin + tl.arange(0, _BLOCK_SIZE)
-            sums += tl.load(
-                chunk_sq_norms_ptr + first + offsets, mask=offsets < num_chunks, other=0.0
-            )
-        sq_norm = tl.sum(sums)
-    key = tl.sqrt(sq_norm).to(tl.float32)
-
-    slots = tl.arange(0, CAPACITY_BLOCK)
-    in_buffer = slots < capacity
-    keys_ptr = _pointer(row_ptr, _PRIORITIES, tl.float32)
-    keys = tl.load(keys_ptr + slots, mask=in_buffer, other=float("inf"))
-    filled_address = tl.load(row_ptr + _FILLED)
-    if filled_address != 0:
-        filled = tl.sum((in_buffer & (keys >= 0)).to(tl.int64))
-        tl.store(filled_address.to(tl.pointer_type(tl.int64)), filled)
-    # An unfilled slot's key, -inf, is the smallest; of equal ones the first.
-    slot = tl.argmin(keys, 0)
-    admitted = ((key < float("inf")) & (key > tl.min(keys, 0))).to(tl.int32)
-    taken = (_spread(admitted, CAPACITY_BLOCK) != 0) & (slots == slot)
-    keys = tl.where(taken, key, keys)
-    # An unfilled slot keeps -inf, which times 0 would be NaN.
-    keys = tl.where(keys >= 0, keys * priority_decay, keys)
-    tl.store(keys_ptr + slots, keys, mask=in_buffer)
-    slot_ptr = _pointer(row_ptr, _SLOT, tl.int64)
-    tl.store(slot_ptr, tl.where(admitted != 0, slot, -1).to(tl.int64))
-    step_ptr = _pointer(row_ptr, _STEP, tl.float32)
-    tl.store(step_ptr, tl.load(step_ptr) + 1.0)

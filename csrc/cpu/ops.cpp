@@ -1,5 +1,6 @@
 // The CPU implementations of the steps: run the kernels over chunks in parallel, keep the priority
 // buffers' books.
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <optional>
@@ -53,7 +54,8 @@ std::vector<double> run(ChunkKernel kernel, const BucketStep& bucket, const Step
 }
 
 // Adds up each tensor's chunks in order.
-std::vector<double> sq_norms(const BucketStep& bucket, const std::vector<double>& chunk_sq_norms) {
+std::vector<double> add_chunks(
+    const BucketStep& bucket, const std::vector<double>& chunk_sq_norms) {
   std::vector<double> result;
   result.reserve(bucket.size());
   auto next = chunk_sq_norms.begin();
@@ -69,54 +71,99 @@ double total(const std::vector<double>& values) {
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
-std::optional<double> read_sq_norm(const std::optional<Tensor>& sq_norm) {
-  if (!sq_norm.has_value()) {
-    return std::nullopt;
+// Scalars that may come in tensors: see library.cpp.
+struct ScalarTensors {
+  std::optional<Tensor> sq_norm;
+  std::optional<Tensor> lr;
+  std::optional<Tensor> grad_factor;
+  std::optional<Tensor> found_inf;
+};
+
+double read_scalar(const char* role, const std::optional<Tensor>& tensor, double otherwise) {
+  if (!tensor.has_value()) {
+    return otherwise;
   }
-  return *bookkeeping<double>(
-      "sq_norm", kNoIndex, *sq_norm, 1, aoti_torch_dtype_float64(), cpu_device());
+  return *bookkeeping<double>(role, kNoIndex, *tensor, 1, aoti_torch_dtype_float64(), cpu_device());
 }
 
-// The keys with which the bucket's tensors ask for a slot.
-std::vector<float> priority_keys(const BucketStep& bucket,
-    const std::vector<double>& chunk_sq_norms, const StepOptions& options,
-    std::optional<double> group_sq_norm) {
-  const auto tensor_sq_norms = sq_norms(bucket, chunk_sq_norms);
-  const double group = group_sq_norm.value_or(total(tensor_sq_norms));
-  std::vector<float> keys;
-  keys.reserve(tensor_sq_norms.size());
-  for (const double sq_norm : tensor_sq_norms) {
-    keys.push_back(priority_key(options.group_scope ? group : sq_norm));
-  }
-  return keys;
+bool is_skipped(const std::optional<Tensor>& found_inf) {
+  return read_scalar("found_inf", found_inf, 0.0) != 0.0;
 }
 
-void keep_books(const TensorStep& tensor, float key, const StepOptions& options, int64_t* slot) {
+StepOptions with_scalars(StepOptions options, const ScalarTensors& scalars) {
+  options.lr = read_scalar("lr_tensor", scalars.lr, options.lr);
+  options.grad_factor = read_scalar("grad_factor", scalars.grad_factor, options.grad_factor);
+  return options;
+}
+
+// The sums of squares over the priority scope, one for each of `count` tensors.
+std::vector<double> read_sq_norm(const Tensor& sq_norm, size_t count) {
+  const int64_t numel = sq_norm.numel() == 1 ? 1 : static_cast<int64_t>(count);
+  const double* values = bookkeeping<double>(
+      "sq_norm", kNoIndex, sq_norm, numel, aoti_torch_dtype_float64(), cpu_device());
+  return numel == 1 ? std::vector<double>(count, *values)
+                    : std::vector<double>(values, values + count);
+}
+
+// The same of what this process has by itself.
+std::vector<double> over_scope(std::vector<double> tensor_sq_norms, const StepOptions& options) {
+  if (options.group_scope) {
+    const double group = total(tensor_sq_norms);
+    std::fill(tensor_sq_norms.begin(), tensor_sq_norms.end(), group);
+  }
+  return tensor_sq_norms;
+}
+
+void keep_books(const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot) {
   update_bookkeeping({tensor.priorities, slot, tensor.step_count, nullptr}, tensor.capacity,
-      static_cast<float>(options.priority_decay), key);
+      static_cast<float>(priority_decay), priority_key(sq_norm));
+}
+
+double* local_sq_norms_data(const Tensor& local_sq_norms, size_t count) {
+  return bookkeeping<double>("local_sq_norms", kNoIndex, local_sq_norms,
+      static_cast<int64_t>(count), aoti_torch_dtype_float64(), cpu_device());
 }
 
 void step_critical_momenta(const StateTensors& state, const Tensors& params, const Tensors& grads,
-    const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
+    const ScalarTensors& scalars, const std::optional<Tensor>& local_sq_norms,
+    const StepOptions& hyperparameters, BucketStep& bucket) {
+  const StepOptions options = with_scalars(hyperparameters, scalars);
   check_length("pending_slots", state.pending_slots.size(), params.size());
   describe_bucket(state, params, grads, options, bucket);
-  const auto group_sq_norm = read_sq_norm(sq_norm);
-  const auto chunk_sq_norms = run(kernels().adam_cm, bucket, options);
-  const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
+  double* const local =
+      local_sq_norms.has_value() ? local_sq_norms_data(*local_sq_norms, params.size()) : nullptr;
+  const auto given = scalars.sq_norm.has_value() ? read_sq_norm(*scalars.sq_norm, params.size())
+                                                 : std::vector<double>();
+  if (is_skipped(scalars.found_inf)) {
+    return;
+  }
+  const auto tensor_sq_norms = add_chunks(bucket, run(kernels().adam_cm, bucket, options));
+  if (local != nullptr) {
+    std::copy(tensor_sq_norms.begin(), tensor_sq_norms.end(), local);
+    return;
+  }
+  const auto scope = scalars.sq_norm.has_value() ? given : over_scope(tensor_sq_norms, options);
   for (size_t i = 0; i < bucket.size(); ++i) {
-    keep_books(bucket[i], keys[i], options, bucket[i].pending_slot);
+    keep_books(bucket[i], scope[i], options.priority_decay, bucket[i].pending_slot);
   }
 }
 
 void step_critical_gradients(const StateTensors& state, const Tensors& params, const Tensors& grads,
-    const std::optional<Tensor>& sq_norm, const StepOptions& options, BucketStep& bucket) {
+    const ScalarTensors& scalars, const StepOptions& hyperparameters, BucketStep& bucket) {
+  const StepOptions options = with_scalars(hyperparameters, scalars);
   describe_bucket(state, params, grads, options, bucket);
-  const auto group_sq_norm = read_sq_norm(sq_norm);
+  const auto given = scalars.sq_norm.has_value() ? read_sq_norm(*scalars.sq_norm, params.size())
+                                                 : std::vector<double>();
+  if (is_skipped(scalars.found_inf)) {
+    return;
+  }
   // The gradient is gone by the next step: its norm comes first, so that it can be stored at once.
-  const auto chunk_sq_norms = run(kernels().sq_norm, bucket, options);
-  const auto keys = priority_keys(bucket, chunk_sq_norms, options, group_sq_norm);
+  const auto scope =
+      scalars.sq_norm.has_value()
+          ? given
+          : over_scope(add_chunks(bucket, run(kernels().sq_norm, bucket, options)), options);
   for (size_t i = 0; i < bucket.size(); ++i) {
-    keep_books(bucket[i], keys[i], options, &bucket[i].slot);
+    keep_books(bucket[i], scope[i], options.priority_decay, &bucket[i].slot);
   }
   run(kernels().adam_cg, bucket, options);
 }
@@ -125,7 +172,9 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
     Tensors pending_slots, Tensors steps, Tensors critical_scales, Tensors exp_avg_scales,
     Tensors exp_avg_sq_scales, Tensors compensations, std::vector<int64_t> param_indices,
-    std::optional<Tensor> sq_norm, double lr, double beta1, double beta2, double eps,
+    std::optional<Tensor> sq_norm, std::optional<Tensor> lr_tensor,
+    std::optional<Tensor> grad_factor, std::optional<Tensor> found_inf,
+    std::optional<Tensor> local_sq_norms, double lr, double beta1, double beta2, double eps,
     double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
     bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay, bool stochastic_update,
     int64_t seed) {
@@ -136,7 +185,7 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
           std::move(pending_slots), std::move(steps), std::move(critical_scales),
           std::move(exp_avg_scales), std::move(exp_avg_sq_scales), std::move(compensations),
           std::move(param_indices)},
-      params, grads, sq_norm,
+      params, grads, {sq_norm, lr_tensor, grad_factor, found_inf}, local_sq_norms,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
       bucket);
@@ -146,39 +195,51 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
     Tensors steps, Tensors critical_scales, Tensors exp_avg_scales, Tensors exp_avg_sq_scales,
     Tensors compensations, std::vector<int64_t> param_indices, std::optional<Tensor> sq_norm,
-    double lr, double beta1, double beta2, double eps, double weight_decay, double priority_decay,
-    bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
-    bool decoupled_weight_decay, bool stochastic_update, int64_t seed) {
+    std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_factor,
+    std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
+    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
+    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay, bool stochastic_update,
+    int64_t seed) {
   BucketStep bucket;
   step_critical_gradients(
       {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
           std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
           std::move(steps), std::move(critical_scales), std::move(exp_avg_scales),
           std::move(exp_avg_sq_scales), std::move(compensations), std::move(param_indices)},
-      params, grads, sq_norm,
+      params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
       bucket);
 }
 
 void step_held_(int64_t held, Tensors params, Tensors grads, std::optional<Tensor> sq_norm,
-    bool critical_gradients, double lr, double beta1, double beta2, double eps, double weight_decay,
-    double priority_decay, bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt,
-    bool maximize, bool decoupled_weight_decay, bool stochastic_update, int64_t seed) {
+    std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_factor,
+    std::optional<Tensor> found_inf, std::optional<Tensor> local_sq_norms, bool critical_gradients,
+    double lr, double beta1, double beta2, double eps, double weight_decay, double priority_decay,
+    bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
+    bool decoupled_weight_decay, bool stochastic_update, int64_t seed) {
   const auto state = HeldStates::instance().get(held);
-  const auto step = critical_gradients ? &step_critical_gradients : &step_critical_momenta;
-  step(state->tensors, params, grads, sq_norm,
-      {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
-      state->knowledge<BucketStep>());
+  const ScalarTensors scalars{sq_norm, lr_tensor, grad_factor, found_inf};
+  const StepOptions options{lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope,
+      mean_over_capacity, eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update,
+      seed};
+  auto& bucket = state->knowledge<BucketStep>();
+  if (critical_gradients) {
+    STD_TORCH_CHECK(!local_sq_norms.has_value(),
+        "local_sq_norms is for critical momenta; critical gradients need the norm before the step");
+    step_critical_gradients(state->tensors, params, grads, scalars, options, bucket);
+  } else {
+    step_critical_momenta(state->tensors, params, grads, scalars, local_sq_norms, options, bucket);
+  }
 }
 
-Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize,
-    bool decoupled_weight_decay) {
+Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor,
+    double weight_decay, bool maximize, bool decoupled_weight_decay) {
   StepOptions options{};
   options.weight_decay = weight_decay;
   options.maximize = maximize;
   options.decoupled_weight_decay = decoupled_weight_decay;
+  options.grad_factor = read_scalar("grad_factor", grad_factor, 1.0);
   check_length("grads", grads.size(), params.size());
   BucketStep bucket;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -197,10 +258,35 @@ Tensor sq_norm(Tensors params, Tensors grads, double weight_decay, bool maximize
     tensor.grad = grad.data;
     describe_layouts({param, grad, order}, tensor);
   }
-  auto result = torch::stable::empty({}, ScalarType::Double);
-  *static_cast<double*>(result.data_ptr()) =
-      total(sq_norms(bucket, run(kernels().sq_norm, bucket, options)));
+  const auto count = static_cast<int64_t>(params.size());
+  auto result = torch::stable::empty({count}, ScalarType::Double);
+  const auto values = add_chunks(bucket, run(kernels().sq_norm, bucket, options));
+  std::copy(values.begin(), values.end(), static_cast<double*>(result.data_ptr()));
   return result;
+}
+
+void keep_books_(Tensors priorities, Tensors pending_slots, Tensors steps, Tensor sq_norm,
+    std::optional<Tensor> found_inf, double priority_decay) {
+  check_length("pending_slots", pending_slots.size(), priorities.size());
+  check_length("steps", steps.size(), priorities.size());
+  const auto scope = read_sq_norm(sq_norm, priorities.size());
+  BucketStep bucket(priorities.size());
+  for (size_t i = 0; i < bucket.size(); ++i) {
+    auto& tensor = bucket[i];
+    tensor.capacity = priorities[i].numel();
+    tensor.priorities = bookkeeping<float>(
+        "priorities", i, priorities[i], tensor.capacity, aoti_torch_dtype_float32(), cpu_device());
+    tensor.pending_slot = pending_slot_data(i, pending_slots[i], cpu_device());
+    tensor.step_count =
+        bookkeeping<float>("steps", i, steps[i], 1, aoti_torch_dtype_float32(), cpu_device());
+    STD_TORCH_CHECK(tensor.capacity >= 1, "priorities[", i, "] must have a slot, got none");
+  }
+  if (is_skipped(found_inf)) {
+    return;
+  }
+  for (size_t i = 0; i < bucket.size(); ++i) {
+    keep_books(bucket[i], scope[i], priority_decay, bucket[i].pending_slot);
+  }
 }
 
 void commit_(
@@ -244,7 +330,8 @@ std::string cpu_capability() {
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CPU, m) {
   m.impl("adam_cm_", TORCH_BOX(&adam_cm_));
   m.impl("adam_cg_", TORCH_BOX(&adam_cg_));
-  m.impl("sq_norm", TORCH_BOX(&sq_norm));
+  m.impl("sq_norms", TORCH_BOX(&sq_norms));
+  m.impl("keep_books_", TORCH_BOX(&keep_books_));
   m.impl("commit_", TORCH_BOX(&commit_));
   m.impl("step_held_", TORCH_BOX(&step_held_));
 }

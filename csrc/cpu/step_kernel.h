@@ -22,23 +22,24 @@ inline bool adds_l2_term(const StepOptions& options) {
   return options.weight_decay != 0.0 && !options.decoupled_weight_decay;
 }
 
-// The gradient the step uses: negated to maximize, plus the L2 term.
+// The gradient the step uses: unscaled and clipped, negated to maximize, plus the L2 term.
 template <typename state_t>
 inline const state_t* effective_gradient(const state_t* grad, const state_t* param, auto n,
     const StepOptions& options, state_t* scratch) {
   const bool l2 = adds_l2_term(options);
-  if (!options.maximize && !l2) {
+  const auto factor =
+      static_cast<state_t>(options.maximize ? -options.grad_factor : options.grad_factor);
+  if (factor == state_t(1) && !l2) {
     return grad;
   }
-  const state_t sign = options.maximize ? state_t(-1) : state_t(1);
   if (l2) {
     const state_t weight_decay = static_cast<state_t>(options.weight_decay);
     for (int64_t i = 0; i < n; ++i) {
-      scratch[i] = sign * grad[i] + weight_decay * param[i];
+      scratch[i] = factor * grad[i] + weight_decay * param[i];
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      scratch[i] = sign * grad[i];
+      scratch[i] = factor * grad[i];
     }
   }
   return scratch;

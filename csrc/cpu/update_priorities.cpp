@@ -28,19 +28,24 @@ double sum(const double* values, int64_t count) {
 }
 
 void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tensor> sq_norm,
-    int64_t capacity, double priority_decay, bool group_scope) {
+    std::optional<Tensor> found_inf, int64_t capacity, double priority_decay, bool group_scope) {
   const PriorityUpdate update =
-      check_priority_update(table, chunk_sq_norms, sq_norm, capacity, priority_decay);
+      check_priority_update(table, chunk_sq_norms, sq_norm, found_inf, capacity, priority_decay);
   check_chunks(update);
-  const double group =
-      update.sq_norm != nullptr ? *update.sq_norm : sum(update.chunk_sq_norms, update.num_chunks);
+  if (update.found_inf != nullptr && *update.found_inf != 0.0) {
+    return;
+  }
+  const double group = sum(update.chunk_sq_norms, update.num_chunks);
   for (int64_t i = 0; i < update.num_rows; ++i) {
     const int64_t* row = row_of(update.table, i);
-    const double row_sq_norm =
-        group_scope ? group
-                    : sum(update.chunk_sq_norms + row[kFirstChunkColumn], row[kNumChunksColumn]);
+    double sq_norm_of_row = group;
+    if (update.sq_norm != nullptr) {
+      sq_norm_of_row = update.sq_norm[i * update.sq_norm_stride];
+    } else if (!group_scope) {
+      sq_norm_of_row = sum(update.chunk_sq_norms + row[kFirstChunkColumn], row[kNumChunksColumn]);
+    }
     update_bookkeeping(
-        bookkeeping_of(row), update.capacity, update.priority_decay, priority_key(row_sq_norm));
+        bookkeeping_of(row), update.capacity, update.priority_decay, priority_key(sq_norm_of_row));
   }
 }
 

@@ -46,25 +46,37 @@ __device__ void update_row(const PriorityUpdate& update, int64_t row, float key)
       bookkeeping_of(row_of(update.table, row)), update.capacity, update.priority_decay, key);
 }
 
-// One key for all rows, a thread for each row. Every block takes the whole sum itself, which costs
-// less than a second launch.
+__device__ bool is_skipped(const PriorityUpdate& update) {
+  return update.found_inf != nullptr && *update.found_inf != 0.0;
+}
+
+// Norms that are there, or one sum for all rows; a thread for each row. Every block takes the whole
+// sum itself, which costs less than a second launch.
 __global__ void __launch_bounds__(kNumThreads) update_group_kernel(const PriorityUpdate update) {
-  __shared__ float key;
+  __shared__ double group;
+  if (is_skipped(update)) {
+    return;
+  }
   const double total =
       update.sq_norm == nullptr ? block_sum(update.chunk_sq_norms, update.num_chunks) : 0.0;
   if (threadIdx.x == 0) {
-    key = priority_key(update.sq_norm == nullptr ? total : *update.sq_norm);
+    group = total;
   }
   __syncthreads();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kNumThreads;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
       row < update.num_rows; row += stride) {
-    update_row(update, row, key);
+    const double sq_norm =
+        update.sq_norm == nullptr ? group : update.sq_norm[row * update.sq_norm_stride];
+    update_row(update, row, priority_key(sq_norm));
   }
 }
 
-// A key for each row, a block for each row.
+// A sum for each row, a block for each row.
 __global__ void __launch_bounds__(kNumThreads) update_tensors_kernel(const PriorityUpdate update) {
+  if (is_skipped(update)) {
+    return;
+  }
   for (int64_t row = blockIdx.x; row < update.num_rows; row += gridDim.x) {
     const int64_t* columns = row_of(update.table, row);
     const double sq_norm =
@@ -76,14 +88,15 @@ __global__ void __launch_bounds__(kNumThreads) update_tensors_kernel(const Prior
 }
 
 void launch(const PriorityUpdate& update, bool group_scope, cudaStream_t stream) {
-  const int64_t rows_per_block = group_scope ? kNumThreads : 1;
+  const bool sums_rows = !group_scope && update.sq_norm == nullptr;
+  const int64_t rows_per_block = sums_rows ? 1 : kNumThreads;
   const auto blocks = static_cast<unsigned>(
       std::min<int64_t>((update.num_rows + rows_per_block - 1) / rows_per_block,
           std::numeric_limits<int32_t>::max()));
-  if (group_scope) {
-    update_group_kernel<<<blocks, kNumThreads, 0, stream>>>(update);
-  } else {
+  if (sums_rows) {
     update_tensors_kernel<<<blocks, kNumThreads, 0, stream>>>(update);
+  } else {
+    update_group_kernel<<<blocks, kNumThreads, 0, stream>>>(update);
   }
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess,
@@ -91,9 +104,9 @@ void launch(const PriorityUpdate& update, bool group_scope, cudaStream_t stream)
 }
 
 void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tensor> sq_norm,
-    int64_t capacity, double priority_decay, bool group_scope) {
+    std::optional<Tensor> found_inf, int64_t capacity, double priority_decay, bool group_scope) {
   const PriorityUpdate update =
-      check_priority_update(table, chunk_sq_norms, sq_norm, capacity, priority_decay);
+      check_priority_update(table, chunk_sq_norms, sq_norm, found_inf, capacity, priority_decay);
   if (update.num_rows == 0) {
     return;
   }

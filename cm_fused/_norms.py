@@ -1,0 +1,172 @@
+"""Norms over priority scopes and for clipping, across the devices and processes of a step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm_fused._backend import Backend
+from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._sharding import Processes, Summing
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """The step of one param group.
+
+    Attributes:
+        options: The hyperparameters.
+        buckets: The tensors of each device, with the backend that steps them.
+        first: The place of the group's first parameter among the optimizer's.
+        count: How many parameters the group has, with those that take no part.
+    """
+
+    options: StepOptions
+    buckets: list[tuple[Backend, Bucket]]
+    first: int
+    count: int
+
+    def is_alone(self) -> bool:
+        """Return whether every priority scope lies within one bucket."""
+        return len(self.buckets) < 2 or self.options.priority_scope == "tensor"
+
+
+class Norms:
+    """The sums of squares of all parameters of an optimizer, added up over processes.
+
+    One small sum whatever the number of groups and tensors: a float64 for each parameter.
+    """
+
+    def __init__(
+        self,
+        steps: list[GroupStep],
+        processes: Processes | None,
+        sq_norms: Callable[[Backend, Bucket, StepOptions], Tensor],
+    ) -> None:
+        """Take the sums of squares of every bucket, and start to add them up.
+
+        Args:
+            steps: Those of all groups.
+            processes: Where the parameters are sharded.
+            sq_norms: Returns those of a bucket's parameters, float64 (params,).
+        """
+        taken = [
+            (bucket, sq_norms(backend, bucket, step.options))
+            for step in steps
+            for backend, bucket in step.buckets
+        ]
+        device = processes.device if processes else _home([values.device for _, values in taken])
+        total = sum(step.count for step in steps)
+        self._values = torch.zeros(total, dtype=torch.float64, device=device)
+        for bucket, values in taken:
+            places = torch.tensor(bucket.param_indices, device=device)
+            self._values.index_copy_(0, places, values.to(device, non_blocking=True))
+        self._summing: Summing | None = None
+        if processes is not None:
+            self._summing = processes.start_sum(self._values.mul_(processes.counted))
+
+    def all(self) -> Tensor:
+        """Return them, float64 (params,)."""
+        if self._summing is not None:
+            self._summing.wait()
+            self._summing = None
+        return self._values
+
+    def over_scope(self, step: GroupStep, bucket: Bucket) -> Tensor:
+        """Return the sums over the priority scopes of a bucket, on its device."""
+        values = self.all()
+        if step.options.priority_scope == "group":
+            sq_norm = values[step.first : step.first + step.count].sum()
+        else:
+            sq_norm = values[torch.tensor(bucket.param_indices, device=values.device)]
+        return sq_norm.to(bucket.steps[0].device, non_blocking=True)
+
+
+def _home(devices: list[torch.device]) -> torch.device:
+    """Return where to add up: on an accelerator, which is not waited for, or the CPU.
+
+    A CPU among the devices needs the sum, and has to wait for it.
+    """
+    cpu = torch.device("cpu")
+    return next((device for device in devices if device.type == "cpu"), (devices or [cpu])[0])
+
+
+class PendingBooks:
+    """The books of a step whose norms are being added up."""
+
+    def __init__(self, steps: list[GroupStep], norms: Norms) -> None:
+        self._steps = steps
+        self._norms = norms
+
+    def keep_(self) -> None:
+        """Keep them: admit, decay and count the step."""
+        for step in self._steps:
+            for backend, bucket in step.buckets:
+                backend.keep_books_(bucket, step.options, self._norms.over_scope(step, bucket))
+
+
+def scaled(
+    steps: list[GroupStep],
+    groups: list[dict[str, Any]],
+    processes: Processes | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> list[GroupStep]:
+    """Return steps that unscale and clip their gradients, and those that are to be skipped marked.
+
+    Args:
+        steps: Those of all groups.
+        groups: The param groups. Their `skipped_steps` are changed.
+        processes: Where the parameters are sharded.
+        grad_scale: What the gradients were multiplied by (`torch.amp.GradScaler`), or None.
+        found_inf: Not 0 where one of them is not finite, or None.
+    """
+    factor = None if grad_scale is None else _reciprocal(grad_scale)
+    steps = [_with_scalars(step, factor, found_inf) for step in steps]
+    if not any(group["max_grad_norm"] is not None or group["skip_nonfinite"] for group in groups):
+        return steps
+    norm = Norms(steps, processes, _plain_sq_norms).all().sum().sqrt()
+    return [
+        _clipped(step, group, norm, factor, found_inf)
+        for step, group in zip(steps, groups, strict=True)
+    ]
+
+
+def _reciprocal(grad_scale: Tensor) -> Tensor:
+    """Return what unscales, rounded as `torch.amp.GradScaler` rounds it."""
+    return grad_scale.to(torch.float64).reciprocal().to(torch.float32).to(torch.float64).reshape(())
+
+
+def _plain_sq_norms(backend: Backend, bucket: Bucket, options: StepOptions) -> Tensor:
+    """Return the sums of squares of the gradients themselves, unscaled."""
+    return backend.sq_norms(bucket, replace(options, weight_decay=0.0, maximize=False))
+
+
+def _clipped(
+    step: GroupStep,
+    group: dict[str, Any],
+    norm: Tensor,
+    factor: Tensor | None,
+    found_inf: Tensor | None,
+) -> GroupStep:
+    max_grad_norm = group["max_grad_norm"]
+    if max_grad_norm is not None:
+        # As torch.nn.utils.clip_grad_norm_.
+        coefficient = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = coefficient if factor is None else factor.to(norm.device) * coefficient
+    if group["skip_nonfinite"]:
+        skipped = (~torch.isfinite(norm)).to(torch.float64)
+        # One tensor for good: a captured graph goes on adding to it.
+        count = torch.as_tensor(group.get("skipped_steps", 0)).to(norm.device)
+        group["skipped_steps"] = count.add_(skipped.to(count.dtype))
+        found_inf = skipped if found_inf is None else found_inf.to(norm.device) + skipped
+    return _with_scalars(step, factor, found_inf)
+
+
+def _with_scalars(step: GroupStep, factor: Tensor | None, found_inf: Tensor | None) -> GroupStep:
+    if found_inf is not None:
+        found_inf = found_inf.to(torch.float64).reshape(())
+    options = replace(step.options, grad_factor=factor, found_inf=found_inf)
+    return replace(step, options=options)

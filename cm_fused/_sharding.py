@@ -1,0 +1,229 @@
+"""Parameters that are DTensors: what of them this process holds, and sums over all processes.
+
+The backends step local tensors. State of a parameter's shape is a DTensor placed as the parameter
+is, so that `torch.distributed.checkpoint` can save it on one mesh and load it on another; keys and
+step counts are the same on every process and plain tensors.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Not to import torch.distributed.tensor, half a second, for those who do without.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: the tensor itself but of a DTensor."""
+    if not is_sharded(tensor):
+        return tensor
+    held: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return held
+
+
+def local_grad(param: Tensor) -> Tensor:
+    """Return the gradient of `local(param)`, which must have one.
+
+    A gradient that is placed otherwise, of which the processes hold summands say, is redistributed.
+    """
+    grad = param.grad
+    assert grad is not None
+    if not is_sharded(param):
+        return grad
+    placed: Any = grad
+    if placed.placements != param.placements:  # type: ignore[attr-defined]
+        placed = placed.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local(placed)
+
+
+def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:
+    """Return a DTensor, placed as a parameter, of what this process holds of it.
+
+    Args:
+        tensor: Of the shape of the parameter's local tensor, or several of it: of the slots.
+        param: A DTensor.
+        leading: The dimensions of `tensor` before those of the parameter, 0 or 1.
+    """
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = param
+    placements = [_moved(placement, leading) for placement in spec.placements]
+    shape = torch.Size((*tensor.shape[:leading], *param.shape))
+    stride = param.stride()
+    if leading:
+        stride = (param.numel(), *stride)
+    placed: Tensor = DTensor.from_local(
+        tensor, spec.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+    return placed
+
+
+def _moved(placement: Any, by: int) -> Any:
+    """Return how a tensor with `by` more dimensions in front is placed as one without."""
+    if not by or not _is_cut(placement):
+        return placement
+    if placement.is_shard():
+        return type(placement)(placement.dim + by)
+    return type(placement)(placement.dim + by, split_factor=placement.split_factor)
+
+
+def local_as(value: Any, param: Tensor, leading: int = 0) -> Any:
+    """Return what of a value belongs to the local tensor of a parameter.
+
+    Args:
+        value: A whole tensor or a DTensor, of the parameter's shape or several of it; any other
+            value is returned.
+        param: A parameter.
+        leading: As of `sharded_as`.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if not is_sharded(param):
+        return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+    if value.ndim != param.ndim + leading:
+        return local(value)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    spec: Any = param
+    placements = [_moved(placement, leading) for placement in spec.placements]
+    placed: Any = value
+    if not is_sharded(value):
+        mesh = spec.device_mesh
+        placed = value.to(mesh.device_type)
+        placed = DTensor.from_local(placed, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(placed.redistribute(spec.device_mesh, placements))
+
+
+class Processes:
+    """The processes among which the parameters of an optimizer are sharded.
+
+    Attributes:
+        device: Where sums over them are taken.
+        counted: For every parameter of the optimizer, 1.0 where this process is to count what it
+            holds of it and 0.0 where another one with the same does; float64 on `device`.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        mesh = _common_mesh([param.device_mesh for param in params if is_sharded(param)])  # type: ignore[attr-defined]
+        self._groups = _groups(mesh)
+        self.device = _device_of(mesh)
+        counted = [float(_counts(param, mesh)) for param in params]
+        self.counted = torch.tensor(counted, dtype=torch.float64, device=self.device)
+
+    def start_sum(self, values: Tensor) -> "Summing":
+        """Start to add up a tensor on `device` over the processes, in place."""
+        import torch.distributed as dist
+
+        *first, last = self._groups
+        for group in first:
+            dist.all_reduce(values, group=group)
+        return Summing(values, dist.all_reduce(values, group=last, async_op=True))
+
+
+class Summing:
+    """A sum over processes that is under way."""
+
+    def __init__(self, values: Tensor, work: Any) -> None:
+        self._values = values
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """Return the sum; an accelerator's stream waits for it, the host does not."""
+        self._work.wait()
+        return self._values
+
+
+def processes(params: list[Tensor]) -> Processes | None:
+    """Return the processes that parameters are sharded among; None where they are not."""
+    return Processes(params) if any(map(is_sharded, params)) else None
+
+
+def _common_mesh(meshes: list[Any]) -> Any:
+    """Return a mesh that the others are cut from.
+
+    That is the largest of them, and the one that all are cut from only if need be: it may have
+    processes with other parameters, those of other stages of a pipeline.
+    """
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    for candidate in (largest, largest._get_root_mesh()):
+        if all(_ranks(mesh) <= _ranks(candidate) for mesh in meshes):
+            return candidate
+    raise RuntimeError(
+        "the parameters of an optimizer must be sharded within one device mesh, got the meshes "
+        f"{list(dict.fromkeys(map(str, meshes)))}; give each an optimizer of its own"
+    )
+
+
+def _ranks(mesh: Any) -> set[int]:
+    return set(mesh.mesh.flatten().tolist())
+
+
+def _groups(mesh: Any) -> list[Any]:
+    """Return the process groups over which one sum after the other is that over a mesh."""
+    import torch.distributed as dist
+
+    if mesh.size() == dist.get_world_size():
+        return [dist.group.WORLD]
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+def _device_of(mesh: Any) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    module = torch.get_device_module(mesh.device_type)
+    return torch.device(mesh.device_type, module.current_device())
+
+
+def _counts(param: Tensor, mesh: Any) -> bool:
+    """Return whether this process is the first of those that hold the same part of a parameter.
+
+    Args:
+        param: A parameter; a plain tensor is the same on every process.
+        mesh: The mesh of all sums.
+    """
+    import torch.distributed as dist
+
+    first = int(mesh.mesh.flatten()[0])
+    if not is_sharded(param):
+        return dist.get_rank() == first
+    spec: Any = param
+    if any(placement.is_partial() for placement in spec.placements):
+        raise RuntimeError(
+            f"a parameter must be sharded or replicated, got placements {spec.placements}"
+        )
+    # Of the cuts of a mesh with the same dimensions, which hold the same, one has the first.
+    return first in _ranks(spec.device_mesh) and not any(
+        coordinate
+        for coordinate, placement in zip(
+            spec.device_mesh.get_coordinate(), spec.placements, strict=True
+        )
+        if not _is_cut(placement)
+    )
+
+
+def _is_cut(placement: Any) -> bool:
+    """Return whether a placement is a sharding; FSDP over tensor parallelism has its own kind."""
+    return hasattr(placement, "dim")
+
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+def is_made_by_zero() -> bool:
+    """Return whether `ZeroRedundancyOptimizer` is making an optimizer of its share of parameters.
+
+    It tells the optimizer nothing of the others, so that who calls is all there is to go by.
+    """
+    frame = sys._getframe() if _ZERO in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ZERO:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,524 @@
+"""What the processes of `tests/test_sharding.py` run: cases of training over 1, 2 or 4 of them.
+
+Run as a module it starts the processes, and writes what became of every case as JSON.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from cm_fused import AdamCG, AdamCM, AdamWCM
+
+# A hang is a failure within this time.
+TIMEOUT = timedelta(seconds=60)
+# Rounding of a reduction may differ by a few last bits, which small roots enlarge.
+OPTIONS: dict[str, Any] = {"lr": 0.03, "eps": 1e-3, "capacity": 3}
+# Of a few elements more than processes, of fewer, of none to spare; a scalar's is never cut.
+SHAPES = ((7, 3), (3, 2), (1,), (8,), (5, 1, 2))
+STEPS = 8
+
+
+class Case:
+    """A case: what every process runs, and the numbers of processes it is run on."""
+
+    def __init__(self, function: Callable[[Path], None], worlds: tuple[int, ...]) -> None:
+        self.function = function
+        self.worlds = worlds
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(*worlds: int) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    """Register a case for these numbers of processes, in the order of the file."""
+
+    def register(function: Callable[[Path], None]) -> Callable[[Path], None]:
+        CASES[function.__name__] = Case(function, worlds)
+        return function
+
+    return register
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Compare, to the rounding of a reduction, what may be sharded."""
+    whole = actual.full_tensor() if isinstance(actual, DTensor) else actual
+    torch.testing.assert_close(whole, expected, rtol=3e-5, atol=1e-6, msg=lambda m: f"{what}: {m}")
+
+
+# Parameters that are sharded, with given gradients
+
+
+def _whole(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+class Twins:
+    """Sharded parameters and whole ones, stepped with the same gradients."""
+
+    def __init__(
+        self, cls: type[Any], mesh: DeviceMesh, placements: list[Any], **options: Any
+    ) -> None:
+        self.mesh = mesh
+        self.placements = placements
+        self.whole = [nn.Parameter(param) for param in _whole(0)]
+        self.sharded = [nn.Parameter(self.shard(param)) for param in _whole(0)]
+        self.optimizer = cls(self.sharded, **{**OPTIONS, **options})
+        self.expected = cls(self.whole, **{**OPTIONS, **options})
+
+    def shard(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as the parameters are placed."""
+        return distribute_tensor(tensor, self.mesh, self.placements)
+
+    def step(self, t: int, change: Callable[[list[Tensor]], None] | None = None) -> None:
+        """Step both."""
+        grads = [(1 + t % 3) * grad for grad in _whole(t + 1)]
+        if change is not None:
+            change(grads)
+        for param, twin, grad in zip(self.sharded, self.whole, grads, strict=True):
+            param.grad, twin.grad = self.shard(grad), grad
+        self.optimizer.step()
+        self.expected.step()
+
+    def check(self) -> None:
+        """Compare parameters and all state."""
+        states = self.optimizer.state_dict()["state"]
+        for i, expected in self.expected.state_dict()["state"].items():
+            assert states[i].keys() == expected.keys()
+            for key, value in expected.items():
+                assert_close(states[i][key], value, f"{key} of {i}")
+        for i, (param, twin) in enumerate(zip(self.sharded, self.whole, strict=True)):
+            assert_close(param, twin.detach(), f"param {i}")
+
+
+def _mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+
+
+def _square(*names: str) -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+
+
+def _in_both_scopes(mesh: DeviceMesh, placements: list[Any], **options: Any) -> None:
+    for cls in (AdamCM, AdamCG):
+        for scope in ("group", "tensor"):
+            twins = Twins(cls, mesh, placements, priority_scope=scope, **options)
+            for t in range(STEPS):
+                twins.step(t)
+            twins.check()
+
+
+@case(2, 4)
+def one_dimension(_: Path) -> None:
+    """Sharded along the first dimension, some processes with nothing."""
+    _in_both_scopes(_mesh(), [Shard(0)])
+
+
+@case(2)
+def eager_backend(_: Path) -> None:
+    """The reference too, with options that take other paths."""
+    _in_both_scopes(
+        _mesh(), [Shard(0)], backend="eager", amsgrad=True, weight_decay=0.1, maximize=True
+    )
+
+
+@case(2)
+def bfloat16_slots(_: Path) -> None:
+    """State without scales may have low precision."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)], buffer_dtype=torch.bfloat16, capacity=7)
+    for t in range(STEPS):
+        twins.step(t)
+    twins.check()
+
+
+@case(4)
+def replicated_shards(_: Path) -> None:
+    """Hybrid sharding: what two processes hold counts once."""
+    _in_both_scopes(_square("replicate", "shard"), [Replicate(), Shard(0)])
+
+
+@case(4)
+def two_dimensions(_: Path) -> None:
+    """Sharded twice along one dimension."""
+    _in_both_scopes(_square("dp", "tp"), [Shard(0), Shard(0)])
+
+
+@case(2)
+def gradients_in_summands(_: Path) -> None:
+    """A gradient of which the processes hold summands is that of their sum."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)])
+    from torch.distributed.tensor import Partial
+
+    for t in range(3):
+        for param, twin, grad in zip(twins.sharded, twins.whole, _whole(t + 1), strict=True):
+            part = grad * (0.25 if dist.get_rank() == 0 else 0.75)
+            param.grad = DTensor.from_local(part, twins.mesh, [Partial()], run_check=False)
+            twin.grad = grad
+        twins.optimizer.step()
+        twins.expected.step()
+    twins.check()
+
+
+@case(2)
+def missing_gradients_and_plain_parameters(_: Path) -> None:
+    """Parameters without a gradient, and beside them plain ones, which are the same everywhere."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)])
+    plain = [nn.Parameter(torch.ones(6)) for _ in range(2)]
+    twins.optimizer.add_param_group({"params": plain[:1], "lr": 0.1})
+    twins.expected.add_param_group({"params": plain[1:], "lr": 0.1})
+    for t in range(STEPS):
+        for param in plain:
+            param.grad = torch.linspace(-1, t, 6)
+
+        def without_one(grads: list[Tensor], t: int = t) -> None:
+            grads[t % 2] *= 1.5
+
+        twins.step(t, without_one)
+        for optimizer in (twins.optimizer, twins.expected):
+            optimizer.param_groups[0]["params"][t % len(SHAPES)].grad = None
+    twins.check()
+    assert_close(plain[0].detach(), plain[1].detach())
+
+
+@case(2)
+def no_gradients_at_all(_: Path) -> None:
+    """A step without gradients takes its part in the sum."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)])
+    twins.optimizer.step()
+    twins.step(0)
+    twins.check()
+
+
+@contextlib.contextmanager
+def _counted_sums() -> Iterator[list[Any]]:
+    """Record the sums over processes that are started."""
+    calls: list[Any] = []
+    original = dist.all_reduce
+
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append((tensor.numel(), kwargs.get("async_op", False)))
+        return original(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", all_reduce):
+        yield calls
+
+
+@case(2, 4)
+def one_small_sum_a_step(_: Path) -> None:
+    """A float64 for each parameter once a step, in both scopes, not waited for by the step."""
+    for scope in ("group", "tensor"):
+        for cls in (AdamCM, AdamCG):
+            twins = Twins(cls, _mesh(), [Shard(0)], priority_scope=scope)
+            for t in range(3):
+                with _counted_sums() as calls:
+                    twins.step(t)
+                assert calls == [(len(SHAPES), True)], calls
+            pending = twins.optimizer._pending_books is not None
+            assert pending == (cls is AdamCM)
+            twins.check()
+            assert twins.optimizer._pending_books is None
+
+
+@case(2)
+def clipping(_: Path) -> None:
+    """The global norm is that of all processes; the sum for it is one more."""
+    for cls in (AdamCM, AdamCG):
+        twins = Twins(cls, _mesh(), [Shard(0)], max_grad_norm=0.7)
+        for t in range(STEPS):
+            twins.step(t)
+        twins.check()
+
+
+@case(2)
+def one_process_is_not_finite(_: Path) -> None:
+    """What one process holds keeps all of them from stepping."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)], skip_nonfinite=True)
+    twins.step(0)
+    before = [param.full_tensor().clone() for param in twins.sharded]  # type: ignore[attr-defined]
+
+    def overflow(grads: list[Tensor]) -> None:
+        grads[0][0, 0] = torch.inf
+
+    twins.step(1, overflow)
+    for param, kept in zip(twins.sharded, before, strict=True):
+        assert torch.equal(param.full_tensor(), kept)  # type: ignore[attr-defined]
+    assert twins.optimizer.param_groups[0]["skipped_steps"].item() == 1
+    twins.step(2)
+    twins.check()
+
+
+@case(2)
+def refusals(_: Path) -> None:
+    """State with scales, and a plain gradient, are refused with what to do."""
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 4), _mesh(), [Shard(0)]))
+    options: tuple[dict[str, Any], ...] = (
+        {"buffer_dtype": torch.int8},
+        {"moment_dtype": torch.int8},
+    )
+    for option in options:
+        try:
+            AdamCM([param], **option)
+        except ValueError as error:
+            assert "for DTensor parameters: scales cannot be resharded" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("not refused")
+
+
+# Models
+
+
+def _model() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.LayerNorm(4))
+    for param in model.parameters():
+        nn.init.normal_(param, std=0.5, generator=generator)
+    return model
+
+
+def _batch(t: int) -> Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(100 + t)) * (1 + t % 3)
+
+
+def _train(model: nn.Module, optimizer: Any, steps: range, share: int = 1, index: int = 0) -> None:
+    """Take steps on this process's share of every batch."""
+    for t in steps:
+        optimizer.zero_grad()
+        part = _batch(t).chunk(share)[index]
+        (model(part) - 1).pow(2).mean().backward()
+        optimizer.step()
+
+
+def _expected(cls: type[Any], steps: int, **options: Any) -> tuple[nn.Module, Any]:
+    model = _model()
+    optimizer = cls(model.parameters(), **{**OPTIONS, **options})
+    _train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def _compare(model: nn.Module, expected: nn.Module) -> None:
+    for (name, param), twin in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert_close(param.detach(), twin.detach(), name)
+
+
+def _fsdp(mesh: DeviceMesh, module: Any = None) -> Any:
+    model: Any = _model() if module is None else module
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+@case(2, 4)
+def fsdp2(_: Path) -> None:
+    """fully_shard trains as one process does."""
+    for cls in (AdamCM, AdamWCM, AdamCG):
+        for scope in ("group", "tensor"):
+            model = _fsdp(_mesh())
+            optimizer = cls(model.parameters(), priority_scope=scope, **OPTIONS)
+            world, rank = dist.get_world_size(), dist.get_rank()
+            _train(model, optimizer, range(STEPS), world, rank)
+            _compare(model, _expected(cls, STEPS, priority_scope=scope)[0])
+
+
+def _tensor_parallel(mesh: DeviceMesh) -> Any:
+    return parallelize_module(_model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+@case(2)
+def tensor_parallel(_: Path) -> None:
+    """Tensor parallelism, beside layers that are not."""
+    for scope in ("group", "tensor"):
+        model = _tensor_parallel(_mesh())
+        optimizer = AdamCM(model.parameters(), priority_scope=scope, **OPTIONS)
+        _train(model, optimizer, range(STEPS))
+        _compare(model, _expected(AdamCM, STEPS, priority_scope=scope)[0])
+
+
+@case(4)
+def fsdp2_over_tensor_parallel(_: Path) -> None:
+    """Both, on a mesh of two dimensions; some layers are on one of them alone."""
+    for scope in ("group", "tensor"):
+        mesh = _square("dp", "tp")
+        model = _fsdp(mesh["dp"], _tensor_parallel(mesh["tp"]))
+        optimizer = AdamCM(model.parameters(), priority_scope=scope, **OPTIONS)
+        _train(model, optimizer, range(STEPS), 2, mesh["dp"].get_local_rank())
+        _compare(model, _expected(AdamCM, STEPS, priority_scope=scope)[0])
+
+
+@case(2, 4)
+def ddp(_: Path) -> None:
+    """DistributedDataParallel: every process steps alike, without a sum of ours."""
+    model = DistributedDataParallel(_model())
+    optimizer = AdamCM(model.parameters(), **OPTIONS)
+    with _counted_sums() as calls:
+        _train(model, optimizer, range(STEPS), dist.get_world_size(), dist.get_rank())
+    assert not calls
+    _compare(model.module, _expected(AdamCM, STEPS)[0])
+
+
+@case(2)
+def zero_redundancy(_: Path) -> None:
+    """ZeRO: scope "tensor" is right, and scope "group" is refused, as no process has the group."""
+    # Its import warns of what torch does itself.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = _model()
+    options = {**OPTIONS, "priority_scope": "tensor"}
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamCM, **options)
+    _train(model, optimizer, range(STEPS))
+    _compare(model, _expected(AdamCM, STEPS, priority_scope="tensor")[0])
+    for cls in (AdamCM, AdamWCM):
+        try:
+            ZeroRedundancyOptimizer(model.parameters(), cls, **OPTIONS)
+        except ValueError as error:
+            assert "priority_scope='tensor'" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("not refused")
+
+
+# Checkpoints
+
+HALF = STEPS // 2
+
+
+def _resumable(world: int) -> tuple[Any, Any]:
+    model = _fsdp(_mesh()) if world > 1 else _model()
+    return model, AdamCM(model.parameters(), **OPTIONS)
+
+
+@case(4)
+def save(folder: Path) -> None:
+    """Half of a training, saved sharded and whole."""
+    model, optimizer = _resumable(4)
+    _train(model, optimizer, range(HALF), 4, dist.get_rank())
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    save_checkpoint(state, checkpoint_id=folder / "sharded")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_optimizer_state_dict(model, optimizer, options=options)
+    whole_model = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        torch.save({"model": whole_model, "optimizer": whole}, folder / "whole.pt")
+    # Saving changes nothing.
+    _train(model, optimizer, range(HALF, STEPS), 4, dist.get_rank())
+    _compare(model, _expected(AdamCM, STEPS)[0])
+
+
+def _check_resumed(model: Any, optimizer: Any) -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    expected, _ = _expected(AdamCM, HALF)
+    _compare(model, expected)
+    _train(model, optimizer, range(HALF, STEPS), world, rank)
+    expected, twin = _expected(AdamCM, STEPS)
+    _compare(model, expected)
+    states, others = optimizer.state_dict()["state"], twin.state_dict()["state"]
+    for i, state in others.items():
+        for key in ("step", "priorities", "critical_buffer"):
+            assert_close(states[i][key], state[key], f"{key} of {i}")
+
+
+@case(4, 2, 1)
+def resume_sharded(folder: Path) -> None:
+    """What four processes saved goes on on any number."""
+    model, optimizer = _resumable(dist.get_world_size())
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    load_checkpoint(state, checkpoint_id=folder / "sharded")
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    _check_resumed(model, optimizer)
+
+
+@case(2, 1)
+def resume_whole(folder: Path) -> None:
+    """A whole state dict goes on sharded."""
+    model, optimizer = _resumable(dist.get_world_size())
+    state = torch.load(folder / "whole.pt", weights_only=True)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    _check_resumed(model, optimizer)
+
+
+@case(2)
+def load_whole_without_help(_: Path) -> None:
+    """load_state_dict itself takes whole tensors for DTensors, and the other way round."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)])
+    for t in range(3):
+        twins.step(t)
+    fresh = Twins(AdamCM, _mesh(), [Shard(0)])
+    fresh.optimizer.load_state_dict(twins.expected.state_dict())
+    fresh.expected.load_state_dict(twins.optimizer.state_dict())
+    fresh.check()
+
+
+# Running them
+
+
+def _run(rank: int, world: int, store: str, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
+    )
+    results = {}
+    for name, this in CASES.items():
+        if world not in this.worlds:
+            continue
+        try:
+            torch.manual_seed(0)
+            this.function(folder)
+            failure = ""
+        except Exception:
+            failure = traceback.format_exc()
+        failures: list[str] = [""] * world
+        dist.all_gather_object(failures, failure)
+        results[name] = "\n".join(filter(None, failures))
+    if rank == 0:
+        out.write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def main(world: int, folder: Path, out: Path) -> None:
+    """Run all cases of a number of processes."""
+    store = folder / f"store{world}"
+    store.unlink(missing_ok=True)
+    spawn(_run, (world, str(store), folder, out), nprocs=world)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
