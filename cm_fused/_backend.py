@@ -83,16 +83,16 @@ def _triton() -> "Backend | str":
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     try:
-        from cm_fused.ops import triton
+        from cm_fused.ops import triton, triton_ops
     except ImportError as error:
         return f"triton does not import: {error}"
     return Backend(
         "triton",
-        adam_cm_=triton.adam_cm_,
-        adam_cg_=triton.adam_cg_,
-        update_cm_=triton.update_cm_,
-        keep_books_=triton.keep_books_,
-        sq_norms=triton.sq_norms,
+        adam_cm_=triton_ops.adam_cm_,
+        adam_cg_=triton_ops.adam_cg_,
+        update_cm_=triton_ops.update_cm_,
+        keep_books_=triton_ops.keep_books_,
+        sq_norms=triton_ops.sq_norms,
         state_keys=triton.state_keys,
         hold=triton.hold,
         describe=lambda device: (

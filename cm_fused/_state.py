@@ -6,8 +6,7 @@ is dense, so that the fused backends walk both in one order.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,18 +27,53 @@ class Changes:
         self.count = 0
 
 
-def _counted(name: str) -> Callable[..., Any]:
-    method = getattr(dict, name)
+class _Counted(dict[Any, Any]):
+    """A dict that counts its changes.
 
-    @wraps(method)
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    Written out, since torch.compile traces no generated methods.
+    """
+
+    changes: Changes
+
+    def __setitem__(self, key: Any, value: Any) -> None:
         self.changes.count += 1
-        return method(self, *args, **kwargs)
+        super().__setitem__(key, value)
 
-    return counted
+    def __delitem__(self, key: Any) -> None:
+        self.changes.count += 1
+        super().__delitem__(key)
+
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
+        self.changes.count += 1
+        return super().__ior__(other)
+
+    def clear(self) -> None:
+        """Count, and clear."""
+        self.changes.count += 1
+        super().clear()
+
+    def pop(self, *arguments: Any) -> Any:
+        """Count, and pop."""
+        self.changes.count += 1
+        return super().pop(*arguments)
+
+    def popitem(self) -> tuple[Any, Any]:
+        """Count, and pop an item."""
+        self.changes.count += 1
+        return super().popitem()
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Count, and set where there is nothing."""
+        self.changes.count += 1
+        return super().setdefault(key, default)
+
+    def update(self, *arguments: Any, **items: Any) -> None:
+        """Count, and update."""
+        self.changes.count += 1
+        super().update(*arguments, **items)
 
 
-class ParamState(dict[str, Any]):
+class ParamState(_Counted):
     """The state of a parameter: a dict that counts its changes.
 
     A step of many small tensors would otherwise spend most of its time finding out that no entry
@@ -56,7 +90,7 @@ class ParamState(dict[str, Any]):
         return dict, (dict(self),)
 
 
-class OptimizerState(defaultdict[Any, Any]):
+class OptimizerState(_Counted, defaultdict[Any, Any]):
     """The state of an optimizer, parameter to `ParamState`; counts changes of both.
 
     Made as a defaultdict is, since that is how a defaultdict copies itself.
@@ -75,13 +109,6 @@ class OptimizerState(defaultdict[Any, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))
 
-
-for _name in (
-    *("__setitem__", "__delitem__", "__ior__"),
-    *("clear", "pop", "popitem", "setdefault", "update"),
-):
-    setattr(ParamState, _name, _counted(_name))
-    setattr(OptimizerState, _name, _counted(_name))
 
 # The list of a `Bucket` that holds each key of a state.
 LIST_NAMES = {

@@ -180,13 +180,30 @@ def _on_host(scalar: Tensor | None) -> Tensor | None:
 
 
 def _scalars(sq_norm: Tensor | None, options: StepOptions) -> tuple[Tensor | None, ...]:
-    lr = _on_host(options.lr) if isinstance(options.lr, Tensor) else None
-    return sq_norm, lr, _on_host(options.grad_factor), _on_host(options.found_inf)
+    return sq_norm, _lr_tensor(options), _on_host(options.grad_factor), _on_host(options.found_inf)
+
+
+def _lr_tensor(options: StepOptions) -> Tensor | None:
+    if isinstance(options.lr, Tensor):
+        return _on_host(options.lr)
+    if not _lr_is_in_a_tensor(options):
+        return None
+    return lr_as_tensor(options.lr, torch.device("cpu"))
+
+
+def lr_as_tensor(lr: float, device: torch.device) -> Tensor:
+    """Return a number in a tensor that torch.compile keeps a number: it traces products of such."""
+    return torch.ones((), dtype=torch.float64, device=device) * lr
+
+
+def _lr_is_in_a_tensor(options: StepOptions) -> bool:
+    # A number would be compiled in: every step of a scheduler would be compiled anew.
+    return isinstance(options.lr, Tensor) or torch.compiler.is_compiling()
 
 
 def _hyperparameters(options: StepOptions) -> dict[str, float | bool]:
     return {
-        "lr": 0.0 if isinstance(options.lr, Tensor) else float(options.lr),
+        "lr": 0.0 if _lr_is_in_a_tensor(options) else float(options.lr),
         "beta1": options.beta1,
         "beta2": options.beta2,
         "eps": options.eps,

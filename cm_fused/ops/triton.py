@@ -71,7 +71,6 @@ def hold(bucket: Bucket) -> Tables:
     return Tables(bucket)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
     with _Launcher(bucket, options) as launcher:
@@ -79,7 +78,6 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         launcher.update_priorities(sq_norm)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
     """Take one step of `cm_fused.reference.adam_cg_`."""
     with _Launcher(bucket, options) as launcher:
@@ -111,7 +109,6 @@ def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
         _keep_books(tables, tables.last, bucket, options, sq_norm)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
     with _Launcher(bucket, options) as launcher:

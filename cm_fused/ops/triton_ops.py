@@ -1,0 +1,113 @@
+"""The Triton step as operators, for `torch.compile`, which cannot trace what prepares its launches.
+
+Called eagerly the step goes past them: they make the tables of a bucket anew at every call.
+"""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from cm_fused import reference
+from cm_fused._bucket import Bucket, StepOptions
+from cm_fused.ops import cpu, triton
+
+keep_books_ = triton.keep_books_
+update_cm_ = triton.update_cm_
+
+
+def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
+    """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
+    if torch.compiler.is_compiling():
+        _traced_step_(bucket, options, sq_norm, critical_gradients=False)
+    else:
+        triton.adam_cm_(bucket, options, sq_norm)
+
+
+def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
+    """Take one step of `cm_fused.reference.adam_cg_`."""
+    if torch.compiler.is_compiling():
+        _traced_step_(bucket, options, sq_norm, critical_gradients=True)
+    else:
+        triton.adam_cg_(bucket, options, sq_norm)
+
+
+def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
+    if not torch.compiler.is_compiling():
+        return triton.sq_norms(bucket, options)
+    return reference.sq_norms(bucket, options)
+
+
+# The lists of a bucket that a step changes.
+_CHANGED = (
+    *("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "critical_buffers", "critical_sums"),
+    *("priorities", "pending_slots", "steps"),
+    *("critical_scales", "exp_avg_scales", "exp_avg_sq_scales", "compensations"),
+)
+# Those that come to the operators by themselves, as tensors.
+_TENSORS = ("lr", "grad_factor", "found_inf")
+_OPTIONS = tuple(field.name for field in fields(StepOptions))
+_PLAIN_OPTIONS = tuple(name for name in _OPTIONS if name not in _TENSORS)
+
+
+def _traced_step_(
+    bucket: Bucket, options: StepOptions, sq_norm: Tensor | None, *, critical_gradients: bool
+) -> None:
+    lr = options.lr
+    if not isinstance(lr, Tensor):
+        lr = cpu.lr_as_tensor(lr, bucket.params[0].device)
+    _step_op(
+        *[getattr(bucket, name) for name in _CHANGED],
+        bucket.grads,
+        bucket.param_indices,
+        sq_norm,
+        lr,
+        options.grad_factor,
+        options.found_inf,
+        critical_gradients=critical_gradients,
+        **{name: getattr(options, name) for name in _PLAIN_OPTIONS},
+    )
+
+
+@torch.library.custom_op("cm_fused_triton::step_", mutates_args=_CHANGED)
+def _step_op(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    critical_buffers: list[Tensor],
+    critical_sums: list[Tensor],
+    priorities: list[Tensor],
+    pending_slots: list[Tensor],
+    steps: list[Tensor],
+    critical_scales: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    compensations: list[Tensor],
+    grads: list[Tensor],
+    param_indices: list[int],
+    sq_norm: Tensor | None,
+    lr: Tensor,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    critical_gradients: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    priority_decay: float,
+    priority_scope: str,
+    buffer_mean: str,
+    eps_inside_sqrt: bool,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+    low_precision_update: str,
+    seed: int,
+) -> None:
+    given = locals()
+    bucket = Bucket(**{name: given[name] for name in (*_CHANGED, "grads", "param_indices")})
+    options = StepOptions(**{name: given[name] for name in _OPTIONS})
+    step_ = triton.adam_cg_ if critical_gradients else triton.adam_cm_
+    step_(bucket, options, sq_norm)
