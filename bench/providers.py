@@ -198,7 +198,7 @@ def _compiled(capacity: int, params: list[Parameter], regime: Regime) -> Contest
     )
     optimizer.step()
     (group,) = optimizer.param_groups
-    options = _critical_adam._step_options(group)
+    options = _critical_adam.step_options(group)
     bucket = Bucket(
         [param.detach() for param in params],
         [param.grad for param in params if param.grad is not None],

@@ -104,6 +104,8 @@ class StepOptions:
     """The hyperparameters of one step of one param group, as the optimizers' docstrings define.
 
     Attributes:
+        l2_in_aggregate: The L2 term of critical gradients is added to the aggregate alone: neither
+            norms nor slots have it (`cm_fused.compat`).
         grad_factor: What every gradient is multiplied by before all else, float64 (); None for 1.
         found_inf: float64 (); where it is not 0 the step changes nothing. None for 0.
     """
@@ -121,5 +123,6 @@ class StepOptions:
     decoupled_weight_decay: bool
     low_precision_update: str
     seed: int
+    l2_in_aggregate: bool = False
     grad_factor: Tensor | None = None
     found_inf: Tensor | None = None

@@ -31,7 +31,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     lr = options["lr"]
     if isinstance(lr, Tensor):
         _require(lr.numel() == 1, "lr must be a number or a one-element tensor", tuple(lr.shape))
-    _require_number("lr", lr, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+    check_number("lr", lr, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
     betas = options["betas"]
     _require(
         isinstance(betas, (tuple, list)) and len(betas) == 2,
@@ -39,12 +39,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         betas,
     )
     for i, beta in enumerate(betas):
-        _require_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
     for name in ("eps", "weight_decay"):
-        _require_number(
-            name, options[name], "finite and >= 0", lambda x: math.isfinite(x) and x >= 0
-        )
-    _require_number("priority_decay", options["priority_decay"], "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_number(name, options[name], "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+    check_number("priority_decay", options["priority_decay"], "in [0, 1]", lambda x: 0 <= x <= 1)
     capacity = options["capacity"]
     _require(
         isinstance(capacity, int) and not isinstance(capacity, bool) and capacity >= 1,
@@ -61,7 +59,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     max_grad_norm = options["max_grad_norm"]
     if max_grad_norm is not None:
         rule = "None or finite and > 0"
-        _require_number("max_grad_norm", max_grad_norm, rule, lambda x: math.isfinite(x) and x > 0)
+        check_number("max_grad_norm", max_grad_norm, rule, lambda x: math.isfinite(x) and x > 0)
     for name in ("skip_nonfinite", "amp_scaling"):
         _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
     seed = options["seed"]
@@ -153,7 +151,12 @@ def _require(condition: bool, rule: str, value: object) -> None:
         raise ValueError(f"{rule}, got {value!r}")
 
 
-def _require_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    """Check that an argument is a number for which a rule holds.
+
+    Raises:
+        ValueError: It is not.
+    """
     number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
     _require(number and holds(float(value)), f"{name} must be {rule}", value)  # type: ignore[arg-type]
 

@@ -184,7 +184,7 @@ class CriticalAdam(Optimizer):
         steps, first = [], 0
         for group, plan in zip(self.param_groups, plans, strict=True):
             count = len(group["params"])
-            steps.append(GroupStep(_step_options(group), plan.buckets, first, count))
+            steps.append(GroupStep(step_options(group), plan.buckets, first, count))
             first += count
         among = self._sharded_among()
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
@@ -226,7 +226,7 @@ class CriticalAdam(Optimizer):
 
     def _kept_plan(self, index: int, group: dict[str, Any]) -> Plan | None:
         """Check a group's gradients; return the last step's plan if it serves again."""
-        params = _participants(group)
+        params = self._participants(group)
         # A plan may end in an operator whose schema does not name all it changes.
         plan = None if torch.compiler.is_compiling() else self._plans.get(index)
         if plan is None or not plan.holds_for(self.state, group, params):
@@ -259,19 +259,29 @@ class CriticalAdam(Optimizer):
             if tensors:
                 self.state[param].update(tensors)
 
+    def _participants(self, group: dict[str, Any]) -> list[Tensor]:
+        """Return the parameters of a group that this step is to step."""
+        return [param for param in group["params"] if param.grad is not None]
+
+    def _stores_gradients(self, group: dict[str, Any]) -> bool:
+        """Return whether the buffers of a group hold gradients, else momenta."""
+        return self._critical_gradients
+
     def _participants_and_keys(
         self, group: dict[str, Any]
     ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-        for param in _participants(group):
+        for param in self._participants(group):
             yield param, self._state_keys(group, select(group["backend"], param.device))
 
     def _state_keys(self, group: dict[str, Any], backend: Backend) -> tuple[str, ...]:
         slot_bytes = (group["buffer_dtype"] or torch.float32).itemsize
-        extra_keys = backend.state_keys(self._critical_gradients, group["capacity"], slot_bytes)
+        extra_keys = backend.state_keys(
+            self._stores_gradients(group), group["capacity"], slot_bytes
+        )
         return (*_state.required_keys(group), *extra_keys)
 
     def _new_plan(self, group: dict[str, Any]) -> Plan:
-        params = _participants(group)
+        params = self._participants(group)
         buckets = []
         for device in dict.fromkeys(param.device for param in params):
             backend = select(group["backend"], device)
@@ -385,7 +395,8 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
     (newer or optimizer._cuda_graph_capture_health_check)()
 
 
-def _step_options(group: dict[str, Any]) -> StepOptions:
+def step_options(group: dict[str, Any]) -> StepOptions:
+    """Return the hyperparameters of a step of a group."""
     beta1, beta2 = group["betas"]
     return StepOptions(
         lr=group["lr"],
@@ -402,10 +413,6 @@ def _step_options(group: dict[str, Any]) -> StepOptions:
         low_precision_update=group["low_precision_update"],
         seed=group["seed"],
     )
-
-
-def _participants(group: dict[str, Any]) -> list[Tensor]:
-    return [param for param in group["params"] if param.grad is not None]
 
 
 class DecoupledCriticalAdam(CriticalAdam):

@@ -42,7 +42,7 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
     for i, g in enumerate(gradients):
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
-        mean = buffer_mean(_load_buffer(bucket, i), bucket.priorities[i], options)
+        mean = buffer_mean(load_buffer(bucket, i), bucket.priorities[i], options)
         m.mul_(options.beta1).add_(g, alpha=1 - options.beta1)  # Eq. (4)
         aggregate = m + mean  # Eq. (5)
         _update_(bucket, i, v, aggregate, numerator=aggregate, options=options)
@@ -63,7 +63,7 @@ def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
         kept = _kept(bucket, i, options)
         # What is stored of m is what a deferred commit still finds.
         item, _ = _load_moments(bucket, i)
-        _admit_(bucket, i, key, item, options)
+        admit_(bucket, i, key, item, options)
         _undo_where_skipped_(bucket, i, kept, options)
 
 
@@ -79,12 +79,13 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     for i, g in enumerate(gradients):
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
-        mean = buffer_mean(_load_buffer(bucket, i), bucket.priorities[i], options)
-        aggregate = g + mean  # Eq. (3)
+        mean = buffer_mean(load_buffer(bucket, i), bucket.priorities[i], options)
+        late = _with_l2_term(g, bucket.params[i], options) if options.l2_in_aggregate else g
+        aggregate = late + mean  # Eq. (3)
         m.mul_(options.beta1).add_(aggregate, alpha=1 - options.beta1)
         _update_(bucket, i, v, aggregate, numerator=m, options=options)
         _store_moments_(bucket, i, m, v, options)
-        _admit_(bucket, i, keys[i], g, options)
+        admit_(bucket, i, keys[i], g, options)
         _undo_where_skipped_(bucket, i, kept, options)
 
 
@@ -132,8 +133,8 @@ def effective_gradients(bucket: Bucket, options: StepOptions) -> list[Tensor]:
             g = options.grad_factor.to(g.device, dtype) * g
         if options.maximize:
             g = -g
-        if options.weight_decay != 0 and not options.decoupled_weight_decay:
-            g = g + options.weight_decay * param.to(dtype)
+        if not options.l2_in_aggregate:
+            g = _with_l2_term(g, param, options)
         gradients.append(g)
     return gradients
 
@@ -143,6 +144,12 @@ def _sq_norms(gradients: list[Tensor]) -> Tensor:
     return torch.stack(
         [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
     )
+
+
+def _with_l2_term(g: Tensor, param: Tensor, options: StepOptions) -> Tensor:
+    if options.weight_decay == 0 or options.decoupled_weight_decay:
+        return g
+    return g + options.weight_decay * param.to(g.dtype)
 
 
 def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
@@ -168,7 +175,7 @@ def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Ten
     return (1 / filled.to(torch.float64)).to(buffer.dtype) * buffer.sum(0)
 
 
-def _admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions) -> None:
+def admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions) -> None:
     """Store `(key, item)` where the key is finite and exceeds the smallest; decay all keys.
 
     The step is counted here, in all backends: with this it is over.
@@ -277,7 +284,8 @@ def _item(tensors: list[Tensor], i: int) -> Tensor | None:
     return tensors[i] if tensors else None
 
 
-def _load_buffer(bucket: Bucket, i: int) -> Tensor:
+def load_buffer(bucket: Bucket, i: int) -> Tensor:
+    """Return the slots of parameter i, (C, *shape)."""
     return load_slots(bucket.critical_buffers[i], _item(bucket.critical_scales, i))
 
 

@@ -4,7 +4,8 @@
 #define CM_FUSED_HYPERPARAMETERS                                                              \
   "float lr, float beta1, float beta2, float eps, float weight_decay, float priority_decay, " \
   "bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, "          \
-  "bool decoupled_weight_decay, bool stochastic_update, int seed"
+  "bool decoupled_weight_decay, bool stochastic_update, int seed, "                           \
+  "bool l2_in_aggregate=False"
 
 #define CM_FUSED_SCALARS \
   "Tensor? sq_norm, Tensor? lr_tensor, Tensor? grad_factor, Tensor? found_inf"
@@ -21,6 +22,8 @@
 //
 // Scalars that a device may hold, float64, as tensors of one element: lr_tensor replaces lr;
 // grad_factor multiplies every gradient before all else; where found_inf is not 0 nothing changes.
+// l2_in_aggregate adds the L2 term, of critical gradients, not to the gradient but to what the
+// buffer's mean is added to: neither norms nor slots have it.
 // sq_norm is the sum of g^2 over the priority scope, of one element or one for each tensor, and is
 // computed from the bucket where it is not given. local_sq_norms receives each tensor's sum of g^2
 // and leaves the books to keep_books_, for whoever has to add to it what other processes have.

@@ -125,7 +125,7 @@ def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
         bucket.params,
         bucket.grads,
         _on_host(options.grad_factor),
-        weight_decay=options.weight_decay,
+        weight_decay=0.0 if options.l2_in_aggregate else options.weight_decay,
         maximize=options.maximize,
         decoupled_weight_decay=options.decoupled_weight_decay,
     )
@@ -216,4 +216,5 @@ def _hyperparameters(options: StepOptions) -> dict[str, float | bool]:
         "decoupled_weight_decay": options.decoupled_weight_decay,
         "stochastic_update": options.low_precision_update == "stochastic",
         "seed": options.seed,
+        "l2_in_aggregate": options.l2_in_aggregate,
     }

@@ -205,7 +205,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         lr_ptr, lr = self._lr()
         amsgrad = bool(self._bucket.max_exp_avg_sqs)
         summed_slots = 0 if self._bucket.critical_sums else self._capacity
-        l2, decoupled = _weight_decays(options)
+        l2, late_l2, decoupled = _weight_decays(options)
         stored = self._bucket.exp_avgs[0].dtype, self._bucket.critical_buffers[0].dtype
         for chunks in self.tables.launches:
             dtypes = precision(chunks.param_dtype, *stored, options.low_precision_update)
@@ -220,6 +220,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 options.beta2,
                 *_eps(options),
                 l2,
+                late_l2,
                 decoupled,
                 _sign(options),
                 self._capacity,
@@ -235,7 +236,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
 
     def sq_norms(self) -> None:
         """Launch the pass that only reads the gradients, for the sum of g^2 of each chunk."""
-        l2, _ = _weight_decays(self._options)
+        l2, *_ = _weight_decays(self._options)
         for chunks in self.tables.launches:
             self._launch(
                 triton_norms.sq_norm_kernel,
@@ -344,11 +345,13 @@ def precision(
     }
 
 
-def _weight_decays(options: StepOptions) -> tuple[float, float]:
-    """Return the coupled and the decoupled weight decay, one of them 0."""
+def _weight_decays(options: StepOptions) -> tuple[float, float, float]:
+    """Return weight decay in the gradient, in the aggregate alone and decoupled: two are 0."""
     if options.decoupled_weight_decay:
-        return 0.0, options.weight_decay
-    return options.weight_decay, 0.0
+        return 0.0, 0.0, options.weight_decay
+    if options.l2_in_aggregate:
+        return 0.0, options.weight_decay, 0.0
+    return options.weight_decay, 0.0, 0.0
 
 
 def _eps(options: StepOptions) -> tuple[float, float]:

@@ -268,6 +268,7 @@ def _update_chunk(
     eps_outside,
     decay_factor,
     l2,
+    late_l2,
     factor,
     step,
     seed,
@@ -339,6 +340,7 @@ def _update_chunk(
             exp_avg_sq_ptr, exp_avg_sq_scales_ptr, begin, count, mask, STATE_DTYPE, False, BLOCK
         )
         g = effective_gradient(grad, param, factor, l2)
+        late = effective_gradient(g, param, 1.0, late_l2) if CRITICAL_GRADIENTS else g
         if KAHAN:
             param += tl.load(compensation_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
         stored, scales = to_slot(g if CRITICAL_GRADIENTS else exp_avg, SLOT_DTYPE, BLOCK)
@@ -393,7 +395,7 @@ def _update_chunk(
         tl.store(slot_ptr + offsets, stored, mask=mask & commit)
         mean = inverse_divisor * buffer_sum  # Eq. (6)
         if CRITICAL_GRADIENTS:
-            aggregate = g + mean  # Eq. (3)
+            aggregate = late + mean  # Eq. (3)
             exp_avg = beta1 * exp_avg + one_minus_beta1 * aggregate
             numerator = exp_avg
         else:
@@ -458,6 +460,7 @@ def critical_adam_kernel(
     eps_inside: tl.float64,
     eps_outside: tl.float64,
     l2: tl.float64,
+    late_l2: tl.float64,
     decoupled_weight_decay: tl.float64,
     sign: tl.float64,
     capacity: tl.int32,
@@ -489,6 +492,7 @@ def critical_adam_kernel(
         eps_inside: Added inside the root.
         eps_outside: Added outside of it. One of the two is 0.
         l2: Coupled weight decay, 0 for none.
+        late_l2: That of critical gradients which neither norms nor slots have, 0 for none.
         decoupled_weight_decay: Decoupled weight decay, 0 for none.
         sign: -1 to maximize, else 1.
         capacity: Slots of each buffer.
@@ -563,6 +567,7 @@ def critical_adam_kernel(
         double(eps_outside).to(STATE_DTYPE),
         decay_factor,
         double(l2).to(STATE_DTYPE),
+        double(late_l2).to(STATE_DTYPE),
         signed_factor(sign, grad_factor_ptr).to(STATE_DTYPE),
         step,
         seed,

@@ -105,6 +105,7 @@ def _step_op(
     decoupled_weight_decay: bool,
     low_precision_update: str,
     seed: int,
+    l2_in_aggregate: bool,
 ) -> None:
     given = locals()
     bucket = Bucket(**{name: given[name] for name in (*_CHANGED, "grads", "param_indices")})

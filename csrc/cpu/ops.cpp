@@ -177,7 +177,7 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     std::optional<Tensor> local_sq_norms, double lr, double beta1, double beta2, double eps,
     double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
     bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay, bool stochastic_update,
-    int64_t seed) {
+    int64_t seed, bool l2_in_aggregate) {
   BucketStep bucket;
   step_critical_momenta(
       {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
@@ -187,7 +187,8 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
           std::move(param_indices)},
       params, grads, {sq_norm, lr_tensor, grad_factor, found_inf}, local_sq_norms,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
+          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
+          l2_in_aggregate},
       bucket);
 }
 
@@ -199,7 +200,7 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
     double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
     bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay, bool stochastic_update,
-    int64_t seed) {
+    int64_t seed, bool l2_in_aggregate) {
   BucketStep bucket;
   step_critical_gradients(
       {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
@@ -208,7 +209,8 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
           std::move(exp_avg_sq_scales), std::move(compensations), std::move(param_indices)},
       params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
-          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed},
+          eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
+          l2_in_aggregate},
       bucket);
 }
 
@@ -217,12 +219,12 @@ void step_held_(int64_t held, Tensors params, Tensors grads, std::optional<Tenso
     std::optional<Tensor> found_inf, std::optional<Tensor> local_sq_norms, bool critical_gradients,
     double lr, double beta1, double beta2, double eps, double weight_decay, double priority_decay,
     bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
-    bool decoupled_weight_decay, bool stochastic_update, int64_t seed) {
+    bool decoupled_weight_decay, bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
   const auto state = HeldStates::instance().get(held);
   const ScalarTensors scalars{sq_norm, lr_tensor, grad_factor, found_inf};
   const StepOptions options{lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope,
       mean_over_capacity, eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update,
-      seed};
+      seed, l2_in_aggregate};
   auto& bucket = state->knowledge<BucketStep>();
   if (critical_gradients) {
     STD_TORCH_CHECK(!local_sq_norms.has_value(),

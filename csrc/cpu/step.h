@@ -82,7 +82,8 @@ struct StepOptions {
   bool decoupled_weight_decay;
   bool stochastic_update;  // of half-precision parameters
   int64_t seed;
-  double grad_factor = 1.0;  // of every gradient, before all else
+  bool l2_in_aggregate = false;  // of critical gradients: not in the gradient, its norm and slots
+  double grad_factor = 1.0;      // of every gradient, before all else
 };
 
 inline int64_t block_size_of(const TensorStep& tensor, const StepOptions& options) {

@@ -18,8 +18,12 @@ namespace cm_fused::CM_FUSED_ISA {
 // of its bits on every instruction set.
 constexpr int kLanes = 16;
 
-inline bool adds_l2_term(const StepOptions& options) {
+inline bool has_l2_term(const StepOptions& options) {
   return options.weight_decay != 0.0 && !options.decoupled_weight_decay;
+}
+
+inline bool adds_l2_term(const StepOptions& options) {
+  return has_l2_term(options) && !options.l2_in_aggregate;
 }
 
 // The gradient the step uses: unscaled and clipped, negated to maximize, plus the L2 term.
@@ -259,7 +263,9 @@ class ChunkStep {
             return buffer.commit_then_sum(exp_avg, sum_scratch_);
           }
         });
-    if constexpr (!kCriticalGradients) {
+    if constexpr (kCriticalGradients) {
+      g = with_late_l2_term(g, param, n);
+    } else {
       squares_.add(g, n);
     }
     if constexpr (kHalf) {
@@ -272,6 +278,19 @@ class ChunkStep {
         amsgrad ? static_cast<state_t*>(tensor_.max_exp_avg_sq) + begin : nullptr, param);
     store_moments(begin, n, exp_avg, exp_avg_sq);
     store_param(begin, n, param_data, param);
+  }
+
+  // The gradient with the L2 term that is no part of what was stored.
+  template <typename Count>
+  const state_t* with_late_l2_term(const state_t* g, const state_t* param, Count n) {
+    if (!options_.l2_in_aggregate || !has_l2_term(options_)) {
+      return g;
+    }
+    const state_t weight_decay = static_cast<state_t>(options_.weight_decay);
+    for (int64_t i = 0; i < n; ++i) {
+      grad_scratch_[i] = g[i] + weight_decay * param[i];
+    }
+    return grad_scratch_;
   }
 
   template <typename Count>

@@ -1,0 +1,337 @@
+"""`Adam_CM` and `Adam_C` of the research package, on cm_fused's backends.
+
+They take that package's arguments and follow its trajectory, where that differs from the paper's
+(Malviya et al.) and `cm_fused.AdamCM`'s:
+
+1. The buffer's mean is over its filled slots, eps is outside of the root, and with `synced` the key
+   is the sum of the tensors' norms instead of the norm of them all.
+2. A parameter's first step of `Adam_CM` only stores its gradient in the buffer, with its key. The
+   moments stay zero, so that the second step divides a whole gradient by the root of a second
+   moment with one entry: it moves every coordinate by several lr.
+3. `Adam_CM` decays weights as AdamW does; `Adam_C` adds an L2 term to the aggregate, which neither
+   keys nor buffer have.
+
+What was in its way is gone: checkpoints resume, `kappa=0` is AdamW (of `Adam_C`: Adam), bad
+hyperparameters raise, nothing waits for the device, no generator of NumPy's is used. A key that is
+not finite is not admitted, and sums are float32 whatever `buffer_dtype`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from cm_fused import _state, reference
+from cm_fused._backend import select
+from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._checks import check_number
+from cm_fused._critical_adam import CriticalAdam, step_options
+from cm_fused._plan import Plan
+from cm_fused._sharding import is_sharded
+from cm_fused.philox import Stream, random_words
+
+# Names of options that are other ones here.
+_NAMES = {"topC": "capacity", "decay": "priority_decay"}
+
+
+def _translated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a param group under cm_fused's names."""
+    result = {_NAMES.get(name, name): value for name, value in options.items()}
+    if "synced" in result:
+        result["priority_scope"] = "group" if result.pop("synced") else "tensor"
+    return result
+
+
+class _ResearchAdam(CriticalAdam):
+    """What both share; see `Adam_CM` for the arguments."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        decay: float,
+        kappa: float,
+        topC: int,  # noqa: N803
+        weight_decay: float,
+        amsgrad: bool,
+        critical_test: float,
+        synced: bool,
+        buffer_dtype: torch.dtype | None,
+    ) -> None:
+        _check(kappa, critical_test)
+        groups: Any = params
+        if not isinstance(params, Tensor):
+            groups = list(params)
+        self._extra = {"kappa": kappa, "critical_test": critical_test}
+        super().__init__(
+            groups,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            capacity=topC,
+            priority_decay=decay,
+            priority_scope="group" if synced else "tensor",
+            buffer_mean="size",
+            eps_inside_sqrt=False,
+            buffer_dtype=buffer_dtype,
+            decoupled_weight_decay=not self._critical_gradients,
+        )
+        self.defaults.update(self._extra)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, whose options may have either package's names.
+
+        Raises:
+            ValueError: An option is out of its range; nothing is added.
+        """
+        if isinstance(param_group, dict):
+            group = {**self._extra, **_translated(param_group)}
+            _check(group["kappa"], group["critical_test"])
+            if not group["kappa"]:
+                group["capacity"] = 1  # which stays empty
+            param_group.clear()
+            param_group.update(group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._extra = {name: self.defaults[name] for name in ("kappa", "critical_test")}
+
+    def _stores_gradients(self, group: dict[str, Any]) -> bool:
+        # Without a buffer, critical gradients are Adam; critical momenta have a second moment of m.
+        return self._critical_gradients or not group["kappa"]
+
+    def _stores_first(self, group: dict[str, Any]) -> bool:
+        """Return whether a parameter's first step only stores its gradient."""
+        return not self._stores_gradients(group)
+
+    def _participants(self, group: dict[str, Any]) -> list[Tensor]:
+        first = {id(param) for param in self._first_timers(group)}
+        return [param for param in super()._participants(group) if id(param) not in first]
+
+    def _step_groups(self, plans: list[Plan]) -> None:
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+            raise RuntimeError(
+                "cm_fused.compat steps no DTensor parameters; shard with cm_fused.AdamCM"
+            )
+        for group, plan in zip(self.param_groups, plans, strict=True):
+            options = replace(step_options(group), l2_in_aggregate=self._critical_gradients)
+            first = self._first_timers(group)
+            first_norms = [_norm(param) for param in first]
+            if self._stores_gradients(group):
+                self._step_cg_(group, plan, options)
+            else:
+                sq_norms = [b.update_cm_(bucket, options) for b, bucket in plan.buckets]
+                total = _total([*(values.sqrt() for values in sq_norms), *first_norms])
+                self._keep_books_(group, plan, options, sq_norms, total)
+                for param, norm in zip(first, first_norms, strict=True):
+                    key = norm if options.priority_scope == "tensor" else total
+                    self._store_first_(group, param, options, key)
+            plan.drop_gradients()
+
+    def _first_timers(self, group: dict[str, Any]) -> list[Tensor]:
+        if not self._stores_first(group):
+            return []
+        return [
+            param
+            for param in super()._participants(group)
+            if "step" not in self.state.get(param, {})
+        ]
+
+    def _step_cg_(self, group: dict[str, Any], plan: Plan, options: StepOptions) -> None:
+        sq_norms = [backend.sq_norms(bucket, options) for backend, bucket in plan.buckets]
+        total = _total([values.sqrt() for values in sq_norms])
+        for (backend, bucket), values in zip(plan.buckets, sq_norms, strict=True):
+            # The number of filled slots is counted after this: an unfilled key would not do.
+            self._choose_slots_(group, bucket, options, key_of_chosen=0.0)
+            sq_norm = _over_scope(values, total, options)
+            if not group["kappa"]:
+                sq_norm = torch.full_like(sq_norm, math.nan)  # which is never admitted
+            backend.adam_cg_(bucket, options, sq_norm)
+
+    def _keep_books_(
+        self,
+        group: dict[str, Any],
+        plan: Plan,
+        options: StepOptions,
+        sq_norms: list[Tensor],
+        total: Tensor,
+    ) -> None:
+        for (backend, bucket), values in zip(plan.buckets, sq_norms, strict=True):
+            self._choose_slots_(group, bucket, options, key_of_chosen=-math.inf)
+            backend.keep_books_(bucket, options, _over_scope(values, total, options))
+
+    def _choose_slots_(
+        self, group: dict[str, Any], bucket: Bucket, options: StepOptions, key_of_chosen: float
+    ) -> None:
+        """Where chance has it, have the next admission take a slot whatever the keys.
+
+        That slot is the one which was the smallest when it was last looked for, at first slot 0.
+        The state of a parameter has it as `smallest`.
+        """
+        chance = group["critical_test"] if group["kappa"] else 0.0
+        if not chance:
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        for i, place in enumerate(bucket.param_indices):
+            state, keys = self.state[params[place]], bucket.priorities[i]
+            if "smallest" not in state:
+                state["smallest"] = torch.zeros((), dtype=torch.int64, device=keys.device)
+            smallest: Tensor = state["smallest"]
+            # No moment is rounded here, so that this stream is free.
+            word = random_words(options.seed, place, bucket.steps[i], 1, Stream.MOMENTS)[0]
+            chosen = word.to(torch.float64) < chance * 2.0**32
+            full = (keys > -torch.inf).all()
+            smallest.copy_(torch.where(full & ~chosen, keys.argmin(), smallest))
+            slots = torch.arange(len(keys), device=keys.device)
+            keys.masked_fill_(full & chosen & (slots == smallest), key_of_chosen)
+
+    def _store_first_(
+        self, group: dict[str, Any], param: Tensor, options: StepOptions, key: Tensor
+    ) -> None:
+        """Take a parameter's first step: its gradient goes into the buffer."""
+        backend = select(group["backend"], param.device)
+        keys = self._state_keys(group, backend)
+        made = _state.missing_state_of(param, self.state.get(param, {}), keys, group)
+        self.state[param].update(made)
+        bucket = self._bucket(group, backend, [param])
+        (g,) = reference.effective_gradients(bucket, options)
+        reference.admit_(bucket, 0, key.to(param.device, torch.float32), g, options)
+        for critical_sum in bucket.critical_sums:
+            critical_sum.copy_(reference.load_buffer(bucket, 0).sum(0))
+        lr = options.lr.to(param.device) if isinstance(options.lr, Tensor) else options.lr
+        param.mul_(1 - lr * options.weight_decay)
+
+
+def _check(kappa: object, critical_test: object) -> None:
+    check_number("kappa", kappa, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+    check_number("critical_test", critical_test, "in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def _norm(param: Tensor) -> Tensor:
+    """Return the norm of a parameter's gradient, float64 ()."""
+    assert param.grad is not None
+    dtype = torch.complex128 if param.is_complex() else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(param.grad, dtype=dtype)
+    return norm.double()
+
+
+def _total(norms: list[Tensor]) -> Tensor:
+    """Return the sum of norms, float64 (), of any shapes and on any devices."""
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    sums = [norm.sum() for norm in norms]
+    return torch.stack([part.to(sums[0].device) for part in sums]).sum()
+
+
+def _over_scope(sq_norms: Tensor, total: Tensor, options: StepOptions) -> Tensor:
+    """Return the squares of what a bucket's keys are made of."""
+    if options.priority_scope == "tensor":
+        return sq_norms
+    return total.square().to(sq_norms.device, non_blocking=True)
+
+
+class Adam_CM(_ResearchAdam):  # noqa: N801
+    """The research package's Adam with critical momenta, step by step.
+
+    Source: `cmoptimizer.Adam_CM` of the authors of Malviya et al. Parameters and gradients as of
+    `cm_fused.AdamCM`.
+
+    Args:
+        params: Parameters or param groups.
+        lr: Learning rate, >= 0.
+        betas: Decay rates of momentum and second moment, each in [0, 1).
+        eps: Added to the root of the second moment, >= 0.
+        decay: Of the keys at every step, in [0, 1].
+        kappa: 0 is AdamW; every other number >= 0 is 1.
+        topC: Capacity of the buffer, an int >= 1.
+        weight_decay: Decoupled, >= 0.
+        amsgrad: Divide by the running maximum of the second moment.
+        critical_test: In [0, 1]: the probability with which a full buffer takes a momentum whatever
+            its key, in the slot that was the smallest when it was last looked for.
+        synced: The key is the sum of the gradients' norms over the group, else the norm of each.
+        buffer_dtype: Of the slots, as of `cm_fused.AdamCM`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    _critical_gradients = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay: float = 0.7,
+        kappa: float = 1.0,
+        topC: int = 5,  # noqa: N803
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        critical_test: float = 0.0,
+        synced: bool = True,
+        buffer_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            decay,
+            kappa,
+            topC,
+            weight_decay,
+            amsgrad,
+            critical_test,
+            synced,
+            buffer_dtype,
+        )
+
+
+class Adam_C(_ResearchAdam):  # noqa: N801
+    """The research package's Adam with critical gradients, step by step.
+
+    Source: `cmoptimizer.Adam_C`. The arguments are `Adam_CM`'s, but for `weight_decay`, an L2 term
+    that is added to the aggregate, and `kappa=0`, which is Adam.
+    """
+
+    _critical_gradients = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay: float = 0.7,
+        kappa: float = 1.0,
+        topC: int = 10,  # noqa: N803
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        critical_test: float = 0.0,
+        synced: bool = True,
+        buffer_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            decay,
+            kappa,
+            topC,
+            weight_decay,
+            amsgrad,
+            critical_test,
+            synced,
+            buffer_dtype,
+        )
