@@ -1,9 +1,9 @@
-"""Loading a state dict: everything is checked and copied before the optimizer changes."""
+"""Loading a state dict: everything is checked before the optimizer changes."""
 
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused._checks import check_options
-from cm_fused._sharding import local, local_as
+from cm_fused._sharding import is_sharded, local, local_as
 from cm_fused._state import (
     SCALES,
     SHAPED_KEYS,
@@ -84,32 +84,88 @@ def loaded_groups(
         if merged["capacity"] != group["capacity"]:
             raise ValueError(
                 f"the state dict must have the capacity {group['capacity']} of group {i}, got "
-                f"{merged['capacity']}"
+                f"{merged['capacity']}; load it into an optimizer of that capacity, whose "
+                "resize_buffer() changes it"
             )
         check_options(merged)
         loaded.append(merged)
     return loaded
 
 
-def loaded_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> dict[Any, State]:
-    """Return the state of a state dict for the parameters of `groups`, as new tensors.
-
-    Entries that belong to no parameter are kept as they are.
+def check_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Check that the state of a state dict fits the parameters of `groups`; allocates nothing.
 
     Raises:
         ValueError: The state of a parameter does not fit it.
     """
+    for index, param, saved, group in _states_with_owners(groups, state_dict):
+        if param is not None:
+            shapes = {key: _on_meta(value) for key, value in saved.items()}
+            _loaded_param_state(f"parameter {index}", _on_meta(param), shapes, group)
+
+
+def loaded_state(
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], own: Mapping[Any, State]
+) -> dict[Any, State]:
+    """Return the state of a state dict for the parameters of `groups`.
+
+    The values are copied into the tensors that the optimizer has, where it has such, and else into
+    new ones: besides these one parameter's state is held at a time. Entries that belong to no
+    parameter are kept as they are.
+
+    Args:
+        groups: The param groups.
+        state_dict: What `check_state` has passed.
+        own: The optimizer's state. Its tensors are changed.
+    """
+    state: dict[Any, State] = defaultdict(dict)
+    for index, param, saved, group in _states_with_owners(groups, state_dict):
+        if param is None:
+            state[index] = copy.deepcopy(saved)
+        else:
+            where = f"parameter {index}"
+            state[param] = _loaded_in_place(where, param, saved, group, own.get(param, {}))
+    return state
+
+
+def _loaded_in_place(
+    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], own: State
+) -> State:
+    new = _loaded_param_state_of(where, param, saved, group)
+    return {key: _in_place(own.get(key), value) for key, value in new.items()}
+
+
+def _states_with_owners(
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> Iterator[tuple[Any, Tensor | None, Any, dict[str, Any]]]:
+    """Yield each entry's index, its parameter or None, the entry, and the parameter's group."""
     indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     members = [(param, group) for group in groups for param in group["params"]]
     owners = dict(zip(indices, members, strict=True))
-    state: dict[Any, State] = defaultdict(dict)
     for index, saved in state_dict["state"].items():
-        if index in owners:
-            param, group = owners[index]
-            state[param] = _loaded_param_state_of(f"parameter {index}", param, saved, group)
-        else:
-            state[index] = copy.deepcopy(saved)
-    return state
+        param, group = owners.get(index, (None, {}))
+        yield index, param, saved, group
+
+
+def _on_meta(value: Any) -> Any:
+    """Return a tensor without its values, whole, and any other value as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _in_place(own: Any, value: Any) -> Any:
+    """Return a tensor with the value of another: the optimizer's own, where it is like that."""
+    if not (isinstance(own, Tensor) and isinstance(value, Tensor)):
+        return value
+    if is_sharded(own) != is_sharded(value) or own.shape != value.shape:
+        return value
+    held, new = local(own), local(value)
+    alike = (held.dtype, held.device, held.stride()) == (new.dtype, new.device, new.stride())
+    if not alike or held.shape != new.shape:
+        return value
+    held.copy_(new)
+    return own
 
 
 def _loaded_param_state_of(

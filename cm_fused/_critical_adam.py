@@ -334,8 +334,9 @@ class CriticalAdam(Optimizer):
 
         Float32 state of half-precision parameters stays float32. `buffer_dtype` and `moment_dtype`
         stay this optimizer's: state of another precision is rounded to nearest, with a warning.
-        Options the state dict lacks keep their values. The values are copied; `state_dict` is not
-        changed.
+        Options the state dict lacks keep their values. The values are copied, into the tensors that
+        this optimizer has, where it has such (a captured graph goes on with them): besides the two
+        states, memory is needed for that of one parameter at a time. `state_dict` is not changed.
 
         Args:
             state_dict: What `state_dict()` returned.
@@ -350,11 +351,34 @@ class CriticalAdam(Optimizer):
                 state_dict = hooked
         saved_groups = state_dict["param_groups"]
         groups = _checkpoint.loaded_groups(self.param_groups, saved_groups)
-        state = _checkpoint.loaded_state(groups, state_dict)
+        _checkpoint.check_state(groups, state_dict)
         _checkpoint.warn_of_conversion(groups, saved_groups)
+        self._finish_step()
+        captured = self._captured_plans
+        state = _checkpoint.loaded_state(groups, state_dict, self.state)
         self.__setstate__({"state": state, "param_groups": groups})
+        self._captured_plans = captured
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @torch.no_grad()
+    def resize_buffer(self, capacity: int) -> None:
+        """Change the capacity of all buffers; of too many slots those with the highest keys stay.
+
+        Args:
+            capacity: An int >= 1.
+
+        Raises:
+            ValueError: It is none. Nothing has been changed then.
+        """
+        for group in self.param_groups:
+            check_options({**group, "capacity": capacity})
+        self._commit_pending()
+        for group in self.param_groups:
+            group["capacity"] = capacity
+            for param in group["params"]:
+                if "priorities" in self.state.get(param, {}):
+                    _state.resize_buffer(param, self.state[param], group)
 
     def __getstate__(self) -> dict[str, Any]:
         self._commit_pending()

@@ -332,6 +332,36 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.complex64 if dtype.is_complex else torch.float32
 
 
+def resize_buffer(param: Tensor, state: State, group: Mapping[str, Any]) -> None:
+    """Give a state whose commits are made a buffer of a group's capacity.
+
+    Of too many slots those with the highest keys stay, in their order, of equal ones the first.
+
+    Args:
+        param: The parameter.
+        state: Its state. `critical_buffer`, its scales and `priorities` are replaced; the running
+            sum is removed, to be made anew.
+        group: The options of its group.
+    """
+    keys: Tensor = state["priorities"]
+    kept = keys.argsort(descending=True, stable=True)[: group["capacity"]].sort().values
+    # Unfilled slots come last, as they do in every buffer.
+    new: State = {}
+    for key in ("priorities", "critical_buffer", "critical_scales"):
+        if key in state:
+            old = local(state[key])
+            new[key] = new_tensor(key, local(param), local_state(state), group)
+            raw = [_as_bytes(tensor) for tensor in (new[key], old)]
+            raw[0][: len(kept)].copy_(raw[1].index_select(0, kept))
+    state.update(placed_as(param, new))
+    state.pop("critical_sum", None)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return an 8-bit float's bytes, which more operators take."""
+    return tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
 def param_states(state: Mapping[Any, Any]) -> list[State]:
     """Return the local states of parameters; an optimizer's state may hold other entries."""
     return [local_state(value) for key, value in state.items() if isinstance(key, Tensor)]

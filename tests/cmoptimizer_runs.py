@@ -1,8 +1,8 @@
 """Runs that were recorded with the research package, and how.
 
-`tests/data/cmoptimizer/trajectories.json` was written by
+`tests/data/cmoptimizer` was written by
 
-    python -m tests.cmoptimizer_runs tests/data/cmoptimizer/trajectories.json
+    python -m tests.cmoptimizer_runs tests/data/cmoptimizer
 
 with `cmoptimizer` (chandar-lab/CMOptimizer at b42a8016e111161441372734378415cdd31ac157, the last
 commit at which its two modules fit each other) on the path, torch 2.13.0 on a CPU. Parameters and
@@ -21,6 +21,7 @@ from torch import Tensor
 
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 3), (5,), ())
 STEPS = 100
+CHECKPOINT_AT = 10
 RECORDED = (1, 2, 3, 4, 5, 6, 10, 20, 50, 100)
 
 _DEFAULTS: dict[str, Any] = {"lr": 0.01, "critical_test": 0.0}
@@ -54,25 +55,43 @@ def gradient(t: int, i: int, param: Tensor) -> Tensor | None:
     return ((1 + 4 * (t % 7 == 3)) * noise + 0.3).float().reshape(param.shape)
 
 
-def run(optimizer_class: Any, name: str) -> dict[str, list[list[float]]]:
-    """Return the parameters after the recorded steps."""
+def run(
+    optimizer_class: Any, name: str, *, first: int = 0, steps: int = STEPS, load: Any = None
+) -> tuple[dict[str, list[list[float]]], list[Tensor], Any]:
+    """Return the parameters after the recorded steps, and those and the optimizer at the end.
+
+    Args:
+        optimizer_class: Makes the optimizer.
+        name: Of `RUNS`.
+        first: The step to begin with.
+        steps: The step to end before.
+        load: What is done with parameters and optimizer at first.
+    """
     params = make_params()
     optimizer = optimizer_class(params, **{**_DEFAULTS, **RUNS[name]})
+    if load is not None:
+        load(params, optimizer)
     recorded = {}
-    for t in range(STEPS):
+    for t in range(first, steps):
         for i, param in enumerate(params):
             param.grad = gradient(t, i, param)
         optimizer.step()
         if t + 1 in RECORDED:
             recorded[str(t + 1)] = [param.flatten().tolist() for param in params]
-    return recorded
+    return recorded, params, optimizer
 
 
 def main(out: Path) -> None:
-    """Record all runs with the research package."""
+    """Record all runs with the research package, and a checkpoint of each class."""
     package = import_module("cmoptimizer.optim")
-    runs = {f"{cls} {name}": run(getattr(package, cls), name) for cls in CLASSES for name in RUNS}
-    out.write_text(json.dumps(runs, separators=(",", ":")) + "\n")
+    runs = {}
+    for cls in CLASSES:
+        for name in RUNS:
+            runs[f"{cls} {name}"], _, _ = run(getattr(package, cls), name)
+        _, params, optimizer = run(getattr(package, cls), "defaults", steps=CHECKPOINT_AT)
+        saved = {"params": params, "optimizer": optimizer.state_dict()}
+        torch.save(saved, out / f"{cls}.pt")
+    (out / "trajectories.json").write_text(json.dumps(runs, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

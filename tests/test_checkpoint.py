@@ -594,3 +594,106 @@ def test_loading_does_not_touch_parameters(cls: type[CriticalAdam], backend: str
     assert_same(after["params"], before["params"])
     assert after["members"] == before["members"]
     assert all(p.grad is g for p, g in zip(params_of(optimizer), grads, strict=True))
+
+
+# Memory, and buffers of another capacity
+
+
+@of_each_kind
+@on_each_backend
+def test_loading_keeps_the_tensors(cls: type[CriticalAdam], backend: str) -> None:
+    """What the optimizer has is written to, as a graph that was captured needs."""
+    source = new_optimizer(cls, backend=backend)
+    train(source, range(5))
+    optimizer = new_optimizer(cls, backend=backend)
+    train(optimizer, range(2))
+    before = [dict(optimizer.state[param]) for param in params_of(optimizer)]
+    optimizer.load_state_dict(source.state_dict())
+    for param, old in zip(params_of(optimizer), before, strict=True):
+        for key, value in optimizer.state[param].items():
+            assert value is old[key], key
+    assert_same(optimizer.state_dict()["state"], source.state_dict()["state"])
+
+
+@pytest.mark.parametrize("loads_again", [False, True])
+def test_peak_of_loading(loads_again: bool) -> None:
+    """Loading allocates the state it lacks, and one parameter's besides; not a second copy.
+
+    Torch's allocations are counted by its profiler: the process's peak would count the sources.
+    """
+    shapes = [(64, 1024)] * 8
+    source = AdamCM([torch.randn(shape) for shape in shapes])
+    for param in params_of(source):
+        param.grad = torch.randn_like(param)
+    source.step()
+    state_dict = source.state_dict()
+    optimizer = AdamCM([torch.zeros(shape) for shape in shapes])
+    if loads_again:
+        optimizer.load_state_dict(state_dict)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        optimizer.load_state_dict(state_dict)
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    one = 4 * 64 * 1024 * (2 + 5 + 1)
+    lacking = 0 if loads_again else len(shapes) * one
+    assert lacking <= peak <= lacking + 1.3 * one
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [{}, {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.int8}],
+    ids=["float32", "low"],
+)
+@pytest.mark.parametrize("capacity", [1, 2, 4, 7])
+@of_each_kind
+@on_each_backend
+def test_resize_buffer(
+    cls: type[CriticalAdam], capacity: int, precision: dict[str, Any], backend: str
+) -> None:
+    """The slots of the highest keys stay, in order; training goes on as with such a state."""
+    optimizer = new_optimizer(cls, backend=backend, capacity=4, **precision)
+    train(optimizer, range(6))
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.resize_buffer(capacity)
+    after = optimizer.state_dict()["state"]
+    for old, new in zip(before.values(), after.values(), strict=True):
+        keys = old["priorities"].tolist()
+        best = sorted(sorted(range(4), key=lambda slot: -keys[slot])[:capacity])
+        count = len(best)
+        assert new["priorities"].tolist() == [keys[i] for i in best] + [-torch.inf] * (
+            capacity - count
+        )
+        slots = [old["critical_buffer"].float()[i] for i in best]
+        assert_same(list(new["critical_buffer"].float()[:count]), slots)
+        assert not new["critical_buffer"].float()[count:].any()
+    other = new_optimizer(cls, backend=backend, capacity=capacity, **precision)
+    with torch.no_grad():
+        for mine, theirs in zip(params_of(other), params_of(optimizer), strict=True):
+            mine.copy_(theirs)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, other):
+        train(each, range(6, 10))
+    assert_same(trained(other), trained(optimizer))
+
+
+def test_resize_buffer_refuses_no_capacity() -> None:
+    """A capacity that is none is an error, and nothing has changed."""
+    optimizer = new_optimizer(AdamCM)
+    train(optimizer, range(3))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="capacity must be an int >= 1, got 0"):
+        optimizer.resize_buffer(0)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_another_capacity_names_the_remedy() -> None:
+    """A checkpoint of another capacity is refused with what to do."""
+    source, optimizer = new_optimizer(AdamCM, capacity=3), new_optimizer(AdamCM)
+    with pytest.raises(ValueError, match="resize_buffer"):
+        optimizer.load_state_dict(source.state_dict())

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from cm_fused import AdamCM
 from cm_fused.compat import cmoptimizer
-from tests.cmoptimizer_runs import CLASSES, RUNS, STEPS, gradient, make_params, run
+from tests.cmoptimizer_runs import CHECKPOINT_AT, CLASSES, RUNS, STEPS, gradient, make_params, run
 from tests.training import BACKENDS, assert_same
 
-TRAJECTORIES = json.loads(
-    (Path(__file__).parent / "data" / "cmoptimizer" / "trajectories.json").read_text()
-)
+DATA = Path(__file__).parent / "data" / "cmoptimizer"
+TRAJECTORIES = json.loads((DATA / "trajectories.json").read_text())
 of_each_class = pytest.mark.parametrize("cls", CLASSES)
 
 
@@ -35,10 +36,52 @@ def _on(backend: str, cls: str) -> Any:
 @of_each_class
 def test_trajectory(cls: str, name: str, backend: str) -> None:
     """Over 100 steps the parameters are the research package's, to float32 rounding."""
-    ours = run(_on(backend, cls), name)
+    ours, *_ = run(_on(backend, cls), name)
     for step, expected in TRAJECTORIES[f"{cls} {name}"].items():
         for mine, theirs in zip(ours[step], expected, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@of_each_class
+def test_checkpoint_of_the_package(cls: str, backend: str) -> None:
+    """A file that it saved after ten steps is read without it, and goes on as it did."""
+    saved = cmoptimizer.read_checkpoint(DATA / f"{cls}.pt")
+
+    def load(params: list[Tensor], optimizer: Any) -> None:
+        for param, value in zip(params, saved["params"], strict=True):
+            param.copy_(value)
+        optimizer.load_state_dict(cmoptimizer.convert_state_dict(saved["optimizer"]))
+
+    ours, *_ = run(_on(backend, cls), "defaults", first=CHECKPOINT_AT, load=load)
+    assert set(ours) == {"20", "50", "100"}
+    for step, params in ours.items():
+        expected = TRAJECTORIES[f"{cls} defaults"][step]
+        for mine, theirs in zip(params, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6, err_msg=f"step {step}")
+
+
+def test_checkpoint_loads_into_the_papers_form() -> None:
+    """Moments, slots and keys come over; the rules stay AdamCM's, and learning goes on."""
+    saved = cmoptimizer.read_checkpoint(DATA / "Adam_CM.pt")["optimizer"]
+    params = make_params()
+    optimizer = AdamCM(params)
+    optimizer.load_state_dict(cmoptimizer.convert_state_dict(saved))
+    group, state = optimizer.param_groups[0], optimizer.state[params[0]]
+    assert (group["lr"], group["buffer_mean"], group["eps_inside_sqrt"]) == (0.01, "capacity", True)
+    assert torch.equal(state["exp_avg"], saved["state"][0]["exp_avg"])
+    assert torch.equal(state["priorities"], saved["state"][0]["critical gradients"]._heap_key)
+    for i, param in enumerate(params):
+        param.grad = gradient(11, i, param)
+    optimizer.step()
+
+
+def test_what_the_package_lost_is_an_error() -> None:
+    """A state dict without buffers, as its own loading leaves it, is refused and says why."""
+    saved = cmoptimizer.read_checkpoint(DATA / "Adam_CM.pt")["optimizer"]
+    saved["state"][1]["critical gradients"] = {}
+    with pytest.raises(ValueError, match="parameter 1 must have 'critical gradients'"):
+        cmoptimizer.convert_state_dict(saved)
 
 
 @of_each_class

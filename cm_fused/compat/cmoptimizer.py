@@ -11,9 +11,10 @@ They take that package's arguments and follow its trajectory, where that differs
 3. `Adam_CM` decays weights as AdamW does; `Adam_C` adds an L2 term to the aggregate, which neither
    keys nor buffer have.
 
-What was in its way is gone: checkpoints resume, `kappa=0` is AdamW (of `Adam_C`: Adam), bad
-hyperparameters raise, nothing waits for the device, no generator of NumPy's is used. A key that is
-not finite is not admitted, and sums are float32 whatever `buffer_dtype`.
+What was in its way is gone: checkpoints resume (its own too: `convert_state_dict`), `kappa=0` is
+AdamW (of `Adam_C`: Adam), bad hyperparameters raise, nothing waits for the device, no generator of
+NumPy's is used. A key that is not finite is not admitted, and sums are float32 whatever
+`buffer_dtype`.
 """
 
 import math
@@ -32,7 +33,10 @@ from cm_fused._checks import check_number
 from cm_fused._critical_adam import CriticalAdam, step_options
 from cm_fused._plan import Plan
 from cm_fused._sharding import is_sharded
+from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
+
+__all__ = ["Adam_C", "Adam_CM", "convert_state_dict", "read_checkpoint"]
 
 # Names of options that are other ones here.
 _NAMES = {"topC": "capacity", "decay": "priority_decay"}
