@@ -12,7 +12,9 @@ NVCC := nvcc
 STRICT = -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)/python -c \
     'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')
 
-.PHONY: help demo test check bench bench-smoke paper package clean
+CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
+
+.PHONY: help demo test check bench bench-smoke paper package package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
@@ -21,7 +23,8 @@ help:
 	@echo "make bench        measure throughput; writes bench/results/ and the README's table"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
 	@echo "make paper        test the paper's claims on its toy surfaces; writes bench/paper/results/"
-	@echo "make package      build wheel and sdist; train with the installed wheel elsewhere"
+	@echo "make package      build and check sdist and CPU wheel; train with the wheel elsewhere"
+	@echo "make package-cuda build and check a wheel with the CUDA library; PYTHON must have such a torch"
 	@echo "make clean        remove what the others made"
 
 # Everything a command needs, installed once: again only when the build's inputs change.
@@ -75,11 +78,27 @@ bench-smoke: $(VENV)/installed
 paper: $(VENV)/installed
 	$(BIN)/python -m bench.paper
 
+# The wheel is built from the sdist, so that the sdist is known to build.
 package: $(VENV)/lint
-	rm -rf dist build/installed
+	rm -rf dist build/installed build/other
 	CM_FUSED_BUILD=cpu $(BIN)/python -m build --no-isolation
+	$(CHECK_PACKAGES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/train_installed.py
+	@if [ -n "$(OTHER_TORCH)" ]; then \
+	    $(PYTHON) -m venv build/other && \
+	    build/other/bin/pip install --quiet --disable-pip-version-check "$(OTHER_TORCH)" numpy && \
+	    build/other/bin/pip install --quiet --disable-pip-version-check --no-deps dist/*.whl && \
+	    build/other/bin/python -W error tests/train_installed.py && \
+	    build/other/bin/python -m cm_fused; \
+	else echo "not installed beside another torch: make package OTHER_TORCH=torch==2.11.0"; fi
+
+# With the torch of $(PYTHON), which must be one for CUDA, and its toolkit.
+package-cuda: $(VENV)/lint
+	CM_FUSED_BUILD=cuda $(PYTHON) -c 'import torch; print("CUDA wheel for torch", torch.__version__)'
+	CM_FUSED_BUILD=cuda $(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps \
+	    --wheel-dir dist/cuda .
+	$(subst dist/*,dist/cuda/*,$(CHECK_PACKAGES))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info cm_fused/*.so demo.png

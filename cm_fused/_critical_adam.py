@@ -31,6 +31,8 @@ class CriticalAdam(Optimizer):
     """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
 
     _critical_gradients: ClassVar[bool]
+    # Whether `enable_gradient_release` has the parameters stepped: of the process, never copied.
+    _steps_in_backward = False
 
     def __init__(
         self,
@@ -97,6 +99,8 @@ class CriticalAdam(Optimizer):
         self._pending_books: PendingBooks | None = None
         # The parameters when it was last asked what processes they are sharded among, and those.
         self._processes: tuple[list[Tensor], Processes | None] = ([], None)
+        # The plans of parameters that are stepped inside backward, by parameter.
+        self._plans_alone: dict[int, Plan] = {}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -155,6 +159,8 @@ class CriticalAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._steps_in_backward:
+            return loss
         self._finish_step()
         # All that can fail comes first, for every group.
         kept = [self._kept_plan(i, group) for i, group in enumerate(self.param_groups)]
@@ -173,6 +179,23 @@ class CriticalAdam(Optimizer):
             ):
                 self._captured_plans.append(plan)
         return loss
+
+    @torch.no_grad()
+    def _step_alone(self, index: int, group: dict[str, Any], param: Tensor) -> None:
+        """Step one parameter, which is a priority scope of its own, if it has a gradient."""
+        alone = {**group, "params": [param]}
+        plan = self._plans_alone.get(id(param))
+        if plan is None or not plan.holds_for(self.state, alone, [param]):
+            check_gradients(index, [param])
+            self._make_state([alone])
+            plan = self._plans_alone[id(param)] = self._new_plan(alone)
+        else:
+            check_gradients(index, [param])
+            _state.check_param(local(param), _state.local_state(self.state[param]))
+            plan.take_gradients()
+        step = GroupStep(step_options(group), plan.buckets, first=0, count=1)
+        self._step_(step)
+        plan.drop_gradients()
 
     def _finish_step(self) -> None:
         """Keep the books of the last step, where they were left for the norms' sum."""

@@ -1,0 +1,97 @@
+"""`python -m cm_fused`: what is installed, what is at work, and whether it computes what it should.
+
+Exits with 1 where a backend's results are not the reference's.
+"""
+
+import platform
+import sys
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from cm_fused import AdamCG, AdamCM
+from cm_fused._backend import NAMES, select
+from cm_fused.ops import cpu, library
+
+_SHAPES = ((300, 70), (5,), ())
+_STEPS = 12
+# Two implementations that round differently, after a dozen steps.
+_TOLERANCE = 1e-4
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def _run(kind: type[AdamCM | AdamCG], backend: str, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to(device) for shape in _SHAPES]
+    optimizer = kind(params, lr=0.01, capacity=3, backend=backend)
+    for _ in range(_STEPS):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
+        optimizer.step()
+    return params
+
+
+def _self_test(backend: str, device: torch.device) -> str | None:
+    """Return what is wrong with a backend, or None."""
+    for kind in (AdamCM, AdamCG):
+        try:
+            params, expected = (_run(kind, name, device) for name in (backend, "eager"))
+        except Exception as error:
+            return f"{kind.__name__} raises {type(error).__name__}: {error}"
+        pairs = zip(params, expected, strict=True)
+        # Of a NaN the maximum of a tensor is one, that of numbers may not be.
+        difference = torch.stack([(mine - theirs).abs().max() for mine, theirs in pairs]).max()
+        if not difference <= _TOLERANCE:
+            return f"{kind.__name__} is {difference:.1e} off the reference"
+    return None
+
+
+def main() -> int:
+    """Print the diagnosis; return the exit status."""
+    print(f"cm_fused {_version('cm_fused')}")
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    cuda = torch.version.cuda or "none"
+    print(f"torch {torch.__version__} (CUDA {cuda}), triton {_version('triton')}")
+    print(f"C++ library: {library.unavailable_reason or f'loaded, {cpu.capability()} kernels'}")
+    print(f"CUDA library: {library.cuda_unavailable_reason or 'loaded'}")
+    failed = False
+    for device in _devices():
+        for name in NAMES:
+            line, right = _diagnosis(name, device)
+            failed |= not right
+            print(line)
+    return int(failed)
+
+
+def _diagnosis(name: str, device: torch.device) -> tuple[str, bool]:
+    """Return a line on a backend, and whether it is as it should be: right, or not there."""
+    try:
+        backend = select(name, device)
+    except RuntimeError as error:
+        return f"{name} on {device}: {error}", True
+    what = backend.describe(device)
+    if name == "eager":
+        return f"{what}: the reference", True
+    wrong = _self_test(name, device)
+    return (
+        f"{what}: {'agrees with the reference' if wrong is None else f'WRONG: {wrong}'}",
+        not wrong,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
