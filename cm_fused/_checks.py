@@ -30,7 +30,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     lr = options["lr"]
     if isinstance(lr, Tensor):
-        _require(lr.numel() == 1, "lr must be a number or a one-element tensor", tuple(lr.shape))
+        _require(lr.numel() == 1, "Tensor lr must be 1-element", tuple(lr.shape))
     check_number("lr", lr, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
     betas = options["betas"]
     _require(

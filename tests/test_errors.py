@@ -48,7 +48,7 @@ BAD_OPTIONS = [
     BadOption("lr", None, "lr must be .*got None"),
     BadOption("lr", torch.tensor(NAN), "lr must be .*nan"),
     BadOption("lr", torch.tensor(-1.0), "lr must be .*-1"),
-    BadOption("lr", torch.ones(2), "lr must be .*one-element"),
+    BadOption("lr", torch.ones(2), "lr must be 1-element"),
     BadOption("betas", (-0.1, 0.9), r"betas\[0\] must be .*got -0\.1"),
     BadOption("betas", (1.0, 0.9), r"betas\[0\] must be .*got 1\.0"),
     BadOption("betas", (NAN, 0.9), r"betas\[0\] must be .*got nan"),

@@ -211,7 +211,9 @@ class _ResearchAdam(CriticalAdam):
         reference.admit_(bucket, 0, key.to(param.device, torch.float32), g, options)
         for critical_sum in bucket.critical_sums:
             critical_sum.copy_(reference.load_buffer(bucket, 0).sum(0))
-        lr = options.lr.to(param.device) if isinstance(options.lr, Tensor) else options.lr
+        lr = options.lr
+        if isinstance(lr, Tensor):
+            lr = lr.to(param.device).reshape(())
         param.mul_(1 - lr * options.weight_decay)
 
 
