@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml setup.py $(CPP_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja
 	CM_FUSED_BUILD=cpu $(BIN)/pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[demo,test,bench,paper]"
+	    --no-build-isolation --editable ".[demo,test,integration,bench,paper]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed
