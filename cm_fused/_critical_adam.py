@@ -222,6 +222,8 @@ class CriticalAdam(Optimizer):
 
     def _sharded_among(self) -> Processes | None:
         params = [param for group in self.param_groups for param in group["params"]]
+        if torch.compiler.is_compiling():
+            return processes(params)
         known, found = self._processes
         if len(known) != len(params) or not all(map(is_, known, params)):
             found = processes(params)
@@ -438,8 +440,10 @@ def _active_backend(requested: str | None, device: torch.device) -> str:
 
 def _check_graph_capture(optimizer: Optimizer) -> None:
     """Call torch's check that a captured step is capturable, by its name in this release."""
-    newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
-    (newer or optimizer._cuda_graph_capture_health_check)()
+    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
+        optimizer._accelerator_graph_capture_health_check()
+    else:
+        optimizer._cuda_graph_capture_health_check()
 
 
 def step_options(group: dict[str, Any]) -> StepOptions:

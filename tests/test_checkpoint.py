@@ -631,7 +631,7 @@ def test_peak_of_loading(loads_again: bool) -> None:
     if loads_again:
         optimizer.load_state_dict(state_dict)
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         optimizer.load_state_dict(state_dict)
     held = peak = 0
