@@ -14,8 +14,8 @@ from torch.optim import AdamW, Optimizer
 from bench import bytes as byte_model
 from bench.bytes import Bytes
 from bench.workloads import Shapes
-from cm_fused import AdamCG, AdamCM, _critical_adam, _state, reference
-from cm_fused._bucket import Bucket
+from cm_fused import AdamCG, AdamCM, _state, reference
+from cm_fused._bucket import Bucket, step_options
 
 _DRAWN = 2**20
 _STEPS_BEFORE_CAPTURE = 3
@@ -198,7 +198,7 @@ def _compiled(capacity: int, params: list[Parameter], regime: Regime) -> Contest
     )
     optimizer.step()
     (group,) = optimizer.param_groups
-    options = _critical_adam.step_options(group)
+    options = step_options(group)
     bucket = Bucket(
         [param.detach() for param in params],
         [param.grad for param in params if param.grad is not None],

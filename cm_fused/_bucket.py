@@ -126,3 +126,23 @@ class StepOptions:
     l2_in_aggregate: bool = False
     grad_factor: Tensor | None = None
     found_inf: Tensor | None = None
+
+
+def step_options(group: dict[str, Any]) -> StepOptions:
+    """Return the hyperparameters of a step of a group."""
+    beta1, beta2 = group["betas"]
+    return StepOptions(
+        lr=group["lr"],
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        priority_decay=group["priority_decay"],
+        priority_scope=group["priority_scope"],
+        buffer_mean=group["buffer_mean"],
+        eps_inside_sqrt=group["eps_inside_sqrt"],
+        maximize=group["maximize"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        low_precision_update=group["low_precision_update"],
+        seed=group["seed"],
+    )

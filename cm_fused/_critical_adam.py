@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from cm_fused import _checkpoint, _state
 from cm_fused._backend import Backend, select
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._bucket import Bucket, step_options
 from cm_fused._capture import check_not_capturing, is_capturing
 from cm_fused._checks import (
     check_capturable,
@@ -22,6 +22,7 @@ from cm_fused._checks import (
     check_sharding,
     check_zero,
 )
+from cm_fused._counted import OptimizerState
 from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled
 from cm_fused._plan import Plan
 from cm_fused._sharding import Processes, local, local_grad, processes
@@ -86,7 +87,7 @@ class CriticalAdam(Optimizer):
         check_options(defaults)
         super().__init__(params, defaults)
         check_zero(self.param_groups)
-        self.state = _state.OptimizerState()
+        self.state = OptimizerState()
         self._forget_plans()
 
     def _forget_plans(self) -> None:
@@ -415,7 +416,7 @@ class CriticalAdam(Optimizer):
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
         self._forget_plans()
-        self.state = _state.OptimizerState(dict, self.state)
+        self.state = OptimizerState(dict, self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -444,78 +445,3 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
         optimizer._accelerator_graph_capture_health_check()
     else:
         optimizer._cuda_graph_capture_health_check()
-
-
-def step_options(group: dict[str, Any]) -> StepOptions:
-    """Return the hyperparameters of a step of a group."""
-    beta1, beta2 = group["betas"]
-    return StepOptions(
-        lr=group["lr"],
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        priority_decay=group["priority_decay"],
-        priority_scope=group["priority_scope"],
-        buffer_mean=group["buffer_mean"],
-        eps_inside_sqrt=group["eps_inside_sqrt"],
-        maximize=group["maximize"],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
-        low_precision_update=group["low_precision_update"],
-        seed=group["seed"],
-    )
-
-
-class DecoupledCriticalAdam(CriticalAdam):
-    """The defaults of the decoupled forms, as AdamW's to Adam. See `AdamCM` for the arguments."""
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        capacity: int = 5,
-        priority_decay: float = 0.7,
-        priority_scope: str = "group",
-        buffer_mean: str = "capacity",
-        eps_inside_sqrt: bool = True,
-        buffer_dtype: torch.dtype | None = None,
-        moment_dtype: torch.dtype | None = None,
-        low_precision_update: str = "nearest",
-        seed: int = 0,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        amp_scaling: bool = False,
-        maximize: bool = False,
-        capturable: bool = False,
-        decoupled_weight_decay: bool = True,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            capacity=capacity,
-            priority_decay=priority_decay,
-            priority_scope=priority_scope,
-            buffer_mean=buffer_mean,
-            eps_inside_sqrt=eps_inside_sqrt,
-            buffer_dtype=buffer_dtype,
-            moment_dtype=moment_dtype,
-            low_precision_update=low_precision_update,
-            seed=seed,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            amp_scaling=amp_scaling,
-            maximize=maximize,
-            capturable=capturable,
-            decoupled_weight_decay=decoupled_weight_decay,
-            backend=backend,
-        )

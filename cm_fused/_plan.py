@@ -6,9 +6,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cm_fused import _state
 from cm_fused._backend import Backend
 from cm_fused._bucket import Bucket
+from cm_fused._counted import OptimizerState, ParamState
 from cm_fused._sharding import is_sharded, local, local_grad
 
 
@@ -39,8 +39,8 @@ class Plan:
         # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
         # ours does not count its changes.
         lasting = not any(map(torch.is_complex, params))
-        lasting = lasting and all(type(state[param]) is _state.ParamState for param in params)
-        self._changes = state.changes.count if isinstance(state, _state.OptimizerState) else -1
+        lasting = lasting and all(type(state[param]) is ParamState for param in params)
+        self._changes = state.changes.count if isinstance(state, OptimizerState) else -1
         self._lasting = lasting and self._changes >= 0
 
     def holds_for(self, state: Any, group: dict[str, Any], params: list[Tensor]) -> bool:

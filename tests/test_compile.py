@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cm_fused import AdamCG, AdamCM
 from cm_fused._critical_adam import CriticalAdam
+from tests.cases import make_bucket, step_options
+from tests.oracle import Options
 from tests.training import BACKENDS, KINDS, ROUNDING, assert_same
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -145,3 +147,29 @@ def test_compiled_training_step(cls: type[CriticalAdam], backend: str) -> None:
         assert counter.frame_count == after_two
         frames.append(after_two)
     assert frames[0] <= frames[1] + 1
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="kernels are not interpreted here")
+@pytest.mark.parametrize("kind", ["cm", "cg"])
+def test_opcheck_of_the_triton_step(kind: Any) -> None:
+    """Its schema, autograd registration, fake kernel and functionalization agree with it."""
+    from cm_fused.ops import triton_ops
+
+    params = [torch.randn(5, 3), torch.randn(4)]
+    bucket = make_bucket(params, Options(kind=kind, capacity=3), fused=True)
+    options = step_options(Options(kind=kind, capacity=3))
+    tensors = {"lr": torch.tensor(0.01), "grad_factor": torch.tensor(0.5), "found_inf": None}
+    torch.library.opcheck(
+        triton_ops.step_op,
+        (
+            *[getattr(bucket, name) for name in triton_ops.CHANGED],
+            bucket.grads,
+            [0, 1],
+            None,
+            *tensors.values(),
+        ),
+        {
+            "critical_gradients": kind == "cg",
+            **{name: getattr(options, name) for name in triton_ops.PLAIN_OPTIONS},
+        },
+    )

@@ -43,6 +43,7 @@ launched = []
 KERNELS = (
     triton_kernels.critical_adam_kernel,
     triton_norms.sq_norm_kernel,
+    triton_norms.tensor_sq_norms_kernel,
     triton_norms.update_priorities_kernel,
 )
 
@@ -136,6 +137,12 @@ for kind in (AdamCM, AdamCG):
             optimizer.step()
         totals[f"{kind.__name__} {len(dtypes)}"] = launched
         launched = []
+        optimizer.param_groups[0]["max_grad_norm"] = 1.0
+        for _ in range(3):
+            launched.clear()
+            optimizer.step()
+        totals[f"{kind.__name__} {len(dtypes)} clipped"] = launched
+        launched = []
 print(json.dumps(totals))
 """
 
@@ -150,3 +157,8 @@ def test_launches_of_a_step() -> None:
     assert totals["AdamCG 1"] == [norm, books, update]
     assert totals["AdamCM 4"] == [*[update] * 4, [books[0], 200]]
     assert totals["AdamCG 4"] == [*[norm] * 4, [books[0], 200], *[update] * 4]
+    # Clipping: one pass more that reads the gradients, and the sums of its parts.
+    for kind in ("AdamCM", "AdamCG"):
+        for dtypes, count in ((1, 50), (4, 200)):
+            plain, clipped = (totals[f"{kind} {dtypes}{suffix}"] for suffix in ("", " clipped"))
+            assert clipped == [*[norm] * dtypes, ["tensor_sq_norms_kernel", count], *plain]

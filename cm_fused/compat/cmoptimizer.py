@@ -28,9 +28,9 @@ from torch.optim.optimizer import ParamsT
 
 from cm_fused import _state, reference
 from cm_fused._backend import select
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._bucket import Bucket, StepOptions, step_options
 from cm_fused._checks import check_number
-from cm_fused._critical_adam import CriticalAdam, step_options
+from cm_fused._critical_adam import CriticalAdam
 from cm_fused._plan import Plan
 from cm_fused._sharding import is_sharded
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint

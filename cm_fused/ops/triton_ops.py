@@ -40,7 +40,7 @@ def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
 
 
 # The lists of a bucket that a step changes.
-_CHANGED = (
+CHANGED = (
     *("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "critical_buffers", "critical_sums"),
     *("priorities", "pending_slots", "steps"),
     *("critical_scales", "exp_avg_scales", "exp_avg_sq_scales", "compensations"),
@@ -48,7 +48,7 @@ _CHANGED = (
 # Those that come to the operators by themselves, as tensors.
 _TENSORS = ("lr", "grad_factor", "found_inf")
 _OPTIONS = tuple(field.name for field in fields(StepOptions))
-_PLAIN_OPTIONS = tuple(name for name in _OPTIONS if name not in _TENSORS)
+PLAIN_OPTIONS = tuple(name for name in _OPTIONS if name not in _TENSORS)
 
 
 def _traced_step_(
@@ -57,8 +57,8 @@ def _traced_step_(
     lr = options.lr
     if not isinstance(lr, Tensor):
         lr = cpu.lr_as_tensor(lr, bucket.params[0].device)
-    _step_op(
-        *[getattr(bucket, name) for name in _CHANGED],
+    step_op(
+        *[getattr(bucket, name) for name in CHANGED],
         bucket.grads,
         bucket.param_indices,
         sq_norm,
@@ -66,12 +66,12 @@ def _traced_step_(
         options.grad_factor,
         options.found_inf,
         critical_gradients=critical_gradients,
-        **{name: getattr(options, name) for name in _PLAIN_OPTIONS},
+        **{name: getattr(options, name) for name in PLAIN_OPTIONS},
     )
 
 
-@torch.library.custom_op("cm_fused_triton::step_", mutates_args=_CHANGED)
-def _step_op(
+@torch.library.custom_op("cm_fused_triton::step_", mutates_args=CHANGED)
+def step_op(
     params: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
@@ -107,8 +107,9 @@ def _step_op(
     seed: int,
     l2_in_aggregate: bool,
 ) -> None:
+    """Take a step of either kind, its arguments those of `Bucket` and `StepOptions`."""
     given = locals()
-    bucket = Bucket(**{name: given[name] for name in (*_CHANGED, "grads", "param_indices")})
+    bucket = Bucket(**{name: given[name] for name in (*CHANGED, "grads", "param_indices")})
     options = StepOptions(**{name: given[name] for name in _OPTIONS})
     step_ = triton.adam_cg_ if critical_gradients else triton.adam_cm_
     step_(bucket, options, sq_norm)
