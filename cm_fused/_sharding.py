@@ -6,6 +6,7 @@ step counts are the same on every process and plain tensors.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ def local_grad(param: Tensor) -> Tensor:
     if placed.placements != param.placements:  # type: ignore[attr-defined]
         placed = placed.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(placed)
+
+
+def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state with whole tensors, gathered from all processes where they are sharded."""
+    return {
+        key: value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value  # type: ignore[attr-defined]
+        for key, value in state.items()
+    }
 
 
 def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from cm_fused import _state
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused._sharding import whole_state
 from cm_fused.sam import SAM
 
 ALL = "all"
@@ -53,15 +54,16 @@ def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
     """Return what the buffer of every parameter that has one holds.
 
     Args:
-        optimizer: `AdamCM`, `AdamCG` or a decoupled form, or `SAM` around one. Not changed.
+        optimizer: `AdamCM`, `AdamCG` or a decoupled form, or `SAM` around one. Not changed. The
+            state of DTensors is gathered: every process must call this.
 
     Raises:
         TypeError: It is another optimizer.
     """
     base = _critical(optimizer)
-    _state.commit_pending(_state.param_states(base.state))
+    base._commit_pending()
     return {
-        param: _reading(base, group, base.state[param])
+        param: _reading(base, group, whole_state(base.state[param]))
         for group in base.param_groups
         for param in group["params"]
         if "critical_buffer" in base.state.get(param, {})

@@ -37,7 +37,7 @@ from torch.distributed.tensor.parallel import (
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from cm_fused import AdamCG, AdamCM, AdamWCM
+from cm_fused import AdamCG, AdamCM, AdamWCM, diagnostics
 
 # A hang is a failure within this time.
 TIMEOUT = timedelta(seconds=60)
@@ -275,6 +275,19 @@ def one_process_is_not_finite(_: Path) -> None:
     assert twins.optimizer.param_groups[0]["skipped_steps"].item() == 1
     twins.step(2)
     twins.check()
+
+
+@case(2)
+def diagnostics_of_shards(_: Path) -> None:
+    """What the buffers hold is read of whole tensors, after the step that is under way."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)])
+    for t in range(STEPS):
+        twins.step(t)
+    readings = [diagnostics.read(o).values() for o in (twins.optimizer, twins.expected)]
+    for mine, theirs in zip(*readings, strict=True):
+        for field in ("filled", "momentum_norm", "mean_norm", "variance"):
+            value, expected = (torch.tensor(getattr(r, field)) for r in (mine, theirs))
+            assert_close(value, expected, field)
 
 
 @case(2)
