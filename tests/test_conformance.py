@@ -40,10 +40,7 @@ def _inputs(device: str, dtype: Any = None) -> list[OptimizerInput]:
     """Return configurations as torch has them for Adam, and those that only we have."""
     ours: list[dict[str, Any]] = [
         {},
-        {"lr": 0.01},
-        {"weight_decay": 0.1},
         {"weight_decay": 0.1, "maximize": True},
-        {"weight_decay": 0.1, "amsgrad": True},
         {"lr": torch.tensor(0.01), "amsgrad": True},
         {"capacity": 2, "priority_scope": "tensor", "buffer_mean": "size"},
         {"max_grad_norm": 1.0, "skip_nonfinite": True, "eps_inside_sqrt": False},

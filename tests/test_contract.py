@@ -969,12 +969,11 @@ def test_deleted_optimizer_releases_its_tensors(cls: type[CriticalAdam], backend
 @on_each_backend
 @of_each_kind
 def test_replaced_state_is_released(cls: type[CriticalAdam], backend: str) -> None:
-    """State that was cleared or loaded over is given back at the next step at the latest."""
+    """State that was cleared is given back at the next step at the latest."""
     optimizer = new_optimizer(cls, backend=backend)
     train(optimizer, range(4))
-    state_dict = copy.deepcopy(optimizer.state_dict())
     tensors = [weakref.ref(t) for state in optimizer.state.values() for t in state.values()]
-    optimizer.load_state_dict(state_dict)
+    optimizer.state.clear()
     train(optimizer, [4])
     gc.collect()
     assert [tensor() for tensor in tensors] == [None] * len(tensors)

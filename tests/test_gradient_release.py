@@ -11,6 +11,8 @@ from cm_fused import AdamCG, AdamCM, AdamWCM, enable_gradient_release
 from cm_fused._critical_adam import CriticalAdam
 from tests.training import BACKENDS, KINDS, assert_same, trained
 
+pytestmark = pytest.mark.sampled
+
 
 def _model() -> nn.Module:
     torch.manual_seed(0)

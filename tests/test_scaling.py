@@ -26,6 +26,8 @@ from tests.training import (
 
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 of_each_kind = pytest.mark.parametrize("cls", KINDS)
+pytestmark = pytest.mark.sampled
+
 DTYPES = (torch.float32, torch.float64, torch.complex64)
 
 
@@ -37,7 +39,6 @@ def _twins(cls: type[CriticalAdam], own: dict[str, Any], **options: Any) -> list
 # Clipping
 
 
-@pytest.mark.sampled
 @on_each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scope", ["group", "tensor"])
@@ -204,7 +205,6 @@ class _Run:
         return {**trained(self.optimizer), "scale": self.scaler.get_scale()}
 
 
-@pytest.mark.sampled
 @on_each_backend
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
