@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,16 @@ class Bucket:
     param_indices: list[int] = field(default_factory=list)
     # What a backend prepared for further steps of these tensors.
     handle: Handle | None = field(default=None, init=False)
+    _places: Tensor | None = field(default=None, init=False)
+
+    def places(self, device: torch.device) -> Tensor:
+        """Return `param_indices` on a device; copied there once, and not waited for."""
+        if self._places is None or self._places.device != device:
+            places = torch.tensor(self.param_indices)
+            if device.type == "cuda":
+                places = places.pin_memory()
+            self._places = places.to(device, non_blocking=True)
+        return self._places
 
     def changed(self, i: int) -> list[Tensor]:
         """Return what a step of the reference changes of parameter i."""

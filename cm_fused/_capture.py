@@ -19,3 +19,16 @@ def check_not_capturing(device: torch.device) -> None:
             "the state of every parameter must be there before a CUDA graph is captured; take a "
             "step before"
         )
+
+
+def check_not_captured_sharded(device: torch.device) -> None:
+    """Check that no step of DTensors goes into a graph: it ends in the next, by the norms' sum.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured.
+    """
+    if is_capturing(device):
+        raise RuntimeError(
+            "a step of DTensor parameters cannot be captured in a CUDA graph: its norms are waited "
+            "for at the next step; capture forward and backward alone"
+        )

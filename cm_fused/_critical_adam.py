@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from cm_fused import _checkpoint, _state
 from cm_fused._backend import Backend, select
 from cm_fused._bucket import Bucket, step_options
-from cm_fused._capture import check_not_capturing, is_capturing
+from cm_fused._capture import check_not_captured_sharded, check_not_capturing, is_capturing
 from cm_fused._checks import (
     check_capturable,
     check_gradients,
@@ -211,6 +211,8 @@ class CriticalAdam(Optimizer):
             steps.append(GroupStep(step_options(group), plan.buckets, first, count))
             first += count
         among = self._sharded_among()
+        if among is not None:
+            check_not_captured_sharded(among.device)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         steps = scaled(steps, self.param_groups, among, grad_scale, found_inf)
         if among is None:

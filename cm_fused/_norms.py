@@ -61,8 +61,7 @@ class Norms:
         total = sum(step.count for step in steps)
         self._values = torch.zeros(total, dtype=torch.float64, device=device)
         for bucket, values in taken:
-            places = torch.tensor(bucket.param_indices, device=device)
-            self._values.index_copy_(0, places, values.to(device, non_blocking=True))
+            self._values.index_copy_(0, bucket.places(device), values.to(device, non_blocking=True))
         self._summing: Summing | None = None
         if processes is not None:
             self._summing = processes.start_sum(self._values.mul_(processes.counted))
@@ -80,7 +79,7 @@ class Norms:
         if step.options.priority_scope == "group":
             sq_norm = values[step.first : step.first + step.count].sum()
         else:
-            sq_norm = values[torch.tensor(bucket.param_indices, device=values.device)]
+            sq_norm = values.index_select(0, bucket.places(values.device))
         return sq_norm.to(bucket.steps[0].device, non_blocking=True)
 
 
@@ -159,7 +158,10 @@ def _clipped(
     if group["skip_nonfinite"]:
         skipped = (~torch.isfinite(norm)).to(torch.float64)
         # One tensor for good: a captured graph goes on adding to it.
-        count = torch.as_tensor(group.get("skipped_steps", 0)).to(norm.device)
+        count = group.get("skipped_steps")
+        if count is None:
+            count = torch.zeros((), dtype=torch.int64, device=norm.device)
+        count = torch.as_tensor(count).to(norm.device)
         group["skipped_steps"] = count.add_(skipped.to(count.dtype))
         found_inf = skipped if found_inf is None else found_inf.to(norm.device) + skipped
     return _with_scalars(step, factor, found_inf)

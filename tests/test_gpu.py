@@ -65,14 +65,24 @@ def _assert_same_training(first: CriticalAdam, second: CriticalAdam) -> None:
 # CUDA graphs
 
 
+# Options whose steps take the gradients' norm first.
+CLIPPING: dict[str, Any] = {"max_grad_norm": 1.0, "skip_nonfinite": True}
+with_and_without_clipping = pytest.mark.parametrize(
+    "others", [{}, CLIPPING], ids=["plain", "clipping"]
+)
+
+
+@with_and_without_clipping
 @pytest.mark.parametrize("lr_on_device", [False, True])
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 @pytest.mark.parametrize("capacity", [3, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_replays_are_eager_steps(kind: Kind, capacity: int, scope: Any, lr_on_device: bool) -> None:
+def test_replays_are_eager_steps(
+    kind: Kind, capacity: int, scope: Any, lr_on_device: bool, others: dict[str, Any]
+) -> None:
     """A captured step, replayed, has the bits of eager steps; a learning rate may change."""
     options = Options(kind, lr=0.05, capacity=capacity, amsgrad=True, priority_scope=scope)
-    optimizers = [_optimizer(_cuda_params(), options, capturable=True) for _ in range(2)]
+    optimizers = [_optimizer(_cuda_params(), options, capturable=True, **others) for _ in range(2)]
     captured, eager = optimizers
     if lr_on_device:
         for optimizer in optimizers:
@@ -145,15 +155,18 @@ def test_state_is_not_made_in_a_graph() -> None:
 # What a step costs
 
 
+@with_and_without_clipping
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 @pytest.mark.parametrize("capacity", [3, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_synchronization(kind: Kind, capacity: int, scope: Any, capturable: bool) -> None:
+def test_no_synchronization(
+    kind: Kind, capacity: int, scope: Any, capturable: bool, others: dict[str, Any]
+) -> None:
     """No step waits for the device: neither the first nor one with new gradients."""
     params = [*_cuda_params(), make_params([(9, 7)])[0].cuda().t()]
     options = Options(kind, capacity=capacity, priority_scope=scope, buffer_mean="size")
-    optimizer = _optimizer(params, options, capturable=capturable)
+    optimizer = _optimizer(params, options, capturable=capturable, **others)
     grads = [[torch.ones_like(param) for param in params] for _ in range(3)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
