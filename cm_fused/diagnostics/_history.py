@@ -1,0 +1,79 @@
+"""What happened to the critical buffers and the parameters of an optimizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cm_fused.diagnostics._reading import flat, weighted_mean
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened to some parameters up to a step.
+
+    Attributes:
+        mean_age: Steps since a filled slot was admitted, mean over the slots; 0 for the last step.
+        max_age: The oldest one's.
+        admission_rate: Share of the steps since the last record in which something was admitted.
+        distance: L2 distance from where the parameters were when recording began.
+    """
+
+    mean_age: float
+    max_age: float
+    admission_rate: float
+    distance: float
+
+
+class Track:
+    """The history of one parameter."""
+
+    def __init__(self, param: Tensor, keys: Tensor | None) -> None:
+        self.start = param.detach().clone()
+        # Slots filled before recording began count from its beginning.
+        self.keys = keys
+        self.ages = None if keys is None else torch.zeros(len(keys), dtype=torch.int64)
+        self.admissions = 0
+        self.steps = 0
+
+    def update(self, keys: Tensor, decay: float) -> None:
+        """Find what a step admitted, from the keys before and after it, both (C,) on the CPU."""
+        if self.keys is None or self.ages is None or len(self.keys) != len(keys):
+            self.keys = torch.full_like(keys, -torch.inf)
+            self.ages = torch.zeros(len(keys), dtype=torch.int64)
+        # Only the smallest key can go, the first of equal ones; an unfilled slot's is -inf.
+        slot = int(self.keys.argmin())
+        self.ages += 1
+        self.steps += 1
+        kept = self.keys[slot] * decay if self.keys[slot] > -torch.inf else self.keys[slot]
+        # With a decay of 0 all keys are 0 after a step, and any gradient but zero is admitted.
+        if keys[slot] != kept or (decay == 0 and kept > -torch.inf):
+            self.ages[slot] = 0
+            self.admissions += 1
+        self.keys = keys.clone()
+
+    def history(self, param: Tensor) -> History:
+        """Return the history, and begin to count admissions anew."""
+        nan = float("nan")
+        mean_age = max_age = nan
+        if self.keys is not None and self.ages is not None:
+            ages = self.ages[self.keys > -torch.inf].double()
+            if len(ages):
+                mean_age, max_age = ages.mean().item(), ages.max().item()
+        rate = self.admissions / self.steps if self.steps else nan
+        self.admissions = self.steps = 0
+        moved = torch.linalg.vector_norm(flat(param.detach() - self.start, 0))
+        return History(mean_age, max_age, rate, moved.item())
+
+
+def combine_histories(histories: Mapping[Tensor, History]) -> History:
+    weights = [param.numel() for param in histories]
+    every = list(histories.values())
+    ages = [h.max_age for h in every if h.max_age == h.max_age]
+    return History(
+        weighted_mean([h.mean_age for h in every], weights),
+        max(ages, default=float("nan")),
+        weighted_mean([h.admission_rate for h in every], weights),
+        sum(h.distance**2 for h in every) ** 0.5,
+    )
