@@ -165,15 +165,20 @@ class CriticalAdam(Optimizer):
         self._finish_step()
         # All that can fail comes first, for every group.
         kept = [self._kept_plan(i, group) for i, group in enumerate(self.param_groups)]
-        if None in kept:
-            self._make_state(
-                [g for g, plan in zip(self.param_groups, kept, strict=True) if plan is None]
-            )
-        plans = []
-        for i, (group, plan) in enumerate(zip(self.param_groups, kept, strict=True)):
-            self._plans[i] = plan or self._new_plan(group)
-            plans.append(self._plans[i])
-        self._step_groups(plans)
+        lacking = [g for g, plan in zip(self.param_groups, kept, strict=True) if plan is None]
+        made = self._make_state(lacking) if lacking else []
+        try:
+            plans = [
+                plan or self._new_plan(group)
+                for group, plan in zip(self.param_groups, kept, strict=True)
+            ]
+            self._step_groups(*self._prepared_steps(plans))
+        except BaseException:
+            self._unmake_state(made)
+            raise
+        self._plans = dict(enumerate(plans))
+        for plan in plans:
+            plan.drop_gradients()
         for group, plan in zip(self.param_groups, plans, strict=True):
             if group["capturable"] and any(
                 is_capturing(bucket.params[0].device) for _, bucket in plan.buckets
@@ -188,8 +193,12 @@ class CriticalAdam(Optimizer):
         plan = self._plans_alone.get(id(param))
         if plan is None or not plan.holds_for(self.state, alone, [param]):
             check_gradients(index, [param])
-            self._make_state([alone])
-            plan = self._plans_alone[id(param)] = self._new_plan(alone)
+            made = self._make_state([alone])
+            try:
+                plan = self._plans_alone[id(param)] = self._new_plan(alone)
+            except BaseException:
+                self._unmake_state(made)
+                raise
         else:
             check_gradients(index, [param])
             _state.check_param(local(param), _state.local_state(self.state[param]))
@@ -204,7 +213,8 @@ class CriticalAdam(Optimizer):
             self._pending_books.keep_()
             self._pending_books = None
 
-    def _step_groups(self, plans: list[Plan]) -> None:
+    def _prepared_steps(self, plans: list[Plan]) -> tuple[list[GroupStep], Processes | None]:
+        """Return each group's step and the processes it is sharded among."""
         steps, first = [], 0
         for group, plan in zip(self.param_groups, plans, strict=True):
             count = len(group["params"])
@@ -214,14 +224,15 @@ class CriticalAdam(Optimizer):
         if among is not None:
             check_not_captured_sharded(among.device)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        steps = scaled(steps, self.param_groups, among, grad_scale, found_inf)
+        return scaled(steps, self.param_groups, among, grad_scale, found_inf), among
+
+    def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
+        """Take the steps of all groups: the first change, after all that can be wrong."""
         if among is None:
             for step in steps:
                 self._step_(step) if step.is_alone() else self._step_across_([step], None)
         else:
             self._step_across_(steps, among)
-        for plan in plans:
-            plan.drop_gradients()
 
     def _sharded_among(self) -> Processes | None:
         params = [param for group in self.param_groups for param in group["params"]]
@@ -273,8 +284,12 @@ class CriticalAdam(Optimizer):
         plan.take_gradients()
         return plan
 
-    def _make_state(self, groups: list[dict[str, Any]]) -> None:
-        """Make the state that the participants of these groups lack, all of it or none."""
+    def _make_state(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, _state.State]]:
+        """Make the state that the participants of these groups lack, all of it or none.
+
+        Returns:
+            What was made, for `_unmake_state`.
+        """
         missing = [
             (param, _state.missing_state_of(param, self.state.get(param, {}), keys, group))
             for group in groups
@@ -283,9 +298,20 @@ class CriticalAdam(Optimizer):
         for param, tensors in missing:
             if tensors:
                 check_not_capturing(param.device)
-        for param, tensors in missing:
-            if tensors:
-                self.state[param].update(tensors)
+        made = [(param, tensors) for param, tensors in missing if tensors]
+        for param, tensors in made:
+            self.state[param].update(tensors)
+        return made
+
+    def _unmake_state(self, made: list[tuple[Tensor, _state.State]]) -> None:
+        """Take away what `_make_state` made and no step has used, after one that failed."""
+        for param, tensors in made:
+            if local(tensors["step"]) > 0:
+                continue
+            for key in tensors:
+                self.state[param].pop(key, None)
+            if not self.state[param]:
+                del self.state[param]
 
     def _participants(self, group: dict[str, Any]) -> list[Tensor]:
         """Return the parameters of a group that this step is to step."""

@@ -1,14 +1,14 @@
 """What README and docstrings show works as shown."""
 
 import doctest
+import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
-import cm_fused.adam_cm
-import cm_fused.diagnostics
-import cm_fused.sam
+import cm_fused
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -23,11 +23,17 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_docstring_examples_run() -> None:
-    """The examples of the optimizers' docstrings run."""
-    for module in (cm_fused.adam_cm, cm_fused.sam, cm_fused.diagnostics):
-        results = doctest.testmod(module)
+    """Every example in a docstring of the package runs, and each public class has one."""
+    shown = set()
+    for module in pkgutil.walk_packages(cm_fused.__path__, "cm_fused."):
+        source = Path(importlib.util.find_spec(module.name).origin or "")  # type: ignore[union-attr]
+        if source.suffix != ".py" or ">>> " not in source.read_text():
+            continue
+        results = doctest.testmod(importlib.import_module(module.name))
         assert results.attempted > 0
         assert results.failed == 0
+        shown.add(module.name)
+    assert shown >= {"cm_fused.adam_cm", "cm_fused.sam", "cm_fused.diagnostics._recorder"}
 
 
 def test_readme_names_existing_files() -> None:

@@ -28,11 +28,11 @@ from torch.optim.optimizer import ParamsT
 
 from cm_fused import _state, reference
 from cm_fused._backend import select
-from cm_fused._bucket import Bucket, StepOptions, step_options
+from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._checks import check_number
 from cm_fused._critical_adam import CriticalAdam
-from cm_fused._plan import Plan
-from cm_fused._sharding import is_sharded
+from cm_fused._norms import GroupStep
+from cm_fused._sharding import Processes, is_sharded
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
 
@@ -94,7 +94,7 @@ class _ResearchAdam(CriticalAdam):
         """Add a param group, whose options may have either package's names.
 
         Raises:
-            ValueError: An option is out of its range; nothing is added.
+            ValueError: An option is out of its range or a parameter a DTensor; nothing is added.
         """
         if isinstance(param_group, dict):
             group = {**self._extra, **_translated(param_group)}
@@ -104,6 +104,12 @@ class _ResearchAdam(CriticalAdam):
             param_group.clear()
             param_group.update(group)
         super().add_param_group(param_group)
+        if any(map(is_sharded, self.param_groups[-1]["params"])):
+            self.param_groups.pop()
+            raise ValueError(
+                "params must not be DTensors, which cm_fused.compat does not step, got one; shard "
+                "with cm_fused.AdamCM"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -121,25 +127,20 @@ class _ResearchAdam(CriticalAdam):
         first = {id(param) for param in self._first_timers(group)}
         return [param for param in super()._participants(group) if id(param) not in first]
 
-    def _step_groups(self, plans: list[Plan]) -> None:
-        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
-            raise RuntimeError(
-                "cm_fused.compat steps no DTensor parameters; shard with cm_fused.AdamCM"
-            )
-        for group, plan in zip(self.param_groups, plans, strict=True):
-            options = replace(step_options(group), l2_in_aggregate=self._critical_gradients)
+    def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
+        for group, step in zip(self.param_groups, steps, strict=True):
+            options = replace(step.options, l2_in_aggregate=self._critical_gradients)
             first = self._first_timers(group)
             first_norms = [_norm(param) for param in first]
             if self._stores_gradients(group):
-                self._step_cg_(group, plan, options)
+                self._step_cg_(group, step, options)
             else:
-                sq_norms = [b.update_cm_(bucket, options) for b, bucket in plan.buckets]
+                sq_norms = [b.update_cm_(bucket, options) for b, bucket in step.buckets]
                 total = _total([*(values.sqrt() for values in sq_norms), *first_norms])
-                self._keep_books_(group, plan, options, sq_norms, total)
+                self._keep_books_(group, step, options, sq_norms, total)
                 for param, norm in zip(first, first_norms, strict=True):
                     key = norm if options.priority_scope == "tensor" else total
                     self._store_first_(group, param, options, key)
-            plan.drop_gradients()
 
     def _first_timers(self, group: dict[str, Any]) -> list[Tensor]:
         if not self._stores_first(group):
@@ -150,10 +151,10 @@ class _ResearchAdam(CriticalAdam):
             if "step" not in self.state.get(param, {})
         ]
 
-    def _step_cg_(self, group: dict[str, Any], plan: Plan, options: StepOptions) -> None:
-        sq_norms = [backend.sq_norms(bucket, options) for backend, bucket in plan.buckets]
+    def _step_cg_(self, group: dict[str, Any], step: GroupStep, options: StepOptions) -> None:
+        sq_norms = [backend.sq_norms(bucket, options) for backend, bucket in step.buckets]
         total = _total([values.sqrt() for values in sq_norms])
-        for (backend, bucket), values in zip(plan.buckets, sq_norms, strict=True):
+        for (backend, bucket), values in zip(step.buckets, sq_norms, strict=True):
             # The number of filled slots is counted after this: an unfilled key would not do.
             self._choose_slots_(group, bucket, options, key_of_chosen=0.0)
             sq_norm = _over_scope(values, total, options)
@@ -164,12 +165,12 @@ class _ResearchAdam(CriticalAdam):
     def _keep_books_(
         self,
         group: dict[str, Any],
-        plan: Plan,
+        step: GroupStep,
         options: StepOptions,
         sq_norms: list[Tensor],
         total: Tensor,
     ) -> None:
-        for (backend, bucket), values in zip(plan.buckets, sq_norms, strict=True):
+        for (backend, bucket), values in zip(step.buckets, sq_norms, strict=True):
             self._choose_slots_(group, bucket, options, key_of_chosen=-math.inf)
             backend.keep_books_(bucket, options, _over_scope(values, total, options))
 

@@ -1,0 +1,171 @@
+"""What fails in a step leaves parameters and state as they were.
+
+A fault is an error in place of the n-th call of an operator, allocations included, for every n.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cm_fused import AdamCG, AdamCM, AdamWCM
+from cm_fused._critical_adam import CriticalAdam
+
+STEP_OPERATORS = ("cm_fused::adam_cm_", "cm_fused::adam_cg_", "cm_fused::step_held_")
+
+
+class InjectedError(RuntimeError):
+    """What the injected faults raise."""
+
+
+class FaultAt(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Fails in place of the call of an operator that has this number; notes the names of all.
+
+    Torch's own profiler range around a step is not one of them: it ends after the step.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number = number
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "profiler":
+            return func(*args, **(kwargs or {}))
+        self.names.append(func.name().split(".")[0])
+        if len(self.names) - 1 == self.number:
+            raise InjectedError(self.names[-1])
+        return func(*args, **(kwargs or {}))
+
+
+Make = Callable[..., CriticalAdam]
+
+
+def made(make: Make, num_groups: int, **options: Any) -> tuple[list[Tensor], CriticalAdam]:
+    """Return the parameters and an optimizer of some groups, before the first step."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 5), (7,)) * num_groups
+    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    groups = [{"params": params[2 * i : 2 * i + 2]} for i in range(num_groups)]
+    return params, make(groups, lr=0.1, **options)
+
+
+def give_gradients(params: list[Tensor], t: int) -> None:
+    """Give the parameters the gradients of a step."""
+    generator = torch.Generator().manual_seed(1 + t)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def after(
+    make: Make, steps: int, num_groups: int, **options: Any
+) -> tuple[list[Tensor], CriticalAdam]:
+    """Return parameters and optimizer after some steps, with the gradients of the next."""
+    params, optimizer = made(make, num_groups, **options)
+    for t in range(steps):
+        give_gradients(params, t)
+        optimizer.step()
+    give_gradients(params, steps)
+    return params, optimizer
+
+
+def assert_alike(
+    left: tuple[list[Tensor], CriticalAdam], right: tuple[list[Tensor], CriticalAdam]
+) -> None:
+    """Check that parameters and state have the same bits."""
+    for param, other in zip(left[0], right[0], strict=True):
+        assert torch.equal(param, other)
+    states = [optimizer.state_dict()["state"] for _, optimizer in (left, right)]
+    assert states[0].keys() == states[1].keys()
+    for i in states[0]:
+        assert states[0][i].keys() == states[1][i].keys()
+        for key, value in states[0][i].items():
+            assert torch.equal(value, states[1][i][key]), key
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"capacity": 1, "amsgrad": True, "priority_scope": "tensor"},
+    {"buffer_dtype": torch.int8, "moment_dtype": torch.bfloat16},
+    {"max_grad_norm": 0.5, "skip_nonfinite": True},
+]
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("make", [AdamCM, AdamCG, AdamWCM])
+def test_a_fault_at_any_operator_changes_nothing(
+    make: Make, options: dict[str, Any], steps_before: int
+) -> None:
+    """With one group the only operator that changes anything is the last one called."""
+    faults = 0
+    while True:
+        params, optimizer = after(make, steps_before, 1, backend="cpu", **options)
+        mode = FaultAt(faults)
+        try:
+            with mode:
+                optimizer.step()
+        except InjectedError:
+            faults += 1
+        else:
+            break
+        assert_alike((params, optimizer), after(make, steps_before, 1, backend="cpu", **options))
+        # The step can be tried again.
+        optimizer.step()
+        expected = after(make, steps_before, 1, backend="cpu", **options)
+        expected[1].step()
+        assert_alike((params, optimizer), expected)
+    assert faults > 0
+    assert mode.names[-1] in STEP_OPERATORS
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@pytest.mark.parametrize("make", [AdamCM, AdamCG])
+def test_with_the_first_change_all_that_can_fail_is_over(make: Make, steps_before: int) -> None:
+    """Of several groups nothing but their steps follows the first one: no allocation, no check."""
+    params, optimizer = after(make, steps_before, 3, backend="cpu")
+    mode = FaultAt(-1)
+    with mode:
+        optimizer.step()
+    first = next(i for i, name in enumerate(mode.names) if name in STEP_OPERATORS)
+    assert len(mode.names) - first == 3
+    assert set(mode.names[first:]) <= set(STEP_OPERATORS)
+    for number in range(first + 1):
+        params, optimizer = after(make, steps_before, 3, backend="cpu")
+        with pytest.raises(InjectedError), FaultAt(number):
+            optimizer.step()
+        assert_alike((params, optimizer), after(make, steps_before, 3, backend="cpu"))
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_bad_gradient_in_the_last_group_changes_nothing(backend: str, steps_before: int) -> None:
+    """Every gradient is checked before anything is changed."""
+    params, optimizer = after(AdamCM, steps_before, 2, backend=backend)
+    params[-1].grad = None
+    params[-1].grad = torch.zeros(7).to_sparse()
+    with pytest.raises(RuntimeError, match="parameter 1 of group 1 must be dense"):
+        optimizer.step()
+    assert_alike((params, optimizer), after(AdamCM, steps_before, 2, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_closure_or_a_hook_before_the_step_that_raises_changes_nothing(backend: str) -> None:
+    """What is called before the step is called before any change."""
+
+    def fail(*_: Any) -> float:
+        raise InjectedError
+
+    params, optimizer = after(AdamCM, 2, 2, backend=backend)
+    with pytest.raises(InjectedError):
+        optimizer.step(fail)
+    handle = optimizer.register_step_pre_hook(fail)  # type: ignore[arg-type]
+    with pytest.raises(InjectedError):
+        optimizer.step()
+    handle.remove()
+    assert_alike((params, optimizer), after(AdamCM, 2, 2, backend=backend))
