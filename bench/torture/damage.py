@@ -1,0 +1,104 @@
+"""A damaged state dict is refused with an error that says why, and nothing is changed."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.torture.finding import Finding, require
+from cm_fused import AdamCG, AdamCM
+from cm_fused._checks import BUFFER_DTYPES, MOMENT_DTYPES
+from cm_fused._critical_adam import CriticalAdam
+
+Damage = tuple[str, dict[str, Any]]
+
+
+def run(quick: bool) -> Finding:
+    """Load every damage of the state dicts of all precisions."""
+    cases = 0
+    precisions = [(b, m) for b in BUFFER_DTYPES for m in MOMENT_DTYPES]
+    for kind in (AdamCM, AdamCG):
+        for buffer_dtype, moment_dtype in precisions[:: 4 if quick else 1]:
+            options = {"buffer_dtype": buffer_dtype, "moment_dtype": moment_dtype, "amsgrad": True}
+            _, source = _stepped(kind, ((3, 5), (7,)), steps=3, **options)
+            saved = copy.deepcopy(source.state_dict())
+            for name, damaged in _damages(saved, kind):
+                _check_refused(kind, options, name, damaged)
+                cases += 1
+    return Finding(
+        "damaged checkpoints", cases, "damages of a state dict", "a ValueError, nothing changed"
+    )
+
+
+def _stepped(
+    kind: type[CriticalAdam], shapes: tuple[tuple[int, ...], ...], steps: int, **options: Any
+) -> tuple[list[Tensor], CriticalAdam]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    optimizer = kind(params, **options)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+    return params, optimizer
+
+
+def _damages(saved: dict[str, Any], kind: type[CriticalAdam]) -> Iterator[Damage]:
+    for i, state in saved["state"].items():
+        for key, value in state.items():
+            for name, replacement in _replacements(value):
+                damaged = copy.deepcopy(saved)
+                if replacement is None:
+                    del damaged["state"][i][key]
+                else:
+                    damaged["state"][i][key] = replacement
+                yield f"{key} of parameter {i}: {name}", damaged
+    for name, change in (("more", [0, 1, 2]), ("fewer", [0])):
+        damaged = copy.deepcopy(saved)
+        damaged["param_groups"][0]["params"] = change
+        yield f"{name} parameters", damaged
+    for capacity in (1, 4, 6):
+        damaged = copy.deepcopy(saved)
+        damaged["param_groups"][0]["capacity"] = capacity
+        yield f"capacity {capacity}", damaged
+    damaged = copy.deepcopy(saved)
+    damaged["param_groups"] *= 2
+    yield "a group more", damaged
+    damaged = copy.deepcopy(saved)
+    damaged["state"][0], damaged["state"][1] = damaged["state"][1], damaged["state"][0]
+    yield "the parameters' states exchanged", damaged
+    _, other = _stepped(kind, ((5, 3), (2, 2)), steps=2, amsgrad=True)
+    yield "another model's", copy.deepcopy(other.state_dict())
+
+
+def _replacements(value: Tensor) -> Iterator[tuple[str, Any]]:
+    yield "missing", None
+    yield "a string", "damaged"
+    yield "a dimension more", value.unsqueeze(0).repeat(2, *[1] * value.ndim)
+    if value.ndim:
+        yield "an element less", value.narrow(0, 0, value.shape[0] - 1)
+        yield "a dimension less", value.flatten()[0].clone()
+    yield "empty", value.new_empty(0)
+
+
+def _check_refused(
+    kind: type[CriticalAdam], options: dict[str, Any], name: str, damaged: dict[str, Any]
+) -> None:
+    params, optimizer = _stepped(kind, ((3, 5), (7,)), steps=2, **options)
+    expected, twin = _stepped(kind, ((3, 5), (7,)), steps=2, **options)
+    try:
+        optimizer.load_state_dict(damaged)
+    except ValueError:
+        pass
+    else:
+        raise AssertionError(f"{kind.__name__} with {options} loaded a state with {name}")
+    require(all(map(torch.equal, params, expected)), f"{name}: parameters were changed")
+    states = [o.state_dict()["state"] for o in (optimizer, twin)]
+    same = all(
+        torch.equal(value, states[1][i][key])
+        for i, state in states[0].items()
+        for key, value in state.items()
+    )
+    require(same and states[0].keys() == states[1].keys(), f"{name}: the state was changed")
