@@ -1,6 +1,7 @@
 """Loading a state dict: everything is checked before the optimizer changes."""
 
 import copy
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,33 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     }
 
 
+def check_form(state_dict: Any) -> None:
+    """Check that a state dict has the parts that all have.
+
+    Raises:
+        ValueError: It has not.
+    """
+    parts = {"state": dict, "param_groups": list}
+    for name, expected in parts.items():
+        found = state_dict.get(name) if isinstance(state_dict, Mapping) else None
+        if not isinstance(found, expected):
+            raise ValueError(
+                f"state_dict[{name!r}] must be a {expected.__name__}, got {type(found).__name__}; "
+                "is it what optimizer.state_dict() returned?"
+            )
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError(
+                f"group {i} of the state dict must be a dict with a list 'params', got "
+                f"{type(group).__name__}"
+            )
+    for index, state in state_dict["state"].items():
+        if isinstance(index, int) and not isinstance(state, Mapping):
+            raise ValueError(
+                f"the state of parameter {index} must be a dict, got {type(state).__name__}"
+            )
+
+
 def loaded_groups(
     groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -100,8 +128,17 @@ def check_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> 
     """
     for index, param, saved, group in _states_with_owners(groups, state_dict):
         if param is not None:
+            where = f"parameter {index}"
             shapes = {key: _on_meta(value) for key, value in saved.items()}
-            _loaded_param_state(f"parameter {index}", _on_meta(param), shapes, group)
+            _loaded_param_state(where, _on_meta(param), shapes, group)
+            _check_step(where, saved.get("step", 0))
+
+
+def _check_step(where: str, step: Any) -> None:
+    if not float(step) >= 0 or math.isinf(step):
+        raise ValueError(
+            f"'step' in the state of {where} must be finite and >= 0, got {float(step)}"
+        )
 
 
 def loaded_state(
@@ -218,7 +255,7 @@ def _loaded_param_state(
     not_copied = {*known, *SCALES.values()}
     state = {key: copy.deepcopy(value) for key, value in saved.items() if key not in not_copied}
     for key in known:
-        value = torch.as_tensor(saved[key])
+        value = _as_tensor(where, key, saved[key])
         if key == "step":
             value = value.reshape(()) if value.numel() == 1 else value
         new = new_tensor(key, param, {}, group)
@@ -237,6 +274,15 @@ def _loaded_param_state(
     return state | missing_state(param, state, required_keys(group), group)
 
 
+def _as_tensor(where: str, key: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"
+        ) from error
+
+
 def _loaded_in_precision(
     where: str,
     key: str,
@@ -252,11 +298,12 @@ def _loaded_in_precision(
     Raises:
         ValueError: What is saved has no scales where its dtype needs them, or does not fit them.
     """
-    value, scales_key = torch.as_tensor(saved[key]), SCALES[key]
+    value, scales_key = _as_tensor(where, key, saved[key]), SCALES[key]
     leading = value.ndim - param.ndim
     scales = new_tensor(scales_key, param, {}, group)
     if value.dtype in LARGEST:
         found = saved.get(scales_key)
+        found = None if found is None else _as_tensor(where, scales_key, found)
         if found is None or found.shape != scales.shape:
             raise ValueError(
                 f"{scales_key!r} in the state of {where} must have shape {tuple(scales.shape)}, "

@@ -1,5 +1,6 @@
 """What AdamCM and AdamCG share: options, state, checkpoints and the dispatch of a step."""
 
+import copy
 from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import is_
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from cm_fused import _checkpoint, _state
-from cm_fused._backend import Backend, select
+from cm_fused._backend import EAGER, Backend, select
 from cm_fused._bucket import Bucket, step_options
 from cm_fused._capture import check_not_captured_sharded, check_not_capturing, is_capturing
 from cm_fused._checks import (
@@ -26,6 +27,7 @@ from cm_fused._counted import OptimizerState
 from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled
 from cm_fused._plan import Plan
 from cm_fused._sharding import Processes, local, local_grad, processes
+from cm_fused._undo import Undo
 
 
 class CriticalAdam(Optimizer):
@@ -172,7 +174,7 @@ class CriticalAdam(Optimizer):
                 plan or self._new_plan(group)
                 for group, plan in zip(self.param_groups, kept, strict=True)
             ]
-            self._step_groups(*self._prepared_steps(plans))
+            self._take_steps(plans)
         except BaseException:
             self._unmake_state(made)
             raise
@@ -213,6 +215,18 @@ class CriticalAdam(Optimizer):
             self._pending_books.keep_()
             self._pending_books = None
 
+    def _take_steps(self, plans: list[Plan]) -> None:
+        """Take the steps of all groups, all of them or none."""
+        if torch.compiler.is_compiling():
+            self._step_groups(*self._prepared_steps(plans))
+            return
+        undo = Undo(self.param_groups, chain.from_iterable(plan.buckets for plan in plans))
+        try:
+            self._step_groups(*self._prepared_steps(plans))
+        except BaseException:
+            undo.put_back_()
+            raise
+
     def _prepared_steps(self, plans: list[Plan]) -> tuple[list[GroupStep], Processes | None]:
         """Return each group's step and the processes it is sharded among."""
         steps, first = [], 0
@@ -229,7 +243,8 @@ class CriticalAdam(Optimizer):
     def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
         """Take the steps of all groups: the first change, after all that can be wrong."""
         if among is None:
-            for step in steps:
+            # A step of the reference can be taken back, one of another backend not.
+            for step in sorted(steps, key=GroupStep.is_fused):
                 self._step_(step) if step.is_alone() else self._step_across_([step], None)
         else:
             self._step_across_(steps, among)
@@ -306,7 +321,7 @@ class CriticalAdam(Optimizer):
     def _unmake_state(self, made: list[tuple[Tensor, _state.State]]) -> None:
         """Take away what `_make_state` made and no step has used, after one that failed."""
         for param, tensors in made:
-            if local(tensors["step"]) > 0:
+            if "step" not in tensors or local(tensors["step"]) > 0:
                 continue
             for key in tensors:
                 self.state[param].pop(key, None)
@@ -341,6 +356,7 @@ class CriticalAdam(Optimizer):
             backend = select(group["backend"], device)
             on_device = [param for param in params if param.device == device]
             buckets.append((backend, self._bucket(group, backend, on_device)))
+        buckets.sort(key=lambda pair: pair[0] is not EAGER)
         return Plan(buckets, params, group, self.state)
 
     def _bucket(self, group: dict[str, Any], backend: Backend, params: list[Tensor]) -> Bucket:
@@ -398,11 +414,13 @@ class CriticalAdam(Optimizer):
         Raises:
             ValueError: Groups, shapes or capacity do not match. Nothing has been changed then.
         """
-        state_dict = state_dict.copy()
+        # Hooks may change it.
+        state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             hooked = pre_hook(self, state_dict)
             if hooked is not None:
                 state_dict = hooked
+        _checkpoint.check_form(state_dict)
         saved_groups = state_dict["param_groups"]
         groups = _checkpoint.loaded_groups(self.param_groups, saved_groups)
         _checkpoint.check_state(groups, state_dict)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm_fused._backend import Backend
+from cm_fused._backend import EAGER, Backend
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._sharding import Processes, Summing
 
@@ -31,6 +31,10 @@ class GroupStep:
     def is_alone(self) -> bool:
         """Return whether every priority scope lies within one bucket."""
         return len(self.buckets) < 2 or self.options.priority_scope == "tensor"
+
+    def is_fused(self) -> bool:
+        """Return whether none of it is stepped by the reference."""
+        return all(backend is not EAGER for backend, _ in self.buckets)
 
 
 class Norms:

@@ -3,13 +3,14 @@
 A fault is an error in place of the n-th call of an operator, allocations included, for every n.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from cm_fused import AdamCG, AdamCM, AdamWCM
 from cm_fused._critical_adam import CriticalAdam
@@ -80,7 +81,10 @@ def assert_alike(
     """Check that parameters and state have the same bits."""
     for param, other in zip(left[0], right[0], strict=True):
         assert torch.equal(param, other)
-    states = [optimizer.state_dict()["state"] for _, optimizer in (left, right)]
+    dicts = [optimizer.state_dict() for _, optimizer in (left, right)]
+    # With them the counts of skipped steps.
+    assert dicts[0]["param_groups"] == dicts[1]["param_groups"]
+    states = [state_dict["state"] for state_dict in dicts]
     assert states[0].keys() == states[1].keys()
     for i in states[0]:
         assert states[0][i].keys() == states[1][i].keys()
@@ -96,6 +100,30 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def inject_all_faults(
+    make: Make, steps_before: int, num_groups: int, stride: int = 1, **options: Any
+) -> list[str]:
+    """Have the step fail at one operator after another, and be tried again; return their names."""
+    before = after(make, steps_before, num_groups, **options)
+    expected = after(make, steps_before, num_groups, **options)
+    expected[1].step()
+    number = 0
+    while True:
+        params, optimizer = after(make, steps_before, num_groups, **options)
+        mode = FaultAt(number)
+        try:
+            with mode:
+                optimizer.step()
+        except InjectedError:
+            assert_alike((params, optimizer), before)
+            optimizer.step()
+            assert_alike((params, optimizer), expected)
+            number += stride
+        else:
+            assert number > 0
+            return mode.names
+
+
 @pytest.mark.parametrize("steps_before", [0, 1, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("make", [AdamCM, AdamCG, AdamWCM])
@@ -103,25 +131,89 @@ def test_a_fault_at_any_operator_changes_nothing(
     make: Make, options: dict[str, Any], steps_before: int
 ) -> None:
     """With one group the only operator that changes anything is the last one called."""
-    faults = 0
-    while True:
-        params, optimizer = after(make, steps_before, 1, backend="cpu", **options)
-        mode = FaultAt(faults)
-        try:
-            with mode:
-                optimizer.step()
-        except InjectedError:
-            faults += 1
-        else:
-            break
-        assert_alike((params, optimizer), after(make, steps_before, 1, backend="cpu", **options))
-        # The step can be tried again.
+    names = inject_all_faults(make, steps_before, 1, backend="cpu", **options)
+    assert names[-1] in STEP_OPERATORS
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("make", [AdamCM, AdamCG])
+def test_a_fault_at_any_operator_of_the_reference_is_taken_back(
+    make: Make, options: dict[str, Any], steps_before: int
+) -> None:
+    """The reference changes things one by one, here in two groups; every eleventh is tried."""
+    inject_all_faults(make, steps_before, 2, stride=11, backend="eager", **options)
+
+
+def test_a_fault_of_the_reference_comes_before_any_change_of_a_fused_backend() -> None:
+    """A group that a fused backend steps, in front of one of the reference, is stepped after it."""
+
+    def make(groups: list[dict[str, Any]], **options: Any) -> CriticalAdam:
+        for group, backend in zip(groups, ("cpu", "eager"), strict=True):
+            group["backend"] = backend
+        return AdamCM(groups, **options)
+
+    names = inject_all_faults(make, 2, 2, stride=2)
+    assert names[-1] in STEP_OPERATORS
+    assert not set(names[:-1]) & set(STEP_OPERATORS)
+
+
+def test_a_fault_takes_back_the_count_of_skipped_steps() -> None:
+    """The count is changed by an operator of its own, before the step."""
+    for backend in ("cpu", "eager"):
+        number, options = 0, {"backend": backend, "skip_nonfinite": True}
+        while True:
+            params, optimizer = after(AdamCM, 2, 1, **options)
+            before = optimizer.param_groups[0]["skipped_steps"].clone()
+            assert params[0].grad is not None
+            params[0].grad[0, 0] = torch.inf
+            try:
+                with FaultAt(number):
+                    optimizer.step()
+            except InjectedError:
+                assert torch.equal(optimizer.param_groups[0]["skipped_steps"], before)
+                number += 1
+            else:
+                assert torch.equal(optimizer.param_groups[0]["skipped_steps"], before + 1)
+                break
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="injects into interpreted kernels")
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("make", [AdamCM, AdamCG])
+def test_the_triton_step_makes_all_it_needs_before_its_first_change(
+    make: Make, options: dict[str, Any], steps_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between and after the launches nothing is allocated: the books' operator is all there is."""
+    from cm_fused.ops import triton
+
+    launch = triton._Launcher._launch
+
+    def launch_uncounted(launcher: Any, kernel: Any, *arguments: Any, **kwargs: Any) -> None:
+        mode.names.append(kernel.__name__)
+        # What interpreting a kernel calls is not of the step.
+        with _disable_current_modes():
+            launch(launcher, kernel, *arguments, **kwargs)
+
+    mode = FaultAt(-1)
+    monkeypatch.setattr(triton._Launcher, "_launch", launch_uncounted)
+    options = {"backend": "triton", **options}
+    _, optimizer = after(make, steps_before, 1, **options)
+    mode.names.clear()
+    with mode:
         optimizer.step()
-        expected = after(make, steps_before, 1, backend="cpu", **options)
-        expected[1].step()
-        assert_alike((params, optimizer), expected)
-    assert faults > 0
-    assert mode.names[-1] in STEP_OPERATORS
+    names = mode.names
+    changing = ("critical_adam_kernel", "cm_fused::update_priorities_")
+    first = next(i for i, name in enumerate(names) if name in changing)
+    assert set(names[first:]) <= set(changing)
+    before = after(make, steps_before, 1, **options)
+    for number in (i for i in range(first) if "::" in names[i]):
+        params, optimizer = after(make, steps_before, 1, **options)
+        mode = FaultAt(number)
+        with pytest.raises(InjectedError), mode:
+            optimizer.step()
+        assert_alike((params, optimizer), before)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
