@@ -1,6 +1,8 @@
-"""A damaged state dict is refused with an error that says why, and nothing is changed."""
+"""A damaged checkpoint is refused with an error that says why, and nothing is changed."""
 
 import copy
+import io
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +11,13 @@ from torch import Tensor
 
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM
+from cm_fused._checkpoint import OPTIONAL_KEYS
 from cm_fused._checks import BUFFER_DTYPES, MOMENT_DTYPES
 from cm_fused._critical_adam import CriticalAdam
 
 Damage = tuple[str, dict[str, Any]]
+Stepped = tuple[list[Tensor], CriticalAdam]
+SHAPES = ((3, 5), (7,))
 
 
 def run(quick: bool) -> Finding:
@@ -22,7 +27,7 @@ def run(quick: bool) -> Finding:
     for kind in (AdamCM, AdamCG):
         for buffer_dtype, moment_dtype in precisions[:: 4 if quick else 1]:
             options = {"buffer_dtype": buffer_dtype, "moment_dtype": moment_dtype, "amsgrad": True}
-            _, source = _stepped(kind, ((3, 5), (7,)), steps=3, **options)
+            _, source = _stepped(kind, SHAPES, steps=3, **options)
             saved = copy.deepcopy(source.state_dict())
             for name, damaged in _damages(saved, kind):
                 _check_refused(kind, options, name, damaged)
@@ -34,7 +39,7 @@ def run(quick: bool) -> Finding:
 
 def _stepped(
     kind: type[CriticalAdam], shapes: tuple[tuple[int, ...], ...], steps: int, **options: Any
-) -> tuple[list[Tensor], CriticalAdam]:
+) -> Stepped:
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     optimizer = kind(params, **options)
@@ -49,6 +54,8 @@ def _damages(saved: dict[str, Any], kind: type[CriticalAdam]) -> Iterator[Damage
     for i, state in saved["state"].items():
         for key, value in state.items():
             for name, replacement in _replacements(value):
+                if replacement is None and key in OPTIONAL_KEYS:
+                    continue  # Made anew, as for a checkpoint of another backend.
                 damaged = copy.deepcopy(saved)
                 if replacement is None:
                     del damaged["state"][i][key]
@@ -66,6 +73,13 @@ def _damages(saved: dict[str, Any], kind: type[CriticalAdam]) -> Iterator[Damage
     damaged = copy.deepcopy(saved)
     damaged["param_groups"] *= 2
     yield "a group more", damaged
+    for name, whole in (("state", None), ("param_groups", None), ("state", []), ("step", -1.0)):
+        damaged = copy.deepcopy(saved)
+        if name == "step":
+            damaged["state"][0]["step"].fill_(-1)
+        else:
+            damaged[name] = whole
+        yield f"{name} {whole}", damaged
     damaged = copy.deepcopy(saved)
     damaged["state"][0], damaged["state"][1] = damaged["state"][1], damaged["state"][0]
     yield "the parameters' states exchanged", damaged
@@ -83,19 +97,58 @@ def _replacements(value: Tensor) -> Iterator[tuple[str, Any]]:
     yield "empty", value.new_empty(0)
 
 
+def files(quick: bool) -> Finding:
+    """Truncate checkpoint files and flip bits of them; resume as a training script does."""
+    chance = random.Random(0)
+    _, source = _stepped(AdamCM, SHAPES, steps=3, buffer_dtype=torch.int8)
+    buffer = io.BytesIO()
+    torch.save(source.state_dict(), buffer)
+    whole, cases, refused = buffer.getvalue(), 0, 0
+    for _ in range(60 if quick else 2000):
+        damaged = bytearray(whole)
+        if chance.random() < 0.5:
+            del damaged[chance.randrange(len(damaged)) :]
+        else:
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        refused += _check_file(bytes(damaged))
+        cases += 1
+    return Finding(
+        "damaged files",
+        cases,
+        "files cut short or with a bit flipped",
+        f"an error and nothing changed ({refused}), or loaded and stepped on",
+    )
+
+
+def _check_file(content: bytes) -> bool:
+    """Return whether a file's content was refused."""
+    params, optimizer = _stepped(AdamCM, SHAPES, steps=2, buffer_dtype=torch.int8)
+    twin = _stepped(AdamCM, SHAPES, steps=2, buffer_dtype=torch.int8)
+    try:
+        optimizer.load_state_dict(torch.load(io.BytesIO(content)))
+    except Exception:  # Of many kinds: most are torch.load's.
+        _require_alike("a damaged file", (params, optimizer), twin)
+        return True
+    optimizer.step()
+    return False
+
+
 def _check_refused(
     kind: type[CriticalAdam], options: dict[str, Any], name: str, damaged: dict[str, Any]
 ) -> None:
-    params, optimizer = _stepped(kind, ((3, 5), (7,)), steps=2, **options)
-    expected, twin = _stepped(kind, ((3, 5), (7,)), steps=2, **options)
+    params, optimizer = _stepped(kind, SHAPES, steps=2, **options)
     try:
         optimizer.load_state_dict(damaged)
     except ValueError:
         pass
     else:
         raise AssertionError(f"{kind.__name__} with {options} loaded a state with {name}")
-    require(all(map(torch.equal, params, expected)), f"{name}: parameters were changed")
-    states = [o.state_dict()["state"] for o in (optimizer, twin)]
+    _require_alike(name, (params, optimizer), _stepped(kind, SHAPES, steps=2, **options))
+
+
+def _require_alike(name: str, found: Stepped, expected: Stepped) -> None:
+    require(all(map(torch.equal, found[0], expected[0])), f"{name}: parameters were changed")
+    states = [optimizer.state_dict()["state"] for _, optimizer in (found, expected)]
     same = all(
         torch.equal(value, states[1][i][key])
         for i, state in states[0].items()

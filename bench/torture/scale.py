@@ -1,0 +1,98 @@
+"""Many tensors, many groups, many slots, and a tensor whose places do not fit 32 bits."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from bench.torture.finding import Finding, require
+from cm_fused import AdamCG, AdamCM
+from cm_fused._critical_adam import CriticalAdam
+
+STEPS = 4
+# Of the large tensor: parameter, both moments and one slot, its gradient being one number.
+LARGE_NUMEL = 2**31 + 3
+LARGE_BYTES = LARGE_NUMEL * (2 + 2 + 2 + 1)
+TAIL = 2 * 256 + 3
+
+
+def many(quick: bool) -> Finding:
+    """Step many tensors in many groups with many slots, beside the reference in float64."""
+    tensors = 2_100 if quick else 21_000
+    cases = 0
+    for kind, groups, capacity in itertools.product((AdamCM, AdamCG), (1, 100), (5, 64)):
+        made = [_made(kind, tensors, groups, capacity, backend) for backend in (None, "eager")]
+        for t in range(STEPS):
+            for params, optimizer in made:
+                _give_gradients(params, t)
+                optimizer.step()
+        for param, expected in zip(made[0][0], made[1][0], strict=True):
+            torch.testing.assert_close(param, expected, rtol=1e-9, atol=1e-12)
+        cases += tensors
+    return Finding(
+        "many tensors",
+        cases,
+        f"tensors, {tensors:,} at once, in 1 and 100 groups, of 5 and 64 slots",
+        "the reference's parameters",
+    )
+
+
+def _made(
+    kind: type[CriticalAdam], tensors: int, groups: int, capacity: int, backend: str | None
+) -> tuple[list[Tensor], CriticalAdam]:
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        torch.randn(1 + i % 3, generator=generator, dtype=torch.float64).requires_grad_()
+        for i in range(tensors)
+    ]
+    members = [{"params": params[i::groups]} for i in range(groups)]
+    return params, kind(members, lr=1e-2, capacity=capacity, backend=backend)
+
+
+def _give_gradients(params: list[Tensor], t: int) -> None:
+    generator = torch.Generator().manual_seed(1 + t)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+
+
+def large(quick: bool) -> Finding:
+    """Step one tensor of bfloat16 with int8 slots, of more elements than 31 bits count.
+
+    Where the memory is not there the quick size is stepped, and the result says so.
+    """
+    enough = _available_bytes() > 1.15 * LARGE_BYTES
+    numel = LARGE_NUMEL if enough and not quick else 2**16 + 3
+    options = {"buffer_dtype": torch.int8, "moment_dtype": torch.bfloat16, "capacity": 1}
+    param = torch.ones(numel, dtype=torch.bfloat16).requires_grad_()
+    optimizer = AdamCM([param], lr=0.1, **options)
+    # One number, seen everywhere: a gradient of its own would not fit the memory.
+    param.grad = torch.tensor(0.5, dtype=torch.bfloat16).expand(numel)
+    for _ in range(2):
+        optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    # Every element has the same history but for the rounding of the moments, of one unit.
+    norm = 0.5 * math.sqrt(numel)
+    require(
+        math.isclose(state["priorities"].max().item(), 0.7 * norm, rel_tol=1e-6),
+        f"the key is {state['priorities'].max().item()}, the norm {norm}",
+    )
+    for name, tensor in (("parameter", param.detach()), ("exp_avg", state["exp_avg"])):
+        head, tail = tensor[:TAIL].float(), tensor[-TAIL:].float()
+        low, high = float(tensor.min()), float(tensor.max())
+        require(high - low <= 2**-6 * abs(high), f"{name} lies in [{low}, {high}]")
+        require(head.min() == low or head.max() == high, f"the {name}'s head is not stepped")
+        require(bool((tail >= low).all() and (tail <= high).all()), f"the {name}'s tail is not")
+    require(not bool((state["critical_buffer"][0, -TAIL:] == 0).any()), "the last slots are empty")
+    return Finding(
+        "one large tensor",
+        numel,
+        "elements of one bfloat16 tensor, int8 slots, bfloat16 moments",
+        "every element and slot stepped, the key is the norm",
+    )
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as file:
+        kib = next(line.split()[1] for line in file if line.startswith("MemAvailable"))
+    return 1024 * int(kib)
