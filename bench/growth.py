@@ -20,7 +20,7 @@ from bench import machine
 from cm_fused import AdamCM
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 # Steps beyond those that fill the buffer: every timed step replaces a slot.

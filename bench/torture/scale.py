@@ -1,6 +1,5 @@
 """Many tensors, many groups, many slots, and a tensor whose places do not fit 32 bits."""
 
-import itertools
 import math
 
 import torch
@@ -10,18 +9,17 @@ from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM
 from cm_fused._critical_adam import CriticalAdam
 
-STEPS = 4
+STEPS = 3
 # Of the large tensor: parameter, both moments and one slot, its gradient being one number.
 LARGE_NUMEL = 2**31 + 3
 LARGE_BYTES = LARGE_NUMEL * (2 + 2 + 2 + 1)
-TAIL = 2 * 256 + 3
 
 
 def many(quick: bool) -> Finding:
     """Step many tensors in many groups with many slots, beside the reference in float64."""
-    tensors = 2_100 if quick else 21_000
+    tensors = 600 if quick else 21_000
     cases = 0
-    for kind, groups, capacity in itertools.product((AdamCM, AdamCG), (1, 100), (5, 64)):
+    for kind, groups, capacity in ((AdamCM, 1, 5), (AdamCM, 100, 64), (AdamCG, 100, 5)):
         made = [_made(kind, tensors, groups, capacity, backend) for backend in (None, "eager")]
         for t in range(STEPS):
             for params, optimizer in made:
@@ -33,7 +31,7 @@ def many(quick: bool) -> Finding:
     return Finding(
         "many tensors",
         cases,
-        f"tensors, {tensors:,} at once, in 1 and 100 groups, of 5 and 64 slots",
+        f"tensors, {tensors:,} at once, in 1 or 100 groups, of 5 or 64 slots",
         "the reference's parameters",
     )
 
@@ -63,27 +61,27 @@ def large(quick: bool) -> Finding:
     """
     enough = _available_bytes() > 1.15 * LARGE_BYTES
     numel = LARGE_NUMEL if enough and not quick else 2**16 + 3
-    options = {"buffer_dtype": torch.int8, "moment_dtype": torch.bfloat16, "capacity": 1}
     param = torch.ones(numel, dtype=torch.bfloat16).requires_grad_()
-    optimizer = AdamCM([param], lr=0.1, **options)
+    optimizer = AdamCM(
+        [param], lr=0.1, capacity=1, buffer_dtype=torch.int8, moment_dtype=torch.bfloat16
+    )
     # One number, seen everywhere: a gradient of its own would not fit the memory.
     param.grad = torch.tensor(0.5, dtype=torch.bfloat16).expand(numel)
     for _ in range(2):
         optimizer.step()
     state = optimizer.state_dict()["state"][0]
-    # Every element has the same history but for the rounding of the moments, of one unit.
-    norm = 0.5 * math.sqrt(numel)
+    # Every element has the same history but for the rounding of the moments: one that was left out
+    # would differ by more.
+    norm, key = 0.5 * math.sqrt(numel), float(state["priorities"].max())
     require(
-        math.isclose(state["priorities"].max().item(), 0.7 * norm, rel_tol=1e-6),
-        f"the key is {state['priorities'].max().item()}, the norm {norm}",
+        math.isclose(key, 0.7 * norm, rel_tol=1e-6),
+        f"the key is {key}, the norm {norm}",
     )
     for name, tensor in (("parameter", param.detach()), ("exp_avg", state["exp_avg"])):
-        head, tail = tensor[:TAIL].float(), tensor[-TAIL:].float()
         low, high = float(tensor.min()), float(tensor.max())
         require(high - low <= 2**-6 * abs(high), f"{name} lies in [{low}, {high}]")
-        require(head.min() == low or head.max() == high, f"the {name}'s head is not stepped")
-        require(bool((tail >= low).all() and (tail <= high).all()), f"the {name}'s tail is not")
-    require(not bool((state["critical_buffer"][0, -TAIL:] == 0).any()), "the last slots are empty")
+    slot = state["critical_buffer"]
+    require(int(slot.min()) > 0, "a part of the slot is empty")
     return Finding(
         "one large tensor",
         numel,
