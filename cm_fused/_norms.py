@@ -172,6 +172,8 @@ def _clipped(
 
 
 def _with_scalars(step: GroupStep, factor: Tensor | None, found_inf: Tensor | None) -> GroupStep:
+    if factor is None and found_inf is None:
+        return step
     if found_inf is not None:
         found_inf = found_inf.to(torch.float64).reshape(())
     options = replace(step.options, grad_factor=factor, found_inf=found_inf)

@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
   m.def("step_held_(int held, Tensor(a!)[] params, Tensor[] grads, " CM_FUSED_SCALARS
         ", Tensor(b!)? local_sq_norms, *, bool critical_gradients, " CM_FUSED_HYPERPARAMETERS
         ") -> ()");
+  m.def(
+      "keep_books_held_(int held, Tensor sq_norm, Tensor? found_inf, *, float priority_decay) "
+      "-> ()");
 
   // The table of a held state, for kernels that find a bucket's tensors by their addresses: see
   // table.h. Returns 0 when nothing changed since the table was last refreshed, 1 when it was

@@ -686,6 +686,25 @@ def test_held_state_steps_as_the_lists_do(op: str, name: str) -> None:
     assert_same(case.lists(), twin.lists())
 
 
+@pytest.mark.parametrize("skipped", [False, True])
+def test_books_of_held_state_are_kept_as_the_lists_are(skipped: bool) -> None:
+    """The books of a held state are the operator's to the bit, and a skipped step keeps none."""
+    cases = sample(), sample()
+    before = [steps.clone() for steps in cases[0].steps]
+    sq_norm = torch.arange(1.0, 1 + len(SHAPES)).double()
+    found_inf = torch.tensor(float(skipped)).double()
+    held = torch.ops.cm_fused.hold_state(*_bucket(cases[0]).state())
+    torch.ops.cm_fused.keep_books_held_(held, sq_norm, found_inf, priority_decay=0.7)
+    torch.ops.cm_fused.release_state(held)
+    twin = replace(cases[1], sq_norm=sq_norm, found_inf=found_inf)
+    twin.hyperparameters["priority_decay"] = 0.7
+    twin.call("keep_books_")
+    assert_same(cases[0].lists(), twin.lists())
+    assert all(
+        now == then + (not skipped) for now, then in zip(cases[0].steps, before, strict=True)
+    )
+
+
 def test_held_states_are_apart() -> None:
     """Each held state has its own id, and releasing one leaves the other."""
     cases = [sample() for _ in range(2)]

@@ -30,6 +30,7 @@ from cm_fused import _state, reference
 from cm_fused._backend import select
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._checks import check_number
+from cm_fused._counted import OptimizerState
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused._norms import GroupStep
 from cm_fused._sharding import Processes, is_sharded
@@ -124,8 +125,11 @@ class _ResearchAdam(CriticalAdam):
         return not self._stores_gradients(group)
 
     def _participants(self, group: dict[str, Any]) -> list[Tensor]:
-        first = {id(param) for param in self._first_timers(group)}
-        return [param for param in super()._participants(group) if id(param) not in first]
+        params = super()._participants(group)
+        if not self._stores_first(group):
+            return params
+        started = self._started()
+        return [param for param in params if id(param) in started]
 
     def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
         for group, step in zip(self.param_groups, steps, strict=True):
@@ -145,11 +149,23 @@ class _ResearchAdam(CriticalAdam):
     def _first_timers(self, group: dict[str, Any]) -> list[Tensor]:
         if not self._stores_first(group):
             return []
-        return [
-            param
-            for param in super()._participants(group)
-            if "step" not in self.state.get(param, {})
-        ]
+        started = self._started()
+        return [param for param in super()._participants(group) if id(param) not in started]
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        # Those of `_started`, and the state they were found in.
+        self._started_ids: set[int] = set()
+        self._started_at: tuple[int, int | None] | None = None
+
+    def _started(self) -> set[int]:
+        """Return the ids of the parameters that have taken a step."""
+        state: Any = self.state
+        count = state.changes.count if isinstance(state, OptimizerState) else None
+        if count is None or self._started_at != (id(state), count):
+            self._started_ids = {id(param) for param, values in state.items() if "step" in values}
+            self._started_at = id(state), count
+        return self._started_ids
 
     def _step_cg_(self, group: dict[str, Any], step: GroupStep, options: StepOptions) -> None:
         sq_norms = [backend.sq_norms(bucket, options) for backend, bucket in step.buckets]
@@ -236,6 +252,8 @@ def _total(norms: list[Tensor]) -> Tensor:
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     sums = [norm.sum() for norm in norms]
+    if len(sums) == 1:
+        return sums[0]
     return torch.stack([part.to(sums[0].device) for part in sums]).sum()
 
 

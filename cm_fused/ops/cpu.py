@@ -48,6 +48,12 @@ class HeldState(library.Held):
             **_hyperparameters(options),
         )
 
+    def keep_books_(self, options: StepOptions, sq_norm: Tensor) -> None:
+        """Keep the books of the state that is held."""
+        torch.ops.cm_fused.keep_books_held_(
+            self.id, sq_norm, _on_host(options.found_inf), priority_decay=options.priority_decay
+        )
+
 
 def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
     """Return the keys this backend keeps in a parameter's state besides the reference's.
@@ -94,6 +100,9 @@ def _step_critical_momenta_(
 
 def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
     """Keep the books of `cm_fused.reference.keep_books_`, the commit deferred to the next step."""
+    if isinstance(bucket.handle, HeldState):
+        bucket.handle.keep_books_(options, sq_norm)
+        return
     torch.ops.cm_fused.keep_books_(
         bucket.priorities,
         bucket.pending_slots,

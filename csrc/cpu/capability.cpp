@@ -5,6 +5,10 @@
 
 #include "step.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace cm_fused {
 
 namespace {
@@ -14,6 +18,17 @@ struct Capability {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// Which not every compiler's __builtin_cpu_supports knows.
+bool supports_f16c() {
+  unsigned int eax = 0;
+  unsigned int ebx = 0;
+  unsigned int ecx = 0;
+  unsigned int edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 const Kernels& choose() {
   // From the best to the one every machine has.
   const Capability capabilities[] = {
@@ -21,7 +36,7 @@ const Kernels& choose() {
       {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vl")},
-      {&kAvx2Kernels, __builtin_cpu_supports("avx2") != 0},
+      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && supports_f16c()},
 #endif
       {&kDefaultKernels, true}};
   const char* requested = std::getenv("CM_FUSED_CPU_CAPABILITY");

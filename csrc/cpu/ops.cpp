@@ -267,8 +267,8 @@ Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor
   return result;
 }
 
-void keep_books_(Tensors priorities, Tensors pending_slots, Tensors steps, Tensor sq_norm,
-    std::optional<Tensor> found_inf, double priority_decay) {
+void keep_all_books(const Tensors& priorities, const Tensors& pending_slots, const Tensors& steps,
+    const Tensor& sq_norm, const std::optional<Tensor>& found_inf, double priority_decay) {
   check_length("pending_slots", pending_slots.size(), priorities.size());
   check_length("steps", steps.size(), priorities.size());
   const auto scope = read_sq_norm(sq_norm, priorities.size());
@@ -289,6 +289,19 @@ void keep_books_(Tensors priorities, Tensors pending_slots, Tensors steps, Tenso
   for (size_t i = 0; i < bucket.size(); ++i) {
     keep_books(bucket[i], scope[i], priority_decay, bucket[i].pending_slot);
   }
+}
+
+void keep_books_(Tensors priorities, Tensors pending_slots, Tensors steps, Tensor sq_norm,
+    std::optional<Tensor> found_inf, double priority_decay) {
+  keep_all_books(priorities, pending_slots, steps, sq_norm, found_inf, priority_decay);
+}
+
+void keep_books_held_(
+    int64_t held, Tensor sq_norm, std::optional<Tensor> found_inf, double priority_decay) {
+  const auto state = HeldStates::instance().get(held);
+  const auto& tensors = state->tensors;
+  keep_all_books(
+      tensors.priorities, tensors.pending_slots, tensors.steps, sq_norm, found_inf, priority_decay);
 }
 
 void commit_(
@@ -336,6 +349,7 @@ STABLE_TORCH_LIBRARY_IMPL(cm_fused, CPU, m) {
   m.impl("keep_books_", TORCH_BOX(&keep_books_));
   m.impl("commit_", TORCH_BOX(&commit_));
   m.impl("step_held_", TORCH_BOX(&step_held_));
+  m.impl("keep_books_held_", TORCH_BOX(&keep_books_held_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {

@@ -63,20 +63,39 @@ class BufferBlock {
   }
 
  private:
-  // In slot order.
   void sum_slots(state_t* __restrict sum) const {
-    for (int64_t slot = 0; slot < tensor_.capacity; ++slot) {
-      const stored_t* __restrict row = slots_ + slot * tensor_.numel;
-      const state_t scale = scale_of(slot);
-      if (slot == 0) {
-        for (int64_t i = 0; i < n_; ++i) {
-          sum[i] = restore(row[i], scale);
-        }
-      } else {
-        for (int64_t i = 0; i < n_; ++i) {
-          sum[i] += restore(row[i], scale);
-        }
+    const int64_t whole = n_ / kTile * kTile;
+    for (int64_t i = 0; i < whole; i += kTile) {
+      sum_tile<Vector<state_t>, kTileVectors>(i, sum + i);
+    }
+    for (int64_t i = whole; i < n_; ++i) {
+      sum_tile<state_t, 1>(i, sum + i);
+    }
+  }
+
+  // In slot order. The sums stay in registers: kCount times as many as vector_t stands for.
+  template <typename vector_t, int64_t kCount>
+  CM_FUSED_INLINE void sum_tile(int64_t at, state_t* __restrict sum) const {
+    vector_t totals[kCount];
+    load_tile(0, at, totals);
+    for (int64_t slot = 1; slot < tensor_.capacity; ++slot) {
+      vector_t values[kCount];
+      load_tile(slot, at, values);
+      for (int64_t v = 0; v < kCount; ++v) {
+        totals[v] += values[v];
       }
+    }
+    for (int64_t v = 0; v < kCount; ++v) {
+      store_vector(sum + v * kWidth<vector_t, state_t>, totals[v]);
+    }
+  }
+
+  template <typename vector_t, int64_t kCount>
+  CM_FUSED_INLINE void load_tile(int64_t slot, int64_t at, vector_t (&values)[kCount]) const {
+    load_vectors<Code>(slots_ + slot * tensor_.numel + at, values);
+    const state_t scale = scale_of(slot);
+    for (int64_t v = 0; v < kCount; ++v) {
+      values[v] = restore(values[v], scale);
     }
   }
 
@@ -98,7 +117,7 @@ class BufferBlock {
     }
     for (int64_t i = 0; i < n_; ++i) {
       const stored_t stored = Code::store(scaled(item[i], inverse));
-      sum[i] += restore(stored, new_scale) - restore(slot[i], old_scale);
+      sum[i] += restore(Code::load(stored), new_scale) - restore(Code::load(slot[i]), old_scale);
       slot[i] = stored;
     }
   }
@@ -111,11 +130,12 @@ class BufferBlock {
     }
   }
 
-  static state_t restore(stored_t stored, state_t scale) {
+  template <typename vector_t>
+  CM_FUSED_INLINE static vector_t restore(vector_t values, state_t scale) {
     if constexpr (Code::kScaled) {
-      return Code::load(stored) * scale;
+      return values * scale;
     } else {
-      return Code::load(stored);
+      return values;
     }
   }
 
@@ -127,6 +147,9 @@ class BufferBlock {
       return value;
     }
   }
+
+  static constexpr int64_t kTileVectors = 4;
+  static constexpr int64_t kTile = kTileVectors * kWidth<Vector<state_t>, state_t>;
 
   const TensorStep& tensor_;
   stored_t* const slots_;  // the block in slot 0

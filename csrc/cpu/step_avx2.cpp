@@ -1,13 +1,13 @@
-// The step for AVX2, chosen at run time.
+// The step for AVX2 and F16C, chosen at run time.
 #include "step.h"
 
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,f16c")
 #endif
 
 #define CM_FUSED_ISA avx2

@@ -6,7 +6,10 @@
 // No include guard: it is meant to be included once per translation unit, after step.h.
 #include "element_kernel.h"
 
-// These use it.
+// This uses it.
+#include "vector_kernel.h"
+
+// These use both.
 #include "block_kernel.h"
 #include "moments_kernel.h"
 #include "philox_kernel.h"
