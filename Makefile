@@ -12,9 +12,11 @@ NVCC := nvcc
 STRICT = -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)/python -c \
     'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')
 
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
-.PHONY: help demo test check bench bench-smoke paper package package-cuda clean
+.PHONY: help demo test check bench bench-smoke paper torture torture-quick sanitize audit package \
+    package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
@@ -23,23 +25,27 @@ help:
 	@echo "make bench        measure throughput; writes bench/results/ and the README's table"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
 	@echo "make paper        test the paper's claims on its toy surfaces; writes bench/paper/results/"
+	@echo "make torture      run the reliability campaign; writes bench/RELIABILITY.md (15 minutes)"
+	@echo "make torture-quick  a part of it (2 minutes)"
+	@echo "make sanitize     run the tests of the C++ code under its sanitizers and valgrind"
+	@echo "make audit        look for known vulnerabilities of what is installed for development"
 	@echo "make package      build and check sdist and CPU wheel; train with the wheel elsewhere"
 	@echo "make package-cuda build and check a wheel with the CUDA library; PYTHON must have such a torch"
 	@echo "make clean        remove what the others made"
 
 # Everything a command needs, installed once: again only when the build's inputs change.
-$(VENV)/installed: pyproject.toml setup.py $(CPP_SOURCES)
+$(VENV)/installed: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
 	    "cm_fused needs Python 3.10 or later, got " + sys.version.split()[0])'
 	@command -v $(CXX) >/dev/null || { echo "cm_fused needs a C++ compiler: $(CXX) not found"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja
-	CM_FUSED_BUILD=cpu $(BIN)/pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[demo,test,integration,bench,paper]"
+	$(PIP_INSTALL) "$(TORCH)" "setuptools>=77" ninja
+	CM_FUSED_BUILD=cpu $(PIP_INSTALL) --no-build-isolation \
+	    --editable ".[demo,test,integration,bench,paper]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[lint]"
+	CM_FUSED_BUILD=cpu $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -77,6 +83,19 @@ bench-smoke: $(VENV)/installed
 
 paper: $(VENV)/installed
 	$(BIN)/python -m bench.paper
+
+torture: $(VENV)/installed
+	$(BIN)/python -m bench.torture
+
+torture-quick: $(VENV)/installed
+	$(BIN)/python -m bench.torture --quick
+
+sanitize: $(VENV)/installed
+	$(BIN)/python -m bench.native_sanitizers
+
+# Without the advisories' address it says of each package that it could not be audited, and passes.
+audit: $(VENV)/lint
+	$(BIN)/pip-audit --progress-spinner off --skip-editable
 
 # The wheel is built from the sdist, so that the sdist is known to build.
 package: $(VENV)/lint
