@@ -107,6 +107,7 @@ class Variant:
             "CRITICAL_GRADIENTS": self.critical_gradients,
             "AMSGRAD": self.amsgrad,
             "SUMMED_SLOTS": self.summed_slots,
+            "BY_FOURS": True,
         }
 
     def model(self) -> Bytes:

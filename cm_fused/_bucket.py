@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cm_fused.philox import Places
+
 
 class Handle(Protocol):
     """What a backend keeps for further steps of the same tensors.
@@ -45,6 +47,9 @@ class Bucket:
             parameter, (0,) for others; empty unless `low_precision_update="kahan"`. Changed.
         param_indices: The place of each parameter among the optimizer's, the key of its random
             words; empty where the bucket is all there is.
+        element_places: Where each parameter's elements lie in the whole parameter, which keys their
+            random words: the three numbers of `cm_fused.philox.Places` for each; empty where all
+            are whole.
     """
 
     params: list[Tensor]
@@ -62,6 +67,7 @@ class Bucket:
     exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
     compensations: list[Tensor] = field(default_factory=list)
     param_indices: list[int] = field(default_factory=list)
+    element_places: list[int] = field(default_factory=list)
     # What a backend prepared for further steps of these tensors.
     handle: Handle | None = field(default=None, init=False)
     _places: Tensor | None = field(default=None, init=False)
@@ -74,6 +80,13 @@ class Bucket:
                 places = places.pin_memory()
             self._places = places.to(device, non_blocking=True)
         return self._places
+
+    def places_of(self, i: int) -> Places:
+        """Return where the elements of parameter i lie in the whole parameter."""
+        if not self.element_places:
+            return Places()
+        numbers = len(Places._fields)
+        return Places(*self.element_places[numbers * i : numbers * (i + 1)])
 
     def changed(self, i: int) -> list[Tensor]:
         """Return what a step of the reference changes of parameter i."""
@@ -93,6 +106,7 @@ class Bucket:
             self.exp_avg_sq_scales,
             self.compensations,
             self.param_indices,
+            self.element_places,
         )
 
     def state(self) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from cm_fused._state import (
     new_tensor,
     placed_as,
     required_keys,
+    unscaled,
 )
 from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_moment
 
@@ -47,11 +48,20 @@ def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def saved_form(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     """Return a state dict, its commits made, without what is not saved; a post hook."""
+    state = saved_state(state_dict["state"])
     return {
         **state_dict,
-        "state": saved_state(state_dict["state"]),
+        "state": {
+            key: unscaled(value) if isinstance(value, dict) else value
+            for key, value in state.items()
+        },
         "param_groups": [
-            {name: value for name, value in group.items() if name not in LOCAL_OPTIONS}
+            {
+                # Of dtypes themselves torch.distributed.checkpoint makes no whole state dict.
+                name: str(value) if isinstance(value, torch.dtype) else value
+                for name, value in group.items()
+                if name not in LOCAL_OPTIONS
+            }
             for group in state_dict["param_groups"]
         ],
     }
@@ -212,11 +222,26 @@ def _loaded_param_state_of(
 
     What is saved may be whole, or be placed otherwise.
     """
+    if is_sharded(param):
+        saved = _without_scales(saved)
     held = {
         key: local_as(value, param, SHAPED_KEYS[key]) if key in SHAPED_KEYS else value
         for key, value in saved.items()
     }
     return placed_as(param, _loaded_param_state(where, local(param), held, group))
+
+
+def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a saved state with values in place of whole tensors' codes, which cannot be cut."""
+    values = dict(saved)
+    for key, scales in SCALES.items():
+        stored = saved.get(key)
+        if not isinstance(stored, Tensor) or is_sharded(stored):
+            continue
+        if stored.dtype in LARGEST:
+            values[key] = dequantized(saved, key)
+            values.pop(scales, None)
+    return values
 
 
 def _loaded_param_state(
@@ -270,7 +295,7 @@ def _loaded_param_state(
         else:
             state[key] = new.copy_(value)
     if "critical_sum" in known and saved["critical_buffer"].dtype != state["critical_buffer"].dtype:
-        del state["critical_sum"]  # the sum of slots that are now rounded otherwise
+        _follow_slots_(state, saved["critical_buffer"])
     return state | missing_state(param, state, required_keys(group), group)
 
 
@@ -281,6 +306,13 @@ def _as_tensor(where: str, key: str, value: Any) -> Tensor:
         raise ValueError(
             f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"
         ) from error
+
+
+def _follow_slots_(state: State, saved_slots: Tensor) -> None:
+    """Sum the slots anew where they are not the values that were saved but rounded otherwise."""
+    slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
+    same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
+    critical_sum.copy_(torch.where(same, critical_sum, slots.sum(0)))
 
 
 def _loaded_in_precision(
@@ -333,7 +365,8 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
         # A checkpoint of torch.optim has no buffer.
         names = PRECISION_OPTIONS if "capacity" in saved else ("moment_dtype",)
         for name in names:
-            own, other = (options.get(name) or torch.float32 for options in (group, saved))
+            # Saved by its name, in older state dicts by itself.
+            own, other = (str(options.get(name) or torch.float32) for options in (group, saved))
             if own != other:
                 warnings.warn(
                     f"the state of group {i} was saved with {name}={other} and is converted to "

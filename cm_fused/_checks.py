@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cm_fused._backend import NAMES
 from cm_fused._sharding import is_made_by_zero, is_sharded
-from cm_fused.rounding import LARGEST
 
 PRIORITY_SCOPES = ("group", "tensor")
 BUFFER_MEANS = ("capacity", "size")
@@ -84,23 +83,6 @@ def check_optimizer_option(
         f"{name} must be the same for all param groups, {defaults[name]}",
         value,
     )
-
-
-def check_sharding(group: Mapping[str, Any]) -> None:
-    """Check that the state of a group's DTensors can be saved from one mesh and loaded on another.
-
-    Raises:
-        ValueError: Its dtype has scales, which belong to blocks of what a process holds.
-    """
-    if not any(map(is_sharded, group["params"])):
-        return
-    for name in ("buffer_dtype", "moment_dtype"):
-        _require(
-            group[name] not in LARGEST,
-            f"{name} must be None, torch.float32, torch.bfloat16 or torch.float16 for DTensor "
-            "parameters: scales cannot be resharded",
-            group[name],
-        )
 
 
 def check_zero(groups: list[dict[str, Any]]) -> None:

@@ -20,13 +20,19 @@ from cm_fused._checks import (
     check_low_precision,
     check_optimizer_option,
     check_options,
-    check_sharding,
     check_zero,
 )
 from cm_fused._counted import OptimizerState
 from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled
 from cm_fused._plan import Plan
-from cm_fused._sharding import Processes, local, local_grad, processes
+from cm_fused._sharding import (
+    Processes,
+    is_sharded,
+    local,
+    local_grad,
+    places_of,
+    processes,
+)
 from cm_fused._undo import Undo
 
 
@@ -129,7 +135,6 @@ class CriticalAdam(Optimizer):
         group = self.param_groups[-1]
         try:
             check_low_precision(group)
-            check_sharding(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
                     select(group["backend"], device)
@@ -367,12 +372,13 @@ class CriticalAdam(Optimizer):
         _state.drop_derived([self.state[param] for param in params], keys)
         lists = _state.lists(states, keys)
         indices = self._indices(params)
+        places = _element_places(params, lists["exp_avgs"], group)
         params = [local(param) for param in params]
         if any(map(torch.is_complex, params)):
             params = [_state.as_real(param) for param in params]
             grads = [_state.as_real(grad) for grad in grads]
             lists = {name: [_state.as_real(t) for t in tensors] for name, tensors in lists.items()}
-        return Bucket(params, grads, **lists, param_indices=indices)
+        return Bucket(params, grads, **lists, param_indices=indices, element_places=places)
 
     def _indices(self, params: list[Tensor]) -> list[int]:
         """Return the places of parameters among all of the optimizer's."""
@@ -383,7 +389,15 @@ class CriticalAdam(Optimizer):
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
-        The tensors are references, not copies. The choice of a backend is not saved.
+        The tensors are references, not copies. The choice of a backend is not saved, and dtypes
+        are by name.
+
+        State of DTensors that has scales is the exception: its scales belong to blocks of what a
+        process holds, which is another on another mesh. It is saved as float32 DTensors of the
+        values, new tensors of 4 bytes an element (of int8 slots and moments 4 C + 8 in place of
+        C + 2), each with a scale of 1 in place of its scales. A `torch.distributed.checkpoint` of
+        it is one of such an optimizer, on any mesh; for plain parameters gather it
+        (`StateDictOptions(full_state_dict=True)`).
         """
         self._commit_pending()
         # The first of the hooks, so that all others see what the caller gets.
@@ -476,6 +490,18 @@ class CriticalAdam(Optimizer):
             )
         )
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
+
+
+def _element_places(
+    params: list[Tensor], exp_avgs: list[Tensor], group: dict[str, Any]
+) -> list[int]:
+    """Return the `element_places` of a bucket, which only random words need."""
+    rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
+    if not (rounds or group["low_precision_update"] == "stochastic"):
+        return []
+    if not any(map(is_sharded, params)):
+        return []
+    return list(chain.from_iterable(map(places_of, params, exp_avgs)))
 
 
 def _active_backend(requested: str | None, device: torch.device) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_fused.philox import Places
+
 # Not to import torch.distributed.tensor, half a second, for those who do without.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -45,7 +47,10 @@ def local_grad(param: Tensor) -> Tensor:
 
 
 def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state with whole tensors, gathered from all processes where they are sharded."""
+    """Return a state with whole tensors, gathered from all processes where they are sharded.
+
+    It must have no scales that belong to blocks of what a process holds.
+    """
     return {
         key: value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value  # type: ignore[attr-defined]
         for key, value in state.items()
@@ -72,6 +77,18 @@ def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:
         tensor, spec.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return placed
+
+
+def placed_with(tensor: Tensor, placed: Tensor) -> Tensor:
+    """Return a DTensor of local values of another one, placed as that is."""
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = placed
+    shape, stride = placed.shape, placed.stride()
+    result: Tensor = DTensor.from_local(
+        tensor, spec.device_mesh, spec.placements, run_check=False, shape=shape, stride=stride
+    )
+    return result
 
 
 def _moved(placement: Any, by: int) -> Any:
@@ -108,6 +125,59 @@ def local_as(value: Any, param: Tensor, leading: int = 0) -> Any:
         placed = value.to(mesh.device_type)
         placed = DTensor.from_local(placed, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return local(placed.redistribute(spec.device_mesh, placements))
+
+
+def places_of(param: Tensor, order: Tensor) -> Places:
+    """Return where the elements that this process holds of a parameter lie in the whole one.
+
+    Known where they are runs of one length, evenly apart, in the order in which the whole parameter
+    has them: where no dimension but the first and one more is sharded, in slices of consecutive
+    indices, and the parameter is dense. Where they are not, they are counted from 0 on.
+
+    Args:
+        param: A parameter; of a plain tensor all is held.
+        order: A dense tensor of the local tensor's shape, in whose memory order it is counted.
+    """
+    if not is_sharded(param) or not order.numel():
+        return Places()
+    dims = [dim for dim in range(param.ndim) if param.shape[dim] > 1]
+    firsts = {dim: _first_index(param, dim) for dim in dims}
+    # From the innermost dimension on: how many elements, how far apart in the whole parameter.
+    runs = [(1, 1)]
+    offset, held, whole = 0, 1, 1
+    for dim in sorted(dims, key=param.stride):
+        first, size, stride = firsts[dim], order.shape[dim], param.stride(dim)
+        in_order = stride == whole and (size == 1 or order.stride(dim) == held)
+        if first is None or not in_order:
+            return Places()
+        offset, held, whole = offset + first * stride, held * size, whole * param.shape[dim]
+        length, apart = runs[-1]
+        if size > 1 and stride == length * apart:
+            runs[-1] = (length * size, apart)
+        elif size > 1:
+            runs.append((size, stride))
+    if len(runs) == 1:
+        return Places(offset)
+    return Places(offset, runs[0][0], runs[1][1]) if len(runs) == 2 else Places()
+
+
+def _first_index(param: Tensor, dim: int) -> int | None:
+    """Return the first index that this process has along a dimension; None if there are gaps."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    spec: Any = param
+    cut = [_is_cut(placement) and placement.dim == dim for placement in spec.placements]
+    if not any(cut):
+        return 0
+    placements = [
+        _moved(placement, -placement.dim) if of_this else Replicate()
+        for placement, of_this in zip(spec.placements, cut, strict=True)
+    ]
+    # Without a source every process takes its own part, and nothing is sent.
+    indices = torch.arange(param.shape[dim])
+    indices = local(distribute_tensor(indices, spec.device_mesh, placements, src_data_rank=None))
+    first, last = int(indices[0]), int(indices[-1])
+    return first if last - first + 1 == len(indices) else None
 
 
 class Processes:

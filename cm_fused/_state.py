@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._sharding import is_sharded, local, sharded_as
+from cm_fused._sharding import is_sharded, local, placed_with, sharded_as
 from cm_fused.ops import cpu
 from cm_fused.rounding import LARGEST, num_blocks
 
@@ -222,13 +222,29 @@ def _new_buffer(like: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     return buffer.zero_()
 
 
+def unscaled(state: Mapping[str, Any]) -> State:
+    """Return a state whose DTensors have no scales: values in float32 where they had.
+
+    A process's blocks are not another mesh's. Instead of its scales, each such tensor has a scale
+    of 1, without dimensions: whoever takes codes for values, or values for codes, notices.
+    """
+    values = dict(state)
+    for key, scales in SCALES.items():
+        stored = state.get(key)
+        if scales in state and isinstance(stored, Tensor) and is_sharded(stored):
+            held = {key: local(stored), scales: state[scales]}
+            values[key] = placed_with(dequantized(held, key), stored)
+            values[scales] = torch.ones((), dtype=torch.float32, device=held[key].device)
+    return values
+
+
 def dequantized(state: Mapping[str, Any], key: str) -> Tensor:
     """Return the values of "exp_avg", "exp_avg_sq" or "critical_buffer", of its shape.
 
     That is the tensor itself where it is stored as what it is computed in.
     """
     stored: Tensor = state[key]
-    scales = state.get(SCALES[key])
+    scales = state.get(SCALES[key]) if stored.dtype in LARGEST else None
     if key == "critical_buffer":
         return reference.load_slots(stored, scales)
     return reference.load_moment(stored, scales, signed=key == "exp_avg")

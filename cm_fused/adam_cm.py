@@ -37,6 +37,13 @@ class AdamCM(CriticalAdam):
     without bias, by random numbers that depend on `seed`, parameter, step and element alone.
     `cm_fused.rounding` defines every rounding and cites its source.
 
+    Of a DTensor (`fully_shard`, tensor parallel) an element is its place in the whole parameter, so
+    that its random numbers do not depend on the sharding; but of one that is sharded along two
+    dimensions neither of which is the first, or is not dense, each process counts its own.
+    Blocks of 256 are those of what a process holds. State of such blocks is saved as float32
+    values, to be loaded on any mesh: on the same one it has the same bits, on another it is rounded
+    once. See `state_dict`.
+
     Source: Malviya et al., "Promoting Exploration in Memory-Augmented Adam using Critical Momenta",
     Algorithm 1.
 

@@ -8,6 +8,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3
 """
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,27 @@ class Stream(IntEnum):
 
     MOMENTS = 0
     PARAM = 1
+
+
+class Places(NamedTuple):
+    """Where the elements that a process holds of a parameter lie in the whole of it.
+
+    Both are counted in memory order: element e is the whole's element
+    `offset + (e div length) * stride + e mod length`. The default is the whole itself.
+
+    Attributes:
+        offset: Of the first element.
+        length: Of the runs of consecutive elements, >= 1.
+        stride: From the start of one run to that of the next; equal to `length` where all that is
+            held is one run.
+    """
+
+    offset: int = 0
+    length: int = 1
+    stride: int = 1
+
+
+WHOLE = Places()
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
@@ -55,28 +77,50 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def random_words(seed: int, param_index: int, step: Tensor, numel: int, stream: Stream) -> Tensor:
+def random_words(
+    seed: int,
+    param_index: int,
+    step: Tensor,
+    numel: int,
+    stream: Stream,
+    places: Places = WHOLE,
+) -> Tensor:
     """Return one word for each element of a parameter, in the state's memory order.
 
-    Element e has word e mod 4 of the counter (e div 4, param_index, step) under the key `seed`. The
-    counter's first 63 bits count, the 64th is the stream.
+    Element p of the whole parameter has word p mod 4 of the counter (p div 4, param_index, step)
+    under the key `seed`. The counter's first 63 bits count, the 64th is the stream.
 
     Args:
         seed: In [0, 2^63).
         param_index: The parameter's place among the optimizer's, in [0, 2^32).
         step: The step, counted from 1; any dtype, ().
-        numel: Elements of the parameter.
+        numel: Elements of the parameter that this process holds.
         stream: What the words are for.
+        places: Where they lie in the whole parameter.
 
     Returns:
         int64 (numel,) with values in [0, 2^32).
     """
-    quads = torch.arange(-(-numel // WORDS), dtype=torch.int64, device=step.device)
+    if places.length != places.stride:
+        elements = torch.arange(numel, dtype=torch.int64, device=step.device)
+        runs = torch.div(elements, places.length, rounding_mode="floor")
+        whole = elements + (places.offset + runs * (places.stride - places.length))
+        words = _words_of(
+            seed, param_index, step, torch.div(whole, WORDS, rounding_mode="floor"), stream
+        )
+        return words.gather(1, (whole % WORDS).unsqueeze(1)).squeeze(1)
+    first, skipped = divmod(places.offset, WORDS)
+    quads = torch.arange(-(-(skipped + numel) // WORDS), dtype=torch.int64, device=step.device)
+    words = _words_of(seed, param_index, step, first + quads, stream)
+    return words.flatten()[skipped : skipped + numel]
+
+
+def _words_of(seed: int, param_index: int, step: Tensor, quads: Tensor, stream: Stream) -> Tensor:
+    """Return the words of each four elements, int64 (quads, 4)."""
     counter = (
         quads & _WORD,
         (quads >> 32) | (int(stream) << 31),
         torch.full_like(quads, param_index),
         (step.to(torch.int64) & _WORD).expand_as(quads),
     )
-    words = torch.stack(philox(counter, (seed & _WORD, seed >> 32)), dim=1)
-    return words.flatten()[:numel]
+    return torch.stack(philox(counter, (seed & _WORD, seed >> 32)), dim=1)

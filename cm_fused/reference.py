@@ -322,7 +322,8 @@ def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepO
 
 def _words(bucket: Bucket, i: int, stream: Stream, options: StepOptions) -> Tensor:
     index, step = (bucket.param_indices or range(len(bucket.params)))[i], bucket.steps[i] + 1
-    return random_words(options.seed, index, step, bucket.params[i].numel(), stream)
+    numel = bucket.params[i].numel()
+    return random_words(options.seed, index, step, numel, stream, bucket.places_of(i))
 
 
 def _update_(

@@ -58,6 +58,15 @@ def shaped_as(flat: Tensor, order: Tensor) -> Tensor:
     return flat.as_strided(order.shape, order.stride())
 
 
+# NOTE: [Quantizing again]
+# A block's largest value L has the scale s = fl(L / n), n being 127 or 448 = 7 * 64, and is
+# restored as L' = fl(n s). Then fl(L' / n) is s: n s is at most n / 2 last places of s from L, so
+# that L' is L where a last place of L is more than n of those; where it is not, L' / n is within a
+# third of a place of s. A moment's scale is L itself, whose code is the largest and stands for 1
+# (below 2^127, where the inverse of L has lost few bits). So a state that was saved as values is
+# loaded with the codes it had, if its blocks are the same.
+
+
 def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return values as a slot stores them, rounded to nearest even, and their scales.
 
@@ -67,7 +76,8 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
 
     Returns:
         The stored values, (*, numel), and their scales, float32 (*, num_blocks) or None. A block
-        with a value that is not finite is restored as NaN.
+        with a value that is not finite is restored as NaN. Values that `dequantize` gave are
+        stored as they were: see the NOTE below.
     """
     if dtype not in LARGEST:
         return values.to(dtype), None
@@ -79,7 +89,9 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
     if dtype is torch.int8:
         scaled = scaled.round()
     stored = scaled.to(dtype)
-    return _unblocked(stored, values.shape[-1]), (largest / LARGEST[dtype]).squeeze(-1)
+    # Divided by a number, CUDA's tensors are multiplied by its reciprocal: rounded twice.
+    scales = (largest / torch.full_like(largest, LARGEST[dtype])).squeeze(-1)
+    return _unblocked(stored, values.shape[-1]), scales
 
 
 def dequantize(stored: Tensor, scales: Tensor | None) -> Tensor:

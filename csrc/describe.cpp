@@ -133,6 +133,10 @@ void check_lengths(const StateTensors& state, const Tensors& params, const Tenso
   STD_TORCH_CHECK(state.param_indices.empty() || state.param_indices.size() == count,
       "param_indices must have one number for each of the ", count, " params, got ",
       state.param_indices.size());
+  STD_TORCH_CHECK(
+      state.element_places.empty() || state.element_places.size() == kNumbersOfPlaces * count,
+      "element_places must have three numbers for each of the ", count, " params, got ",
+      state.element_places.size());
 }
 
 namespace {
@@ -152,6 +156,20 @@ float* scales_data(const char* role, size_t i, const Tensors& list, StoredDtype 
       "] must be contiguous with ", numel, " elements, got shape ", to_string(scales.sizes),
       " and strides ", to_string(scales.strides));
   return static_cast<float*>(scales.data);
+}
+
+// Where the elements of parameter i lie in the whole parameter.
+Places places_of(size_t i, const StateTensors& state) {
+  if (state.element_places.empty()) {
+    return {};
+  }
+  const int64_t* numbers = state.element_places.data() + kNumbersOfPlaces * i;
+  const Places places{numbers[0], numbers[1], numbers[2]};
+  STD_TORCH_CHECK(places.offset >= 0 && places.length >= 1 && places.stride >= places.length,
+      "element_places of params[", i,
+      "] must be an offset >= 0, a length >= 1 and a stride >= that, got (", places.offset, ", ",
+      places.length, ", ", places.stride, ")");
+  return places;
 }
 
 // What rounding takes from parameter i, or nullptr: parameters of the update's dtype lose nothing.
@@ -189,6 +207,7 @@ void describe_state(size_t i, const StateTensors& state, const TensorView& order
       scales_data("exp_avg_sq_scales", i, state.exp_avg_sq_scales, data.moment_dtype, 1, order);
   data.compensation = compensation_data(i, state, order, data.dtype);
   data.param_index = state.param_indices.empty() ? static_cast<int64_t>(i) : state.param_indices[i];
+  data.places = places_of(i, state);
   data.priorities = bookkeeping<float>("priorities", i, state.priorities[i], data.capacity,
       aoti_torch_dtype_float32(), order.device);
   if (!state.pending_slots.empty()) {

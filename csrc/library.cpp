@@ -10,15 +10,17 @@
 #define CM_FUSED_SCALARS \
   "Tensor? sq_norm, Tensor? lr_tensor, Tensor? grad_factor, Tensor? found_inf"
 
-#define CM_FUSED_LOW_PRECISION_STATE                            \
-  "Tensor(k!)[] critical_scales, Tensor(l!)[] exp_avg_scales, " \
-  "Tensor(m!)[] exp_avg_sq_scales, Tensor(n!)[] compensations, int[] param_indices"
+#define CM_FUSED_LOW_PRECISION_STATE                                                  \
+  "Tensor(k!)[] critical_scales, Tensor(l!)[] exp_avg_scales, "                       \
+  "Tensor(m!)[] exp_avg_sq_scales, Tensor(n!)[] compensations, int[] param_indices, " \
+  "int[] element_places"
 
 // Lists run over the tensors of one bucket: those of a param group that share a device. Real dtypes
 // only; complex tensors are passed as views of pairs. `grads` are never written.
 // max_exp_avg_sqs is empty without amsgrad, critical_sums where the sum is read from the slots, a
 // list of scales where the dtype has none, compensations but for Kahan's summation, param_indices
-// where parameters are counted as the list has them.
+// where parameters are counted as the list has them, element_places, which has three numbers for
+// each parameter (Places in param_data.h), where all of them are whole.
 //
 // Scalars that a device may hold, float64, as tensors of one element: lr_tensor replaces lr;
 // grad_factor multiplies every gradient before all else; where found_inf is not 0 nothing changes.
@@ -59,7 +61,7 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "Tensor[] critical_buffers, Tensor[] critical_sums, Tensor[] priorities, "
       "Tensor[] pending_slots, Tensor[] steps, Tensor[] critical_scales, "
       "Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, Tensor[] compensations, "
-      "int[] param_indices) -> int");
+      "int[] param_indices, int[] element_places) -> int");
   m.def("release_state(int held) -> ()");
   m.def("step_held_(int held, Tensor(a!)[] params, Tensor[] grads, " CM_FUSED_SCALARS
         ", Tensor(b!)? local_sq_norms, *, bool critical_gradients, " CM_FUSED_HYPERPARAMETERS

@@ -1,6 +1,7 @@
 // What a step knows of one parameter's tensors, as plain data.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace cm_fused {
@@ -37,6 +38,16 @@ inline bool has_scales(StoredDtype dtype) {
   return dtype == StoredDtype::kFloat8 || dtype == StoredDtype::kInt8;
 }
 
+// Where the elements of a parameter lie in the whole of it, of which this process may hold a part
+// (cm_fused/philox.py): element e is the whole's element offset + e / length * stride + e % length.
+struct Places {
+  int64_t offset = 0;
+  int64_t length = 1;
+  int64_t stride = 1;  // equal to length where there are no gaps
+};
+
+inline constexpr size_t kNumbersOfPlaces = 3;
+
 // Addresses are nullptr where there is no such tensor, or an op does without it.
 struct ParamData {
   ParamDtype dtype;
@@ -44,7 +55,8 @@ struct ParamData {
   StoredDtype slot_dtype;
   int64_t numel;
   int64_t capacity;
-  int64_t param_index;  // keys the random words
+  int64_t param_index;  // keys the random words, and so do the elements' places
+  Places places;
 
   void* param;
   const void* grad;

@@ -39,12 +39,13 @@ namespace {
 int64_t hold_state(Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
     Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
     Tensors steps, Tensors critical_scales, Tensors exp_avg_scales, Tensors exp_avg_sq_scales,
-    Tensors compensations, std::vector<int64_t> param_indices) {
+    Tensors compensations, std::vector<int64_t> param_indices,
+    std::vector<int64_t> element_places) {
   return HeldStates::instance().add({std::move(exp_avgs), std::move(exp_avg_sqs),
       std::move(max_exp_avg_sqs), std::move(critical_buffers), std::move(critical_sums),
       std::move(priorities), std::move(pending_slots), std::move(steps), std::move(critical_scales),
       std::move(exp_avg_scales), std::move(exp_avg_sq_scales), std::move(compensations),
-      std::move(param_indices)});
+      std::move(param_indices), std::move(element_places)});
 }
 
 void release_state(int64_t held) {

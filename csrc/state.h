@@ -29,6 +29,7 @@ struct StateTensors {
   Tensors exp_avg_sq_scales;
   Tensors compensations;
   std::vector<int64_t> param_indices;
+  std::vector<int64_t> element_places;
 };
 
 class HeldState {

@@ -31,7 +31,8 @@ Row refreshed(const ParamData& data, const int64_t* row) {
       address(data.compensation), address(data.critical_scales), address(data.exp_avg_scales),
       address(data.exp_avg_sq_scales), address(data.priorities),
       data.pending_slot == nullptr ? row[kSlotColumn] : address(data.pending_slot),
-      address(data.step_count), data.numel, static_cast<int64_t>(data.dtype), data.param_index};
+      address(data.step_count), data.numel, static_cast<int64_t>(data.dtype), data.param_index,
+      data.places.offset, data.places.length, data.places.stride};
 }
 
 int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table) {

@@ -25,9 +25,12 @@ enum TableColumn : int64_t {
   kPrioritiesColumn,
   kSlotColumn,  // an int64: critical momenta's pending slot, else any place that may be written
   kStepColumn,
-  kNumelColumn,       // a number
-  kParamDtypeColumn,  // a ParamDtype
-  kParamIndexColumn,  // a number
+  kNumelColumn,         // a number
+  kParamDtypeColumn,    // a ParamDtype
+  kParamIndexColumn,    // a number
+  kPlacesOffsetColumn,  // the numbers of Places
+  kPlacesLengthColumn,
+  kPlacesStrideColumn,
   kNumRefreshedColumns,
   // The parameter's part of the partial norms: numbers.
   kFirstChunkColumn = kNumRefreshedColumns,

@@ -4,10 +4,12 @@ Run as a module it starts the processes, and writes what became of every case as
 """
 
 import contextlib
+import copy
 import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -37,7 +40,7 @@ from torch.distributed.tensor.parallel import (
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from cm_fused import AdamCG, AdamCM, AdamWCM, diagnostics
+from cm_fused import AdamCG, AdamCM, AdamWCM, _state, diagnostics
 
 # A hang is a failure within this time.
 TIMEOUT = timedelta(seconds=60)
@@ -78,21 +81,30 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
 # Parameters that are sharded, with given gradients
 
 
-def _whole(seed: int) -> list[Tensor]:
+def _whole(
+    seed: int, shapes: tuple[tuple[int, ...], ...] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 class Twins:
     """Sharded parameters and whole ones, stepped with the same gradients."""
 
     def __init__(
-        self, cls: type[Any], mesh: DeviceMesh, placements: list[Any], **options: Any
+        self,
+        cls: type[Any],
+        mesh: DeviceMesh,
+        placements: list[Any],
+        shapes: tuple[tuple[int, ...], ...] = SHAPES,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> None:
         self.mesh = mesh
         self.placements = placements
-        self.whole = [nn.Parameter(param) for param in _whole(0)]
-        self.sharded = [nn.Parameter(self.shard(param)) for param in _whole(0)]
+        self.kind = shapes, dtype
+        self.whole = [nn.Parameter(param) for param in _whole(0, *self.kind)]
+        self.sharded = [nn.Parameter(self.shard(param)) for param in _whole(0, *self.kind)]
         self.optimizer = cls(self.sharded, **{**OPTIONS, **options})
         self.expected = cls(self.whole, **{**OPTIONS, **options})
 
@@ -102,7 +114,7 @@ class Twins:
 
     def step(self, t: int, change: Callable[[list[Tensor]], None] | None = None) -> None:
         """Step both."""
-        grads = [(1 + t % 3) * grad for grad in _whole(t + 1)]
+        grads = [(1 + t % 3) * grad for grad in _whole(t + 1, *self.kind)]
         if change is not None:
             change(grads)
         for param, twin, grad in zip(self.sharded, self.whole, grads, strict=True):
@@ -119,6 +131,18 @@ class Twins:
                 assert_close(states[i][key], value, f"{key} of {i}")
         for i, (param, twin) in enumerate(zip(self.sharded, self.whole, strict=True)):
             assert_close(param, twin.detach(), f"param {i}")
+
+    def check_bits(self) -> None:
+        """Compare parameters and moments bit by bit."""
+        states, others = (o.state_dict()["state"] for o in (self.optimizer, self.expected))
+        for i, (param, twin) in enumerate(zip(self.sharded, self.whole, strict=True)):
+            assert torch.equal(_gathered(param.detach()), twin), f"param {i}"
+            for key in ("exp_avg", "exp_avg_sq", "critical_buffer"):
+                assert torch.equal(_gathered(states[i][key]), others[i][key]), f"{key} of {i}"
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _mesh() -> DeviceMesh:
@@ -290,21 +314,161 @@ def diagnostics_of_shards(_: Path) -> None:
             assert_close(value, expected, field)
 
 
+# Stochastic rounding
+
+ROUNDED: tuple[dict[str, Any], ...] = (
+    {"moment_dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16, "low_precision_update": "stochastic"},
+    {
+        "dtype": torch.bfloat16,
+        "low_precision_update": "stochastic",
+        "moment_dtype": torch.bfloat16,
+        "buffer_dtype": torch.bfloat16,
+    },
+)
+# Rows that are no multiple of the four elements of a counter, of more than a block of elements.
+CUT_ANYWHERE = ((7, 3), (30, 41), (5, 1, 2), (6, 9, 4))
+
+
+def _to_exact_norms(grads: list[Tensor]) -> None:
+    """Round gradients so that the sums of their squares are exact, in any order."""
+    for grad in grads:
+        grad.copy_((grad * 4).round() / 4)
+
+
+def _has_the_bits_of_one_process(
+    mesh: DeviceMesh, placements: list[Any], shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    for options in ROUNDED:
+        for cls, scope in ((AdamCM, "group"), (AdamCG, "tensor")):
+            twins = Twins(cls, mesh, placements, shapes, **options, priority_scope=scope)
+            for t in range(STEPS):
+                twins.step(t, _to_exact_norms)
+            twins.check_bits()
+
+
+@case(1, 2, 4)
+def random_words_of_rows(_: Path) -> None:
+    """Stochastic rounding has the bits of one process: an element's words are its place's."""
+    _has_the_bits_of_one_process(_mesh(), [Shard(0)], (*SHAPES, *CUT_ANYWHERE))
+
+
+@case(2, 4)
+def random_words_of_columns(_: Path) -> None:
+    """So it has where every process holds a piece of every row."""
+    _has_the_bits_of_one_process(_mesh(), [Shard(1)], CUT_ANYWHERE)
+
+
+@case(4)
+def random_words_on_two_dimensions(_: Path) -> None:
+    """So it has on meshes of two dimensions."""
+    for placements in (
+        [Shard(0), Shard(0)],
+        [Shard(0), Shard(1)],
+        [Shard(1), Shard(0)],
+        [Replicate(), Shard(0)],
+    ):
+        _has_the_bits_of_one_process(_square("dp", "tp"), placements, CUT_ANYWHERE)
+
+
+@case(4)
+def random_words_under_fsdp_and_tensor_parallelism(_: Path) -> None:
+    """A layer that both cut along one dimension is placed in an order of its own."""
+    mesh = _square("dp", "tp")
+    model = _fsdp(mesh["dp"], _tensor_parallel(mesh["tp"]))
+    strided = [p for p in model.parameters() if type(p.placements[0]).__name__ == "_StridedShard"]
+    assert strided
+    options = {**OPTIONS, "moment_dtype": torch.bfloat16}
+    optimizer = AdamCM(model.parameters(), **options)
+    twin = _model()
+    expected = AdamCM(twin.parameters(), **options)
+    for t in range(STEPS):
+        for i, (param, other) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+            grads = [torch.randn(other.shape, generator=torch.Generator().manual_seed(9 * t + i))]
+            _to_exact_norms(grads)
+            other.grad = grads[0]
+            param.grad = distribute_tensor(grads[0], param.device_mesh, param.placements)
+        optimizer.step()
+        expected.step()
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(param.full_tensor(), other)
+
+
 @case(2)
-def refusals(_: Path) -> None:
-    """State with scales, and a plain gradient, are refused with what to do."""
-    param = nn.Parameter(distribute_tensor(torch.ones(4, 4), _mesh(), [Shard(0)]))
-    options: tuple[dict[str, Any], ...] = (
-        {"buffer_dtype": torch.int8},
-        {"moment_dtype": torch.int8},
-    )
-    for option in options:
-        try:
-            AdamCM([param], **option)
-        except ValueError as error:
-            assert "for DTensor parameters: scales cannot be resharded" in str(error)  # noqa: PT017
-        else:
-            raise AssertionError("not refused")
+def random_words_of_the_reference(_: Path) -> None:
+    """The eager backend rounds to the same neighbours, all but those that its arithmetic moves."""
+    for placements in ([Shard(0)], [Shard(1)]):
+        options: dict[str, Any] = {"moment_dtype": torch.bfloat16, "backend": "eager", "lr": 0.0}
+        twins = Twins(AdamCM, _mesh(), placements, CUT_ANYWHERE, **options)
+        twins.step(0, _to_exact_norms)
+        twins.check_bits()
+
+
+# State with scales
+
+SCALED: dict[str, Any] = {
+    "slots": {"buffer_dtype": torch.int8},
+    "float8": {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.bfloat16},
+    # With a running sum.
+    "all": {"buffer_dtype": torch.int8, "moment_dtype": torch.int8, "capacity": 12},
+}
+
+
+@case(2, 4)
+def scaled_state_is_that_of_what_is_held(_: Path) -> None:
+    """Each process quantizes blocks of its own, as if what it holds were all there is."""
+    for backend in ("cpu", "eager"):
+        options = {**OPTIONS, "buffer_dtype": torch.int8, "backend": backend}
+        whole = _whole(0, CUT_ANYWHERE)
+        mesh = _mesh()
+        sharded = [nn.Parameter(distribute_tensor(param, mesh, [Shard(0)])) for param in whole]
+        alone = [nn.Parameter(param.to_local().clone()) for param in sharded]  # type: ignore[attr-defined]
+        optimizer = AdamCM(sharded, priority_scope="tensor", **options)
+        expected = AdamCM(alone, priority_scope="tensor", **options)
+        for t in range(STEPS):
+            # The norms of all parts are in the order of the steps' factors.
+            grads = [(1 + t * 3 % 8) * grad for grad in _whole(1, CUT_ANYWHERE)]
+            for param, other, grad in zip(sharded, alone, grads, strict=True):
+                param.grad = distribute_tensor(grad, mesh, [Shard(0)])
+                other.grad = param.grad.to_local().clone()
+            optimizer.step()
+            expected.step()
+        optimizer.state_dict()  # makes the commits
+        expected.state_dict()
+        for param, other in zip(sharded, alone, strict=True):
+            held, state = optimizer.state[param], expected.state[other]
+            assert torch.equal(param.to_local(), other)  # type: ignore[attr-defined]
+            assert torch.equal(held["critical_buffer"].to_local(), state["critical_buffer"])
+            assert torch.equal(held["critical_scales"], state["critical_scales"])
+
+
+@case(2)
+def diagnostics_of_scaled_shards(_: Path) -> None:
+    """What is read of quantized shards is what is read of the values they stand for."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)], CUT_ANYWHERE, **SCALED["all"])
+    for t in range(STEPS):
+        twins.step(t)
+    readings = [diagnostics.read(o).values() for o in (twins.optimizer, twins.expected)]
+    for mine, theirs in zip(*readings, strict=True):
+        for field in ("filled", "momentum_norm", "mean_norm", "variance"):
+            value, expected = (getattr(reading, field) for reading in (mine, theirs))
+            assert abs(value - expected) <= 0.05 * abs(expected), field
+
+
+@case(2)
+def resized_scaled_shards(_: Path) -> None:
+    """Slots with the highest keys stay, with their scales."""
+    twins = Twins(AdamCM, _mesh(), [Shard(0)], CUT_ANYWHERE, **SCALED["slots"])
+    for t in range(STEPS):
+        twins.step(t)
+    before = twins.optimizer.state_dict()["state"]
+    twins.optimizer.resize_buffer(2)
+    after = twins.optimizer.state_dict()["state"]
+    for i in before:
+        kept = before[i]["priorities"].topk(2).indices.sort().values
+        slots = before[i]["critical_buffer"].full_tensor()[kept]
+        assert torch.equal(after[i]["critical_buffer"].full_tensor(), slots)
+    twins.step(STEPS)
 
 
 # Models
@@ -485,6 +649,165 @@ def resume_whole(folder: Path) -> None:
     set_model_state_dict(model, state["model"], options=options)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     _check_resumed(model, optimizer)
+
+
+def _wide_model() -> Any:
+    """Return a model whose weights have several blocks of 256, which shards cut in two."""
+    generator = torch.Generator().manual_seed(4)
+    model = nn.Sequential(nn.Linear(6, 130), nn.Tanh(), nn.Linear(130, 11))
+    for param in model.parameters():
+        nn.init.normal_(param, std=0.3, generator=generator)
+    return model
+
+
+def _scaled(name: str, *, sharded: bool = True) -> tuple[Any, Any]:
+    model = _fsdp(_mesh(), _wide_model()) if sharded else _wide_model()
+    return model, AdamCM(model.parameters(), **{**OPTIONS, **SCALED[name]})
+
+
+def _both(model: Any, optimizer: Any, **options: Any) -> dict[str, Any]:
+    """Return the state dicts of both, by names."""
+    chosen = StateDictOptions(**options)
+    return {
+        "model": get_model_state_dict(model, options=chosen),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=chosen),
+    }
+
+
+def _set_both(model: Any, optimizer: Any, state: dict[str, Any], **options: Any) -> None:
+    """Load the state dicts of both, which is no conversion that is warned of."""
+    chosen = StateDictOptions(**options)
+    set_model_state_dict(model, state["model"], options=chosen)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the state of group")
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=chosen)
+
+
+@case(4)
+def save_scaled(folder: Path) -> None:
+    """Half of a training with scales in its state, saved sharded and whole, and how it went on."""
+    for name in SCALED:
+        model, optimizer = _scaled(name)
+        _train(model, optimizer, range(HALF), 4, dist.get_rank())
+        save_checkpoint(_both(model, optimizer), checkpoint_id=folder / name)
+        half = copy.deepcopy(_both(model, optimizer, full_state_dict=True))
+        _train(model, optimizer, range(HALF, STEPS), 4, dist.get_rank())
+        end = _both(model, optimizer, full_state_dict=True)
+        if dist.get_rank() == 0:
+            torch.save({"half": half, "end": end}, folder / f"{name}.pt")
+
+
+# Half of the distance from a dtype's largest code to the next, in parts of it, and its rounding; of
+# moments, whose values are fourth powers of their codes, it is four times as much.
+HALF_CODE = {"torch.int8": 0.5 / 127 + 1e-6, "torch.float8_e4m3fn": 16 / 448 + 1e-6}
+
+
+def _tensors(state: dict[str, Any]) -> dict[tuple[str, str], Tensor]:
+    """Return parameters, and what of an optimizer's state has their shape."""
+    params = {(name, "param"): value for name, value in state["model"].items()}
+    keys = ("exp_avg", "exp_avg_sq", "critical_buffer")
+    states = state["optimizer"]["state"]
+    return params | {(name, key): values[key] for name, values in states.items() for key in keys}
+
+
+def _check_rounded_once(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Check that blocks of another mesh hold what was saved, each rounded to the nearest code."""
+    (group,) = saved["optimizer"]["param_groups"]
+    of_moments, of_slots = (HALF_CODE.get(group[f"{k}_dtype"], 0) for k in ("moment", "buffer"))
+    bounds = dict.fromkeys(("exp_avg", "exp_avg_sq"), 4 * of_moments)
+    bounds["critical_buffer"] = of_slots
+    for (name, key), value in _tensors(saved).items():
+        apart = (_tensors(loaded)[name, key] - value).abs().max()
+        assert apart <= bounds.get(key, 0) * value.abs().max(), (name, key)
+
+
+def _check_goes_on(model: Any, optimizer: Any, kept: dict[str, Any], world: int) -> None:
+    """Check that the rest of a training gets where it got without an interruption."""
+    _train(model, optimizer, range(HALF, STEPS), world, dist.get_rank())
+    end = _tensors(_both(model, optimizer, full_state_dict=True))
+    for (name, key), value in _tensors(kept["end"]).items():
+        if key == "param":
+            moved = (value - kept["half"]["model"][name]).norm()
+            assert (end[name, key] - value).norm() <= 0.02 * moved, name
+
+
+@case(4, 2, 1)
+def resume_scaled(folder: Path) -> None:
+    """State with scales goes on on any number of processes, and on as many with the same bits."""
+    world = dist.get_world_size()
+    for name in SCALED:
+        kept = torch.load(folder / f"{name}.pt", weights_only=True)
+        model, optimizer = _scaled(name)
+        state = _both(model, optimizer)
+        load_checkpoint(state, checkpoint_id=folder / name)
+        _set_both(model, optimizer, state)
+        loaded = _both(model, optimizer, full_state_dict=True)
+        if world != 4:
+            _check_rounded_once(loaded, kept["half"])
+            _check_goes_on(model, optimizer, kept, world)
+            continue
+        _train(model, optimizer, range(HALF, STEPS), world, dist.get_rank())
+        end = _both(model, optimizer, full_state_dict=True)
+        for mine, saved in ((loaded, kept["half"]), (end, kept["end"])):
+            for which, value in _tensors(saved).items():
+                assert torch.equal(_tensors(mine)[which], value), (name, which)
+
+
+@case(2, 1)
+def resume_scaled_whole(folder: Path) -> None:
+    """A whole state dict with values in place of codes goes on, sharded and not."""
+    world = dist.get_world_size()
+    for name in SCALED:
+        kept = torch.load(folder / f"{name}.pt", weights_only=True)
+        model, optimizer = _scaled(name, sharded=world > 1)
+        _set_both(model, optimizer, copy.deepcopy(kept["half"]), full_state_dict=True)
+        if world > 1:
+            _check_rounded_once(_both(model, optimizer, full_state_dict=True), kept["half"])
+        _check_goes_on(model, optimizer, kept, world)
+
+
+@case(1)
+def codes_are_not_taken_for_values(folder: Path) -> None:
+    """A sharded checkpoint of plain tensors has codes: DCP, which casts, must not load them."""
+    model, optimizer = _scaled("slots", sharded=False)
+    _train(model, optimizer, range(2))
+    for pair in ((model, optimizer), _scaled("slots")):
+        save_checkpoint(_both(*pair), checkpoint_id=folder / "codes")
+        for sharded in (True, False):
+            if sharded == isinstance(next(pair[0].parameters()), DTensor):
+                continue
+            state = _both(*_scaled("slots", sharded=sharded))
+            try:
+                load_checkpoint(state, checkpoint_id=folder / "codes")
+            except CheckpointException as error:
+                assert "Size mismatch" in str(error)  # noqa: PT017
+            else:
+                raise AssertionError("not refused")
+
+
+@case(2)
+def load_scaled_whole_without_help(_: Path) -> None:
+    """load_state_dict itself takes codes with the scales of whole tensors, and the other way."""
+    twins, fresh = (
+        Twins(AdamCM, _mesh(), [Shard(0)], CUT_ANYWHERE, **SCALED["all"]) for _ in range(2)
+    )
+    for t in range(3):
+        twins.step(t)
+    fresh.optimizer.load_state_dict(twins.expected.state_dict())
+    fresh.expected.load_state_dict(twins.optimizer.state_dict())
+    for new, old, params, others in (
+        (fresh.optimizer, twins.expected, fresh.sharded, twins.whole),
+        (fresh.expected, twins.optimizer, fresh.whole, twins.sharded),
+    ):
+        for param, other in zip(params, others, strict=True):
+            for key in ("exp_avg", "exp_avg_sq", "critical_buffer"):
+                mine, saved = (
+                    _gathered(_state.dequantized(_state.unscaled(state), key))
+                    for state in (new.state[param], old.state[other])
+                )
+                bound = (4 if "exp_avg" in key else 1) * HALF_CODE["torch.int8"]
+                assert (mine - saved).abs().max() <= bound * saved.abs().max(), key
+    fresh.step(3)
 
 
 @case(2)

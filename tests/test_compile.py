@@ -165,6 +165,7 @@ def test_opcheck_of_the_triton_step(kind: Any) -> None:
             *[getattr(bucket, name) for name in triton_ops.CHANGED],
             bucket.grads,
             [0, 1],
+            [],
             None,
             *tensors.values(),
         ),

@@ -5,13 +5,15 @@ import io
 import itertools
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from cm_fused import AdamCG, AdamCM, AdamWCM, _state, diagnostics
+from cm_fused import AdamCG, AdamCM, AdamWCM, _critical_adam, _state, diagnostics
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused.philox import Places
 from cm_fused.rounding import LARGEST, num_blocks
 from tests.cases import (
     CHUNK,
@@ -492,6 +494,75 @@ def test_words_follow_the_parameter(backend: str) -> None:
         results.append(optimizer.state[params[1]]["exp_avg"])
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+# The rows or columns of a matrix of more elements than a chunk, at places that are and are not
+# multiples of the four elements of a counter.
+PIECES = {
+    "rows": [(slice(0, 13), slice(None)), (slice(13, 80), slice(None))],
+    "rows by fours": [(slice(0, 16), slice(None)), (slice(16, 80), slice(None))],
+    "columns": [(slice(None), slice(0, 7)), (slice(None), slice(7, 211))],
+    "both": [(slice(13, 80), slice(0, 7)), (slice(13, 80), slice(7, 211))],
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("cls", [AdamCM, AdamCG])
+@pytest.mark.parametrize("backend", backend_params())
+def test_pieces_have_the_bits_of_the_whole(
+    backend: str, cls: type[CriticalAdam], pieces: list[tuple[slice, slice]]
+) -> None:
+    """Pieces of a parameter are rounded as in the whole, given where in it they lie."""
+    device, shape = device_of(backend), (80, 211)
+    whole = normal_like(torch.empty(shape, dtype=torch.bfloat16), 1.0, generator(0)).to(device)
+    parts = [whole[piece].contiguous() for piece in pieces]
+    firsts = [211 * (rows.start or 0) + (columns.start or 0) for rows, columns in pieces]
+    places = [Places(first, part.shape[1], 211) for first, part in zip(firsts, parts, strict=True)]
+    # All is admitted: the norms of pieces are not those of the whole.
+    options: Precision = {
+        "capacity": 4,
+        "lr": 0.05,
+        "seed": SEED,
+        "backend": backend,
+        "moment_dtype": torch.bfloat16,
+        "low_precision_update": "stochastic",
+    }
+    optimizers = [cls([param], **options) for param in (whole, *parts)]
+    for step in range(4):
+        grad = normal_like(whole.cpu(), 1.0, generator(step)).to(device)
+        whole.grad = grad
+        optimizers[0].step()
+        for part, piece, place, optimizer in zip(
+            parts, pieces, places, optimizers[1:], strict=True
+        ):
+            part.grad = grad[piece].contiguous()
+            # A parameter has one index, and its pieces have that.
+            with mock.patch.object(_critical_adam, "_element_places", return_value=[*place]):
+                optimizer.step()
+    for part, piece, optimizer in zip(parts, pieces, optimizers[1:], strict=True):
+        assert torch.equal(part, whole[piece])
+        for key in ("exp_avg", "exp_avg_sq"):
+            expected = optimizers[0].state[whole][key][piece]
+            assert torch.equal(optimizer.state[part][key], expected)
+
+
+@pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
+@pytest.mark.parametrize(
+    "places", [Places(2**34 - 300), Places(2**34 - 512), Places(2**40 + 6, 100, 2**33)]
+)
+def test_words_far_into_a_parameter(backend: str, places: Places) -> None:
+    """Counters of more than 32 bits have the words that the definition gives them."""
+    results = []
+    for name in ("eager", backend):
+        param = torch.zeros(700, device=device_of(name))
+        optimizer = AdamCM([param], moment_dtype=torch.bfloat16, backend=name)
+        param.grad = normal_like(torch.empty(700), 1.0, generator(0)).to(param.device)
+        with mock.patch.object(_critical_adam, "_element_places", return_value=[*places]):
+            optimizer.step()
+        results.append([optimizer.state[param][key].cpu() for key in ("exp_avg", "exp_avg_sq")])
+    # From a state of zeros the first step has no sum that could be contracted.
+    for mine, expected in zip(*results, strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_capacity_of_quantized_state_follows_options() -> None:

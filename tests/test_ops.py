@@ -54,6 +54,7 @@ class Sample:
     grad_factor: Tensor | None = None
     found_inf: Tensor | None = None
     local_sq_norms: Tensor | None = None
+    element_places: tuple[int, ...] = ()
     hyperparameters: dict[str, Any] = field(default_factory=lambda: dict(HYPERPARAMETERS))
 
     def lists(self) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class Sample:
         scalars = self.scalars()
         if op == "adam_cm_":
             scalars = (*scalars, self.local_sq_norms)
-        return (*lists.values(), list(range(len(self.params))), *scalars)
+        return (*lists.values(), list(range(len(self.params))), self.element_places, *scalars)
 
     def scalars(self) -> tuple[Tensor | None, ...]:
         """The scalars that come in tensors."""
@@ -202,6 +203,15 @@ of_each_step = pytest.mark.parametrize("op", STEPS)
 def test_opcheck(op: str, name: str) -> None:
     """Schema, autograd registration, fake kernel and functionalization agree with the kernel."""
     case = SAMPLES[name]()
+    overload = getattr(torch.ops.cm_fused, op).default
+    torch.library.opcheck(overload, case.arguments(op), case.keywords(op))
+
+
+@of_each_step
+def test_opcheck_with_places(op: str) -> None:
+    """So it is where parameters are parts of larger ones."""
+    case = rounded_sample(torch.float32, torch.int8, torch.bfloat16)
+    case.element_places = (6, 1, 1) * len(case.params)
     overload = getattr(torch.ops.cm_fused, op).default
     torch.library.opcheck(overload, case.arguments(op), case.keywords(op))
 
@@ -636,6 +646,26 @@ def test_bad_lists_change_nothing(op: str, bad: BadLists) -> None:
     bad.spoil(case)
     before = {role: [t.clone() for t in tensors] for role, tensors in case.lists().items()}
     with pytest.raises(RuntimeError, match=bad.message):
+        case.call(op)
+    assert_same(case.lists(), before)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ((0, 1), "element_places must have three numbers for each of the"),
+        ((-1, 1, 1), rf"params\[{LAST}\] must be an offset >= 0.*got \(-1, 1, 1\)"),
+        ((0, 0, 1), r"a length >= 1.*got \(0, 0, 1\)"),
+        ((0, 3, 2), r"a stride >= that, got \(0, 3, 2\)"),
+    ],
+)
+@of_each_step
+def test_bad_places_change_nothing(op: str, last: tuple[int, ...], message: str) -> None:
+    """Places that no part of a parameter has are refused, and no bit has changed."""
+    case = sample()
+    case.element_places = (0, 1, 1) * LAST + last
+    before = {role: [t.clone() for t in tensors] for role, tensors in case.lists().items()}
+    with pytest.raises(RuntimeError, match=message):
         case.call(op)
     assert_same(case.lists(), before)
 

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as npst
 from torch import Tensor
 
 from cm_fused import rounding
-from cm_fused.philox import Stream, philox, random_words
+from cm_fused.philox import Places, Stream, philox, random_words
 from tests.cases import generator
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -62,6 +62,20 @@ def test_words_have_keys_of_their_own() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "places", [Places(), Places(4), Places(7), Places(5, 3, 10), Places(2**34 - 7), Places(8, 1, 3)]
+)
+def test_words_are_those_of_the_places(places: Places) -> None:
+    """An element that lies somewhere in a larger parameter has the word of that place."""
+    words = random_words(5, 1, torch.tensor(2.0), 25, Stream.PARAM, places).tolist()
+    for element, word in enumerate(words):
+        run, within = divmod(element, places.length)
+        place = places.offset + run * places.stride + within
+        quad, part = divmod(place, 4)
+        counter = _words((quad % 2**32, (quad // 2**32) + 2**31, 1, 2))
+        assert word == int(philox(counter, (5, 0))[part])
+
+
 def _codes(dtype: torch.dtype) -> Tensor:
     """Return every number a scaled dtype holds, ascending, as float64."""
     if dtype is torch.int8:
@@ -98,6 +112,72 @@ def test_slots_are_rounded_to_the_nearest_code(
         # The scale and two products are rounded.
         slack = 4 * 2.0**-24 * exact.abs().max()
         assert ((restored[part] - exact).abs() <= nearest + slack).all()
+
+
+def _largest_values() -> Tensor:
+    """Return largest values of blocks, from those too small for a scale to nearly the greatest."""
+    mantissas = 1 + torch.arange(0, 2**23, 2**9 + 1) / 2**23
+    powers = [2.0**-149, 2.0**-101, *(2.0**n for n in range(-100, 120, 20)), 2.0**127]
+    parts = [power * mantissas[i :: len(powers)] for i, power in enumerate(powers)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_slots_are_restored_when_quantized_again(dtype: torch.dtype) -> None:
+    """Values that every code stands for are quantized to those codes, and restored as the same.
+
+    So a sharded checkpoint, which has values, loses nothing where blocks stay what they were.
+    """
+    largest = _largest_values()
+    codes = _codes(dtype)
+    blocks = (codes / rounding.LARGEST[dtype]).float()
+    blocks = torch.nn.functional.pad(blocks, (0, rounding.BLOCK_SIZE - len(blocks)))
+    stored, scales = rounding.quantize((blocks * largest[:, None]).flatten(), dtype)
+    values = rounding.dequantize(stored, scales)
+    again, new_scales = rounding.quantize(values, dtype)
+    assert torch.equal(_bytes(again), _bytes(stored))
+    assert torch.equal(rounding.dequantize(again, new_scales), values)
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_every_scale_is_found_again(dtype: torch.dtype) -> None:
+    """Of a block's largest value as it is restored the scale is the same, for all mantissas.
+
+    Not every number is: one of 129 (int8) or 9 (float8) is no quotient that this could give.
+    """
+    for power in (2.0**-100, 1.0, 2.0**126):
+        largest = (1 + torch.arange(2**23) / 2**23) * power
+        scales = largest / torch.full_like(largest, rounding.LARGEST[dtype])
+        restored = scales * rounding.LARGEST[dtype]
+        assert torch.equal(restored / torch.full_like(restored, rounding.LARGEST[dtype]), scales)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_moments_are_restored_when_quantized_again(signed: bool) -> None:
+    """Values that every code stands for, stored with any bits, are quantized to those codes."""
+    largest = _largest_values()
+    codes = torch.arange(-127, 128) if signed else torch.arange(256)
+    codes = torch.nn.functional.pad(codes, (0, rounding.BLOCK_SIZE - len(codes)))
+    stored = codes.to(torch.uint8).view(torch.int8).repeat(len(largest))
+    stored[: 2 * rounding.BLOCK_SIZE] = 0  # as blocks are stored that are too small
+    largest = torch.cat([torch.tensor([2.0**-149, 2.0**-101]), largest[largest >= 2.0**-100]])
+    stored = stored[: len(largest) * rounding.BLOCK_SIZE]
+    values = rounding.dequantize_moment(stored, largest, signed=signed)
+    again, scales = rounding.quantize_moment(values, None, signed=signed)
+    assert torch.equal(again, stored)
+    assert torch.equal(rounding.dequantize_moment(again, scales, signed=signed), values)
+    # Also of a moment as a step stores it the largest value has the largest code.
+    largest = largest[largest < 2.0**127]
+    drawn = largest.repeat_interleave(rounding.BLOCK_SIZE)
+    bits = torch.full(drawn.shape, 2**16 - 1)
+    stored, scales = rounding.quantize_moment(drawn, bits, signed=signed)
+    usable = scales >= rounding.SMALLEST_SCALED
+    codes = stored.view(torch.uint8).reshape(len(scales), -1)[usable]
+    assert (codes == rounding.LARGEST_CODE[signed]).all()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", SCALED)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cm_fused._bucket import Bucket
+from cm_fused.philox import Places
 from tests.cases import needs_cpu_backend
 from tests.test_ops import BAD_LISTS, SAMPLES, BadLists, Sample, sample
 from tests.training import SHAPES
@@ -35,10 +36,14 @@ COLUMNS = (
 )
 SLOT, NUMEL = COLUMNS.index("pending_slots"), len(COLUMNS)
 PARAM_DTYPE = NUMEL + 1
-PARAM_INDEX = NUMEL + 2
+PLACES = NUMEL + 3
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What a table holds where nobody writes.
 UNTOUCHED = 77
+
+
+def _bucket(case: Sample) -> Bucket:
+    return Bucket(**case.lists(), element_places=list(case.element_places))
 
 
 class Table:
@@ -46,7 +51,7 @@ class Table:
 
     def __init__(self, case: Sample) -> None:
         self.case = case
-        self.held: int = torch.ops.cm_fused.hold_state(*Bucket(**case.lists()).state())
+        self.held: int = torch.ops.cm_fused.hold_state(*_bucket(case).state())
         self.rows = torch.full((len(case.params), TABLE_WIDTH), UNTOUCHED)
 
     def refresh(self) -> int:
@@ -65,7 +70,8 @@ class Table:
                 param.numel(),
                 DTYPES.index(param.dtype),
                 i,
-                *[UNTOUCHED] * (TABLE_WIDTH - PARAM_INDEX - 1),
+                *(self.case.element_places[3 * i : 3 * i + 3] or Places()),
+                *[UNTOUCHED] * (TABLE_WIDTH - PLACES - len(Places())),
             ]
             for i, param in enumerate(self.case.params)
         ]
@@ -90,6 +96,15 @@ def test_columns(name: str) -> None:
     assert table.refresh() == CHANGED
     assert table.rows.tolist() == table.expected()
     assert table.refresh() == UNCHANGED
+    assert table.rows.tolist() == table.expected()
+
+
+def test_places() -> None:
+    """A parameter that is part of a larger one says where in it."""
+    case = sample()
+    case.element_places = tuple(range(3, 3 + 3 * len(case.params)))
+    table = Table(case)
+    assert table.refresh() == CHANGED
     assert table.rows.tolist() == table.expected()
 
 

@@ -53,7 +53,7 @@ def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
     base = critical(optimizer)
     base._commit_pending()
     return {
-        param: _reading(base, group, whole_state(base.state[param]))
+        param: _reading(base, group, whole_state(_state.unscaled(base.state[param])))
         for group in base.param_groups
         for param in group["params"]
         if "critical_buffer" in base.state.get(param, {})

@@ -37,11 +37,15 @@ class Column(IntEnum):
     PARAM_DTYPE = 15
     # Its place among the optimizer's parameters, which keys its random numbers.
     PARAM_INDEX = 16
+    # Where its elements lie in the whole parameter (`cm_fused.philox.Places`), which keys them too.
+    PLACES_OFFSET = 17
+    PLACES_LENGTH = 18
+    PLACES_STRIDE = 19
     # The parameter's chunks, consecutive in the order of the partial norms.
-    FIRST_CHUNK = 17
-    NUM_CHUNKS = 18
+    FIRST_CHUNK = 20
+    NUM_CHUNKS = 21
     # int64 (): the number of filled slots before this step's admission.
-    FILLED = 19
+    FILLED = 22
 
 
 # In the order of csrc/param_data.h.

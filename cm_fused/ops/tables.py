@@ -18,6 +18,7 @@ from cm_fused._bucket import Bucket
 from cm_fused._capture import is_capturing
 from cm_fused.ops import library
 from cm_fused.ops.table import CHUNK_SIZE, PARAM_DTYPES, WIDTH, Column
+from cm_fused.philox import WORDS, Places
 
 # What cm_fused::refresh_table_ returns.
 _UNCHANGED, _CHANGED, _NEEDS_COPIES = range(3)
@@ -52,6 +53,8 @@ class Tables:
         launches: The chunks by dtype of the parameters.
         last: The table of the last refresh.
         made_in_capture: Whether what these tables need was uploaded by a graph's capture.
+        by_fours: Whether each four elements of every parameter are four of the whole parameter's
+            with one counter of random words.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -60,6 +63,10 @@ class Tables:
         self.made_in_capture = is_capturing(self._device)
         self._held = library.Held(bucket) if self.checks_lists else None
         self._state = bucket.state()
+        self.by_fours = all(
+            places.length == places.stride and places.offset % WORDS == 0
+            for places in map(bucket.places_of, range(len(bucket.params)))
+        )
         self._host = torch.zeros((len(bucket.params), WIDTH), dtype=torch.int64)
         # The tensors of uploads that a capture recorded, on the device and on the host.
         self._of_captures: list[tuple[Tensor, Tensor]] = []
@@ -172,7 +179,8 @@ def _refresh_in_python(
 ) -> int:
     """Do what cm_fused::refresh_table_ does, but for its checks, without the C++ extension."""
     exp_avgs, exp_avg_sqs, max_exp_avg_sqs, buffers, sums, priorities, slots, steps = state[:8]
-    critical_scales, exp_avg_scales, exp_avg_sq_scales, compensations, param_indices = state[8:]
+    critical_scales, exp_avg_scales, exp_avg_sq_scales, compensations = state[8:12]
+    param_indices, element_places = state[12:]
     for listed in (params, grads):
         if not all(map(lies_as, listed, exp_avgs)):
             return _NEEDS_COPIES
@@ -198,5 +206,7 @@ def _refresh_in_python(
             host[:, column] = torch.tensor([tensor.data_ptr() for tensor in tensors])
     host[:, Column.PARAM_DTYPE] = _dtype_codes(params)
     host[:, Column.PARAM_INDEX] = torch.tensor(param_indices or range(len(params)))
+    first, last = Column.PLACES_OFFSET, Column.PLACES_STRIDE
+    host[:, first : last + 1] = torch.tensor(element_places or Places()).reshape(-1, len(Places()))
     host[:, Column.NUMEL] = torch.tensor([param.numel() for param in params])
     return _UNCHANGED if torch.equal(before, host) else _CHANGED

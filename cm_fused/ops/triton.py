@@ -229,6 +229,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 CRITICAL_GRADIENTS=critical_gradients,
                 AMSGRAD=amsgrad,
                 SUMMED_SLOTS=summed_slots,
+                BY_FOURS=self.tables.by_fours,
                 **dtypes,
                 **self._pass_options(chunks.param_dtype, dtypes, amsgrad, summed_slots),
             )

@@ -28,6 +28,9 @@ from cm_fused.ops.triton_common import (
     NUMEL_COLUMN,
     PARAM_COLUMN,
     PARAM_INDEX_COLUMN,
+    PLACES_LENGTH_COLUMN,
+    PLACES_OFFSET_COLUMN,
+    PLACES_STRIDE_COLUMN,
     PRIORITIES_COLUMN,
     ROW,
     SLOT_COLUMN,
@@ -281,6 +284,7 @@ def _update_chunk(
     SUMMED_SLOTS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     KAHAN: tl.constexpr,
+    BY_FOURS: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Update the `count` elements from `start` of a tensor; return their sum of g^2, float64.
@@ -304,6 +308,9 @@ def _update_chunk(
         pointer(row_ptr, EXP_AVG_SQ_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
     )
     param_index = tl.load(row_ptr + PARAM_INDEX_COLUMN)
+    offset = tl.load(row_ptr + PLACES_OFFSET_COLUMN)
+    length = tl.load(row_ptr + PLACES_LENGTH_COLUMN)
+    stride = tl.load(row_ptr + PLACES_STRIDE_COLUMN)
     commits_first: tl.constexpr = not CRITICAL_GRADIENTS
     rounds_moments: tl.constexpr = MOMENT_DTYPE != STATE_DTYPE
     BLOCK: tl.constexpr = _block_size(FULL, MOMENT_DTYPE, SLOT_DTYPE)
@@ -406,7 +413,18 @@ def _update_chunk(
         exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (aggregate * aggregate)  # Eq. (5)
         words = 0
         if rounds_moments:
-            words = random_words(seed, param_index, step, start + begin, MOMENTS_STREAM, BLOCK)
+            words = random_words(
+                seed,
+                param_index,
+                step,
+                start + begin,
+                offset,
+                length,
+                stride,
+                MOMENTS_STREAM,
+                BY_FOURS,
+                BLOCK,
+            )
         _store_moment(
             exp_avg_ptr, exp_avg_scales_ptr, begin, count, mask, exp_avg, words, True, BLOCK
         )
@@ -431,7 +449,18 @@ def _update_chunk(
         denominator = _sqrt(corrected + eps_inside) + eps_outside
         param = decay_factor * param - step_size * _divide(numerator, denominator)  # Eq. (7)
         if STOCHASTIC:
-            words = random_words(seed, param_index, step, start + begin, PARAM_STREAM, BLOCK)
+            words = random_words(
+                seed,
+                param_index,
+                step,
+                start + begin,
+                offset,
+                length,
+                stride,
+                PARAM_STREAM,
+                BY_FOURS,
+                BLOCK,
+            )
             if PARAM_DTYPE == tl.bfloat16:
                 rounded = round_to_bfloat16(param, words >> 16)
             else:
@@ -475,6 +504,7 @@ def critical_adam_kernel(
     SUMMED_SLOTS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     KAHAN: tl.constexpr,
+    BY_FOURS: tl.constexpr,
 ):
     """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part.
 
@@ -508,6 +538,8 @@ def critical_adam_kernel(
         SUMMED_SLOTS: The capacity where the slots are summed, 0 where the table has running sums.
         STOCHASTIC: A half-precision parameter is rounded stochastically.
         KAHAN: It has a compensation, which takes what rounding leaves.
+        BY_FOURS: Where random words are drawn, each four consecutive elements, from the first on,
+            are four of the whole parameter's with one counter.
     """
     if is_set(found_inf_ptr):
         return
@@ -584,6 +616,7 @@ def critical_adam_kernel(
             SUMMED_SLOTS,
             STOCHASTIC,
             KAHAN,
+            BY_FOURS,
             True,
         )
     else:
@@ -598,5 +631,6 @@ def critical_adam_kernel(
             SUMMED_SLOTS,
             STOCHASTIC,
             KAHAN,
+            BY_FOURS,
             False,
         )

@@ -61,6 +61,7 @@ def _traced_step_(
         *[getattr(bucket, name) for name in CHANGED],
         bucket.grads,
         bucket.param_indices,
+        bucket.element_places,
         sq_norm,
         lr,
         options.grad_factor,
@@ -87,6 +88,7 @@ def step_op(
     compensations: list[Tensor],
     grads: list[Tensor],
     param_indices: list[int],
+    element_places: list[int],
     sq_norm: Tensor | None,
     lr: Tensor,
     grad_factor: Tensor | None,
@@ -109,7 +111,8 @@ def step_op(
 ) -> None:
     """Take a step of either kind, its arguments those of `Bucket` and `StepOptions`."""
     given = locals()
-    bucket = Bucket(**{name: given[name] for name in (*CHANGED, "grads", "param_indices")})
+    numbers = ("param_indices", "element_places")
+    bucket = Bucket(**{name: given[name] for name in (*CHANGED, "grads", *numbers)})
     options = StepOptions(**{name: given[name] for name in _OPTIONS})
     step_ = triton.adam_cg_ if critical_gradients else triton.adam_cm_
     step_(bucket, options, sq_norm)

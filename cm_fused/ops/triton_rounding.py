@@ -31,11 +31,10 @@ def has_scales(dtype):
 
 
 @triton.jit
-def random_words(seed, param_index, step, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the words of the elements from `first`, uint32 (BLOCK,)."""
-    quads = first // 4 + tl.arange(0, BLOCK // 4)
-    zeros = tl.zeros((BLOCK // 4,), dtype=tl.int64)
-    words0, words1, words2, words3 = tl.philox(
+def _philox(seed, param_index, step, quads, STREAM: tl.constexpr):
+    """Return the four words of each four elements."""
+    zeros = tl.zeros_like(quads)
+    return tl.philox(
         seed,
         quads.to(tl.uint32),
         ((quads >> 32) | (STREAM << 31)).to(tl.uint32),
@@ -43,8 +42,39 @@ def random_words(seed, param_index, step, first, STREAM: tl.constexpr, BLOCK: tl
         (zeros + step).to(tl.uint32),
         ROUNDS,
     )
-    words = tl.join(tl.join(words0, words2), tl.join(words1, words3))
-    return tl.reshape(words, (BLOCK,))
+
+
+@triton.jit
+def random_words(
+    seed,
+    param_index,
+    step,
+    first,
+    offset,
+    length,
+    stride,
+    STREAM: tl.constexpr,
+    BY_FOURS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the words of the elements from `first`, uint32 (BLOCK,).
+
+    The three numbers are those of `cm_fused.philox.Places`. BY_FOURS: each four consecutive
+    elements are also four of the whole parameter's; else every element takes its word from a
+    counter of its own.
+    """
+    if BY_FOURS:
+        quads = (offset + first) // 4 + tl.arange(0, BLOCK // 4)
+        words0, words1, words2, words3 = _philox(seed, param_index, step, quads, STREAM)
+        words = tl.join(tl.join(words0, words2), tl.join(words1, words3))
+        return tl.reshape(words, (BLOCK,))
+    else:
+        elements = first + tl.arange(0, BLOCK)
+        places = offset + elements + elements // length * (stride - length)
+        words0, words1, words2, words3 = _philox(seed, param_index, step, places // 4, STREAM)
+        even = tl.where(places % 4 == 0, words0, words2)
+        odd = tl.where(places % 4 == 1, words1, words3)
+        return tl.where(places % 2 == 0, even, odd)
 
 
 @triton.jit

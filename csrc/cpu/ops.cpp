@@ -172,19 +172,19 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
     Tensors pending_slots, Tensors steps, Tensors critical_scales, Tensors exp_avg_scales,
     Tensors exp_avg_sq_scales, Tensors compensations, std::vector<int64_t> param_indices,
-    std::optional<Tensor> sq_norm, std::optional<Tensor> lr_tensor,
-    std::optional<Tensor> grad_factor, std::optional<Tensor> found_inf,
-    std::optional<Tensor> local_sq_norms, double lr, double beta1, double beta2, double eps,
-    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
-    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay, bool stochastic_update,
-    int64_t seed, bool l2_in_aggregate) {
+    std::vector<int64_t> element_places, std::optional<Tensor> sq_norm,
+    std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_factor,
+    std::optional<Tensor> found_inf, std::optional<Tensor> local_sq_norms, double lr, double beta1,
+    double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
+    bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay,
+    bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
   BucketStep bucket;
   step_critical_momenta(
       {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
           std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
           std::move(pending_slots), std::move(steps), std::move(critical_scales),
           std::move(exp_avg_scales), std::move(exp_avg_sq_scales), std::move(compensations),
-          std::move(param_indices)},
+          std::move(param_indices), std::move(element_places)},
       params, grads, {sq_norm, lr_tensor, grad_factor, found_inf}, local_sq_norms,
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
@@ -195,18 +195,19 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
 void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
     Tensors max_exp_avg_sqs, Tensors critical_buffers, Tensors critical_sums, Tensors priorities,
     Tensors steps, Tensors critical_scales, Tensors exp_avg_scales, Tensors exp_avg_sq_scales,
-    Tensors compensations, std::vector<int64_t> param_indices, std::optional<Tensor> sq_norm,
-    std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_factor,
-    std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
-    double weight_decay, double priority_decay, bool group_scope, bool mean_over_capacity,
-    bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay, bool stochastic_update,
-    int64_t seed, bool l2_in_aggregate) {
+    Tensors compensations, std::vector<int64_t> param_indices, std::vector<int64_t> element_places,
+    std::optional<Tensor> sq_norm, std::optional<Tensor> lr_tensor,
+    std::optional<Tensor> grad_factor, std::optional<Tensor> found_inf, double lr, double beta1,
+    double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
+    bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay,
+    bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
   BucketStep bucket;
   step_critical_gradients(
       {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
           std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
           std::move(steps), std::move(critical_scales), std::move(exp_avg_scales),
-          std::move(exp_avg_sq_scales), std::move(compensations), std::move(param_indices)},
+          std::move(exp_avg_sq_scales), std::move(compensations), std::move(param_indices),
+          std::move(element_places)},
       params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,

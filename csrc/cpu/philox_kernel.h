@@ -51,14 +51,14 @@ inline Lanes interleave(Lanes a, Lanes b, std::index_sequence<kItems...>) {
   return __builtin_shufflevector(a, b, kItems / 2 * 2 + kSecond + (kItems % 2) * kNumLanes...);
 }
 
-// Sets the words of the elements [begin, begin + kLargestBlock) of a tensor; begin is a multiple of
-// kLargestBlock, so that no block has counters that differ in more than the first word.
-inline void random_words(const TensorStep& tensor, const StepOptions& options, int64_t begin,
-    Stream stream, uint32_t* words) {
+// Sets the words of the counters [first, first + count), and of some more to fill whole vectors.
+// None of them may differ from the others in more than the counter's first 32 bits. `count` is a
+// uint64_t, or a constant.
+inline void words_of_counters(const TensorStep& tensor, const StepOptions& options, uint64_t first,
+    auto count, Stream stream, uint32_t* words) {
   constexpr auto kItems = std::make_index_sequence<kNumLanes>{};
   constexpr auto kWords = std::make_index_sequence<kNumWords>{};
   const auto seed = static_cast<uint64_t>(options.seed);
-  const auto first = static_cast<uint64_t>(begin / kWordsPerCounter);
   Lanes keys0[kPhiloxRounds];
   Lanes keys1[kPhiloxRounds];
   for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
@@ -73,7 +73,7 @@ inline void random_words(const TensorStep& tensor, const StepOptions& options, i
   const Lanes high = spread((first >> 32) | (static_cast<uint64_t>(stream) << 31));
   const Lanes param_index = spread(static_cast<uint64_t>(tensor.param_index));
   const Lanes step = spread(static_cast<uint64_t>(tensor.step));
-  for (uint64_t i = 0; i < kCounters; i += kNumLanes) {
+  for (uint64_t i = 0; i < count; i += kNumLanes) {
     Lanes c0 = counters + i;
     Lanes c1 = high;
     Lanes c2 = param_index;
@@ -92,6 +92,45 @@ inline void random_words(const TensorStep& tensor, const StepOptions& options, i
     uint32_t* const group = words + kWordsPerCounter * i;
     store_vector(group, reinterpret_cast<Words>(interleave<0>(lower, upper, kItems)));
     store_vector(group + kNumWords, reinterpret_cast<Words>(interleave<1>(lower, upper, kItems)));
+  }
+}
+
+// As random_words, of elements that are part of a larger tensor: run by run of those that are
+// consecutive there and share all but the first 32 bits of their counters.
+[[gnu::noinline]] inline void random_words_of_runs(const TensorStep& tensor,
+    const StepOptions& options, int64_t begin, Stream stream, uint32_t* words) {
+  constexpr int64_t kShared = int64_t{kWordsPerCounter} << 32;
+  const Places& places = tensor.places;
+  alignas(64) uint32_t run_words[kLargestBlock + kWordsPerCounter * (1 + kNumLanes)];
+  for (int64_t at = 0; at < kLargestBlock;) {
+    const int64_t run = (begin + at) / places.length;
+    const int64_t within = (begin + at) % places.length;
+    const int64_t place = places.offset + run * places.stride + within;
+    int64_t n = std::min(kLargestBlock - at, kShared - place % kShared);
+    if (places.length != places.stride) {
+      n = std::min(n, places.length - within);
+    }
+    const int64_t skipped = place % kWordsPerCounter;
+    words_of_counters(tensor, options, static_cast<uint64_t>(place / kWordsPerCounter),
+        static_cast<uint64_t>((skipped + n + kWordsPerCounter - 1) / kWordsPerCounter), stream,
+        run_words);
+    std::memcpy(words + at, run_words + skipped, static_cast<size_t>(n) * sizeof(uint32_t));
+    at += n;
+  }
+}
+
+// Sets the words of the elements [begin, begin + kLargestBlock) of a tensor; begin is a multiple of
+// kLargestBlock.
+inline void random_words(const TensorStep& tensor, const StepOptions& options, int64_t begin,
+    Stream stream, uint32_t* words) {
+  const Places& places = tensor.places;
+  // So placed, a block has counters of its own, which share all but their first 32 bits.
+  if (places.length == places.stride && places.offset % kLargestBlock == 0) {
+    const auto first = static_cast<uint64_t>((places.offset + begin) / kWordsPerCounter);
+    words_of_counters(
+        tensor, options, first, std::integral_constant<uint64_t, kCounters>{}, stream, words);
+  } else {
+    random_words_of_runs(tensor, options, begin, stream, words);
   }
 }
 
