@@ -166,7 +166,10 @@ def _valgrind() -> Iterator[Run]:
             {**environment, "CM_FUSED_CPU_CAPABILITY": capability},
             "every_kernel",
             0,
-            ["valgrind", "--error-exitcode=9", "--num-callers=30"],
+            [
+                *("valgrind", "--error-exitcode=9", "--num-callers=30"),
+                f"--suppressions={HERE / 'valgrind.supp'}",
+            ],
         )
 
 

@@ -19,7 +19,7 @@ LEFT_OUT = {
     "tests/test_paper_experiments.py": _PAPER,
     "tests/test_paper_surfaces.py": _PAPER,
     "tests/test_paper_train.py": _PAPER,
-    "tests/test_precision_bench.py": _PAPER,
+    "tests/test_precision_bench.py": _NO_CPP,
     "tests/test_readme.py": _NO_CPP,
     "tests/test_reference.py": _NO_CPP,
     "tests/test_rounding.py": _NO_CPP,
