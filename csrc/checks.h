@@ -71,6 +71,28 @@ struct TensorView {
   Device device;
 };
 
+// A storage may have been resized under its tensor, or be none at all: reading it would crash.
+inline void check_memory(
+    const char* role, size_t index, AtenTensorHandle handle, const TensorView& tensor) {
+  if (tensor.numel == 0 || tensor.device.type == aoti_torch_device_type_meta()) {
+    return;
+  }
+  int64_t storage_bytes = 0;
+  int64_t offset = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &storage_bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle, &offset));
+  const auto element_bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype));
+  int64_t end = offset + 1;
+  for (size_t d = 0; d < tensor.sizes.size(); ++d) {
+    end += (tensor.sizes[d] - 1) * tensor.strides[d];
+  }
+  const auto address = reinterpret_cast<uintptr_t>(tensor.data);
+  const bool has_memory = address != static_cast<uintptr_t>(offset * element_bytes);
+  STD_TORCH_CHECK(has_memory && end * element_bytes <= storage_bytes, item(role, index),
+      " must have its memory: its elements end at byte ", end * element_bytes, " of a storage of ",
+      has_memory ? storage_bytes : 0, " bytes");
+}
+
 // Views a dense tensor on any device, whose memory it does not touch.
 inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
   const AtenTensorHandle handle = tensor.get();
@@ -96,7 +118,9 @@ inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
   const auto length = static_cast<size_t>(dim);
-  return {data, numel, {sizes, length}, {strides, length}, dtype, device};
+  const TensorView result{data, numel, {sizes, length}, {strides, length}, dtype, device};
+  check_memory(role, index, handle, result);
+  return result;
 }
 
 inline void check_device(const char* role, size_t index, Device device, Device expected) {

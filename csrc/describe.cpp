@@ -217,27 +217,29 @@ void describe_state(size_t i, const StateTensors& state, const TensorView& order
       bookkeeping<float>("steps", i, state.steps[i], 1, aoti_torch_dtype_float32(), order.device);
 }
 
-// Whether a state tensor of parameter i lies elsewhere than when its addresses were taken, or none
-// were.
+// Whether a state tensor of parameter i lies elsewhere, or has another number of elements, than
+// when its addresses were taken; or none were. A tensor resized in place may keep its address.
 bool state_moved(
     size_t i, const StateTensors& state, const TensorView& order, const ParamData& data) {
-  const auto moved = [i](const Tensors& list, const void* address) {
-    return !list.empty() && list[i].data_ptr() != address;
+  const auto moved = [i](const Tensors& list, const void* address, int64_t numel) {
+    return !list.empty() && (list[i].data_ptr() != address || list[i].numel() != numel);
   };
-  const auto scales_moved = [&](const Tensors& list, const void* address) {
-    return address != nullptr && moved(list, address);
+  const auto scales_moved = [&](const Tensors& list, const void* address, int64_t slots) {
+    return address != nullptr && moved(list, address, slots * num_scales(order.numel));
   };
   return data.step_count == nullptr || order.data != data.exp_avg ||
-         moved(state.exp_avg_sqs, data.exp_avg_sq) ||
-         moved(state.max_exp_avg_sqs, data.max_exp_avg_sq) ||
-         moved(state.critical_buffers, data.critical_buffer) ||
-         moved(state.critical_sums, data.critical_sum) ||
-         moved(state.priorities, data.priorities) ||
-         moved(state.pending_slots, data.pending_slot) || moved(state.steps, data.step_count) ||
-         scales_moved(state.critical_scales, data.critical_scales) ||
-         scales_moved(state.exp_avg_scales, data.exp_avg_scales) ||
-         scales_moved(state.exp_avg_sq_scales, data.exp_avg_sq_scales) ||
-         scales_moved(state.compensations, data.compensation);
+         moved(state.exp_avg_sqs, data.exp_avg_sq, order.numel) ||
+         moved(state.max_exp_avg_sqs, data.max_exp_avg_sq, order.numel) ||
+         moved(state.critical_buffers, data.critical_buffer, data.capacity * order.numel) ||
+         moved(state.critical_sums, data.critical_sum, order.numel) ||
+         moved(state.priorities, data.priorities, data.capacity) ||
+         moved(state.pending_slots, data.pending_slot, 1) ||
+         moved(state.steps, data.step_count, 1) ||
+         scales_moved(state.critical_scales, data.critical_scales, data.capacity) ||
+         scales_moved(state.exp_avg_scales, data.exp_avg_scales, 1) ||
+         scales_moved(state.exp_avg_sq_scales, data.exp_avg_sq_scales, 1) ||
+         (data.compensation != nullptr &&
+             moved(state.compensations, data.compensation, order.numel));
 }
 
 }  // namespace
@@ -250,11 +252,12 @@ ParamViews describe_param(
   check_sizes("exp_avgs", i, order.sizes, param_view.sizes);
   const TensorView grad_view = view_gradient(i, param_view, grad);
   const ParamDtype dtype = param_dtype("params", i, param_view.dtype);
-  if (data.dtype != dtype) {
+  const StoredDtype stored = moment_dtype(i, order.dtype, dtype);
+  if (data.dtype != dtype || data.moment_dtype != stored) {
     data.step_count = nullptr;  // what the state is checked against has changed
   }
   data.dtype = dtype;
-  data.moment_dtype = moment_dtype(i, order.dtype, dtype);
+  data.moment_dtype = stored;
   STD_TORCH_CHECK(
       lies_as(param_view, order) || has_no_overlap(param_view.sizes, param_view.strides), "params[",
       i, "] must not hold two elements in one place (an expanded tensor?), got shape ",

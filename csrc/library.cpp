@@ -53,9 +53,11 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "Tensor(c!)[] pending_slots) -> ()");
 
   // The same steps with the state handed over once: passing a list of small tensors costs more than
-  // stepping them. What is held is tensors, not addresses: each step looks at them anew, so that
-  // nothing can be stale. A held step changes the state that hold_state was given, which no schema
-  // can say: tracing compilers are to be given the operators above.
+  // stepping them. What is held is tensors, not addresses: each step looks at them anew, and checks
+  // again those whose address or number of elements changed; but that a tensor keeps its dtype and
+  // strides in its place is not looked at, of the state other than exp_avgs. Steps of one held
+  // state take turns. They change the state that hold_state was given, which no schema can say:
+  // tracing compilers are to be given the operators above.
   m.def(
       "hold_state(Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "
       "Tensor[] critical_buffers, Tensor[] critical_sums, Tensor[] priorities, "

@@ -48,6 +48,15 @@ int64_t hold_state(Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sq
       std::move(param_indices), std::move(element_places)});
 }
 
+// The values of a negated view or of a tensor of implied zeros lie nowhere. Left to torch, what is
+// held would be a temporary copy, and a step would change that.
+int64_t refuse_implied(Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors,
+    Tensors, Tensors, Tensors, Tensors, std::vector<int64_t>) {
+  STD_TORCH_CHECK(false,
+      "a state to be held must lie in memory: it has a negated view or a tensor of implied zeros; "
+      "clone it");
+}
+
 void release_state(int64_t held) {
   HeldStates::instance().remove(held);
 }
@@ -58,6 +67,14 @@ void release_state(int64_t held) {
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
   m.impl("hold_state", TORCH_BOX(&hold_state));
   m.impl("release_state", TORCH_BOX(&release_state));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cm_fused, Negative, m) {
+  m.impl("hold_state", TORCH_BOX(&refuse_implied));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cm_fused, ZeroTensor, m) {
+  m.impl("hold_state", TORCH_BOX(&refuse_implied));
 }
 
 }  // namespace cm_fused

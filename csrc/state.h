@@ -36,7 +36,7 @@ class HeldState {
  public:
   explicit HeldState(StateTensors state) : tensors(std::move(state)) {}
 
-  // What an op knows of the tensors from its last call, in a type of its own.
+  // What an op knows of the tensors from its last call, in a type of its own. Needs the lock.
   template <typename Knowledge>
   Knowledge& knowledge() {
     auto& known = knowledge_[typeid(Knowledge)];
@@ -46,9 +46,16 @@ class HeldState {
     return *static_cast<Knowledge*>(known.get());
   }
 
+  // For as long as an op uses the state: torch calls ops without Python's lock, and two threads
+  // that step one state must take turns with what is known of it.
+  [[nodiscard]] std::unique_lock<std::mutex> lock() {
+    return std::unique_lock(mutex_);
+  }
+
   const StateTensors tensors;
 
  private:
+  std::mutex mutex_;
   std::unordered_map<std::type_index, std::shared_ptr<void>> knowledge_;
 };
 

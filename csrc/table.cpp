@@ -37,6 +37,7 @@ Row refreshed(const ParamData& data, const int64_t* row) {
 
 int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table) {
   const auto state = HeldStates::instance().get(held);
+  const auto lock = state->lock();
   check_lengths(state->tensors, params, grads);
   const TensorView table_view = view_table(table, cpu_device());
   STD_TORCH_CHECK(table_view.sizes[0] == static_cast<int64_t>(params.size()),

@@ -50,6 +50,15 @@ def _load_cuda() -> str | None:
 
 def _fake_in_place(*args: object, **kwargs: object) -> None:
     """Every output is an argument changed in place."""
+    _check_devices(args)
+
+
+def _check_devices(args: tuple[object, ...]) -> None:
+    """Refuse tensors on the meta device among others, which would be a step that does nothing."""
+    lists = (arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+    devices = {t.device for tensors in lists for t in tensors if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
 def _fake_sq_norms(
@@ -61,6 +70,7 @@ def _fake_sq_norms(
     maximize: bool,
     decoupled_weight_decay: bool,
 ) -> Tensor:
+    _check_devices((params, grads, grad_factor))
     return torch.empty(len(params), dtype=torch.float64)
 
 

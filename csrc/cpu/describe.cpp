@@ -33,10 +33,14 @@ std::unique_ptr<const StridedLayout> strided_layout(
   return layout;
 }
 
+// More than any float32 counts to, and few enough for an int64 to go on from.
+constexpr float kMaxSteps = 0x1p62F;
+
 void read_step_count(size_t i, TensorStep& tensor) {
   const float count = *tensor.step_count;
   STD_TORCH_CHECK(
       count >= 0.0F && std::isfinite(count), "steps[", i, "] must be finite and >= 0, got ", count);
+  STD_TORCH_CHECK(count < kMaxSteps, "steps[", i, "] must be below 2^62, got ", count);
   tensor.step = static_cast<int64_t>(count) + 1;
 }
 

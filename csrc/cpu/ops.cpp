@@ -154,6 +154,7 @@ void step_critical_gradients(const StateTensors& state, const Tensors& params, c
   describe_bucket(state, params, grads, options, bucket);
   const auto given = scalars.sq_norm.has_value() ? read_sq_norm(*scalars.sq_norm, params.size())
                                                  : std::vector<double>();
+  const Kernels& chosen = kernels();  // may throw: nothing is changed yet
   if (is_skipped(scalars.found_inf)) {
     return;
   }
@@ -161,11 +162,11 @@ void step_critical_gradients(const StateTensors& state, const Tensors& params, c
   const auto scope =
       scalars.sq_norm.has_value()
           ? given
-          : over_scope(add_chunks(bucket, run(kernels().sq_norm, bucket, options)), options);
+          : over_scope(add_chunks(bucket, run(chosen.sq_norm, bucket, options)), options);
   for (size_t i = 0; i < bucket.size(); ++i) {
     keep_books(bucket[i], scope[i], options.priority_decay, &bucket[i].slot);
   }
-  run(kernels().adam_cg, bucket, options);
+  run(chosen.adam_cg, bucket, options);
 }
 
 void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -222,6 +223,7 @@ void step_held_(int64_t held, Tensors params, Tensors grads, std::optional<Tenso
     bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
     bool decoupled_weight_decay, bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
   const auto state = HeldStates::instance().get(held);
+  const auto lock = state->lock();
   const ScalarTensors scalars{sq_norm, lr_tensor, grad_factor, found_inf};
   const StepOptions options{lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope,
       mean_over_capacity, eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update,

@@ -11,8 +11,8 @@ namespace cm_fused {
 
 namespace {
 
-// The chunks of every row must be there before the first row is changed.
-void check_chunks(const PriorityUpdate& update) {
+// The chunks and the books of every row must be there before the first row is changed.
+void check_rows(const PriorityUpdate& update) {
   for (int64_t i = 0; i < update.num_rows; ++i) {
     const int64_t* row = row_of(update.table, i);
     const int64_t first = row[kFirstChunkColumn];
@@ -20,6 +20,10 @@ void check_chunks(const PriorityUpdate& update) {
     STD_TORCH_CHECK(first >= 0 && count >= 0 && first <= update.num_chunks - count, "table[", i,
         "] must name chunks of the ", update.num_chunks, " in chunk_sq_norms, got ", count,
         " from ", first);
+    for (const int64_t column : {kPrioritiesColumn, kSlotColumn, kStepColumn}) {
+      STD_TORCH_CHECK(row[column] != 0, "table[", i, "] must have an address in column ", column,
+          ", got 0: refresh_table_ sets it");
+    }
   }
 }
 
@@ -31,7 +35,7 @@ void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tenso
     std::optional<Tensor> found_inf, int64_t capacity, double priority_decay, bool group_scope) {
   const PriorityUpdate update =
       check_priority_update(table, chunk_sq_norms, sq_norm, found_inf, capacity, priority_decay);
-  check_chunks(update);
+  check_rows(update);
   if (update.found_inf != nullptr && *update.found_inf != 0.0) {
     return;
   }

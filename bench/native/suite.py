@@ -1,0 +1,51 @@
+"""Which tests run under a sanitizer, and why the others do not."""
+
+from pathlib import Path
+
+# Test ids with these words never reach C++: interpreted Triton kernels, the reference.
+SELECTED = "not triton and not eager"
+
+_NO_CPP = "does not call the library, or not beyond what other files do"
+_PAPER = "experiments in plain Python that step as test_contract.py does, for minutes"
+LEFT_OUT = {
+    "tests/test_build.py": "builds packages in subprocesses",
+    "tests/test_compile.py": "inductor compiles, under the preloaded sanitizer, with another g++",
+    "tests/test_cuda_sources.py": _NO_CPP,
+    "tests/test_diagnosis.py": "subprocesses of `python -m cm_fused` without the preload",
+    "tests/test_gpu.py": "needs a GPU",
+    "tests/test_launch.py": _NO_CPP,
+    "tests/test_memory.py": "measures memory, of which a sanitizer takes as much again",
+    "tests/test_paper_data.py": _PAPER,
+    "tests/test_paper_experiments.py": _PAPER,
+    "tests/test_paper_surfaces.py": _PAPER,
+    "tests/test_paper_train.py": _PAPER,
+    "tests/test_precision_bench.py": _NO_CPP,
+    "tests/test_readme.py": _NO_CPP,
+    "tests/test_reference.py": _NO_CPP,
+    "tests/test_rounding.py": _NO_CPP,
+    "tests/test_sass.py": _NO_CPP,
+    "tests/test_trainers.py": "imports trainers, whose processes and threads are not ours",
+    "tests/test_triton.py": _NO_CPP,
+}
+DESELECTED = {
+    "tests/test_ops.py::test_opcheck": "traces for minutes what the other tests call",
+}
+# Each in a process of its own, so that a fault of one leaves the others' results: first those that
+# call the operators most.
+FIRST = [
+    f"tests/test_{name}.py"
+    for name in ("ops", "op_arguments", "threads", "low_precision", "table", "faults", "parity")
+]
+OF_THREADS = ["tests/test_threads.py", "tests/test_ops.py"]
+
+
+def deselected() -> list[str]:
+    """Return pytest's options."""
+    return [option for test in DESELECTED for option in ("--deselect", test)]
+
+
+def parts(tree: Path) -> list[list[str]]:
+    """Return the files to run, one process for each list."""
+    files = sorted(f"tests/{path.name}" for path in (tree / "tests").glob("test_*.py"))
+    others = [file for file in files if file not in FIRST and file not in LEFT_OUT]
+    return [[file] for file in [*FIRST, *others]]
