@@ -53,6 +53,7 @@ class ReferenceMachine(ApiMachine):
 
     dtypes = (torch.float64, torch.complex128)
     backends = (None, "cpu", "eager")
+    precision: dict[str, Any] = {}
     reorders = True
 
     @initialize(kind=st.sampled_from(KINDS), options=options_of_a_group, seed=seeds)
@@ -122,12 +123,12 @@ class UndisturbedMachine(ApiMachine):
         seed: int,
     ) -> None:
         """Make both."""
-        dtype, precise = precision
+        dtype, self.precision = precision
         self.dtypes = (dtype,)
         self.backends = (backend,)
         # Scales and random numbers go by the place in memory.
-        self.reorders = not precise
-        self.construct_both(kind, seed, backend, {**options, **precise})
+        self.reorders = not self.precision
+        self.construct_both(kind, seed, backend, options)
 
     def require_agreement(self) -> None:
         """Every bit is the model's."""

@@ -54,6 +54,7 @@ class ApiMachine(RuleBasedStateMachine):
         model: An optimizer that does nothing but steps.
         dtypes: Of the parameters, in turn.
         backends: What the optimizer under test may be switched to.
+        precision: Options of low precision, which are all groups'.
         reorders: Whether parameters may take another memory order, which new state follows.
     """
 
@@ -65,12 +66,14 @@ class ApiMachine(RuleBasedStateMachine):
     model: CriticalAdam
     dtypes: tuple[torch.dtype, ...]
     backends: tuple[str | None, ...]
+    precision: dict[str, Any]
     reorders: bool
 
     def construct_both(
         self, kind: type[CriticalAdam], seed: int, model_backend: str, options: dict[str, Any]
     ) -> None:
         """Make both, with one group."""
+        options = {**options, **self.precision}
         self.params, self.model_params = self._new_params(seed), self._new_params(seed)
         self.optimizer = kind(self.params, backend=self.backends[0], **options)
         self.model = kind(self.model_params, backend=model_backend, **options)
@@ -145,10 +148,12 @@ class ApiMachine(RuleBasedStateMachine):
         file = io.BytesIO()
         torch.save(self.optimizer.state_dict(), file)
         file.seek(0)
-        own = ("params", "capacity", "buffer_dtype", "moment_dtype")
-        groups = [{key: group[key] for key in own} for group in self.optimizer.param_groups]
+        groups = [
+            {key: group[key] for key in ("params", "capacity")}
+            for group in self.optimizer.param_groups
+        ]
         backend = data.draw(st.sampled_from(self.backends))
-        self.optimizer = type(self.optimizer)(groups, backend=backend)
+        self.optimizer = type(self.optimizer)(groups, backend=backend, **self.precision)
         self.optimizer.load_state_dict(torch.load(file))
 
     @rule()
@@ -221,7 +226,9 @@ class ApiMachine(RuleBasedStateMachine):
             "integer": torch.zeros(param.shape, dtype=torch.int64),
         }[fault]
         # What autograd lets nobody assign may still come by other ways.
-        self._require_refused(lambda: _force_gradient(param, bad), lambda: None, RuntimeError)
+        self._require_refused(
+            lambda: _force_gradient(param, bad), lambda: setattr(param, "grad", None), RuntimeError
+        )
 
     @precondition(lambda self: any(p.grad is not None for p in self.optimizer.state))
     @rule(group=st.integers(0, MAX_GROUPS - 1))
@@ -286,11 +293,11 @@ class ApiMachine(RuleBasedStateMachine):
 
 
 def _force_gradient(param: Tensor, bad: Tensor) -> None:
-    """Set a gradient that `Tensor.grad` refuses: by way of a data that it fits."""
+    """Set a gradient that `Tensor.grad` refuses, by way of data of another shape."""
     data = param.data
-    try:
-        param.grad = bad
-    except (RuntimeError, TypeError):
-        param.data = torch.zeros_like(bad.to_dense())
-        param.grad = bad
-        param.data = data
+    param.grad = None
+    param.grad_dtype = None
+    if bad.shape != data.shape:
+        param.data = data.new_zeros(bad.shape)
+    param.grad = bad
+    param.data = data

@@ -31,6 +31,10 @@ def _view(param: Tensor, state: dict[str, Tensor]) -> View:
             view.get("critical_scales"),
             view.get("exp_avg_scales"),
         )
+    largest = view.get("max_exp_avg_sq")
+    if largest is not None and not largest.any():
+        # Loading makes what amsgrad, turned on since, would have made at the next step.
+        del view["max_exp_avg_sq"]
     return {"param": _real_copy(param.detach()), **view}
 
 
@@ -55,7 +59,10 @@ def require_same_bits(
             f"{what}: parameter {i} has {sorted(one)}, should have {sorted(other)}",
         )
         for key, value in other.items():
-            require(_same_bits(one[key], value), f"{what}: {key} of parameter {i} differs")
+            require(
+                _same_bits(one[key], value),
+                f"{what}: {key} of parameter {i} is {one[key]}, should be {value}",
+            )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -65,7 +72,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def require_close(
