@@ -264,9 +264,7 @@ def _started_at(
     "betas", [(0.9, 0.99), (0.0, 0.0), (0.9, 0.999), (0.9, 0.9999999), (0.9999999, 0.9999999)]
 )
 @pytest.mark.parametrize("step", [1, 1000, 10**7 - 1, 2**24 - 8])
-def test_large_step_counts(
-    backend: str, kind: Kind, betas: tuple[float, float], step: int
-) -> None:
+def test_large_step_counts(backend: str, kind: Kind, betas: tuple[float, float], step: int) -> None:
     """Bias corrections are those of the step, to 10^7 and on to 2^24, and steps are counted.
 
     Betas are float32 in a float32 step, whose distance to 1 is then off by 2^-25: for 0.9999999, by

@@ -9,6 +9,8 @@ are worth 1 / (1 - beta2). Sizes are those of the last 2,000 steps, before which
 The running sum is rebuilt once in 4 C steps: 8 C u of the slots' size (`tests/test_drift.py`).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM
+from cm_fused._bucket import step_options
 from cm_fused._critical_adam import CriticalAdam
 
 Array = NDArray[np.float64]
@@ -38,7 +41,7 @@ def run(quick: bool) -> Finding:
     return Finding(
         "drift",
         steps,
-        "steps of two small tensors",
+        "steps of small tensors",
         "keys equal to a float64 recurrence's; moments, slots and running sum within stated bounds",
     )
 
@@ -77,13 +80,26 @@ def _follow(kind: type[CriticalAdam], steps: int) -> None:
     param.grad = torch.empty(SIZE)
     optimizer = kind([param], lr=1e-4, betas=(BETA1, BETA2), capacity=CAPACITY, backend="cpu")
     recurrence = _Recurrence(stores_gradients=kind is AdamCG)
+    take = _taker(optimizer)
     for t in range(steps):
         scale = 1 + t % SCALES
         torch.mul(draws[t % DRAWS], scale, out=param.grad)
-        optimizer.step()
+        take()
         recurrence.step(exact[t % DRAWS] * scale)
     optimizer.state_dict()  # makes what is pending
     _require(optimizer.state[param], recurrence, steps)
+
+
+def _taker(optimizer: CriticalAdam) -> Callable[[], None]:
+    """Return what takes a step, without what `Optimizer.step` does around it, most of the time."""
+    group = optimizer.param_groups[0]
+    optimizer._make_state([group])
+    plan = optimizer._new_plan(group)
+    ((backend, bucket),) = plan.buckets
+    bucket.handle = backend.hold(bucket)
+    options = step_options(group)
+    step_ = backend.adam_cg_ if optimizer._critical_gradients else backend.adam_cm_
+    return lambda: step_(bucket, options, None)
 
 
 def _require(state: dict[str, Tensor], expected: _Recurrence, steps: int) -> None:

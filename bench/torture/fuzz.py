@@ -53,12 +53,12 @@ class ReferenceMachine(ApiMachine):
 
     dtypes = (torch.float64, torch.complex128)
     backends = (None, "cpu", "eager")
-    precision: dict[str, Any] = {}
     reorders = True
 
     @initialize(kind=st.sampled_from(KINDS), options=options_of_a_group, seed=seeds)
     def construct(self, kind: type[CriticalAdam], options: dict[str, Any], seed: int) -> None:
         """Make both."""
+        self.precision = {}
         self.construct_both(kind, seed, "eager", options)
         self.largest = 1.0
         self.had_l2_term = False
