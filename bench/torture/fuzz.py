@@ -80,7 +80,7 @@ class ReferenceMachine(ApiMachine):
             views(self.optimizer, self.params),
             views(self.model, self.model_params),
             rtol=1e-12,
-            sizes=[self.largest] * len(self.params),
+            size=self.largest,
             key_rtol=1e-6 if self.had_l2_term else 0.0,
         )
 
