@@ -46,3 +46,15 @@ def test_float8_slots_are_pickled() -> None:
             theirs.state_dict()["state"][0]["critical_buffer"][0].float(),
             optimizer.state_dict()["state"][0]["critical_buffer"][0].float(),
         )
+
+
+def test_decoupled_decay_by_a_float32_learning_rate() -> None:
+    """The reference decays float64 parameters by 1 - lr * weight_decay of float64.
+
+    Older tests gave a tensor `lr` to float32 parameters, in which the loss does not show.
+    """
+    lr = torch.tensor(0.1)
+    param = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    param.grad = torch.zeros_like(param)
+    AdamCM([param], lr=lr, weight_decay=0.1, decoupled_weight_decay=True, backend="eager").step()
+    assert abs(param.item() - (1 - lr.item() * 0.1)) < 1e-15
