@@ -91,7 +91,7 @@ torture-quick: $(VENV)/installed
 	$(BIN)/python -m bench.torture --quick
 
 sanitize: $(VENV)/installed
-	$(BIN)/python -m bench.native_sanitizers
+	$(BIN)/python -m bench.native
 
 # Without the advisories' address it says of each package that it could not be audited, and passes.
 audit: $(VENV)/lint

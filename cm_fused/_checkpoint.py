@@ -30,6 +30,7 @@ from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_mome
 # Keys that are loaded where the state dict has them, whatever the options.
 OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
 BUFFER_KEYS = ("critical_buffer", "priorities")
+FLOAT8 = torch.float8_e4m3fn
 # Options of the process, not of the training run: neither saved nor loaded.
 LOCAL_OPTIONS = ("backend", "amp_scaling")
 # Options that stay the optimizer's own; the state is converted to them.
@@ -44,6 +45,23 @@ def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
         else value
         for key, value in state.items()
     }
+
+
+def picklable(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a state, as `saved_state`, whose 8-bit floats are bytes: torch pickles none."""
+    return {key: _with_viewed(value, FLOAT8, torch.uint8) for key, value in state.items()}
+
+
+def unpickled(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the state that `picklable` was given."""
+    return {key: _with_viewed(value, torch.uint8, FLOAT8) for key, value in state.items()}
+
+
+def _with_viewed(state: Any, held: torch.dtype, viewed: torch.dtype) -> Any:
+    buffer = state.get("critical_buffer") if isinstance(state, dict) else None
+    if not isinstance(buffer, Tensor) or buffer.dtype != held:
+        return state
+    return {**state, "critical_buffer": buffer.view(viewed)}
 
 
 def saved_form(optimizer: Optimizer, state_dict: StateDict) -> StateDict:

@@ -469,14 +469,15 @@ class CriticalAdam(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._commit_pending()
         state = super().__getstate__()
-        return {**state, "state": _checkpoint.saved_state(state["state"])}
+        saved = _checkpoint.saved_state(state["state"])
+        return {**state, "state": _checkpoint.picklable(saved)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
         self._forget_plans()
-        self.state = OptimizerState(dict, self.state)
+        self.state = OptimizerState(dict, _checkpoint.unpickled(self.state))
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

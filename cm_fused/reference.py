@@ -342,7 +342,7 @@ def _update_(
     inverse_bias_correction2 = (1 / (1 - options.beta2**t)).to(v.dtype)
     lr = options.lr
     if isinstance(lr, Tensor):
-        lr = lr.to(step.device).reshape(())
+        lr = lr.to(step.device, torch.float64).reshape(())
 
     v.mul_(options.beta2).add_(aggregate * aggregate, alpha=1 - options.beta2)  # Eq. (5)
     second_moment = v

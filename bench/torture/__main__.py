@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bench.machine import describe
-from bench.torture import damage, endurance, fuzz, kill, numbers
+from bench.torture import damage, drift, endurance, fuzz, kill, numbers, operators, scale
 from bench.torture.finding import Finding
 
 REPORT = Path(__file__).parents[1] / "RELIABILITY.md"
@@ -16,9 +16,13 @@ REPORT = Path(__file__).parents[1] / "RELIABILITY.md"
 CAMPAIGNS: tuple[Callable[[bool], Finding], ...] = (
     kill.run,
     damage.run,
+    damage.files,
     numbers.run,
+    operators.run,
     fuzz.run,
-    endurance.drift,
+    drift.run,
+    scale.many,
+    scale.large,
     endurance.leak,
     endurance.threads,
     endurance.forks,

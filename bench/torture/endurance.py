@@ -176,25 +176,3 @@ def _step_in_fork(
     torch.set_num_threads(1)
     _take(params, optimizer, first, 5)
     require(_same(params, optimizer, expected, twin), "a fork has other bits")
-
-
-def drift(quick: bool) -> Finding:
-    """Follow the running sum and the keys through a long run of a small tensor."""
-    steps = 20_000 if quick else 1_000_000
-    param = torch.zeros(5, requires_grad=True)
-    optimizer = AdamCM([param], lr=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    gradients = torch.randn(997, 5, generator=generator)
-    for t in range(steps):
-        param.grad = gradients[t % 997] * (1 + t % 1013)
-        optimizer.step()
-    optimizer.state_dict()
-    state = optimizer.state[param]
-    exact = state["critical_buffer"].double().sum(0)
-    error = (state["critical_sum"] - exact).abs().max() / exact.abs().max()
-    require(error.item() <= 1e-5, f"the running sum is off by {error.item():.1e}")
-    require(state["step"].item() == steps, f"{state['step'].item()} of {steps} were counted")
-    require(bool(state["priorities"].isfinite().all()), "a key is not finite")
-    return Finding(
-        "drift", steps, "steps of one tensor", "the running sum within 1e-5 of its slots'"
-    )
