@@ -1,73 +1,65 @@
 """Run the reliability campaign; write bench/RELIABILITY.md."""
 
 import argparse
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
-
-from bench.machine import describe
 from bench.torture import damage, drift, endurance, fuzz, kill, numbers, operators, scale
 from bench.torture.finding import Finding
+from bench.torture.report import report
 
 REPORT = Path(__file__).parents[1] / "RELIABILITY.md"
-# Forks come before anything that starts threads.
+# Those that take longest come first.
 CAMPAIGNS: tuple[Callable[[bool], Finding], ...] = (
     kill.run,
-    damage.run,
-    damage.files,
-    numbers.run,
-    operators.run,
     fuzz.run,
     drift.run,
+    operators.run,
     scale.many,
     scale.large,
+    numbers.run,
     endurance.leak,
+    damage.run,
+    damage.files,
     endurance.threads,
     endurance.forks,
 )
 
 
 def main() -> None:
-    """Run every campaign, which raises at the first fault."""
+    """Run every campaign, each in a process of its own; raises at the first fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small part, written nowhere")
     quick = parser.parse_args().quick
-    findings = []
-    for campaign in CAMPAIGNS:
-        start = time.monotonic()
-        finding = campaign(quick)
-        seconds = time.monotonic() - start
-        print(
-            f"{finding.campaign}: {finding.cases:,} {finding.what}: {finding.result} "
-            f"({seconds:.0f} s)",
-            flush=True,
-        )
-        findings.append(finding)
-    if not quick:
-        REPORT.write_text(_report(findings))
-
-
-def _report(findings: list[Finding]) -> str:
-    machine = describe("cpu")
-    rows = [f"| {f.campaign} | {f.cases:,} | {f.what} | {f.result} |" for f in findings]
-    return "\n".join(
-        (
-            "# Reliability",
-            "",
-            "Written by `make torture`, which ends at the first fault: every case below ended as",
-            f"the last column says. {machine['model']}, {machine['cores']} cores, torch "
-            f"{torch.__version__}, on the CPU; nothing here was run on a GPU.",
-            "",
-            "| campaign | cases | of | result of every one |",
-            "| --- | ---: | --- | --- |",
-            *rows,
-            "",
-            "`tests/test_faults.py` injects faults into steps.",
-            "",
-        )
+    findings: dict[int, Finding] = {}
+    pool = ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)),
+        # New processes: one campaign forks, which threads of another would not survive.
+        mp_context=multiprocessing.get_context("spawn"),
+        max_tasks_per_child=1,
     )
+    with pool:
+        running = {pool.submit(_run, i, quick): i for i in range(len(CAMPAIGNS))}
+        try:
+            for done in as_completed(running):
+                findings[running[done]] = done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if not quick:
+        REPORT.write_text(report([findings[i] for i in range(len(CAMPAIGNS))]))
+
+
+def _run(index: int, quick: bool) -> Finding:
+    start = time.monotonic()
+    finding = CAMPAIGNS[index](quick)
+    seconds = time.monotonic() - start
+    print(f"{finding.line()} ({seconds:.0f} s)", flush=True)
+    return finding
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ class Finding:
     what: str
     result: str
 
+    def line(self) -> str:
+        """Return it as one line."""
+        return f"{self.campaign}: {self.cases:,} {self.what}: {self.result}"
+
 
 def require(condition: bool, message: str) -> None:
     """Raise AssertionError with a message unless a condition holds, under -O too."""

@@ -1,0 +1,87 @@
+"""The campaign's figures as Markdown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine import describe
+from bench.torture.finding import Finding
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def report(findings: list[Finding]) -> str:
+    """Return bench/RELIABILITY.md: a table of the findings, and what the sanitizers found."""
+    machine = describe("cpu")
+    rows = [f"| {f.campaign} | {f.cases:,} | {f.what} | {f.result} |" for f in findings]
+    return "\n".join(
+        (
+            "# Reliability",
+            "",
+            "Written by `make torture`, which ends at the first fault: every case below ended as",
+            f"the last column says. {machine['model']}, {machine['cores']} cores, torch "
+            f"{torch.__version__}, on the CPU; nothing here was run on a GPU.",
+            "",
+            "| campaign | cases | of | result of every one |",
+            "| --- | ---: | --- | --- |",
+            *rows,
+            "",
+            "`tests/test_faults.py` injects a fault at every operator call of a step.",
+            "",
+            *_sanitizers(),
+            *_growth(),
+        )
+    )
+
+
+def _sanitizers() -> list[str]:
+    """Return what `make sanitize` last wrote."""
+    found = json.loads((RESULTS / "sanitizers.json").read_text())
+    rows = [
+        f"| {run['tool']} | {run['what']} | {run['passed']} | {_outcome(run)} |"
+        for run in found["runs"]
+    ]
+    return [
+        "## Sanitizers",
+        "",
+        f"Written by `make sanitize` at {found['versions']['commit']} with {found['compiler']};",
+        "what is left out and why is in [`bench/native/suite.py`](native/suite.py).",
+        "",
+        "| tool | ran | passed | findings |",
+        "| --- | --- | ---: | --- |",
+        *rows,
+        "",
+    ]
+
+
+def _outcome(run: dict[str, Any]) -> str:
+    if run["failed"]:
+        return "failed"
+    count = len(run["findings"])
+    return f"{count}, planted" if run["expected"] else str(count)
+
+
+def _growth() -> list[str]:
+    """Return what `python -m bench.growth` last wrote."""
+    found = json.loads((RESULTS / "growth.json").read_text())
+    rows = [
+        f"| {curve['curve']['name']} | {curve['curve']['values'][0]:,} to "
+        f"{curve['curve']['values'][-1]:,} | {curve['exponents']['AdamCM']:.2f} | "
+        f"{curve['exponents']['AdamW']:.2f} |"
+        for curve in found["curves"]
+    ]
+    return [
+        "## Growth of a step's time",
+        "",
+        "Written by `python -m bench.growth`: the p of the best fit time ~ x^p; 1 is linear, 0 is",
+        f"flat. {found['machine']['model']}, {found['machine']['threads']} threads.",
+        "",
+        "| x | values | AdamCM | fused AdamW |",
+        "| --- | --- | ---: | ---: |",
+        *rows,
+        "",
+        "![growth](results/growth.png)",
+        "",
+    ]
