@@ -51,7 +51,7 @@ int64_t hold_state(Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sq
 // The values of a negated view or of a tensor of implied zeros lie nowhere. Left to torch, what is
 // held would be a temporary copy, and a step would change that.
 int64_t refuse_implied(Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors,
-    Tensors, Tensors, Tensors, Tensors, std::vector<int64_t>) {
+    Tensors, Tensors, Tensors, Tensors, std::vector<int64_t>, std::vector<int64_t>) {
   STD_TORCH_CHECK(false,
       "a state to be held must lie in memory: it has a negated view or a tensor of implied zeros; "
       "clone it");

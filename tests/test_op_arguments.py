@@ -139,7 +139,9 @@ def test_moment_of_another_dtype_in_the_same_place_is_seen() -> None:
     torch.ops.cm_fused.release_state(held)
 
 
-@pytest.mark.parametrize("make", [torch._neg_view, torch._efficientzerotensor], ids=["negated", "zeros"])
+@pytest.mark.parametrize(
+    "make", [torch._neg_view, torch._efficientzerotensor], ids=["negated", "zeros"]
+)
 def test_state_of_implied_values_is_not_held(make: Any) -> None:
     """A copy would be held and changed by steps, or memory that is not there."""
     case = sample()

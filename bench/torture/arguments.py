@@ -48,6 +48,7 @@ class Arguments:
     Attributes:
         lists: The lists of tensors, by the schemas' names.
         param_indices: The list of numbers.
+        element_places: The other one.
         scalars: The optional tensors.
         options: The hyperparameters.
         damages: What was done to them, in words.
@@ -61,6 +62,7 @@ class Arguments:
     scalars: dict[str, Tensor | None]
     options: dict[str, Any]
     roles: tuple[str, ...]
+    element_places: list[int] = field(default_factory=list)
     damages: list[str] = field(default_factory=list)
     has_result: bool = True
 
@@ -352,6 +354,20 @@ def _change_param_indices(arguments: Arguments, chance: random.Random) -> bool:
     return False
 
 
+def _change_element_places(arguments: Arguments, chance: random.Random) -> bool:
+    count = len(arguments.lists["params"])
+    values: tuple[list[int], ...] = (
+        [0],
+        [0, 1, 1] * (count + 1),
+        [0, 0, 0] * count,
+        [-1, -1, -1] * count,
+        [2**62, 2**62, 2**62] * count,
+        [3, 2, 5] * count,
+    )
+    arguments.element_places = chance.choice(values)
+    return False
+
+
 def _any_tensor(arguments: Arguments, chance: random.Random) -> tuple[list[Any], int]:
     roles = [role for role in arguments.roles if arguments.lists[role]]
     if not roles:
@@ -373,6 +389,7 @@ DAMAGES = (
     _change_scalar,
     _change_option,
     _change_param_indices,
+    _change_element_places,
 )
 
 

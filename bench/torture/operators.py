@@ -127,7 +127,8 @@ def _holds(arguments: Arguments) -> bool:
 
 
 def _state(arguments: Arguments) -> tuple[Any, ...]:
-    return (*(arguments.lists[role] for role in STATE), arguments.param_indices)
+    lists = (arguments.lists[role] for role in STATE)
+    return (*lists, arguments.param_indices, arguments.element_places)
 
 
 def _scalars(arguments: Arguments, *names: str) -> list[Any]:
@@ -140,12 +141,13 @@ _OF_STEPS = ("sq_norm", "lr_tensor", "grad_factor", "found_inf")
 def _adam_cm(_: int | None, a: Arguments) -> None:
     lists = (a.lists[role] for role in STEP_LISTS)
     scalars = _scalars(a, *_OF_STEPS, "local_sq_norms")
-    OPS.adam_cm_(*lists, a.param_indices, *scalars, **a.options)
+    OPS.adam_cm_(*lists, a.param_indices, a.element_places, *scalars, **a.options)
 
 
 def _adam_cg(_: int | None, a: Arguments) -> None:
     lists = (a.lists[role] for role in STEP_LISTS if role != "pending_slots")
-    OPS.adam_cg_(*lists, a.param_indices, *_scalars(a, *_OF_STEPS), **a.options)
+    scalars = _scalars(a, *_OF_STEPS)
+    OPS.adam_cg_(*lists, a.param_indices, a.element_places, *scalars, **a.options)
 
 
 def _step_held(
@@ -289,7 +291,7 @@ def _bucket(a: Arguments) -> Bucket:
     lists = dict(a.lists)
     if lists["critical_sums"]:
         lists["critical_sums"] = []
-    return Bucket(**lists, param_indices=a.param_indices)
+    return Bucket(**lists, param_indices=a.param_indices, element_places=a.element_places)
 
 
 def _options(a: Arguments) -> StepOptions:
