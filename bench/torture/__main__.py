@@ -3,31 +3,14 @@
 import argparse
 import multiprocessing
 import os
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from bench.torture import damage, drift, endurance, fuzz, kill, numbers, operators, scale
+from bench.torture.campaigns import CAMPAIGNS, run
 from bench.torture.finding import Finding
 from bench.torture.report import report
 
 REPORT = Path(__file__).parents[1] / "RELIABILITY.md"
-# Those that take longest come first.
-CAMPAIGNS: tuple[Callable[[bool], Finding], ...] = (
-    kill.run,
-    fuzz.run,
-    drift.run,
-    operators.run,
-    scale.many,
-    scale.large,
-    numbers.run,
-    endurance.leak,
-    damage.run,
-    damage.files,
-    endurance.threads,
-    endurance.forks,
-)
 
 
 def main() -> None:
@@ -43,23 +26,15 @@ def main() -> None:
         max_tasks_per_child=1,
     )
     with pool:
-        running = {pool.submit(_run, i, quick): i for i in range(len(CAMPAIGNS))}
+        running = {pool.submit(run, i, quick): i for i in range(len(CAMPAIGNS))}
         try:
             for done in as_completed(running):
                 findings[running[done]] = done.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     if not quick:
         REPORT.write_text(report([findings[i] for i in range(len(CAMPAIGNS))]))
-
-
-def _run(index: int, quick: bool) -> Finding:
-    start = time.monotonic()
-    finding = CAMPAIGNS[index](quick)
-    seconds = time.monotonic() - start
-    print(f"{finding.line()} ({seconds:.0f} s)", flush=True)
-    return finding
 
 
 if __name__ == "__main__":

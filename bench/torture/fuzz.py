@@ -21,7 +21,7 @@ LEAST_TRANSITIONS = 20_000
 def run(quick: bool) -> Finding:
     """Use the API at random."""
     for machine in (ReferenceMachine, UndisturbedMachine):
-        use_at_random(machine, 12 if quick else 240)
+        use_at_random(machine, 12 if quick else 280)
     made = ApiMachine.transitions
     require(quick or made >= LEAST_TRANSITIONS, f"only {made} transitions were made")
     return Finding(
