@@ -27,7 +27,7 @@ Precision = tuple[torch.dtype, torch.dtype]
 
 def run(quick: bool) -> Finding:
     """Kill and resume a run of every precision."""
-    kills, steps = (5, 400) if quick else (50, 6000)
+    kills, steps = (5, 1000) if quick else (50, 6000)
     chance = random.Random(0)
     total = 0
     precisions = list(itertools.product(BUFFER_DTYPES, MOMENT_DTYPES))
