@@ -301,6 +301,8 @@ def _change_in_place(arguments: Arguments, chance: random.Random) -> bool:
     """Change a tensor's metadata, whose memory stays where it is."""
     tensors, i = _any_tensor(arguments, chance)
     t = tensors[i]
+    if t._is_zerotensor():
+        return False  # torch itself crashes where one without memory is resized
     numel = t.numel()
     changes: tuple[Callable[[], object], ...] = (
         lambda: t.resize_(numel // 2),

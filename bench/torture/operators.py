@@ -44,7 +44,7 @@ def run(quick: bool) -> Finding:
         child.start()
         child.join()
         if child.exitcode != 0:
-            raise AssertionError(f"exit status {child.exitcode}: {describe(current.value)}")
+            raise AssertionError(f"exit status {child.exitcode}: run_case({current.value})")
     refused, compared, others = outcomes[:]
     return Finding(
         "operators' arguments",
@@ -55,16 +55,9 @@ def run(quick: bool) -> Finding:
     )
 
 
-def describe(seed: int) -> str:
-    """Say what a case is."""
-    chance = random.Random(seed)
-    name, _ = _choose(chance)
-    arguments = valid(chance, _ROLES.get(name, ROLES))
-    damage(arguments, chance)
-    shapes = [tuple(t.shape) for t in arguments.lists["params"]]
-    return (
-        f"case {seed}: {name} of params {shapes} after {', '.join(arguments.damages) or 'nothing'}"
-    )
+def _describe(seed: int, name: str, arguments: Arguments) -> str:
+    damages = ", ".join(arguments.damages) or "nothing"
+    return f"run_case({seed}), {name} after {damages}"
 
 
 def _run_cases(first: int, last: int, current: Any, outcomes: Any) -> None:
@@ -96,19 +89,20 @@ def run_case(seed: int) -> int:
             arguments.lists.update(held_lists)
     twin = copy.deepcopy(arguments) if arguments.has_result else None
     before = _Memory(arguments.tensors())
+    case = _describe(seed, name, arguments)
     try:
         result = call(held, arguments)
     except ERRORS as error:
-        require(before.is_unchanged(), f"{describe(seed)}: changed something, then: {error}")
+        require(before.is_unchanged(), f"{case}: changed something, then: {error}")
         return 0
     finally:
         if held is not None:
             OPS.release_state(held)
-    require(before.is_unchanged_around(), f"{describe(seed)}: changed memory of no tensor")
+    require(before.is_unchanged_around(), f"{case}: changed memory of no tensor")
     if twin is None or name == "refresh_table_":
         return 2
     expected = EXPECTED[name](twin)
-    _compare(arguments, twin, result, expected, describe(seed))
+    _compare(arguments, twin, result, expected, case)
     return 1
 
 
