@@ -20,7 +20,7 @@ def report(findings: list[Finding]) -> str:
         (
             "# Reliability",
             "",
-            "Written by `make torture`, which ends at the first fault: every case below ended as",
+            "By the campaigns of `make torture`, which ends at the first fault: every case ended as",
             f"the last column says. {machine['model']}, {machine['cores']} cores, torch "
             f"{torch.__version__}, on the CPU; nothing here was run on a GPU.",
             "",
