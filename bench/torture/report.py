@@ -20,8 +20,8 @@ def report(findings: list[Finding]) -> str:
         (
             "# Reliability",
             "",
-            "By the campaigns of `make torture`, which ends at the first fault: every case ended as",
-            f"the last column says. {machine['model']}, {machine['cores']} cores, torch "
+            "By the campaigns of `make torture`, which end at the first fault: every case ended",
+            f"as the last column says. {machine['model']}, {machine['cores']} cores, torch "
             f"{torch.__version__}, on the CPU; nothing here was run on a GPU.",
             "",
             "| campaign | cases | of | result of every one |",
