@@ -26,7 +26,7 @@ help:
 	@echo "make bench-smoke  run every bench once on tiny sizes"
 	@echo "make paper        test the paper's claims on its toy surfaces; writes bench/paper/results/"
 	@echo "make torture      run the reliability campaign; writes bench/RELIABILITY.md"
-	@echo "make torture-quick  a part of it (2 minutes)"
+	@echo "make torture-quick  a part of it, as CI runs it"
 	@echo "make sanitize     run the tests of the C++ code under its sanitizers and valgrind"
 	@echo "make audit        look for known vulnerabilities of what is installed for development"
 	@echo "make package      build and check sdist and CPU wheel; train with the wheel elsewhere"
