@@ -197,21 +197,23 @@ class CriticalAdam(Optimizer):
     def _step_alone(self, index: int, group: dict[str, Any], param: Tensor) -> None:
         """Step one parameter, which is a priority scope of its own, if it has a gradient."""
         alone = {**group, "params": [param]}
+        check_gradients(index, [param])
+        made = []
         plan = self._plans_alone.get(id(param))
-        if plan is None or not plan.holds_for(self.state, alone, [param]):
-            check_gradients(index, [param])
-            made = self._make_state([alone])
-            try:
-                plan = self._plans_alone[id(param)] = self._new_plan(alone)
-            except BaseException:
-                self._unmake_state(made)
-                raise
-        else:
-            check_gradients(index, [param])
+        if plan is not None and plan.holds_for(self.state, alone, [param]):
             _state.check_param(local(param), _state.local_state(self.state[param]))
             plan.take_gradients()
-        step = GroupStep(step_options(group), plan.buckets, first=0, count=1)
-        self._step_(step)
+        else:
+            plan = None
+            made = self._make_state([alone])
+        try:
+            plan = plan or self._new_plan(alone)
+            with Undo([], plan.buckets):
+                self._step_(GroupStep(step_options(group), plan.buckets, first=0, count=1))
+        except BaseException:
+            self._unmake_state(made)
+            raise
+        self._plans_alone[id(param)] = plan
         plan.drop_gradients()
 
     def _finish_step(self) -> None:
@@ -225,12 +227,8 @@ class CriticalAdam(Optimizer):
         if torch.compiler.is_compiling():
             self._step_groups(*self._prepared_steps(plans))
             return
-        undo = Undo(self.param_groups, chain.from_iterable(plan.buckets for plan in plans))
-        try:
+        with Undo(self.param_groups, chain.from_iterable(plan.buckets for plan in plans)):
             self._step_groups(*self._prepared_steps(plans))
-        except BaseException:
-            undo.put_back_()
-            raise
 
     def _prepared_steps(self, plans: list[Plan]) -> tuple[list[GroupStep], Processes | None]:
         """Return each group's step and the processes it is sharded among."""

@@ -17,7 +17,10 @@ from cm_fused._capture import is_capturing
 
 
 class Undo:
-    """Copies of what a step of the reference changes: of a buffer, of the one slot that may be."""
+    """Puts back what a step of the reference has changed when an error leaves the context.
+
+    What it keeps is copies: of a buffer, of the one slot that may change.
+    """
 
     def __init__(
         self, groups: list[dict[str, Any]], buckets: Iterable[tuple[Backend, Bucket]]
@@ -51,7 +54,14 @@ class Undo:
             else:
                 self._wholes.append((tensor, tensor.clone()))
 
-    def put_back_(self) -> None:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self._put_back_()
+
+    def _put_back_(self) -> None:
         """Give everything its value of before; allocates nothing."""
         for group, count, before in self._counts:
             if count is None:

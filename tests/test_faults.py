@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from cm_fused import AdamCG, AdamCM, AdamWCM
+from cm_fused import AdamCG, AdamCM, AdamWCM, enable_gradient_release
 from cm_fused._critical_adam import CriticalAdam
 
 STEP_OPERATORS = ("cm_fused::adam_cm_", "cm_fused::adam_cg_", "cm_fused::step_held_")
@@ -176,6 +176,57 @@ def test_a_fault_takes_back_the_count_of_skipped_steps() -> None:
             else:
                 assert torch.equal(optimizer.param_groups[0]["skipped_steps"], before + 1)
                 break
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("make", [AdamCM, AdamCG])
+def test_a_fault_inside_backward_leaves_no_parameter_half_stepped(
+    make: Make, backend: str, steps_before: int
+) -> None:
+    """With gradient release every parameter is as before its step or as after it.
+
+    The older tests fail `step()`; the eager step of one parameter was not taken back.
+    """
+
+    def after_steps() -> tuple[torch.nn.Linear, CriticalAdam]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        options = {"priority_scope": "tensor", "backend": backend}
+        optimizer = make(model.parameters(), lr=0.1, **options)
+        enable_gradient_release(model, optimizer)
+        for _ in range(steps_before):
+            loss_of(model).backward()  # type: ignore[no-untyped-call]
+        return model, optimizer
+
+    def loss_of(model: torch.nn.Module) -> Tensor:
+        return model(torch.ones(4, 3)).square().sum()  # type: ignore[no-any-return]
+
+    def of_each(model: torch.nn.Module, optimizer: CriticalAdam) -> list[list[Any]]:
+        states = optimizer.state_dict()["state"]
+        return [
+            [param.tolist(), {key: value.tolist() for key, value in states.get(i, {}).items()}]
+            for i, param in enumerate(model.parameters())
+        ]
+
+    before, expected = of_each(*after_steps()), after_steps()
+    loss_of(expected[0]).backward()  # type: ignore[no-untyped-call]
+    stepped = of_each(*expected)
+    number, taken_back = 0, 0
+    while True:
+        model, optimizer = after_steps()
+        loss = loss_of(model)
+        try:
+            with FaultAt(number):
+                loss.backward()  # type: ignore[no-untyped-call]
+        except InjectedError:
+            for now, *either in zip(of_each(model, optimizer), before, stepped, strict=True):
+                assert now in either
+                taken_back += now == either[0]
+            number += 1
+        else:
+            break
+    assert taken_back > number // 4
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="injects into interpreted kernels")
