@@ -296,15 +296,23 @@ def commit_pending(states: list[State]) -> None:
     """Make the deferred commits of these states, so that their slots are as Algorithm 1's."""
     pending = [state for state in states if "pending_slot" in state]
     on_cpu = [state for state in pending if _is_for_the_extension(state)]
-    for running in (True, False):
-        batch = [state for state in on_cpu if ("critical_sum" in state) == running]
-        if batch:
-            cpu.commit_(
-                [as_real(state["exp_avg"]) for state in batch],
-                [as_real(state["critical_buffer"]) for state in batch],
-                [as_real(state["critical_sum"]) for state in batch if running],
-                [state["pending_slot"] for state in batch],
-            )
+    # A list of the operator's has a tensor for each state, or none.
+    optional = ("critical_sum", "critical_scales", "exp_avg_scales")
+    batches: dict[tuple[bool, ...], list[State]] = {}
+    for state in on_cpu:
+        batches.setdefault(tuple(key in state for key in optional), []).append(state)
+    for batch in batches.values():
+        sums, slot_scales, momentum_scales = (
+            [as_real(state[key]) for state in batch if key in state] for key in optional
+        )
+        cpu.commit_(
+            [as_real(state["exp_avg"]) for state in batch],
+            [as_real(state["critical_buffer"]) for state in batch],
+            sums,
+            [state["pending_slot"] for state in batch],
+            slot_scales,
+            momentum_scales,
+        )
     for state in pending:
         if not _is_for_the_extension(state):
             reference.commit_(
@@ -318,10 +326,7 @@ def commit_pending(states: list[State]) -> None:
 
 
 def _is_for_the_extension(state: State) -> bool:
-    stored = (state["exp_avg"].dtype, state["critical_buffer"].dtype)
-    of_the_update = all(dtype == state_dtype(dtype) for dtype in stored)
-    on_cpu = state["exp_avg"].device.type == "cpu"
-    return of_the_update and on_cpu and cpu.unavailable_reason is None
+    return state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None
 
 
 def drop_derived(states: list[State], kept: tuple[str, ...]) -> None:

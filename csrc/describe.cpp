@@ -66,14 +66,14 @@ StoredDtype stored_dtype(const char* role, size_t i, int32_t dtype, ParamDtype p
   return StoredDtype::kUnchanged;
 }
 
+}  // namespace
+
 StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype) {
   const StoredDtype stored = stored_dtype("exp_avgs", i, dtype, param_dtype);
   STD_TORCH_CHECK(stored != StoredDtype::kFloat16 && stored != StoredDtype::kFloat8, "exp_avgs[", i,
       "] must be float32, bfloat16 or int8, got ", dtype_name(dtype));
   return stored;
 }
-
-}  // namespace
 
 void* state_data(
     const char* role, size_t i, const Tensor& tensor, const TensorView& order, int32_t dtype) {
@@ -139,9 +139,6 @@ void check_lengths(const StateTensors& state, const Tensors& params, const Tenso
       state.element_places.size());
 }
 
-namespace {
-
-// The scales of a tensor of state, or nullptr where it has none.
 float* scales_data(const char* role, size_t i, const Tensors& list, StoredDtype dtype,
     int64_t slots, const TensorView& order) {
   if (!has_scales(dtype)) {
@@ -157,6 +154,8 @@ float* scales_data(const char* role, size_t i, const Tensors& list, StoredDtype 
       " and strides ", to_string(scales.strides));
   return static_cast<float*>(scales.data);
 }
+
+namespace {
 
 // Where the elements of parameter i lie in the whole parameter.
 Places places_of(size_t i, const StateTensors& state) {

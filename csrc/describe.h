@@ -22,6 +22,9 @@ ParamDtype param_dtype(const char* role, size_t index, int32_t dtype);
 // precision; as aoti_torch_dtype_*().
 int32_t state_dtype(ParamDtype dtype);
 
+// How a tensor of exp_avgs is stored; `dtype` is its own, as aoti_torch_dtype_*().
+StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype);
+
 // Whether a tensor's elements lie in memory in the order of `order`.
 bool lies_as(const TensorView& tensor, const TensorView& order);
 
@@ -37,6 +40,11 @@ void* state_data(
 // Takes the buffer's capacity, dtype and address.
 void describe_buffer(
     size_t i, const Tensor& critical_buffer, const TensorView& order, ParamData& data);
+
+// The scales of a tensor of state, `slots` times those of the parameter's shape, or nullptr where
+// its dtype has none.
+float* scales_data(const char* role, size_t i, const Tensors& list, StoredDtype dtype,
+    int64_t slots, const TensorView& order);
 
 int64_t* pending_slot_data(size_t i, const Tensor& pending_slot, Device device);
 

@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "Tensor sq_norm, Tensor? found_inf, *, float priority_decay) -> ()");
   m.def(
       "commit_(Tensor[] exp_avgs, Tensor(a!)[] critical_buffers, Tensor(b!)[] critical_sums, "
-      "Tensor(c!)[] pending_slots) -> ()");
+      "Tensor(c!)[] pending_slots, Tensor(d!)[] critical_scales, Tensor[] exp_avg_scales) -> ()");
 
   // The same steps with the state handed over once: passing a list of small tensors costs more than
   // stepping them. What is held is tensors, not addresses: each step looks at them anew, and checks

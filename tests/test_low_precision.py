@@ -248,6 +248,29 @@ def test_same_bits(backend: str, kind: Kind, dtype: torch.dtype, precision: Prec
             assert torch.equal(_bits(a), _bits(b))
 
 
+@skip_if(skip_reason(backend="cpu"))
+@pytest.mark.parametrize("capacity", [5, 12])
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
+def test_commit_of_a_state_dict(dtype: torch.dtype, precision: Precision, capacity: int) -> None:
+    """A state dict's commits, made by the C++ operator, have the reference's bits.
+
+    The older tests look at what the next step commits; a state dict's went through the reference,
+    in copies of 4 bytes an element.
+    """
+    params = _params(dtype)
+    optimizer = AdamCM(params, capacity=capacity, lr=0.05, seed=SEED, backend="cpu", **precision)
+    for step in range(4):
+        _take_step(optimizer, params, step)
+    states = [optimizer.state[param] for param in params]
+    assert all(state["pending_slot"] >= 0 for state in states)
+    expected = [committed_copy(state) for state in states]
+    with mock.patch("cm_fused.reference.commit_", side_effect=AssertionError):
+        optimizer.state_dict()
+    for state, values in zip(states, expected, strict=True):
+        for key, value in values.items():
+            assert torch.equal(_bits(state[key]), _bits(value)), key
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)

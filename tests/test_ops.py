@@ -64,7 +64,10 @@ class Sample:
     def arguments(self, op: str) -> tuple[Any, ...]:
         """The positional arguments of an operator."""
         if op == "commit_":
-            return self.exp_avgs, self.critical_buffers, self.critical_sums, self.pending_slots
+            return (
+                *(self.exp_avgs, self.critical_buffers, self.critical_sums, self.pending_slots),
+                *(self.critical_scales, self.exp_avg_scales),
+            )
         if op == "sq_norms":
             return self.params, self.grads, self.grad_factor
         if op == "keep_books_":

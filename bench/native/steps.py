@@ -127,7 +127,7 @@ def race_of_chunks() -> None:
     exp_avgs, buffers = [torch.ones(CHUNK)] * 2, [torch.zeros(3, CHUNK)] * 2
     pending = [torch.tensor(0), torch.tensor(0)]
     for _ in range(20):
-        torch.ops.cm_fused.commit_(exp_avgs, buffers, [], pending)
+        torch.ops.cm_fused.commit_(exp_avgs, buffers, [], pending, [], [])
         for slot in pending:
             slot.zero_()
 

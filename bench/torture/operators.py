@@ -25,7 +25,10 @@ _ROLES = {
     "sq_norms": ("params", "grads"),
     "keep_books_": ("priorities", "pending_slots", "steps"),
     "update_priorities_": ("priorities", "pending_slots", "steps"),
-    "commit_": ("exp_avgs", "critical_buffers", "critical_sums", "pending_slots"),
+    "commit_": (
+        *("exp_avgs", "critical_buffers", "critical_sums", "pending_slots"),
+        *("critical_scales", "exp_avg_scales"),
+    ),
 }
 STEP_LISTS = ("params", "grads", *STATE[:6], "pending_slots", "steps", *STATE[8:])
 OPS = torch.ops.cm_fused
@@ -194,8 +197,7 @@ def _given_sq_norm(a: Arguments) -> Any:
 
 
 def _commit(_: int | None, a: Arguments) -> None:
-    roles = ("exp_avgs", "critical_buffers", "critical_sums", "pending_slots")
-    OPS.commit_(*(a.lists[role] for role in roles))
+    OPS.commit_(*(a.lists[role] for role in _ROLES["commit_"]))
 
 
 def _refresh_table(held: int | None, a: Arguments) -> None:

@@ -146,6 +146,8 @@ def commit_(
     critical_buffers: list[Tensor],
     critical_sums: list[Tensor],
     pending_slots: list[Tensor],
+    critical_scales: list[Tensor],
+    exp_avg_scales: list[Tensor],
 ) -> None:
     """Copy each momentum to its pending slot, where it has one, and follow with the running sum.
 
@@ -154,8 +156,12 @@ def commit_(
         critical_buffers: The slots, (C, *shape). Changed.
         critical_sums: The running sums, or an empty list. Changed.
         pending_slots: The slots to copy to, int64 (). Changed to -1.
+        critical_scales: The scales of the slots, or an empty list. Changed.
+        exp_avg_scales: The scales of the momenta, or an empty list.
     """
-    torch.ops.cm_fused.commit_(exp_avgs, critical_buffers, critical_sums, pending_slots)
+    torch.ops.cm_fused.commit_(
+        exp_avgs, critical_buffers, critical_sums, pending_slots, critical_scales, exp_avg_scales
+    )
 
 
 def capability() -> str:

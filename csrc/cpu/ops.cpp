@@ -307,26 +307,35 @@ void keep_books_held_(
       tensors.priorities, tensors.pending_slots, tensors.steps, sq_norm, found_inf, priority_decay);
 }
 
-void commit_(
-    Tensors exp_avgs, Tensors critical_buffers, Tensors critical_sums, Tensors pending_slots) {
+void commit_(Tensors exp_avgs, Tensors critical_buffers, Tensors critical_sums,
+    Tensors pending_slots, Tensors critical_scales, Tensors exp_avg_scales) {
   check_length("critical_buffers", critical_buffers.size(), exp_avgs.size());
   check_length("critical_sums", critical_sums.size(), critical_sums.empty() ? 0 : exp_avgs.size());
   check_length("pending_slots", pending_slots.size(), exp_avgs.size());
+  check_length(
+      "critical_scales", critical_scales.size(), critical_scales.empty() ? 0 : exp_avgs.size());
+  check_length(
+      "exp_avg_scales", exp_avg_scales.size(), exp_avg_scales.empty() ? 0 : exp_avgs.size());
   BucketStep bucket;
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const TensorView order = view("exp_avgs", i, exp_avgs[i]);
     check_dense(i, order);
     TensorStep tensor{};
-    tensor.dtype = param_dtype("exp_avgs", i, order.dtype);
-    check_dtype("exp_avgs", i, order.dtype, state_dtype(tensor.dtype));
+    // Of the parameter only what it is updated in counts.
+    tensor.dtype =
+        order.dtype == aoti_torch_dtype_float64() ? ParamDtype::kFloat64 : ParamDtype::kFloat32;
+    tensor.moment_dtype = moment_dtype(i, order.dtype, tensor.dtype);
     tensor.numel = order.numel;
     tensor.exp_avg = order.data;
-    check_dtype(
-        "critical_buffers", i, view("critical_buffers", i, critical_buffers[i]).dtype, order.dtype);
     describe_buffer(i, critical_buffers[i], order, tensor);
     if (!critical_sums.empty()) {
-      tensor.critical_sum = state_data("critical_sums", i, critical_sums[i], order, order.dtype);
+      tensor.critical_sum =
+          state_data("critical_sums", i, critical_sums[i], order, state_dtype(tensor.dtype));
     }
+    tensor.critical_scales = scales_data(
+        "critical_scales", i, critical_scales, tensor.slot_dtype, tensor.capacity, order);
+    tensor.exp_avg_scales =
+        scales_data("exp_avg_scales", i, exp_avg_scales, tensor.moment_dtype, 1, order);
     tensor.pending_slot = pending_slot_data(i, pending_slots[i], order.device);
     read_pending_slot(i, tensor);
     if (tensor.slot != kNoSlot) {

@@ -357,11 +357,14 @@ double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64
 
 template <typename state_t>
 double commit_chunk(const TensorStep& tensor, int64_t chunk) {
+  alignas(64) state_t scratch[kLargestBlock];
   const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
-  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
-    const int64_t n = std::min(kBlockSize, chunk_end - begin);
-    BufferBlock<state_t, Unchanged<state_t>, int64_t>(tensor, chunk, begin, n)
-        .commit(static_cast<const state_t*>(tensor.exp_avg) + begin);
+  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
+    const int64_t n = std::min(kLargestBlock, chunk_end - begin);
+    const state_t* item =
+        load_moment<true>(tensor, tensor.exp_avg, tensor.exp_avg_scales, begin, n, scratch);
+    with_buffer_block<state_t>(
+        tensor, chunk, begin, n, [&](const auto& buffer) { buffer.commit(item); });
   }
   return 0.0;
 }
