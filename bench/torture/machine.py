@@ -94,15 +94,16 @@ class ApiMachine(RuleBasedStateMachine):
             params += new
             optimizer.add_param_group({"params": new, **options})
 
-    @rule(seed=seeds, closes=st.booleans())
-    def step(self, seed: int, closes: bool) -> None:
-        """Step with gradients of all kinds."""
-        self._set_gradients(seed)
-        for _, optimizer in self._both():
-            if closes:
-                require(optimizer.step(lambda: 1.5) == 1.5, "a closure's loss was not returned")
-            else:
-                optimizer.step()
+    @rule(seed=seeds, steps=st.integers(1, 3), closes=st.booleans())
+    def step(self, seed: int, steps: int, closes: bool) -> None:
+        """Step with gradients of all kinds, more than once so that buffers fill."""
+        for t in range(steps):
+            self._set_gradients(seed + t)
+            for _, optimizer in self._both():
+                if closes:
+                    require(optimizer.step(lambda: 1.5) == 1.5, "a closure's loss was not returned")
+                else:
+                    optimizer.step()
 
     @rule(seed=seeds, value=st.sampled_from([torch.nan, torch.inf, -torch.inf]))
     def skip(self, seed: int, value: float) -> None:
