@@ -49,14 +49,21 @@ def source(tmp_path: Path) -> Path:
     return copy
 
 
-def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `pip wheel` on a copy of the source, with `environment` over this process's own."""
+PIP = (
+    *("-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-index"),
+    *("--disable-pip-version-check", "--wheel-dir", "../wheels", "."),
+)
+# What pip calls, without the processes it starts for metadata, each of which imports torch.
+HOOK = ("-c", "from setuptools import build_meta; build_meta.build_wheel('../wheels')")
+
+
+def build_wheel(
+    source: Path, command: tuple[str, ...] = HOOK, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Build a wheel of a copy of the source, with `environment` over this process's own."""
     return subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps"),
-            *("--no-build-isolation", "--no-index", "--disable-pip-version-check"),
-            *("--wheel-dir", str(source.parent / "wheels"), str(source)),
-        ],
+        [sys.executable, *command],
+        cwd=source,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -76,7 +83,7 @@ def test_build_without_torch_is_pure_python(source: Path, tmp_path: Path) -> Non
     stub = tmp_path / "no_torch"
     stub.mkdir()
     (stub / "torch.py").write_text("raise ImportError('no torch here')\n")
-    result = build_wheel(source, PYTHONPATH=str(stub), CM_FUSED_BUILD="auto")
+    result = build_wheel(source, PIP, PYTHONPATH=str(stub), CM_FUSED_BUILD="auto")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "torch is not in the build environment" in result.stdout + result.stderr
     assert list((source.parent / "wheels").glob("*-py3-none-any.whl"))
@@ -96,7 +103,7 @@ def test_build_without_compiler_is_pure_python(source: Path) -> None:
 
 def test_build_asked_for_fails_without_compiler(source: Path) -> None:
     """CM_FUSED_BUILD=cpu makes a failed build an error, and says nothing of CUDA."""
-    result = build_wheel(source, CXX="/nonexistent/c++", CM_FUSED_BUILD="cpu")
+    result = build_wheel(source, PIP, CXX="/nonexistent/c++", CM_FUSED_BUILD="cpu")
     assert result.returncode != 0
     assert "CM_FUSED_BUILD=cpu, but" in result.stdout + result.stderr
     assert "without the CUDA library" not in result.stdout + result.stderr
