@@ -58,7 +58,7 @@ HOOK = ("-c", "from setuptools import build_meta; build_meta.build_wheel('../whe
 
 
 def build_wheel(
-    source: Path, command: tuple[str, ...] = HOOK, **environment: str
+    source: Path, command: tuple[str, ...] = HOOK, /, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Build a wheel of a copy of the source, with `environment` over this process's own."""
     return subprocess.run(
