@@ -25,6 +25,8 @@ from tests.training import (
     trained,
 )
 
+pytestmark = pytest.mark.sampled
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -50,6 +50,7 @@ def _stored_keys(keys: NDArray[np.float32], capacity: int) -> NDArray[Any]:
     return np.concatenate([keys, np.full(capacity - len(keys), -np.inf, np.float32)])
 
 
+@pytest.mark.sampled
 def test_float64(name: str, backend: str) -> None:
     """The stored trajectory and final state to 1e-12 of each value, keys and counts exactly.
 
@@ -114,6 +115,7 @@ def test_float32(name: str, backend: str) -> None:
             )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name: str, backend: str, dtype: torch.dtype) -> None:
     """A half parameter is the oracle's result for the same start, rounded once, at every step.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM, _critical_adam, _state, diagnostics
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused.ops.table import CHUNK_SIZE
 from cm_fused.philox import Places
 from cm_fused.rounding import LARGEST, num_blocks
 from tests.cases import (
@@ -35,8 +36,8 @@ HALVES = (torch.bfloat16, torch.float16)
 BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 MOMENT_DTYPES = (torch.bfloat16, torch.int8)
 UPDATES = ("nearest", "stochastic", "kahan")
-# Parts of a block of 256, of a chunk and of the Triton pass's chunks; one not contiguous.
-SHAPES: tuple[tuple[int, ...], ...] = ((3,), (256,), (6, 5, 4, 9), (CHUNK + 300,))
+# Parts of a block of 256; one not contiguous. `_params` adds a chunk and a part of one.
+SHAPES: tuple[tuple[int, ...], ...] = ((3,), (256,), (6, 5, 4, 9))
 SEED = 2**40 + 17
 
 Precision = dict[str, Any]
@@ -74,9 +75,13 @@ def _class(kind: Kind) -> type[CriticalAdam]:
     return AdamCM if kind == "cm" else AdamCG
 
 
-def _params(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
+def _params(
+    dtype: torch.dtype, device: torch.device | str = "cpu", backend: str = "cpu"
+) -> list[Tensor]:
     source = generator(0)
-    params = [normal_like(torch.empty(shape, dtype=dtype), 1.0, source) for shape in SHAPES]
+    chunk = CHUNK_SIZE if backend == "triton" else CHUNK
+    shapes = (*SHAPES, (chunk + 300,))
+    params = [normal_like(torch.empty(shape, dtype=dtype), 1.0, source) for shape in shapes]
     params[2] = params[2].to(memory_format=torch.channels_last)
     return [param.to(device) for param in params]
 
@@ -168,7 +173,7 @@ def test_lockstep(
     """
     device = device_of(backend)
     options = {"capacity": capacity, "lr": 0.05, "seed": SEED, **precision}
-    params, expected = _params(dtype, device), _params(dtype, device)
+    params, expected = (_params(dtype, device, backend) for _ in range(2))
     fused = _class(kind)(params, backend=backend, **options)
     eager = _class(kind)(expected, backend="eager", **options)
     for step in range(capacity + 4):
@@ -235,7 +240,7 @@ def test_same_bits(backend: str, kind: Kind, dtype: torch.dtype, precision: Prec
     """A run of the Triton pass has the C++ step's bits: both contract nothing."""
     results = []
     for name in ("cpu", backend):
-        params = _params(dtype, device_of(name))
+        params = _params(dtype, device_of(name), backend)
         optimizer = _class(kind)(params, capacity=12, lr=0.05, seed=SEED, backend=name, **precision)
         for step in range(16):
             _take_step(optimizer, params, step)
@@ -279,7 +284,7 @@ def test_resume(backend: str, kind: Kind, dtype: torch.dtype, precision: Precisi
     """Saved to a file and loaded, a run goes on with the bits of one that was not interrupted."""
     device = device_of(backend)
     options = {"lr": 0.05, "backend": backend, **precision}
-    params = _params(dtype, device)
+    params = _params(dtype, device, backend)
     optimizer = _class(kind)(params, seed=SEED, **options)
     for step in range(7):
         _take_step(optimizer, params, step)
@@ -529,6 +534,7 @@ PIECES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 @pytest.mark.parametrize("cls", [AdamCM, AdamCG])
 @pytest.mark.parametrize("backend", backend_params())

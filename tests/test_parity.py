@@ -35,7 +35,10 @@ from tests.cases import (
 from tests.lockstep import Lockstep, Maker, maker
 from tests.oracle import Options
 
-pytestmark = pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
+pytestmark = [
+    pytest.mark.sampled,
+    pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS)),
+]
 
 # lr is large, so that an error of the update shows in the parameters.
 LR = 0.05
