@@ -83,9 +83,9 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
         return values.to(dtype), None
     blocks = _blocks(values)
     largest = blocks.abs().amax(-1, keepdim=True)
-    scaled = blocks * _inverse(LARGEST[dtype], largest)
-    # What is not finite is in a block of a scale that is not.
-    scaled = torch.where(scaled.isfinite(), scaled, 0.0)
+    inverse = _inverse(LARGEST[dtype], largest)
+    # Without a usable scale also what is not finite is stored as 0, and what is negative not as -0.
+    scaled = torch.where(inverse == 0, 0.0, blocks * inverse)
     if dtype is torch.int8:
         scaled = scaled.round()
     stored = scaled.to(dtype)

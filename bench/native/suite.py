@@ -24,6 +24,7 @@ LEFT_OUT = {
     "tests/test_reference.py": _NO_CPP,
     "tests/test_rounding.py": _NO_CPP,
     "tests/test_sass.py": _NO_CPP,
+    "tests/test_supply_chain.py": "reads the sources and packs them",
     "tests/test_trainers.py": "imports trainers, whose processes and threads are not ours",
     "tests/test_triton.py": _NO_CPP,
 }
