@@ -57,10 +57,10 @@ def _sanitizers() -> list[str]:
 
 
 def _outcome(run: dict[str, Any]) -> str:
-    if run["failed"]:
-        return "failed"
     count = len(run["findings"])
-    return f"{count}, planted" if run["expected"] else str(count)
+    if run["expected"]:
+        return f"{count}, planted"
+    return "failed" if run["failed"] else str(count)
 
 
 def _growth() -> list[str]:
