@@ -1,4 +1,4 @@
-"""Loading a state dict: everything is checked before the optimizer changes."""
+"""The form of state dicts: what is saved, and what is checked before an optimizer changes."""
 
 import copy
 import math
@@ -13,23 +13,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused._checks import check_options
-from cm_fused._sharding import is_sharded, local, local_as
-from cm_fused._state import (
-    SCALES,
-    SHAPED_KEYS,
-    State,
-    dequantized,
-    missing_state,
-    new_tensor,
-    placed_as,
-    required_keys,
-    unscaled,
-)
-from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_moment
+from cm_fused._loading import load_param_state_, loaded_param_state
+from cm_fused._state import State, unscaled
 
-# Keys that are loaded where the state dict has them, whatever the options.
-OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
-BUFFER_KEYS = ("critical_buffer", "priorities")
 FLOAT8 = torch.float8_e4m3fn
 # Options of the process, not of the training run: neither saved nor loaded.
 LOCAL_OPTIONS = ("backend", "amp_scaling")
@@ -158,7 +144,7 @@ def check_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> 
         if param is not None:
             where = f"parameter {index}"
             shapes = {key: _on_meta(value) for key, value in saved.items()}
-            _loaded_param_state(where, _on_meta(param), shapes, group)
+            loaded_param_state(where, _on_meta(param), shapes, group)
             _check_step(where, saved.get("step", 0))
 
 
@@ -189,15 +175,8 @@ def loaded_state(
             state[index] = copy.deepcopy(saved)
         else:
             where = f"parameter {index}"
-            state[param] = _loaded_in_place(where, param, saved, group, own.get(param, {}))
+            state[param] = load_param_state_(where, param, saved, group, own.get(param, {}))
     return state
-
-
-def _loaded_in_place(
-    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], own: State
-) -> State:
-    new = _loaded_param_state_of(where, param, saved, group)
-    return {key: _in_place(own.get(key), value) for key, value in new.items()}
 
 
 def _states_with_owners(
@@ -217,164 +196,6 @@ def _on_meta(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
-def _in_place(own: Any, value: Any) -> Any:
-    """Return a tensor with the value of another: the optimizer's own, where it is like that."""
-    if not (isinstance(own, Tensor) and isinstance(value, Tensor)):
-        return value
-    if is_sharded(own) != is_sharded(value) or own.shape != value.shape:
-        return value
-    held, new = local(own), local(value)
-    alike = (held.dtype, held.device, held.stride()) == (new.dtype, new.device, new.stride())
-    if not alike or held.shape != new.shape:
-        return value
-    held.copy_(new)
-    return own
-
-
-def _loaded_param_state_of(
-    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]
-) -> State:
-    """Return what `_loaded_param_state` does, of a parameter that may be a DTensor.
-
-    What is saved may be whole, or be placed otherwise.
-    """
-    if is_sharded(param):
-        saved = _without_scales(saved)
-    held = {
-        key: local_as(value, param, SHAPED_KEYS[key]) if key in SHAPED_KEYS else value
-        for key, value in saved.items()
-    }
-    return placed_as(param, _loaded_param_state(where, local(param), held, group))
-
-
-def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a saved state with values in place of whole tensors' codes, which cannot be cut."""
-    values = dict(saved)
-    for key, scales in SCALES.items():
-        stored = saved.get(key)
-        if not isinstance(stored, Tensor) or is_sharded(stored):
-            continue
-        if stored.dtype in LARGEST:
-            values[key] = dequantized(saved, key)
-            values.pop(scales, None)
-    return values
-
-
-def _loaded_param_state(
-    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]
-) -> State:
-    """Return a parameter's state as new tensors holding the values of a saved one.
-
-    Keeps the state's own dtypes whatever the parameter's, accepts a number for `step`, an Adam
-    state without a buffer, and keeps keys it does not know.
-
-    Args:
-        where: Names the parameter, for messages.
-        param: The parameter.
-        saved: Its entry of a state dict's "state"; not changed.
-        group: The options of its group.
-
-    Raises:
-        ValueError: A tensor is missing or does not fit the parameter or the capacity.
-    """
-    if not saved:
-        return {}
-    capacity = group["capacity"]
-    loadable = {*required_keys(group), *OPTIONAL_KEYS}.difference(SCALES.values())
-    # In one order in every process: whoever gathers state goes through it key by key.
-    known = dict.fromkeys(key for key in saved if key in loadable)
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        if key not in known:
-            raise ValueError(f"the state of {where} must have {key!r}, got {sorted(saved)}")
-    if len(known.keys() & BUFFER_KEYS) == 1:
-        raise ValueError(
-            f"the state of {where} must have both of {BUFFER_KEYS} or neither, got {sorted(saved)}"
-        )
-    slots = (capacity,)
-    shapes = {key: (*slots[:n], *param.shape) for key, n in SHAPED_KEYS.items()}
-    shapes |= {"priorities": slots}
-    not_copied = {*known, *SCALES.values()}
-    state = {key: copy.deepcopy(value) for key, value in saved.items() if key not in not_copied}
-    for key in known:
-        value = _as_tensor(where, key, saved[key])
-        if key == "step":
-            value = value.reshape(()) if value.numel() == 1 else value
-        new = new_tensor(key, param, {}, group)
-        expected = tuple(new.shape) if key == "compensation" else shapes.get(key, ())
-        if tuple(value.shape) != expected:
-            raise ValueError(
-                f"{key!r} in the state of {where} must have shape {expected} (capacity "
-                f"{capacity}), got {tuple(value.shape)}"
-            )
-        if key in SCALES:
-            state |= _loaded_in_precision(where, key, saved, new, param, group)
-        else:
-            state[key] = new.copy_(value)
-    if "critical_sum" in known and saved["critical_buffer"].dtype != state["critical_buffer"].dtype:
-        _follow_slots_(state, saved["critical_buffer"])
-    return state | missing_state(param, state, required_keys(group), group)
-
-
-def _as_tensor(where: str, key: str, value: Any) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"
-        ) from error
-
-
-def _follow_slots_(state: State, saved_slots: Tensor) -> None:
-    """Sum the slots anew where they are not the values that were saved but rounded otherwise."""
-    slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
-    same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
-    critical_sum.copy_(torch.where(same, critical_sum, slots.sum(0)))
-
-
-def _loaded_in_precision(
-    where: str,
-    key: str,
-    saved: Mapping[str, Any],
-    new: Tensor,
-    param: Tensor,
-    group: Mapping[str, Any],
-) -> State:
-    """Return a tensor of `SCALES` and its scales, if any, as a group's options have them.
-
-    What is saved in the same precision is copied; else it is rounded to nearest.
-
-    Raises:
-        ValueError: What is saved has no scales where its dtype needs them, or does not fit them.
-    """
-    value, scales_key = _as_tensor(where, key, saved[key]), SCALES[key]
-    leading = value.ndim - param.ndim
-    scales = new_tensor(scales_key, param, {}, group)
-    if value.dtype in LARGEST:
-        found = saved.get(scales_key)
-        found = None if found is None else _as_tensor(where, scales_key, found)
-        if found is None or found.shape != scales.shape:
-            raise ValueError(
-                f"{scales_key!r} in the state of {where} must have shape {tuple(scales.shape)}, "
-                f"got {None if found is None else tuple(found.shape)}"
-            )
-        same_order = value.numel() == 0 or value.stride() == new.stride()
-        if value.dtype == new.dtype and same_order:
-            return {key: new.copy_(value), scales_key: scales.copy_(found)}
-    elif new.dtype not in LARGEST:
-        return {key: new.copy_(value)}
-    order = new[0] if leading else new
-    values = dequantized({**saved, key: value}, key).to(new.device, torch.float32)
-    if key == "critical_buffer":
-        flat = torch.stack([flat_as(slot, order) for slot in values])
-        stored, new_scales = quantize(flat, new.dtype)
-    elif new.dtype in LARGEST:
-        stored, new_scales = quantize_moment(flat_as(values, order), None, signed=key == "exp_avg")
-    else:
-        stored, new_scales = flat_as(values, order).to(new.dtype), None
-    as_flat(new, leading).copy_(stored)
-    return {key: new} if new_scales is None else {key: new, scales_key: scales.copy_(new_scales)}
 
 
 def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:

@@ -1,6 +1,5 @@
-"""What AdamCM and AdamCG share: options, state, checkpoints and the dispatch of a step."""
+"""What AdamCM and AdamCG share: options, state and the dispatch of a step."""
 
-import copy
 from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import is_
@@ -8,12 +7,13 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from cm_fused import _checkpoint, _state
+from cm_fused import _state
 from cm_fused._backend import EAGER, Backend, select
 from cm_fused._bucket import Bucket, step_options
 from cm_fused._capture import check_not_captured_sharded, check_not_capturing, is_capturing
+from cm_fused._checkpointed import CheckpointedOptimizer
 from cm_fused._checks import (
     check_capturable,
     check_gradients,
@@ -36,7 +36,7 @@ from cm_fused._sharding import (
 from cm_fused._undo import Undo
 
 
-class CriticalAdam(Optimizer):
+class CriticalAdam(CheckpointedOptimizer):
     """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
 
     _critical_gradients: ClassVar[bool]
@@ -383,102 +383,6 @@ class CriticalAdam(Optimizer):
         all_params = chain.from_iterable(group["params"] for group in self.param_groups)
         places = {id(param): index for index, param in enumerate(all_params)}
         return [places[id(param)] for param in params]
-
-    def state_dict(self) -> StateDict:
-        """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
-
-        The tensors are references, not copies. The choice of a backend is not saved, and dtypes
-        are by name.
-
-        State of DTensors that has scales is the exception: its scales belong to blocks of what a
-        process holds, which is another on another mesh. It is saved as float32 DTensors of the
-        values, new tensors of 4 bytes an element (of int8 slots and moments 4 C + 8 in place of
-        C + 2), each with a scale of 1 in place of its scales. A `torch.distributed.checkpoint` of
-        it is one of such an optimizer, on any mesh; for plain parameters gather it
-        (`StateDictOptions(full_state_dict=True)`).
-        """
-        self._commit_pending()
-        # The first of the hooks, so that all others see what the caller gets.
-        saved_form = self.register_state_dict_post_hook(_checkpoint.saved_form, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            saved_form.remove()
-
-    def _commit_pending(self) -> None:
-        """Have in the state what Algorithm 1 has in it after the last step."""
-        self._finish_step()
-        _state.commit_pending(_state.param_states(self.state))
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of any backend, or one of torch.optim.Adam or AdamW (buffer empty).
-
-        Float32 state of half-precision parameters stays float32. `buffer_dtype` and `moment_dtype`
-        stay this optimizer's: state of another precision is rounded to nearest, with a warning.
-        Options the state dict lacks keep their values. The values are copied, into the tensors that
-        this optimizer has, where it has such (a captured graph goes on with them): besides the two
-        states, memory is needed for that of one parameter at a time. `state_dict` is not changed.
-
-        Args:
-            state_dict: What `state_dict()` returned.
-
-        Raises:
-            ValueError: Groups, shapes or capacity do not match. Nothing has been changed then.
-        """
-        # Hooks may change it.
-        state_dict = copy.copy(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            hooked = pre_hook(self, state_dict)
-            if hooked is not None:
-                state_dict = hooked
-        _checkpoint.check_form(state_dict)
-        saved_groups = state_dict["param_groups"]
-        groups = _checkpoint.loaded_groups(self.param_groups, saved_groups)
-        _checkpoint.check_state(groups, state_dict)
-        _checkpoint.warn_of_conversion(groups, saved_groups)
-        self._finish_step()
-        captured = self._captured_plans
-        state = _checkpoint.loaded_state(groups, state_dict, self.state)
-        self.__setstate__({"state": state, "param_groups": groups})
-        self._captured_plans = captured
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    @torch.no_grad()
-    def resize_buffer(self, capacity: int) -> None:
-        """Change the capacity of all buffers; of too many slots those with the highest keys stay.
-
-        Args:
-            capacity: An int >= 1.
-
-        Raises:
-            ValueError: It is none. Nothing has been changed then.
-        """
-        for group in self.param_groups:
-            check_options({**group, "capacity": capacity})
-        self._commit_pending()
-        for group in self.param_groups:
-            group["capacity"] = capacity
-            for param in group["params"]:
-                if "priorities" in self.state.get(param, {}):
-                    _state.resize_buffer(param, self.state[param], group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._commit_pending()
-        state = super().__getstate__()
-        saved = _checkpoint.saved_state(state["state"])
-        return {**state, "state": _checkpoint.picklable(saved)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # torch adds an option that the constructor does not know.
-        self.defaults.pop("differentiable", None)
-        self._forget_plans()
-        self.state = OptimizerState(dict, _checkpoint.unpickled(self.state))
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
     def __repr__(self) -> str:
         active = ", ".join(

@@ -294,12 +294,29 @@ def param_states(state: Mapping[Any, Any]) -> list[State]:
 
 def commit_pending(states: list[State]) -> None:
     """Make the deferred commits of these states, so that their slots are as Algorithm 1's."""
-    pending = [state for state in states if "pending_slot" in state]
-    on_cpu = [state for state in pending if _is_for_the_extension(state)]
+    for_the_extension = []
+    for state in states:
+        if "pending_slot" not in state:
+            continue
+        if state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None:
+            for_the_extension.append(state)
+        else:
+            reference.commit_(
+                state["exp_avg"],
+                state["critical_buffer"],
+                state.get("critical_sum"),
+                state["pending_slot"],
+                state.get("critical_scales"),
+                state.get("exp_avg_scales"),
+            )
+    _commit_in_the_extension(for_the_extension)
+
+
+def _commit_in_the_extension(states: list[State]) -> None:
     # A list of the operator's has a tensor for each state, or none.
     optional = ("critical_sum", "critical_scales", "exp_avg_scales")
     batches: dict[tuple[bool, ...], list[State]] = {}
-    for state in on_cpu:
+    for state in states:
         batches.setdefault(tuple(key in state for key in optional), []).append(state)
     for batch in batches.values():
         sums, slot_scales, momentum_scales = (
@@ -313,20 +330,6 @@ def commit_pending(states: list[State]) -> None:
             slot_scales,
             momentum_scales,
         )
-    for state in pending:
-        if not _is_for_the_extension(state):
-            reference.commit_(
-                state["exp_avg"],
-                state["critical_buffer"],
-                state.get("critical_sum"),
-                state["pending_slot"],
-                state.get("critical_scales"),
-                state.get("exp_avg_scales"),
-            )
-
-
-def _is_for_the_extension(state: State) -> bool:
-    return state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None
 
 
 def drop_derived(states: list[State], kept: tuple[str, ...]) -> None:

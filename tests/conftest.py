@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 # Interpreted, a step takes a hundred times as long as compiled. What such a test holds is the
 # optimizer's, the same for every backend, or the kernel's for one combination of many: of those for
 # triton some are enough. 13 has no divisor in common with the numbers of values of most parameters,
-# so that all of them come up. All combinations take ten minutes more on two cores.
+# so that all of them come up.
 _SAMPLED = 13
 
 
