@@ -360,7 +360,11 @@ def _update_(
     if half and options.low_precision_update == "kahan":
         theta = theta + bucket.compensations[i].to(v.dtype)
     if options.decoupled_weight_decay:
-        theta = theta * (1 - lr * options.weight_decay)
+        decay_factor = 1 - lr * options.weight_decay
+        if isinstance(decay_factor, Tensor):
+            # Else a parameter without dimensions would become float64.
+            decay_factor = decay_factor.to(v.dtype)
+        theta = theta * decay_factor
     step_size = (lr / bias_correction1).to(v.dtype)
     theta = theta - step_size * (numerator / denominator)  # Eq. (7)
     if half and options.low_precision_update == "stochastic":

@@ -526,6 +526,28 @@ def test_no_generator_is_touched() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", backend_params())
+def test_tensor_lr_of_a_scalar_parameter(backend: str, dtype: torch.dtype) -> None:
+    """A learning rate in a tensor is the number it holds, for a parameter without dimensions too.
+
+    The older tests of such learning rates have parameters with dimensions. Without them torch's
+    promotion made the reference's update float64, which stochastic rounding could not take.
+    """
+    params = []
+    for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
+        param = torch.tensor(1.7, dtype=dtype, device=device_of(backend))
+        update = "stochastic" if dtype is torch.bfloat16 else "nearest"
+        optimizer = AdamWCM(
+            [param], lr=lr, weight_decay=0.3, low_precision_update=update, backend=backend
+        )
+        for step in range(6):
+            param.grad = torch.full_like(param, 0.3 - 0.2 * step)
+            optimizer.step()
+        params.append(param)
+    assert torch.equal(*params)
+
+
 @pytest.mark.parametrize("backend", backend_params(["eager", "cpu"]))
 def test_words_follow_the_parameter(backend: str) -> None:
     """A parameter's rounding is its own, whoever else takes part; another seed's is another."""
