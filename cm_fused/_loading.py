@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_fused import reference
 from cm_fused._sharding import is_sharded, local, local_as
 from cm_fused._state import (
     SCALES,
@@ -152,7 +153,7 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
     """Sum the slots anew where they are not the values that were saved but rounded otherwise."""
     slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
     same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
-    critical_sum.copy_(torch.where(same, critical_sum, slots.sum(0)))
+    critical_sum.copy_(torch.where(same, critical_sum, reference.sum_slots(slots)))
 
 
 def _loaded_in_precision(

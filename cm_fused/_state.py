@@ -207,7 +207,7 @@ def new_tensor(key: str, param: Tensor, state: State, group: Mapping[str, Any]) 
         like, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
     )
     if key == "critical_sum" and "critical_buffer" in state:
-        shaped.copy_(dequantized(state, "critical_buffer").sum(0))
+        shaped.copy_(reference.sum_slots(dequantized(state, "critical_buffer")))
     return shaped
 
 

@@ -170,9 +170,20 @@ def priority_keys(sq_norm: Tensor, count: int) -> list[Tensor]:
 def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Tensor:
     """Return (1/C) times the sum of the slots, or the mean of the filled ones; 0 when empty."""
     if options.buffer_mean == "capacity":
-        return (1 / buffer.shape[0]) * buffer.sum(0)  # Eq. (6)
+        return (1 / buffer.shape[0]) * sum_slots(buffer)  # Eq. (6)
     filled = (priorities > -torch.inf).sum().clamp(min=1)
-    return (1 / filled.to(torch.float64)).to(buffer.dtype) * buffer.sum(0)
+    return (1 / filled.to(torch.float64)).to(buffer.dtype) * sum_slots(buffer)
+
+
+def sum_slots(slots: Tensor) -> Tensor:
+    """Return the sum over slots, (C, *shape), added in their order as the fused backends add them.
+
+    `Tensor.sum` adds five and more in another order, which goes by their strides.
+    """
+    total = slots[0].clone()
+    for slot in slots[1:]:
+        total.add_(slot)
+    return total
 
 
 def admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions) -> None:

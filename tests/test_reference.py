@@ -129,3 +129,20 @@ def test_compiles_whole(options: Options) -> None:
         )
         for mine, eager in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(mine.numpy(), eager.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("capacity", [1, 2, 5, 8])
+def test_slots_are_summed_in_their_order(capacity: int, dtype: torch.dtype) -> None:
+    """The sum's bits are not the strides': `Tensor.sum`'s are, of five slots and more.
+
+    The older tests compare layouts to a bound. State machines found a step that was another after
+    a buffer's memory order had changed.
+    """
+    slots = torch.randn(capacity, 30, 50, dtype=dtype)
+    expected = torch.zeros(30, 50, dtype=dtype)
+    for slot in slots.unbind():
+        expected = expected + slot
+    transposed = slots.mT.contiguous().mT
+    for layout in (slots, transposed):
+        assert torch.equal(reference.sum_slots(layout), expected)

@@ -227,7 +227,7 @@ class _ResearchAdam(CriticalAdam):
         (g,) = reference.effective_gradients(bucket, options)
         reference.admit_(bucket, 0, key.to(param.device, torch.float32), g, options)
         for critical_sum in bucket.critical_sums:
-            critical_sum.copy_(reference.load_buffer(bucket, 0).sum(0))
+            critical_sum.copy_(reference.sum_slots(reference.load_buffer(bucket, 0)))
         lr = options.lr
         if isinstance(lr, Tensor):
             lr = lr.to(param.device).reshape(())
