@@ -139,7 +139,7 @@ def _thread() -> Iterator[Run]:
         # torch's own loops in the calling thread; those of cm_fused in threads.cpp's.
         "OMP_NUM_THREADS": "1",
         "LD_PRELOAD": _libraries("libtsan.so", "libstdc++.so") + f" {library}",
-        "TSAN_OPTIONS": "halt_on_error=0",
+        "TSAN_OPTIONS": "halt_on_error=0:die_after_fork=0",
     }
     tool = "ThreadSanitizer"
     runs = ("every_kernel", "optimizers_in_threads", "one_state_in_threads")

@@ -75,7 +75,7 @@ def one_state_in_threads() -> None:
     state = [optimizer.state[param] for param in params]
     keys = ("exp_avg", "exp_avg_sq", None, "critical_buffer", "critical_sum", "priorities")
     lists = [[s[key] for s in state] if key else [] for key in (*keys, "pending_slot", "step")]
-    held = torch.ops.cm_fused.hold_state(*lists, [], [], [], [], [])
+    held = torch.ops.cm_fused.hold_state(*lists, [], [], [], [], [], [])
     data = [param.detach() for param in params]
     grads = [param.grad for param in params]
     options = {

@@ -27,16 +27,22 @@ class BufferBlock {
         from_slots_(sum_ == nullptr || rebuilds_sum(tensor, chunk)),
         n_(n) {}
 
-  // The sum over the slots after `item`, last step's momentum, took its slot: the deferred commit.
-  const state_t* commit_then_sum(const state_t* item, state_t* scratch) const {
+  // Puts `item`, last step's momentum, in its slot: the deferred commit, before sum_of is asked
+  // for.
+  void commit_before_sum(const state_t* item) const {
     if (tensor_.slot != kNoSlot) {
       put_in_slot(item, from_slots_ ? nullptr : sum_);
     }
+  }
+
+  // The sum over the slots of `count` elements from `at`.
+  template <typename PartCount>
+  CM_FUSED_INLINE const state_t* sum_of(int64_t at, PartCount count, state_t* scratch) const {
     if (!from_slots_) {
-      return sum_;
+      return sum_ + at;
     }
-    state_t* sum = sum_ == nullptr ? scratch : sum_;
-    sum_slots(sum);
+    state_t* sum = sum_ == nullptr ? scratch : sum_ + at;
+    sum_slots(at, count, sum);
     return sum;
   }
 
@@ -46,7 +52,7 @@ class BufferBlock {
     if (!from_slots_) {
       std::memcpy(scratch, sum_, bytes);
     } else {
-      sum_slots(scratch);
+      sum_slots(0, n_, scratch);
       if (sum_ != nullptr) {
         std::memcpy(sum_, scratch, bytes);
       }
@@ -63,13 +69,14 @@ class BufferBlock {
   }
 
  private:
-  void sum_slots(state_t* __restrict sum) const {
-    const int64_t whole = n_ / kTile * kTile;
+  template <typename PartCount>
+  CM_FUSED_INLINE void sum_slots(int64_t at, PartCount count, state_t* __restrict sum) const {
+    const int64_t whole = count / kTile * kTile;
     for (int64_t i = 0; i < whole; i += kTile) {
-      sum_tile<Vector<state_t>, kTileVectors>(i, sum + i);
+      sum_tile<Vector<state_t>, kTileVectors>(at + i, sum + i);
     }
-    for (int64_t i = whole; i < n_; ++i) {
-      sum_tile<state_t, 1>(i, sum + i);
+    for (int64_t i = whole; i < count; ++i) {
+      sum_tile<state_t, 1>(at + i, sum + i);
     }
   }
 

@@ -232,13 +232,18 @@ class ChunkStep {
       for (int64_t part = 0; part < block_size; part += kBlockSize) {
         prefetch_block<state_t, param_t>(tensor_, begin + part + kPrefetchDistance);
       }
+      const int64_t n = std::min(block_size, end - begin);
       if constexpr (std::is_same_v<state_t, float>) {
-        if (begin + kLargestBlock <= end && block_size == kLargestBlock) {
+        if (n == kLargestBlock) {
           step(begin, std::integral_constant<int64_t, kLargestBlock>{});
           continue;
         }
+        if (n == kBlockSize) {
+          step(begin, Part{});
+          continue;
+        }
       }
-      step(begin, std::min(block_size, end - begin));
+      step(begin, n);
     }
     return squares_.total();
   }
@@ -246,6 +251,15 @@ class ChunkStep {
  private:
   static constexpr bool kHalf =
       std::is_same_v<param_t, c10::BFloat16> || std::is_same_v<param_t, c10::Half>;
+  using Part = std::integral_constant<int64_t, kBlockSize>;
+
+  // What an update changes of one block, in the update's type.
+  struct Block {
+    state_t* exp_avg;
+    state_t* exp_avg_sq;
+    state_t* max_exp_avg_sq;  // nullptr without amsgrad
+    state_t* param;
+  };
 
   template <typename Count>
   void step(int64_t begin, Count n) {
@@ -258,29 +272,59 @@ class ChunkStep {
         tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, begin, n, exp_avg_scratch_);
     state_t* exp_avg_sq = load_moment<false>(
         tensor_, tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, begin, n, exp_avg_sq_scratch_);
-    const state_t* sum =
-        with_buffer_block<state_t>(tensor_, chunk_, begin, n, [&](const auto& buffer) {
-          if constexpr (kCriticalGradients) {
-            return buffer.sum_then_commit(g, sum_scratch_);
-          } else {
-            return buffer.commit_then_sum(exp_avg, sum_scratch_);
-          }
+    const Block block{exp_avg, exp_avg_sq,
+        tensor_.max_exp_avg_sq == nullptr ? nullptr
+                                          : static_cast<state_t*>(tensor_.max_exp_avg_sq) + begin,
+        param};
+    with_buffer_block<state_t>(tensor_, chunk_, begin, n, [&](const auto& buffer) {
+      if constexpr (kCriticalGradients) {
+        const state_t* sum = buffer.sum_then_commit(g, sum_scratch_);
+        g = with_late_l2_term(g, param, n);
+        restore_param(begin, n, param);
+        update(block, 0, n, g, sum);
+      } else {
+        restore_param(begin, n, param);
+        buffer.commit_before_sum(exp_avg);
+        for_each_part(n, [&](int64_t at, auto count) {
+          squares_.add(g + at, count);
+          update(block, at, count, g + at, buffer.sum_of(at, count, sum_scratch_));
         });
-    if constexpr (kCriticalGradients) {
-      g = with_late_l2_term(g, param, n);
-    } else {
-      squares_.add(g, n);
+      }
+    });
+    store_moments(begin, n, exp_avg, exp_avg_sq);
+    store_param(begin, n, param_data, param);
+  }
+
+  // Calls visit(at, count) for a block's parts. The sum of a whole block of low precision before
+  // its update took longer: two cores of a Zen 3, 30 M elements, C = 5, in parts 0.83 of the time
+  // with bfloat16 slots, 0.87 with int8; but in cache 1.18 and 1.08.
+  template <typename Count, typename Visit>
+  static void for_each_part(Count n, Visit visit) {
+    const int64_t whole = n / kBlockSize * kBlockSize;
+    for (int64_t at = 0; at < whole; at += kBlockSize) {
+      visit(at, Part{});
     }
+    if (whole < n) {
+      visit(whole, n - whole);
+    }
+  }
+
+  // The update of `count` elements of a block from `at`, of which g and sum are.
+  template <typename Count>
+  void update(
+      const Block& block, int64_t at, Count count, const state_t* g, const state_t* sum) const {
+    const bool amsgrad = block.max_exp_avg_sq != nullptr;
+    const auto function =
+        update_function<state_t, kCriticalGradients, Count>(amsgrad, options_.eps_inside_sqrt);
+    function(scalars_, count, g, sum, block.exp_avg + at, block.exp_avg_sq + at,
+        amsgrad ? block.max_exp_avg_sq + at : nullptr, block.param + at);
+  }
+
+  template <typename Count>
+  void restore_param(int64_t begin, Count n, state_t* param) {
     if constexpr (kHalf) {
       add_compensation<state_t, param_t>(tensor_, begin, n, param);
     }
-    const bool amsgrad = tensor_.max_exp_avg_sq != nullptr;
-    const auto update =
-        update_function<state_t, kCriticalGradients, Count>(amsgrad, options_.eps_inside_sqrt);
-    update(scalars_, n, g, sum, exp_avg, exp_avg_sq,
-        amsgrad ? static_cast<state_t*>(tensor_.max_exp_avg_sq) + begin : nullptr, param);
-    store_moments(begin, n, exp_avg, exp_avg_sq);
-    store_param(begin, n, param_data, param);
   }
 
   // The gradient with the L2 term that is no part of what was stored.
