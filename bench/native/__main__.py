@@ -83,7 +83,9 @@ def _record(run: Run) -> None:
     """Write what a run found in the place of what the file said of it."""
     known = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
     others = [each for each in known if (each["tool"], each["what"]) != (run.tool, run.what)]
-    RESULT.write_text(json.dumps(_report([*others, asdict(run)]), indent=1) + "\n")
+    # Of each run its own: not all are of one day.
+    now = {**asdict(run), "commit": machine.versions()["commit"]}
+    RESULT.write_text(json.dumps(_report([*others, now]), indent=1) + "\n")
 
 
 def _report(runs: list[dict[str, object]]) -> dict[str, object]:
@@ -94,7 +96,7 @@ def _report(runs: list[dict[str, object]]) -> dict[str, object]:
         "compiler": compiler.stdout.splitlines()[0],
         "flags": {"address": f"{FLAGS} {_ADDRESS}", "thread": f"{FLAGS} {_THREAD}"},
         "left_out": suite.LEFT_OUT,
-        "deselected": suite.DESELECTED,
+        "deselected": {**suite.DESELECTED, **suite.FORKS},
         "runs": runs,
     }
 
@@ -139,7 +141,7 @@ def _thread() -> Iterator[Run]:
         # torch's own loops in the calling thread; those of cm_fused in threads.cpp's.
         "OMP_NUM_THREADS": "1",
         "LD_PRELOAD": _libraries("libtsan.so", "libstdc++.so") + f" {library}",
-        "TSAN_OPTIONS": "halt_on_error=0:die_after_fork=0",
+        "TSAN_OPTIONS": "halt_on_error=0",
     }
     tool = "ThreadSanitizer"
     runs = ("every_kernel", "optimizers_in_threads", "one_state_in_threads")
@@ -149,7 +151,7 @@ def _thread() -> Iterator[Run]:
     for race in races:
         yield _steps(tool, tree, environment, race, -1)
     for file in suite.OF_THREADS:
-        yield _pytest(tool, tree, environment, [file])
+        yield _pytest(tool, tree, environment, [file, *suite.options(suite.FORKS)])
 
 
 def _valgrind() -> Iterator[Run]:
@@ -224,15 +226,16 @@ def _libraries(*names: str) -> str:
     )
 
 
-def _pytest(tool: str, tree: Path, environment: dict[str, str], files: list[str]) -> Run:
+def _pytest(tool: str, tree: Path, environment: dict[str, str], arguments: list[str]) -> Run:
     # Without output capture: a sanitizer's last words go to the process's own stderr.
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
-    command += ["-k", suite.SELECTED, *suite.deselected(), *files]
-    code, output = _output(tool, ", ".join(files), command, tree, environment)
+    command += ["-k", suite.SELECTED, *suite.options(suite.DESELECTED), *arguments]
+    what = ", ".join(each for each in arguments if each.startswith("tests/") and "::" not in each)
+    code, output = _output(tool, what, command, tree, environment)
     passed = re.search(r"(\d+) passed", output)
     return Run(
         tool,
-        ", ".join(files),
+        what,
         int(passed[1]) if passed else 0,
         _findings(output),
         failed=code != 0,

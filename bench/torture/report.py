@@ -40,17 +40,17 @@ def _sanitizers() -> list[str]:
     """Return what `make sanitize` last wrote."""
     found = json.loads((RESULTS / "sanitizers.json").read_text())
     rows = [
-        f"| {run['tool']} | {run['what']} | {run['passed']} | {_outcome(run)} |"
+        f"| {run['tool']} | {run['what']} | {run['passed']} | {_outcome(run)} | {run['commit']} |"
         for run in found["runs"]
     ]
     return [
         "## Sanitizers",
         "",
-        f"Written by `make sanitize` at {found['versions']['commit']} with {found['compiler']};",
+        f"Written by `make sanitize` with {found['compiler']};",
         "what is left out and why is in [`bench/native/suite.py`](native/suite.py).",
         "",
-        "| tool | ran | passed | findings |",
-        "| --- | --- | ---: | --- |",
+        "| tool | ran | passed | findings | commit |",
+        "| --- | --- | ---: | --- | --- |",
         *rows,
         "",
     ]
