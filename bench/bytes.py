@@ -45,7 +45,7 @@ def adamw_foreach() -> Bytes:
 
 
 def _buffer(capacity: int, admits: bool) -> Bytes:
-    """The buffer's part of a fused step (csrc/cpu/step_kernel.h).
+    """The buffer's part of a fused step (csrc/cpu/slots_kernel.h).
 
     The commit of an admission is deferred to the next step's pass, which holds m anyway: in a
     steady state each step pays for one, the last step's, with the slot alone.

@@ -3,11 +3,13 @@
 import copy
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.native import steps
 from bench.torture import endurance
 from cm_fused import AdamCG, AdamCM
 from tests.cases import needs_cpu_backend, needs_proc
@@ -25,6 +27,17 @@ def test_forked_processes_step() -> None:
     """Forks of a process that has stepped in several threads have its parent's bits."""
     torch.set_num_threads(2)
     endurance.forks(quick=True)
+
+
+@pytest.mark.parametrize(
+    "run", [steps.every_kernel, steps.optimizers_in_threads, steps.one_state_in_threads]
+)
+def test_runs_of_the_sanitizers(run: Callable[[], None]) -> None:
+    """What ThreadSanitizer and valgrind look at still runs.
+
+    No older test ran these: one passed an operator too few arguments since its schema had grown.
+    """
+    run()
 
 
 def _params() -> list[Tensor]:

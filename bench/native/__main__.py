@@ -151,7 +151,7 @@ def _thread() -> Iterator[Run]:
     for race in races:
         yield _steps(tool, tree, environment, race, -1)
     for file in suite.OF_THREADS:
-        yield _pytest(tool, tree, environment, [file, *suite.options(suite.FORKS)])
+        yield _pytest(tool, tree, environment, [file], {**suite.DESELECTED, **suite.FORKS})
 
 
 def _valgrind() -> Iterator[Run]:
@@ -226,11 +226,17 @@ def _libraries(*names: str) -> str:
     )
 
 
-def _pytest(tool: str, tree: Path, environment: dict[str, str], arguments: list[str]) -> Run:
+def _pytest(
+    tool: str,
+    tree: Path,
+    environment: dict[str, str],
+    files: list[str],
+    deselected: dict[str, str] = suite.DESELECTED,
+) -> Run:
     # Without output capture: a sanitizer's last words go to the process's own stderr.
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
-    command += ["-k", suite.SELECTED, *suite.options(suite.DESELECTED), *arguments]
-    what = ", ".join(each for each in arguments if each.startswith("tests/") and "::" not in each)
+    command += ["-k", suite.SELECTED, *suite.options(deselected), *files]
+    what = ", ".join(files)
     code, output = _output(tool, what, command, tree, environment)
     passed = re.search(r"(\d+) passed", output)
     return Run(

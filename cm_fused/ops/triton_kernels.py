@@ -573,7 +573,7 @@ def critical_adam_kernel(
         divisor = tl.maximum(filled, 1)
     slot = tl.load(pointer(row_ptr, SLOT_COLUMN, tl.int64)).to(tl.int32)
     # A running sum loses a rounding with every admission: each chunk is summed anew once in 4 C
-    # steps, a different chunk each step (see csrc/cpu/step_kernel.h).
+    # steps, a different chunk each step (see csrc/cpu/slots_kernel.h).
     rebuild = (((step + chunk) % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
     inverse_divisor = (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE)
     step_size = (lr / bias_correction1).to(STATE_DTYPE)

@@ -1,4 +1,5 @@
-// Blocks of parameters and gradients: to and from the update's type, in the state's order.
+// Blocks of parameters and gradients: to and from the update's type, in the state's order, and what
+// rounding takes from a parameter.
 //
 // No include guard: a part of step_kernel.h.
 
@@ -65,6 +66,44 @@ inline void store_block(
   } else if constexpr (!std::is_same_v<state_t, param_t>) {
     for (int64_t i = 0; i < n; ++i) {
       data[begin + i] = store_element<param_t>(block[i]);
+    }
+  }
+}
+
+// What rounding took from the parameter when it was last stored.
+template <typename state_t, typename param_t>
+inline void add_compensation(const TensorStep& tensor, int64_t begin, auto n, state_t* param) {
+  if (tensor.compensation == nullptr) {
+    return;
+  }
+  const auto* compensation = static_cast<const param_t*>(tensor.compensation) + begin;
+  for (int64_t i = 0; i < n; ++i) {
+    param[i] += load_element<state_t>(compensation[i]);
+  }
+}
+
+template <typename state_t, typename param_t>
+inline void keep_compensation(
+    const TensorStep& tensor, int64_t begin, auto n, const state_t* param) {
+  if (tensor.compensation == nullptr) {
+    return;
+  }
+  auto* compensation = static_cast<param_t*>(tensor.compensation) + begin;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto stored = load_element<state_t>(store_element<param_t>(param[i]));
+    compensation[i] = store_element<param_t>(param[i] - stored);
+  }
+}
+
+// Rounds a block to values of param_t, so that storing them loses nothing more.
+template <typename state_t, typename param_t>
+inline void round_stochastically(const uint32_t* words, auto n, state_t* param) {
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
+      param[i] =
+          bit_cast<float>(static_cast<uint32_t>(round_to_bfloat16(param[i], words[i] >> 16)) << 16);
+    } else {
+      param[i] = round_to_float16(param[i], words[i] >> 16);
     }
   }
 }

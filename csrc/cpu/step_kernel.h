@@ -11,124 +11,13 @@
 
 // These use both.
 #include "block_kernel.h"
+#include "gradient_kernel.h"
 #include "moments_kernel.h"
 #include "philox_kernel.h"
 #include "slots_kernel.h"
+#include "update_kernel.h"
 
 namespace cm_fused::CM_FUSED_ISA {
-
-// Lanes of a norm's accumulator: two AVX-512 registers of doubles, and a part of the definition
-// of its bits on every instruction set.
-constexpr int kLanes = 16;
-
-inline bool has_l2_term(const StepOptions& options) {
-  return options.weight_decay != 0.0 && !options.decoupled_weight_decay;
-}
-
-inline bool adds_l2_term(const StepOptions& options) {
-  return has_l2_term(options) && !options.l2_in_aggregate;
-}
-
-// The gradient the step uses: unscaled and clipped, negated to maximize, plus the L2 term.
-template <typename state_t>
-inline const state_t* effective_gradient(const state_t* grad, const state_t* param, auto n,
-    const StepOptions& options, state_t* scratch) {
-  const bool l2 = adds_l2_term(options);
-  const auto factor =
-      static_cast<state_t>(options.maximize ? -options.grad_factor : options.grad_factor);
-  if (factor == state_t(1) && !l2) {
-    return grad;
-  }
-  if (l2) {
-    const state_t weight_decay = static_cast<state_t>(options.weight_decay);
-    for (int64_t i = 0; i < n; ++i) {
-      scratch[i] = factor * grad[i] + weight_decay * param[i];
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      scratch[i] = factor * grad[i];
-    }
-  }
-  return scratch;
-}
-
-struct SquareSum {
-  double lanes[kLanes] = {};
-
-  template <typename state_t>
-  inline void add(const state_t* __restrict g, auto n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        lanes[lane] += static_cast<double>(g[i + lane]) * static_cast<double>(g[i + lane]);
-      }
-    }
-    for (int lane = 0; i + lane < n; ++lane) {
-      lanes[lane] += static_cast<double>(g[i + lane]) * static_cast<double>(g[i + lane]);
-    }
-  }
-
-  inline double total() {
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) {
-        lanes[lane] += lanes[lane + width];
-      }
-    }
-    return lanes[0];
-  }
-};
-
-// The scalars of an element update, rounded once to the state's type.
-template <typename state_t>
-struct Scalars {
-  state_t beta1, one_minus_beta1, beta2, one_minus_beta2;
-  state_t inverse_divisor, step_size, inverse_bias_correction2, eps, decay_factor;
-
-  Scalars(const TensorStep& tensor, const StepOptions& options)
-      : beta1(static_cast<state_t>(options.beta1)),
-        one_minus_beta1(static_cast<state_t>(1.0 - options.beta1)),
-        beta2(static_cast<state_t>(options.beta2)),
-        one_minus_beta2(static_cast<state_t>(1.0 - options.beta2)),
-        inverse_divisor(static_cast<state_t>(1.0 / static_cast<double>(tensor.mean_divisor))),
-        step_size(static_cast<state_t>(options.lr / tensor.bias_correction1)),
-        inverse_bias_correction2(static_cast<state_t>(1.0 / tensor.bias_correction2)),
-        eps(static_cast<state_t>(options.eps)),
-        decay_factor(static_cast<state_t>(
-            options.decoupled_weight_decay ? 1.0 - options.lr * options.weight_decay : 1.0)) {}
-};
-
-template <bool kCriticalGradients, bool kAmsgrad, bool kEpsInsideSqrt, typename state_t,
-    typename Count>
-inline void update_block(const Scalars<state_t>& s, Count n, const state_t* __restrict g,
-    const state_t* __restrict buffer_sum, state_t* __restrict exp_avg,
-    state_t* __restrict exp_avg_sq, state_t* __restrict max_exp_avg_sq, state_t* __restrict param) {
-  for (int64_t i = 0; i < n; ++i) {
-    const state_t mean = s.inverse_divisor * buffer_sum[i];  // Eq. (6)
-    state_t aggregate;
-    state_t numerator;
-    if constexpr (kCriticalGradients) {
-      aggregate = g[i] + mean;  // Eq. (3)
-      exp_avg[i] = s.beta1 * exp_avg[i] + s.one_minus_beta1 * aggregate;
-      numerator = exp_avg[i];
-    } else {
-      exp_avg[i] = s.beta1 * exp_avg[i] + s.one_minus_beta1 * g[i];  // Eq. (4)
-      aggregate = exp_avg[i] + mean;                                 // Eq. (5)
-      numerator = aggregate;
-    }
-    exp_avg_sq[i] =
-        s.beta2 * exp_avg_sq[i] + s.one_minus_beta2 * (aggregate * aggregate);  // Eq. (5)
-    state_t second_moment = exp_avg_sq[i];
-    if constexpr (kAmsgrad) {
-      // In this order a NaN in exp_avg_sq is kept.
-      second_moment = max_exp_avg_sq[i] > second_moment ? max_exp_avg_sq[i] : second_moment;
-      max_exp_avg_sq[i] = second_moment;
-    }
-    const state_t corrected = s.inverse_bias_correction2 * second_moment;
-    const state_t denominator =
-        kEpsInsideSqrt ? std::sqrt(corrected + s.eps) : std::sqrt(corrected) + s.eps;
-    param[i] = s.decay_factor * param[i] - s.step_size * (numerator / denominator);  // Eq. (7)
-  }
-}
 
 inline void prefetch(const void* data, int64_t begin, int64_t element_bytes) {
   const char* const first = static_cast<const char*>(data) + begin * element_bytes;
@@ -167,54 +56,6 @@ inline void prefetch_block(const TensorStep& tensor, int64_t begin) {
       prefetch(tensor.critical_buffer, tensor.slot * tensor.numel + begin, slot_bytes);
     }
   }
-}
-
-// What rounding took from the parameter when it was last stored.
-template <typename state_t, typename param_t>
-inline void add_compensation(const TensorStep& tensor, int64_t begin, auto n, state_t* param) {
-  if (tensor.compensation == nullptr) {
-    return;
-  }
-  const auto* compensation = static_cast<const param_t*>(tensor.compensation) + begin;
-  for (int64_t i = 0; i < n; ++i) {
-    param[i] += load_element<state_t>(compensation[i]);
-  }
-}
-
-template <typename state_t, typename param_t>
-inline void keep_compensation(
-    const TensorStep& tensor, int64_t begin, auto n, const state_t* param) {
-  if (tensor.compensation == nullptr) {
-    return;
-  }
-  auto* compensation = static_cast<param_t*>(tensor.compensation) + begin;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto stored = load_element<state_t>(store_element<param_t>(param[i]));
-    compensation[i] = store_element<param_t>(param[i] - stored);
-  }
-}
-
-// Rounds a block to values of param_t, so that storing them loses nothing more.
-template <typename state_t, typename param_t>
-inline void round_stochastically(const uint32_t* words, auto n, state_t* param) {
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-      param[i] =
-          bit_cast<float>(static_cast<uint32_t>(round_to_bfloat16(param[i], words[i] >> 16)) << 16);
-    } else {
-      param[i] = round_to_float16(param[i], words[i] >> 16);
-    }
-  }
-}
-
-template <typename state_t, bool kCriticalGradients, typename Count>
-inline auto update_function(bool amsgrad, bool eps_inside_sqrt) {
-  if (amsgrad) {
-    return eps_inside_sqrt ? &update_block<kCriticalGradients, true, true, state_t, Count>
-                           : &update_block<kCriticalGradients, true, false, state_t, Count>;
-  }
-  return eps_inside_sqrt ? &update_block<kCriticalGradients, false, true, state_t, Count>
-                         : &update_block<kCriticalGradients, false, false, state_t, Count>;
 }
 
 // One chunk's step, a block at a time.
@@ -280,10 +121,10 @@ class ChunkStep {
       if constexpr (kCriticalGradients) {
         const state_t* sum = buffer.sum_then_commit(g, sum_scratch_);
         g = with_late_l2_term(g, param, n);
-        restore_param(begin, n, param);
+        add_compensation<state_t, param_t>(tensor_, begin, n, param);
         update(block, 0, n, g, sum);
       } else {
-        restore_param(begin, n, param);
+        add_compensation<state_t, param_t>(tensor_, begin, n, param);
         buffer.commit_before_sum(exp_avg);
         for_each_part(n, [&](int64_t at, auto count) {
           squares_.add(g + at, count);
@@ -318,13 +159,6 @@ class ChunkStep {
         update_function<state_t, kCriticalGradients, Count>(amsgrad, options_.eps_inside_sqrt);
     function(scalars_, count, g, sum, block.exp_avg + at, block.exp_avg_sq + at,
         amsgrad ? block.max_exp_avg_sq + at : nullptr, block.param + at);
-  }
-
-  template <typename Count>
-  void restore_param(int64_t begin, Count n, state_t* param) {
-    if constexpr (kHalf) {
-      add_compensation<state_t, param_t>(tensor_, begin, n, param);
-    }
   }
 
   // The gradient with the L2 term that is no part of what was stored.
