@@ -29,6 +29,8 @@ SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/describe.cpp",
     "csrc/cpu/ops.cpp",
+    "csrc/cpu/pass.cpp",
+    "csrc/cpu/steps.cpp",
     "csrc/cpu/update_priorities.cpp",
     "csrc/cpu/step_default.cpp",
     "csrc/cpu/step_avx2.cpp",

@@ -3,41 +3,40 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._bucket import Bucket, Handle, StepOptions
+from cm_fused._bucket import Bucket, BucketStep, Handle, StepOptions
 from cm_fused.ops import cpu
-
-Step = Callable[[Bucket, StepOptions, Tensor | None], None]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the step; the functions are those of `cm_fused.reference`.
+    """One implementation of the steps that `cm_fused.reference` defines.
+
+    What takes several steps takes all of them or, where it raises, none: with the reference this is
+    `cm_fused._undo`'s doing.
 
     Attributes:
         name: The value of the `backend` option that asks for it.
-        adam_cm_: The step with critical momenta.
-        adam_cg_: The step with critical gradients.
-        update_cm_: The step with critical momenta but for the priority buffers' books; returns what
-            `sq_norms` does.
+        prepare: Prepares some buckets' steps without changing anything; returns what takes them.
+        update_cm_: Some steps with critical momenta but for the priority buffers' books; returns
+            for each bucket what `sq_norms` does.
         keep_books_: The books, once the norms are known.
-        sq_norms: The sum of the squares of each gradient.
+        sq_norms: The sum of the squares of each of a bucket's gradients.
         state_keys: What it keeps in a parameter's state besides the reference's keys.
         hold: Makes a bucket's `handle`, which speeds up further steps of the same tensors.
         describe: What of it is at work on a device, for `repr`.
     """
 
     name: str
-    adam_cm_: Step
-    adam_cg_: Step
-    update_cm_: Callable[[Bucket, StepOptions], Tensor]
-    keep_books_: Callable[[Bucket, StepOptions, Tensor], None]
+    prepare: Callable[[list[BucketStep]], Callable[[], None]]
+    update_cm_: Callable[[list[BucketStep]], list[Tensor]]
+    keep_books_: Callable[[list[BucketStep]], None]
     sq_norms: Callable[[Bucket, StepOptions], Tensor]
     state_keys: Callable[[bool, int, int], tuple[str, ...]]
     hold: Callable[[Bucket], Handle | None]
@@ -52,12 +51,27 @@ def _no_handle(bucket: Bucket) -> None:
     return None
 
 
+def _eager_step_(steps: list[BucketStep]) -> None:
+    for bucket, options, critical_gradients, sq_norm in steps:
+        step_ = reference.adam_cg_ if critical_gradients else reference.adam_cm_
+        step_(bucket, options, sq_norm)
+
+
+def _eager_update_cm_(steps: list[BucketStep]) -> list[Tensor]:
+    return [reference.update_cm_(step.bucket, step.options) for step in steps]
+
+
+def _eager_keep_books_(steps: list[BucketStep]) -> None:
+    for bucket, options, _, sq_norm in steps:
+        assert sq_norm is not None
+        reference.keep_books_(bucket, options, sq_norm)
+
+
 EAGER = Backend(
     "eager",
-    adam_cm_=reference.adam_cm_,
-    adam_cg_=reference.adam_cg_,
-    update_cm_=reference.update_cm_,
-    keep_books_=reference.keep_books_,
+    prepare=lambda steps: partial(_eager_step_, steps),
+    update_cm_=_eager_update_cm_,
+    keep_books_=_eager_keep_books_,
     sq_norms=reference.sq_norms,
     state_keys=_no_keys,
     hold=_no_handle,
@@ -65,8 +79,7 @@ EAGER = Backend(
 )
 CPU = Backend(
     "cpu",
-    adam_cm_=cpu.adam_cm_,
-    adam_cg_=cpu.adam_cg_,
+    prepare=lambda steps: partial(cpu.step_, steps),
     update_cm_=cpu.update_cm_,
     keep_books_=cpu.keep_books_,
     sq_norms=cpu.sq_norms,
@@ -88,8 +101,7 @@ def _triton() -> "Backend | str":
         return f"triton does not import: {error}"
     return Backend(
         "triton",
-        adam_cm_=triton_ops.adam_cm_,
-        adam_cg_=triton_ops.adam_cg_,
+        prepare=triton_ops.prepare,
         update_cm_=triton_ops.update_cm_,
         keep_books_=triton_ops.keep_books_,
         sq_norms=triton_ops.sq_norms,

@@ -1,7 +1,7 @@
 """What one call of a backend works on: the tensors of a bucket and its hyperparameters."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -151,6 +151,23 @@ class StepOptions:
     l2_in_aggregate: bool = False
     grad_factor: Tensor | None = None
     found_inf: Tensor | None = None
+
+
+class BucketStep(NamedTuple):
+    """The step of one bucket, which a backend takes with those of others.
+
+    Attributes:
+        bucket: What is stepped.
+        options: The hyperparameters.
+        critical_gradients: Whether the buffers hold gradients, else momenta.
+        sq_norm: The sum of g^2 over the priority scope, float64 () or (params,), where the bucket
+            is not all of it.
+    """
+
+    bucket: Bucket
+    options: StepOptions
+    critical_gradients: bool
+    sq_norm: Tensor | None = None
 
 
 def step_options(group: dict[str, Any]) -> StepOptions:

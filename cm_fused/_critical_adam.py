@@ -1,6 +1,6 @@
 """What AdamCM and AdamCG share: options, state and the dispatch of a step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any, ClassVar, overload
@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from cm_fused import _state
 from cm_fused._backend import EAGER, Backend, select
-from cm_fused._bucket import Bucket, step_options
+from cm_fused._bucket import Bucket, BucketStep, step_options
 from cm_fused._capture import check_not_captured_sharded, check_not_capturing, is_capturing
 from cm_fused._checkpointed import CheckpointedOptimizer
 from cm_fused._checks import (
@@ -23,7 +23,7 @@ from cm_fused._checks import (
     check_zero,
 )
 from cm_fused._counted import OptimizerState
-from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled
+from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled, step_all_
 from cm_fused._plan import Plan
 from cm_fused._sharding import (
     Processes,
@@ -209,7 +209,7 @@ class CriticalAdam(CheckpointedOptimizer):
         try:
             plan = plan or self._new_plan(alone)
             with Undo([], plan.buckets):
-                self._step_(GroupStep(step_options(group), plan.buckets, first=0, count=1))
+                self._step_groups([self._group_step(group, plan, first=0)], None)
         except BaseException:
             self._unmake_state(made)
             raise
@@ -234,23 +234,30 @@ class CriticalAdam(CheckpointedOptimizer):
         """Return each group's step and the processes it is sharded among."""
         steps, first = [], 0
         for group, plan in zip(self.param_groups, plans, strict=True):
-            count = len(group["params"])
-            steps.append(GroupStep(step_options(group), plan.buckets, first, count))
-            first += count
+            steps.append(self._group_step(group, plan, first))
+            first += len(group["params"])
         among = self._sharded_among()
         if among is not None:
             check_not_captured_sharded(among.device)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         return scaled(steps, self.param_groups, among, grad_scale, found_inf), among
 
+    def _group_step(self, group: dict[str, Any], plan: Plan, first: int) -> GroupStep:
+        critical_gradients = self._stores_gradients(group)
+        options, count = step_options(group), len(group["params"])
+        return GroupStep(options, critical_gradients, plan.buckets, first, count)
+
     def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
         """Take the steps of all groups: the first change, after all that can be wrong."""
-        if among is None:
-            # A step of the reference can be taken back, one of another backend not.
-            for step in sorted(steps, key=GroupStep.is_fused):
-                self._step_(step) if step.is_alone() else self._step_across_([step], None)
-        else:
-            self._step_across_(steps, among)
+        if among is not None and not self._critical_gradients:
+            # While the norms are added up over processes the next backward may begin.
+            summing = Norms(steps, among, _update_cm_)
+            self._pending_books = PendingBooks(steps, summing)
+            return
+        norms: Norms | None = None
+        if among is not None or not all(map(GroupStep.is_alone, steps)):
+            norms = Norms(steps, among, _sq_norms)
+        step_all_(chain.from_iterable(step.on_buckets(norms) for step in steps))
 
     def _sharded_among(self) -> Processes | None:
         params = [param for group in self.param_groups for param in group["params"]]
@@ -261,25 +268,6 @@ class CriticalAdam(CheckpointedOptimizer):
             found = processes(params)
             self._processes = params, found
         return found
-
-    def _step_(self, step: GroupStep) -> None:
-        """Step a group whose priority scopes each lie within a bucket."""
-        for backend, bucket in step.buckets:
-            step_ = backend.adam_cg_ if self._critical_gradients else backend.adam_cm_
-            step_(bucket, step.options, None)
-
-    def _step_across_(self, steps: list[GroupStep], among: Processes | None) -> None:
-        """Step groups whose priority scopes span devices or processes."""
-        if self._critical_gradients:
-            norms = Norms(steps, among, lambda backend, *bucket: backend.sq_norms(*bucket))
-            for step in steps:
-                for backend, bucket in step.buckets:
-                    backend.adam_cg_(bucket, step.options, norms.over_scope(step, bucket))
-            return
-        norms = Norms(steps, among, lambda backend, *bucket: backend.update_cm_(*bucket))
-        self._pending_books = PendingBooks(steps, norms)
-        if among is None:
-            self._finish_step()
 
     def _kept_plan(self, index: int, group: dict[str, Any]) -> Plan | None:
         """Check a group's gradients; return the last step's plan if it serves again."""
@@ -326,10 +314,14 @@ class CriticalAdam(CheckpointedOptimizer):
         for param, tensors in made:
             if "step" not in tensors or local(tensors["step"]) > 0:
                 continue
-            for key in tensors:
-                self.state[param].pop(key, None)
-            if not self.state[param]:
-                del self.state[param]
+            self._drop_state(param, tensors)
+
+    def _drop_state(self, param: Tensor, keys: Iterable[str]) -> None:
+        """Take away some of a parameter's state."""
+        for key in keys:
+            self.state[param].pop(key, None)
+        if not self.state[param]:
+            del self.state[param]
 
     def _participants(self, group: dict[str, Any]) -> list[Tensor]:
         """Return the parameters of a group that this step is to step."""
@@ -393,6 +385,14 @@ class CriticalAdam(CheckpointedOptimizer):
             )
         )
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
+
+
+def _update_cm_(backend: Backend, steps: list[BucketStep]) -> list[Tensor]:
+    return backend.update_cm_(steps)
+
+
+def _sq_norms(backend: Backend, steps: list[BucketStep]) -> list[Tensor]:
+    return [backend.sq_norms(step.bucket, step.options) for step in steps]
 
 
 def _element_places(

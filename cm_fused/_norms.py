@@ -1,14 +1,15 @@
 """Norms over priority scopes and for clipping, across the devices and processes of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cm_fused._backend import EAGER, Backend
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._backend import CPU, EAGER, Backend
+from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused._sharding import Processes, Summing
 
 
@@ -18,12 +19,14 @@ class GroupStep:
 
     Attributes:
         options: The hyperparameters.
+        critical_gradients: Whether the buffers hold gradients, else momenta.
         buckets: The tensors of each device, with the backend that steps them.
         first: The place of the group's first parameter among the optimizer's.
         count: How many parameters the group has, with those that take no part.
     """
 
     options: StepOptions
+    critical_gradients: bool
     buckets: list[tuple[Backend, Bucket]]
     first: int
     count: int
@@ -32,9 +35,29 @@ class GroupStep:
         """Return whether every priority scope lies within one bucket."""
         return len(self.buckets) < 2 or self.options.priority_scope == "tensor"
 
-    def is_fused(self) -> bool:
-        """Return whether none of it is stepped by the reference."""
-        return all(backend is not EAGER for backend, _ in self.buckets)
+    def on_buckets(self, norms: "Norms | None" = None) -> Iterator[tuple[Backend, BucketStep]]:
+        """Yield the steps of the buckets, with the norms over their priority scopes if given."""
+        for backend, bucket in self.buckets:
+            sq_norm = None if norms is None else norms.over_scope(self, bucket)
+            yield backend, BucketStep(bucket, self.options, self.critical_gradients, sq_norm)
+
+
+def by_backend(
+    steps: Iterable[tuple[Backend, BucketStep]],
+) -> list[tuple[Backend, list[BucketStep]]]:
+    """Return what each backend is to do, the reference first, whose steps can be taken back."""
+    lists: dict[Backend, list[BucketStep]] = {}
+    for backend, step in steps:
+        lists.setdefault(backend, []).append(step)
+    # The C++ operator may yet fail, with nothing changed; launches that were prepared do not.
+    return sorted(lists.items(), key=lambda item: (item[0] is not EAGER, item[0] is not CPU))
+
+
+def step_all_(steps: Iterable[tuple[Backend, BucketStep]]) -> None:
+    """Take the steps of buckets, all of them or none: all is prepared before the first change."""
+    prepared = [backend.prepare(of_backend) for backend, of_backend in by_backend(steps)]
+    for take_ in prepared:
+        take_()
 
 
 class Norms:
@@ -47,19 +70,20 @@ class Norms:
         self,
         steps: list[GroupStep],
         processes: Processes | None,
-        sq_norms: Callable[[Backend, Bucket, StepOptions], Tensor],
+        sq_norms: Callable[[Backend, list[BucketStep]], list[Tensor]],
     ) -> None:
         """Take the sums of squares of every bucket, and start to add them up.
 
         Args:
             steps: Those of all groups.
             processes: Where the parameters are sharded.
-            sq_norms: Returns those of a bucket's parameters, float64 (params,).
+            sq_norms: Returns those of each bucket's parameters, float64 (params,).
         """
+        buckets = chain.from_iterable(step.on_buckets() for step in steps)
         taken = [
-            (bucket, sq_norms(backend, bucket, step.options))
-            for step in steps
-            for backend, bucket in step.buckets
+            (step.bucket, values)
+            for backend, of_backend in by_backend(buckets)
+            for step, values in zip(of_backend, sq_norms(backend, of_backend), strict=True)
         ]
         device = processes.device if processes else _home([values.device for _, values in taken])
         total = sum(step.count for step in steps)
@@ -105,9 +129,9 @@ class PendingBooks:
 
     def keep_(self) -> None:
         """Keep them: admit, decay and count the step."""
-        for step in self._steps:
-            for backend, bucket in step.buckets:
-                backend.keep_books_(bucket, step.options, self._norms.over_scope(step, bucket))
+        buckets = chain.from_iterable(step.on_buckets(self._norms) for step in self._steps)
+        for backend, of_backend in by_backend(buckets):
+            backend.keep_books_(of_backend)
 
 
 def scaled(
@@ -142,9 +166,12 @@ def _reciprocal(grad_scale: Tensor) -> Tensor:
     return grad_scale.to(torch.float64).reciprocal().to(torch.float32).to(torch.float64).reshape(())
 
 
-def _plain_sq_norms(backend: Backend, bucket: Bucket, options: StepOptions) -> Tensor:
+def _plain_sq_norms(backend: Backend, steps: list[BucketStep]) -> list[Tensor]:
     """Return the sums of squares of the gradients themselves, unscaled."""
-    return backend.sq_norms(bucket, replace(options, weight_decay=0.0, maximize=False))
+    return [
+        backend.sq_norms(step.bucket, replace(step.options, weight_decay=0.0, maximize=False))
+        for step in steps
+    ]
 
 
 def _clipped(

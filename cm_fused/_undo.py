@@ -52,10 +52,14 @@ class Undo:
                 raw = tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor
                 self._slots.append((raw, slot, raw.index_select(0, slot)))
             else:
-                self._wholes.append((tensor, tensor.clone()))
+                self.keep(tensor)
 
-    def __enter__(self) -> None:
-        pass
+    def keep(self, tensor: Tensor) -> None:
+        """Copy one tensor more, which is about to be changed."""
+        self._wholes.append((tensor, tensor.clone()))
+
+    def __enter__(self) -> "Undo":
+        return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None:

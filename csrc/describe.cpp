@@ -110,7 +110,8 @@ int64_t* pending_slot_data(size_t i, const Tensor& pending_slot, Device device) 
       "pending_slots", i, pending_slot, 1, aoti_torch_dtype_int64(), device);
 }
 
-void check_lengths(const StateTensors& state, const Tensors& params, const Tensors& grads) {
+void check_lengths(
+    const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads) {
   const size_t count = params.size();
   const auto optional_length = [&](const Tensors& list) { return list.empty() ? 0 : count; };
   check_length("grads", grads.size(), count);

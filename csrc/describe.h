@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "checks.h"
 #include "param_data.h"
@@ -48,7 +49,8 @@ float* scales_data(const char* role, size_t i, const Tensors& list, StoredDtype 
 
 int64_t* pending_slot_data(size_t i, const Tensor& pending_slot, Device device);
 
-void check_lengths(const StateTensors& state, const Tensors& params, const Tensors& grads);
+void check_lengths(
+    const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads);
 
 // Describes parameter i. What `data` knows of the state from an earlier step is kept where it
 // still holds: only metadata is looked at, and the state is checked again only when it moved.

@@ -58,6 +58,12 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
   // strides in its place is not looked at, of the state other than exp_avgs. Steps of one held
   // state take turns. They change the state that hold_state was given, which no schema can say:
   // tracing compilers are to be given the operators above.
+  //
+  // One call steps any number of held states: all of them, or none where it raises. `params` and
+  // `grads` are those of all, one state after the other, and so is local_sq_norms. A state without
+  // pending slots is one of critical gradients. The lists of scalars have one for each state or are
+  // empty; hyperparameters has the 13 numbers above for each state, in their order, but for the
+  // seed.
   m.def(
       "hold_state(Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "
       "Tensor[] critical_buffers, Tensor[] critical_sums, Tensor[] priorities, "
@@ -65,12 +71,13 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, Tensor[] compensations, "
       "int[] param_indices, int[] element_places) -> int");
   m.def("release_state(int held) -> ()");
-  m.def("step_held_(int held, Tensor(a!)[] params, Tensor[] grads, " CM_FUSED_SCALARS
-        ", Tensor(b!)? local_sq_norms, *, bool critical_gradients, " CM_FUSED_HYPERPARAMETERS
-        ") -> ()");
   m.def(
-      "keep_books_held_(int held, Tensor sq_norm, Tensor? found_inf, *, float priority_decay) "
-      "-> ()");
+      "step_held_(int[] held, Tensor(a!)[] params, Tensor[] grads, Tensor[] sq_norms, "
+      "Tensor[] lr_tensors, Tensor[] grad_factors, Tensor[] found_infs, "
+      "Tensor(b!)? local_sq_norms, *, float[] hyperparameters, int[] seeds) -> ()");
+  m.def(
+      "keep_books_held_(int[] held, Tensor[] sq_norms, Tensor[] found_infs, *, "
+      "float[] priority_decays) -> ()");
 
   // The table of a held state, for kernels that find a bucket's tensors by their addresses: see
   // table.h. Returns 0 when nothing changed since the table was last refreshed, 1 when it was

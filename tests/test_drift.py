@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._bucket import Bucket
+from cm_fused._bucket import Bucket, BucketStep
 from cm_fused._checks import BUFFER_DTYPES
 from cm_fused.ops import cpu
 from cm_fused.rounding import LARGEST
@@ -85,8 +85,7 @@ class _Run:
             ]
         )
         self.bucket.handle = cpu.HeldState(self.bucket)
-        self.options = step_options(options)
-        self.step_ = cpu.adam_cm_ if options.kind == "cm" else cpu.adam_cg_
+        self.steps = [BucketStep(self.bucket, step_options(options), options.kind == "cg")]
         self.gradient = torch.zeros(size)
         self.bucket.grads = [self.gradient] * len(buffer_dtypes)
         self.draws = _draws(size)
@@ -96,7 +95,7 @@ class _Run:
         """Take a step with the next draw times `scale`."""
         draw = self.draws[self.taken % len(self.draws)]
         torch.mul(draw, scale, out=self.gradient)
-        self.step_(self.bucket, self.options)
+        cpu.step_(self.steps)
         self.taken += 1
 
     def slots(self, i: int = 0) -> tuple[Tensor, Tensor]:

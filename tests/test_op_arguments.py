@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.torture import operators
-from cm_fused._bucket import Bucket
 from cm_fused.ops.table import WIDTH, Column
 from tests.cases import ROOT, needs_cpu_backend
-from tests.test_ops import LAST, OPS, STEPS, Sample, sample
+from tests.test_ops import LAST, OPS, STEPS, Sample, hold, sample, step_held_
 from tests.training import assert_same
 
 pytestmark = needs_cpu_backend
@@ -34,23 +33,6 @@ READ = {
     "commit_": ("exp_avgs", "critical_buffers", "critical_sums"),
 }
 assert READ.keys() == set(OPS)
-
-
-def _hold(case: Sample) -> int:
-    held: int = torch.ops.cm_fused.hold_state(*Bucket(**case.lists()).state())
-    return held
-
-
-def _step_held(held: int, case: Sample) -> None:
-    torch.ops.cm_fused.step_held_(
-        held,
-        case.params,
-        case.grads,
-        *case.scalars(),
-        None,
-        critical_gradients=False,
-        **case.hyperparameters,
-    )
 
 
 def _copy(case: Sample, besides: Tensor | None = None) -> dict[str, list[Tensor]]:
@@ -104,12 +86,12 @@ def test_grown_state_is_seen() -> None:
     case = sample(shapes=((2,),))
     memory = torch.zeros(3_000_000)
     case.exp_avgs = [memory.resize_(2)]
-    held = _hold(case)
-    _step_held(held, case)
+    held = hold(case)
+    step_held_([held], [case])
     memory.resize_(3_000_000)
     case.params, case.grads = ([torch.zeros(3_000_000)] for _ in range(2))
     with pytest.raises(RuntimeError, match=r"exp_avg_sqs\[0\] must have shape \(3000000\)"):
-        _step_held(held, case)
+        step_held_([held], [case])
     torch.ops.cm_fused.release_state(held)
 
 
@@ -117,12 +99,12 @@ def test_grown_state_is_seen() -> None:
 def test_shrunk_state_is_seen(role: str) -> None:
     """A held tensor that shrinks in place keeps its address too."""
     case = sample(running_sum=True)
-    held = _hold(case)
-    _step_held(held, case)
+    held = hold(case)
+    step_held_([held], [case])
     case.lists()[role][LAST].resize_(1)
     before = _copy(case)
     with pytest.raises(RuntimeError, match=rf"{role}\[{LAST}\] must"):
-        _step_held(held, case)
+        step_held_([held], [case])
     _same(case, before)
     torch.ops.cm_fused.release_state(held)
 
@@ -131,11 +113,11 @@ def test_moment_of_another_dtype_in_the_same_place_is_seen() -> None:
     """Momenta seen as codes need scales, which the state does not have: there were none to read."""
     case = sample(shapes=((8,),))
     case.exp_avgs = [torch.zeros(8)]
-    held = _hold(case)
-    _step_held(held, case)
+    held = hold(case)
+    step_held_([held], [case])
     case.exp_avgs[0].data = case.exp_avgs[0].data.view(torch.int8)[:8]
     with pytest.raises(RuntimeError, match=r"exp_avg_sqs\[0\] must have dtype Char"):
-        _step_held(held, case)
+        step_held_([held], [case])
     torch.ops.cm_fused.release_state(held)
 
 
@@ -148,7 +130,7 @@ def test_state_of_implied_values_is_not_held(make: Any) -> None:
     tensor = case.exp_avg_sqs[LAST]
     case.exp_avg_sqs[LAST] = make(tensor if make is torch._neg_view else tensor.shape)
     with pytest.raises(RuntimeError, match="a state to be held must lie in memory"):
-        _hold(case)
+        hold(case)
 
 
 @pytest.mark.parametrize("op", STEPS)
@@ -215,11 +197,11 @@ def test_unknown_capability_changes_nothing() -> None:
 def test_threads_that_step_one_state_take_turns() -> None:
     """Operators run without Python's lock: what is known of a state was shared."""
     case = sample(shapes=tuple((1 + i % 7,) for i in range(1500)))
-    held = _hold(case)
+    held = hold(case)
 
     def step() -> None:
         for _ in range(20):
-            _step_held(held, case)
+            step_held_([held], [case])
 
     threads = [threading.Thread(target=step) for _ in range(4)]
     for thread in threads:

@@ -694,15 +694,26 @@ def _bucket(case: Sample) -> Bucket:
     return Bucket(**case.lists())
 
 
-def _step_held(held: int, case: Sample, *, critical_gradients: bool) -> None:
+def hold(case: Sample, op: str = "adam_cm_") -> int:
+    """Hand over the state for steps of one kind."""
+    bucket = _bucket(case)
+    if op == "adam_cg_":
+        bucket.pending_slots = []
+    held: int = torch.ops.cm_fused.hold_state(*bucket.state())
+    return held
+
+
+def step_held_(held: list[int], cases: list[Sample]) -> None:
+    """Step some held states in one call."""
+    scalars = zip(*(case.scalars() for case in cases), strict=True)
     torch.ops.cm_fused.step_held_(
         held,
-        case.params,
-        case.grads,
-        *case.scalars(),
-        None if critical_gradients else case.local_sq_norms,
-        critical_gradients=critical_gradients,
-        **case.hyperparameters,
+        [param for case in cases for param in case.params],
+        [grad for case in cases for grad in case.grads],
+        *([scalar for scalar in of_cases if scalar is not None] for of_cases in scalars),
+        cases[0].local_sq_norms,
+        hyperparameters=[n for case in cases for n in cpu.held_numbers(case.hyperparameters)],
+        seeds=[case.hyperparameters["seed"] for case in cases],
     )
 
 
@@ -711,12 +722,72 @@ def _step_held(held: int, case: Sample, *, critical_gradients: bool) -> None:
 def test_held_state_steps_as_the_lists_do(op: str, name: str) -> None:
     """Steps of a held state are the operators' to the bit."""
     case, twin = SAMPLES[name](), SAMPLES[name]()
-    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
+    held = hold(case, op)
     for _ in range(4):
-        _step_held(held, case, critical_gradients=op == "adam_cg_")
+        step_held_([held], [case])
         twin.call(op)
     torch.ops.cm_fused.release_state(held)
     assert_same(case.lists(), twin.lists())
+
+
+def _several() -> list[Sample]:
+    """Return samples of other dtypes and hyperparameters."""
+    cases = [sample(), sample(torch.bfloat16, capacity=4, running_sum=True), sample(amsgrad=True)]
+    for i, case in enumerate(cases):
+        case.hyperparameters.update(lr=0.1 * (i + 1), group_scope=i != 1, seed=i)
+    return cases
+
+
+def test_held_states_step_in_one_call_as_each_by_itself() -> None:
+    """Of critical momenta and critical gradients, with hyperparameters and norms of their own."""
+    cases, twins = _several(), _several()
+    ops = ("adam_cm_", "adam_cg_", "adam_cm_")
+    held = [hold(case, op) for case, op in zip(cases, ops, strict=True)]
+    for _ in range(3):
+        step_held_(held, cases)
+        for twin, op in zip(twins, ops, strict=True):
+            twin.call(op)
+    for case, twin in zip(cases, twins, strict=True):
+        assert_same(case.lists(), twin.lists())
+
+
+def test_a_skipped_state_leaves_the_others_stepping() -> None:
+    """`found_inf` is of each state: the middle one's step changes nothing."""
+    cases, twins = _several(), _several()
+    for i, case in enumerate(cases):
+        case.found_inf = _float64(float(i == 1))
+    step_held_([hold(case) for case in cases], cases)
+    for i in (0, 2):
+        twins[i].call("adam_cm_")
+    for case, twin in zip(cases, twins, strict=True):
+        assert_same(case.lists(), twin.lists())
+
+
+def test_what_is_wrong_with_one_state_leaves_all_as_they_were() -> None:
+    """All states are checked before the first is changed."""
+    cases, twins = _several(), _several()
+    held = [hold(case) for case in cases]
+    cases[-1].grads[LAST] = cases[-1].grads[LAST].double()
+    with pytest.raises(RuntimeError, match=rf"grads\[{LAST}\] must have dtype Float, got Double"):
+        step_held_(held, cases)
+    cases[-1].grads[LAST] = cases[-1].grads[LAST].float()
+    for case, twin in zip(cases, twins, strict=True):
+        assert_same(case.lists(), twin.lists())
+
+
+def test_lists_that_do_not_fit_the_states_are_refused() -> None:
+    """Every list of a call of several states has its rule in the message."""
+    cases = _several()
+    held = [hold(case) for case in cases]
+    with pytest.raises(RuntimeError, match=r"held must name each state once, got"):
+        step_held_([held[0], held[1], held[0]], cases)
+    with pytest.raises(RuntimeError, match=r"params must have one tensor for each of the .* got"):
+        step_held_(held[:2], [cases[0], replace(cases[1], params=[], grads=[])])
+    with pytest.raises(RuntimeError, match=r"hyperparameters and seeds must have 13 numbers"):
+        step_held_(held, cases[:2])
+    cases[0].lr_tensor = _float64(0.1)
+    with pytest.raises(RuntimeError, match=r"lr_tensors must be empty or have one .* 3 .* got 1"):
+        step_held_(held, cases)
 
 
 @pytest.mark.parametrize("skipped", [False, True])
@@ -726,8 +797,8 @@ def test_books_of_held_state_are_kept_as_the_lists_are(skipped: bool) -> None:
     before = [steps.clone() for steps in cases[0].steps]
     sq_norm = torch.arange(1.0, 1 + len(SHAPES)).double()
     found_inf = torch.tensor(float(skipped)).double()
-    held = torch.ops.cm_fused.hold_state(*_bucket(cases[0]).state())
-    torch.ops.cm_fused.keep_books_held_(held, sq_norm, found_inf, priority_decay=0.7)
+    held = hold(cases[0])
+    torch.ops.cm_fused.keep_books_held_([held], [sq_norm], [found_inf], priority_decays=[0.7])
     torch.ops.cm_fused.release_state(held)
     twin = replace(cases[1], sq_norm=sq_norm, found_inf=found_inf)
     twin.hyperparameters["priority_decay"] = 0.7
@@ -741,11 +812,11 @@ def test_books_of_held_state_are_kept_as_the_lists_are(skipped: bool) -> None:
 def test_held_states_are_apart() -> None:
     """Each held state has its own id, and releasing one leaves the other."""
     cases = [sample() for _ in range(2)]
-    first, second = (torch.ops.cm_fused.hold_state(*_bucket(case).state()) for case in cases)
+    first, second = (hold(case) for case in cases)
     assert first != second
     torch.ops.cm_fused.release_state(first)
     before = [param.clone() for param in cases[0].params]
-    _step_held(second, cases[1], critical_gradients=False)
+    step_held_([second], [cases[1]])
     assert_same(cases[0].params, before)
     assert [step.item() for step in cases[1].steps] == [3.0] * len(SHAPES)
     torch.ops.cm_fused.release_state(second)
@@ -756,17 +827,17 @@ def test_unknown_state_is_refused(held: int) -> None:
     """A state that is not held is an error that shows its id; releasing it is nothing."""
     torch.ops.cm_fused.release_state(held)
     with pytest.raises(RuntimeError, match=f"held must name a state that is held, got {held}"):
-        _step_held(held, sample(), critical_gradients=False)
+        step_held_([held], [sample()])
 
 
 def test_released_state_is_refused() -> None:
     """After its release a state is gone, and releasing it again is nothing."""
     case = sample()
-    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
+    held = hold(case)
     for _ in range(2):
         torch.ops.cm_fused.release_state(held)
     with pytest.raises(RuntimeError, match="held must name a state that is held"):
-        _step_held(held, case, critical_gradients=False)
+        step_held_([held], [case])
 
 
 def test_held_state_is_released_with_its_object() -> None:
@@ -774,10 +845,10 @@ def test_held_state_is_released_with_its_object() -> None:
     case = sample()
     held = cpu.HeldState(_bucket(case))
     held_id = held.id
-    _step_held(held_id, case, critical_gradients=False)
+    step_held_([held_id], [case])
     del held
     with pytest.raises(RuntimeError, match="held must name a state that is held"):
-        _step_held(held_id, case, critical_gradients=False)
+        step_held_([held_id], [case])
 
 
 @pytest.mark.parametrize("bad", [bad for bad in BAD_LISTS if "adam_cm_" in bad.ops], ids=str)
@@ -786,9 +857,12 @@ def test_held_state_is_checked_at_every_step(bad: BadLists) -> None:
     case = sample(amsgrad=True, running_sum=True)
     bad.spoil(case)
     before = {role: [t.clone() for t in tensors] for role, tensors in case.lists().items()}
-    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
-    with pytest.raises(RuntimeError, match=bad.message):
-        _step_held(held, case, critical_gradients=False)
+    held = hold(case)
+    # What is held says how many parameters there are to be.
+    of_states = "params must have one tensor for each of the . that the states have"
+    message = of_states if bad.message == "exp_avgs must have one" else bad.message
+    with pytest.raises(RuntimeError, match=message):
+        step_held_([held], [case])
     torch.ops.cm_fused.release_state(held)
     assert_same(case.lists(), before)
 
@@ -798,9 +872,9 @@ def test_held_state_on_another_device_is_refused() -> None:
     case = sample()
     case.exp_avgs[LAST] = case.exp_avgs[LAST].to("meta")
     before = [param.clone() for param in case.params]
-    held = torch.ops.cm_fused.hold_state(*_bucket(case).state())
+    held = hold(case)
     with pytest.raises(RuntimeError, match=rf"exp_avgs\[{LAST}\] must be on cpu, got device"):
-        _step_held(held, case, critical_gradients=False)
+        step_held_([held], [case])
     torch.ops.cm_fused.release_state(held)
     assert_same(case.params, before)
 

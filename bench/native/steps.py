@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused.ops import cpu
 
 CHUNK = 16384
 PRECISIONS: tuple[dict[str, Any], ...] = (
@@ -78,26 +79,23 @@ def one_state_in_threads() -> None:
     held = torch.ops.cm_fused.hold_state(*lists, [], [], [], [], [], [])
     data = [param.detach() for param in params]
     grads = [param.grad for param in params]
-    options = {
-        "lr": group["lr"],
-        "beta1": 0.9,
-        "beta2": 0.99,
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "priority_decay": 0.7,
-        "group_scope": True,
-        "mean_over_capacity": True,
-        "eps_inside_sqrt": True,
-        "maximize": False,
-        "decoupled_weight_decay": False,
-        "stochastic_update": False,
-        "seed": 0,
-    }
+    numbers = cpu.held_numbers(
+        {
+            "lr": group["lr"],
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "eps": 1e-8,
+            "priority_decay": 0.7,
+            "group_scope": True,
+            "mean_over_capacity": True,
+            "eps_inside_sqrt": True,
+        }
+    )
 
     def step(_: int) -> None:
         for _ in range(5):
             torch.ops.cm_fused.step_held_(
-                held, data, grads, None, None, None, None, None, critical_gradients=False, **options
+                [held], data, grads, [], [], [], [], None, hyperparameters=numbers, seeds=[0]
             )
 
     _in_threads(step, 4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM
-from cm_fused._bucket import step_options
+from cm_fused._bucket import BucketStep, step_options
 from cm_fused._critical_adam import CriticalAdam
 
 Array = NDArray[np.float64]
@@ -97,9 +97,8 @@ def _taker(optimizer: CriticalAdam) -> Callable[[], None]:
     plan = optimizer._new_plan(group)
     ((backend, bucket),) = plan.buckets
     bucket.handle = backend.hold(bucket)
-    options = step_options(group)
-    step_ = backend.adam_cg_ if optimizer._critical_gradients else backend.adam_cm_
-    return lambda: step_(bucket, options, None)
+    step = BucketStep(bucket, step_options(group), optimizer._critical_gradients)
+    return lambda: backend.prepare([step])()
 
 
 def _require(state: dict[str, Tensor], expected: _Recurrence, steps: int) -> None:

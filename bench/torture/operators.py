@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.torture.arguments import ROLES, STATE, Arguments, damage, valid
+from bench.torture.arguments import ROLES, SCALARS, STATE, Arguments, damage, valid
 from bench.torture.finding import Finding, require
 from cm_fused import reference
 from cm_fused._bucket import Bucket, StepOptions
-from cm_fused.ops import table
+from cm_fused.ops import cpu, table
 
 ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
 CASES_OF_A_CHILD = 1_000
@@ -79,14 +79,18 @@ def run_case(seed: int) -> int:
     chance = random.Random(seed)
     name, call = _choose(chance)
     arguments = valid(chance, _ROLES.get(name, ROLES))
-    held = OPS.hold_state(*_state(arguments)) if chance.random() < 0.5 else None
+    held = OPS.hold_state(*_state(arguments, name)) if chance.random() < 0.5 else None
     held_lists = {role: list(arguments.lists[role]) for role in STATE}
     if held is not None and chance.random() < 0.5:
-        _step_held(held, copy.deepcopy(arguments), critical_gradients=True, skip=True)
+        # It looks at everything, and changes nothing.
+        skipped = copy.deepcopy(arguments)
+        skipped.scalars["found_inf"] = torch.tensor(1.0, dtype=torch.float64)
+        skipped.scalars["local_sq_norms"] = None
+        _step_held(held, skipped)
     damage(arguments, chance)
     if name.startswith("step_held") or name == "refresh_table_":
         if held is None:
-            held = OPS.hold_state(*_state(arguments)) if _holds(arguments) else -1
+            held = OPS.hold_state(*_state(arguments, name)) if _holds(arguments, name) else -1
         else:
             # What is held is what was handed over, but for what happened to it in place.
             arguments.lists.update(held_lists)
@@ -114,18 +118,20 @@ def _choose(chance: random.Random) -> tuple[str, Any]:
     return name, CALLS[name]
 
 
-def _holds(arguments: Arguments) -> bool:
+def _holds(arguments: Arguments, name: str) -> bool:
     """Whether torch takes the state at all."""
     try:
-        OPS.release_state(OPS.hold_state(*_state(arguments)))
+        OPS.release_state(OPS.hold_state(*_state(arguments, name)))
     except ERRORS:
         return False
     return True
 
 
-def _state(arguments: Arguments) -> tuple[Any, ...]:
-    lists = (arguments.lists[role] for role in STATE)
-    return (*lists, arguments.param_indices, arguments.element_places)
+def _state(arguments: Arguments, name: str = "") -> tuple[Any, ...]:
+    lists = {role: arguments.lists[role] for role in STATE}
+    if name == "step_held_cg":
+        lists["pending_slots"] = []
+    return (*lists.values(), arguments.param_indices, arguments.element_places)
 
 
 def _scalars(arguments: Arguments, *names: str) -> list[Any]:
@@ -147,30 +153,45 @@ def _adam_cg(_: int | None, a: Arguments) -> None:
     OPS.adam_cg_(*lists, a.param_indices, a.element_places, *scalars, **a.options)
 
 
-def _step_held(
-    held: int | None, a: Arguments, *, critical_gradients: bool, skip: bool = False
-) -> None:
-    scalars = _scalars(a, *_OF_STEPS)
-    if skip:  # which looks at everything, and changes nothing
-        scalars[3] = torch.tensor(1.0, dtype=torch.float64)
-    local = None if critical_gradients else a.scalars["local_sq_norms"]
+def _step_held(held: int | None, a: Arguments, *besides: tuple[int | None, Arguments]) -> None:
+    """Step a held state, and those of other arguments in the same call."""
+    all_held = [held, *(other for other, _ in besides)]
+    arguments = [a, *(other for _, other in besides)]
     OPS.step_held_(
-        held,
-        a.lists["params"],
-        a.lists["grads"],
-        *scalars,
-        local,
-        critical_gradients=critical_gradients,
-        **a.options,
+        all_held,
+        [t for each in arguments for t in each.lists["params"]],
+        [t for each in arguments for t in each.lists["grads"]],
+        *(
+            [each.scalars[name] for each in arguments if each.scalars[name] is not None]
+            for name in _OF_STEPS
+        ),
+        a.scalars["local_sq_norms"],
+        hyperparameters=[n for each in arguments for n in cpu.held_numbers(each.options)],
+        seeds=[each.options["seed"] for each in arguments],
     )
 
 
-def _step_held_cm(held: int | None, a: Arguments) -> None:
-    _step_held(held, a, critical_gradients=False)
-
-
-def _step_held_cg(held: int | None, a: Arguments) -> None:
-    _step_held(held, a, critical_gradients=True)
+def _step_held_beside(held: int | None, a: Arguments) -> None:
+    """Step a held state after a sound one, which is as it was where the call is refused."""
+    chance = random.Random(len(a.damages))
+    other = valid(chance, ROLES)
+    for name in SCALARS:
+        given = name != "local_sq_norms" and a.scalars[name] is not None
+        other.scalars[name] = torch.tensor(0.5, dtype=torch.float64) if given else None
+    if a.scalars["local_sq_norms"] is not None:
+        _step_held(held, a)
+        return
+    twin, before = copy.deepcopy(other), _Memory(other.tensors())
+    other_held = OPS.hold_state(*_state(other))
+    try:
+        _step_held(other_held, other, (held, a))
+    except ERRORS:
+        require(before.is_unchanged(), "a refused call stepped the sound state before it")
+        raise
+    finally:
+        OPS.release_state(other_held)
+    _expected_cm(twin)
+    _compare(other, twin, None, None, "the sound state beside another")
 
 
 def _sq_norms(_: int | None, a: Arguments) -> Tensor:
@@ -270,8 +291,9 @@ def _require_books(*lists: list[Any]) -> None:
 CALLS: dict[str, Any] = {
     "adam_cm_": _adam_cm,
     "adam_cg_": _adam_cg,
-    "step_held_cm": _step_held_cm,
-    "step_held_cg": _step_held_cg,
+    "step_held_cm": _step_held,
+    "step_held_cg": _step_held,
+    "step_held_beside": _step_held_beside,
     "sq_norms": _sq_norms,
     "keep_books_": _keep_books,
     "commit_": _commit,
@@ -383,6 +405,7 @@ EXPECTED: dict[str, Callable[[Arguments], object]] = {
     "adam_cg_": _expected_cg,
     "step_held_cm": _expected_cm,
     "step_held_cg": _expected_cg,
+    "step_held_beside": _expected_cm,
     "sq_norms": _expected_sq_norms,
     "keep_books_": _expected_books,
     "update_priorities_": _expected_update,

@@ -18,7 +18,7 @@ NumPy's is used. A key that is not finite is not admitted, and sums are float32 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +27,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from cm_fused import _state, reference
-from cm_fused._backend import select
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._backend import Backend, select
+from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused._checks import check_number
 from cm_fused._counted import OptimizerState
 from cm_fused._critical_adam import CriticalAdam
-from cm_fused._norms import GroupStep
+from cm_fused._norms import GroupStep, step_all_
 from cm_fused._sharding import Processes, is_sharded
+from cm_fused._undo import Undo
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
 
@@ -132,19 +133,56 @@ class _ResearchAdam(CriticalAdam):
         return [param for param in params if id(param) in started]
 
     def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
-        for group, step in zip(self.param_groups, steps, strict=True):
-            options = replace(step.options, l2_in_aggregate=self._critical_gradients)
-            first = self._first_timers(group)
-            first_norms = [_norm(param) for param in first]
-            if self._stores_gradients(group):
-                self._step_cg_(group, step, options)
-            else:
-                sq_norms = [b.update_cm_(bucket, options) for b, bucket in step.buckets]
-                total = _total([*(values.sqrt() for values in sq_norms), *first_norms])
-                self._keep_books_(group, step, options, sq_norms, total)
-                for param, norm in zip(first, first_norms, strict=True):
-                    key = norm if options.priority_scope == "tensor" else total
-                    self._store_first_(group, param, options, key)
+        # What is prepared here is little, and taken back where it or the steps fail.
+        made: list[tuple[Tensor, Iterable[str]]] = []
+        try:
+            with Undo([], []) as undo:
+                prepared = [
+                    bucket_step
+                    for group, step in zip(self.param_groups, steps, strict=True)
+                    for bucket_step in self._prepare_(group, step, undo, made)
+                ]
+                step_all_(prepared)
+        except BaseException:
+            for param, keys in made:
+                self._drop_state(param, keys)
+            raise
+
+    def _prepare_(
+        self,
+        group: dict[str, Any],
+        step: GroupStep,
+        undo: Undo,
+        made: list[tuple[Tensor, Iterable[str]]],
+    ) -> list[tuple[Backend, BucketStep]]:
+        """Choose slots by chance and take first steps; return the steps of a group's buckets.
+
+        Args:
+            group: The param group.
+            step: Its step.
+            undo: Keeps what is changed.
+            made: The parameters whose state is made are added, with its keys.
+        """
+        options = replace(step.options, l2_in_aggregate=self._critical_gradients)
+        first = self._first_timers(group)
+        first_norms = [_norm(param) for param in first]
+        sq_norms = [backend.sq_norms(bucket, options) for backend, bucket in step.buckets]
+        total = _total([*(values.sqrt() for values in sq_norms), *first_norms])
+        prepared = []
+        for (backend, bucket), values in zip(step.buckets, sq_norms, strict=True):
+            self._choose_slots_(group, bucket, options, undo, made)
+            sq_norm = values
+            if options.priority_scope == "group":
+                sq_norm = total.square().to(values.device, non_blocking=True)
+            if not group["kappa"]:
+                sq_norm = torch.full_like(sq_norm, math.nan)  # which is never admitted
+            kind = step.critical_gradients
+            prepared.append((backend, BucketStep(bucket, options, kind, sq_norm)))
+        for param, norm in zip(first, first_norms, strict=True):
+            key = norm if options.priority_scope == "tensor" else total
+            undo.keep(param)
+            self._store_first_(group, param, options, key, made)
+        return prepared
 
     def _first_timers(self, group: dict[str, Any]) -> list[Tensor]:
         if not self._stores_first(group):
@@ -167,31 +205,13 @@ class _ResearchAdam(CriticalAdam):
             self._started_at = id(state), count
         return self._started_ids
 
-    def _step_cg_(self, group: dict[str, Any], step: GroupStep, options: StepOptions) -> None:
-        sq_norms = [backend.sq_norms(bucket, options) for backend, bucket in step.buckets]
-        total = _total([values.sqrt() for values in sq_norms])
-        for (backend, bucket), values in zip(step.buckets, sq_norms, strict=True):
-            # The number of filled slots is counted after this: an unfilled key would not do.
-            self._choose_slots_(group, bucket, options, key_of_chosen=0.0)
-            sq_norm = _over_scope(values, total, options)
-            if not group["kappa"]:
-                sq_norm = torch.full_like(sq_norm, math.nan)  # which is never admitted
-            backend.adam_cg_(bucket, options, sq_norm)
-
-    def _keep_books_(
+    def _choose_slots_(
         self,
         group: dict[str, Any],
-        step: GroupStep,
+        bucket: Bucket,
         options: StepOptions,
-        sq_norms: list[Tensor],
-        total: Tensor,
-    ) -> None:
-        for (backend, bucket), values in zip(step.buckets, sq_norms, strict=True):
-            self._choose_slots_(group, bucket, options, key_of_chosen=-math.inf)
-            backend.keep_books_(bucket, options, _over_scope(values, total, options))
-
-    def _choose_slots_(
-        self, group: dict[str, Any], bucket: Bucket, options: StepOptions, key_of_chosen: float
+        undo: Undo,
+        made: list[tuple[Tensor, Iterable[str]]],
     ) -> None:
         """Where chance has it, have the next admission take a slot whatever the keys.
 
@@ -206,23 +226,33 @@ class _ResearchAdam(CriticalAdam):
             state, keys = self.state[params[place]], bucket.priorities[i]
             if "smallest" not in state:
                 state["smallest"] = torch.zeros((), dtype=torch.int64, device=keys.device)
+                made.append((params[place], ["smallest"]))
             smallest: Tensor = state["smallest"]
+            undo.keep(keys)
+            undo.keep(smallest)
             # No moment is rounded here, so that this stream is free.
             word = random_words(options.seed, place, bucket.steps[i], 1, Stream.MOMENTS)[0]
             chosen = word.to(torch.float64) < chance * 2.0**32
             full = (keys > -torch.inf).all()
             smallest.copy_(torch.where(full & ~chosen, keys.argmin(), smallest))
             slots = torch.arange(len(keys), device=keys.device)
-            keys.masked_fill_(full & chosen & (slots == smallest), key_of_chosen)
+            # The number of filled slots is counted after this: an unfilled key would not do.
+            keys.masked_fill_(full & chosen & (slots == smallest), 0.0)
 
     def _store_first_(
-        self, group: dict[str, Any], param: Tensor, options: StepOptions, key: Tensor
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        options: StepOptions,
+        key: Tensor,
+        made: list[tuple[Tensor, Iterable[str]]],
     ) -> None:
         """Take a parameter's first step: its gradient goes into the buffer."""
         backend = select(group["backend"], param.device)
         keys = self._state_keys(group, backend)
-        made = _state.missing_state_of(param, self.state.get(param, {}), keys, group)
-        self.state[param].update(made)
+        state = _state.missing_state_of(param, self.state.get(param, {}), keys, group)
+        made.append((param, state))
+        self.state[param].update(state)
         bucket = self._bucket(group, backend, [param])
         (g,) = reference.effective_gradients(bucket, options)
         reference.admit_(bucket, 0, key.to(param.device, torch.float32), g, options)
@@ -255,13 +285,6 @@ def _total(norms: list[Tensor]) -> Tensor:
     if len(sums) == 1:
         return sums[0]
     return torch.stack([part.to(sums[0].device) for part in sums]).sum()
-
-
-def _over_scope(sq_norms: Tensor, total: Tensor, options: StepOptions) -> Tensor:
-    """Return the squares of what a bucket's keys are made of."""
-    if options.priority_scope == "tensor":
-        return sq_norms
-    return total.square().to(sq_norms.device, non_blocking=True)
 
 
 class Adam_CM(_ResearchAdam):  # noqa: N801

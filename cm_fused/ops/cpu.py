@@ -5,10 +5,14 @@ the gradient. The copy into its slot is deferred to the next pass, which reads t
 `commit_` makes it at once, for whoever wants to see the slots.
 """
 
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused.ops import library
 
 # From this capacity on, by the bytes of a slot's element, keeping the sum of the slots costs no
@@ -28,32 +32,6 @@ class HeldState(library.Held):
 
     checks_lists = True
 
-    def step_(
-        self,
-        bucket: Bucket,
-        options: StepOptions,
-        sq_norm: Tensor | None,
-        local_sq_norms: Tensor | None = None,
-        *,
-        critical_gradients: bool,
-    ) -> None:
-        """Take one step of `adam_cm_`, `update_cm_` or `adam_cg_` on the state that is held."""
-        torch.ops.cm_fused.step_held_(
-            self.id,
-            bucket.params,
-            bucket.grads,
-            *_scalars(sq_norm, options),
-            local_sq_norms,
-            critical_gradients=critical_gradients,
-            **_hyperparameters(options),
-        )
-
-    def keep_books_(self, options: StepOptions, sq_norm: Tensor) -> None:
-        """Keep the books of the state that is held."""
-        torch.ops.cm_fused.keep_books_held_(
-            self.id, sq_norm, _on_host(options.found_inf), priority_decay=options.priority_decay
-        )
-
 
 def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
     """Return the keys this backend keeps in a parameter's state besides the reference's.
@@ -67,64 +45,141 @@ def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tupl
     return running_sum if critical_gradients else (*running_sum, "pending_slot")
 
 
-def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
-    """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
-    _step_critical_momenta_(bucket, options, sq_norm, None)
+def step_(steps: list[BucketStep]) -> None:
+    """Take the steps of some buckets: all of them, or none where it raises.
+
+    Each is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next.
+    """
+    held = _held(steps)
+    if held is not None:
+        _step_held_(held, steps, None)
+        return
+    for step in steps:
+        if step.critical_gradients:
+            _adam_cg_(step)
+        else:
+            _adam_cm_(step, None)
 
 
-def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
-    """Take the step of `adam_cm_` but for the books; return each gradient's sum of squares."""
+def update_cm_(steps: list[BucketStep]) -> list[Tensor]:
+    """Take steps of critical momenta but for the books; return each gradient's sum of squares.
+
+    Returns:
+        Of each bucket, float64 (params,).
+    """
+    counts = [len(step.bucket.params) for step in steps]
     # Of a skipped step nobody reads them.
-    sq_norms = torch.zeros(len(bucket.params), dtype=torch.float64)
-    _step_critical_momenta_(bucket, options, None, sq_norms)
-    return sq_norms
-
-
-def _step_critical_momenta_(
-    bucket: Bucket, options: StepOptions, sq_norm: Tensor | None, local_sq_norms: Tensor | None
-) -> None:
-    if isinstance(bucket.handle, HeldState):
-        bucket.handle.step_(bucket, options, sq_norm, local_sq_norms, critical_gradients=False)
+    sq_norms = torch.zeros(sum(counts), dtype=torch.float64)
+    of_each = list(torch.split(sq_norms, counts))
+    held = _held(steps)
+    if held is not None:
+        _step_held_(held, steps, sq_norms)
     else:
-        torch.ops.cm_fused.adam_cm_(
-            *_momenta_and_buffers(bucket),
+        for step, of_bucket in zip(steps, of_each, strict=True):
+            _adam_cm_(step, of_bucket)
+    return of_each
+
+
+def keep_books_(steps: list[BucketStep]) -> None:
+    """Keep the books that `update_cm_` left: all of them, or none where it raises."""
+    held = _held(steps)
+    if held is not None:
+        torch.ops.cm_fused.keep_books_held_(
+            held,
+            [step.sq_norm for step in steps],
+            _for_each([_on_host(step.options.found_inf) for step in steps], 0.0),
+            priority_decays=[step.options.priority_decay for step in steps],
+        )
+        return
+    for bucket, options, _, sq_norm in steps:
+        torch.ops.cm_fused.keep_books_(
+            bucket.priorities,
             bucket.pending_slots,
             bucket.steps,
-            *bucket.low_precision_state(),
-            *_scalars(sq_norm, options),
-            local_sq_norms,
-            **_hyperparameters(options),
+            sq_norm,
+            _on_host(options.found_inf),
+            priority_decay=options.priority_decay,
         )
+
+
+def _held(steps: list[BucketStep]) -> list[int] | None:
+    """Return what the library knows the buckets' states by.
+
+    Several are held for it where they are not yet, since only held ones go into one call.
+
+    Returns:
+        None where the states' lists are to be passed: a bucket alone is held from its second step
+        on, and a compiled graph is to see what is changed.
+    """
+    buckets = [step.bucket for step in steps]
+    if torch.compiler.is_compiling() or (len(buckets) == 1 and buckets[0].handle is None):
+        return None
+    for bucket in buckets:
+        if bucket.handle is None:
+            bucket.handle = HeldState(bucket)
+    return [cast(HeldState, bucket.handle).id for bucket in buckets]
+
+
+def _step_held_(held: list[int], steps: list[BucketStep], local_sq_norms: Tensor | None) -> None:
+    options = [step.options for step in steps]
+    params = list(chain.from_iterable(step.bucket.params for step in steps))
+    torch.ops.cm_fused.step_held_(
+        held,
+        params,
+        list(chain.from_iterable(step.bucket.grads for step in steps)),
+        [step.sq_norm for step in steps if step.sq_norm is not None],
+        _lr_tensors(options),
+        _for_each([_on_host(each.grad_factor) for each in options], 1.0),
+        _for_each([_on_host(each.found_inf) for each in options], 0.0),
+        local_sq_norms,
+        hyperparameters=[n for each in options for n in held_numbers(_hyperparameters(each))],
+        seeds=[each.seed for each in options],
+    )
+    _increment_version(params)
+
+
+def _for_each(scalars: list[Tensor | None], otherwise: float) -> list[Tensor]:
+    """Return scalars of several buckets as the operators take them: none, or one for each.
+
+    Args:
+        scalars: Those that are given, else None.
+        otherwise: What None means.
+    """
+    if all(scalar is None for scalar in scalars):
+        return []
+    default = torch.tensor(otherwise, dtype=torch.float64)
+    return [default if scalar is None else scalar for scalar in scalars]
+
+
+def _lr_tensors(options: list[StepOptions]) -> list[Tensor]:
+    if not any(isinstance(each.lr, Tensor) for each in options):
+        return []
+    return [torch.as_tensor(each.lr).to("cpu", torch.float64) for each in options]
+
+
+def _adam_cm_(step: BucketStep, local_sq_norms: Tensor | None) -> None:
+    bucket, options, _, sq_norm = step
+    torch.ops.cm_fused.adam_cm_(
+        *_momenta_and_buffers(bucket),
+        bucket.pending_slots,
+        bucket.steps,
+        *bucket.low_precision_state(),
+        *_scalars(sq_norm, options),
+        local_sq_norms,
+        **_hyperparameters(options),
+    )
     _increment_version(bucket.params)
 
 
-def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
-    """Keep the books of `cm_fused.reference.keep_books_`, the commit deferred to the next step."""
-    if isinstance(bucket.handle, HeldState):
-        bucket.handle.keep_books_(options, sq_norm)
-        return
-    torch.ops.cm_fused.keep_books_(
-        bucket.priorities,
-        bucket.pending_slots,
+def _adam_cg_(step: BucketStep) -> None:
+    bucket, options, _, sq_norm = step
+    torch.ops.cm_fused.adam_cg_(
+        *_momenta_and_buffers(bucket),
         bucket.steps,
-        sq_norm,
-        _on_host(options.found_inf),
-        priority_decay=options.priority_decay,
+        *bucket.low_precision_state(),
+        *_scalars(sq_norm, options),
+        **_hyperparameters(options),
     )
-
-
-def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
-    """Take one step of `cm_fused.reference.adam_cg_`."""
-    if isinstance(bucket.handle, HeldState):
-        bucket.handle.step_(bucket, options, sq_norm, critical_gradients=True)
-    else:
-        torch.ops.cm_fused.adam_cg_(
-            *_momenta_and_buffers(bucket),
-            bucket.steps,
-            *bucket.low_precision_state(),
-            *_scalars(sq_norm, options),
-            **_hyperparameters(options),
-        )
     _increment_version(bucket.params)
 
 
@@ -233,3 +288,20 @@ def _hyperparameters(options: StepOptions) -> dict[str, float | bool]:
         "seed": options.seed,
         "l2_in_aggregate": options.l2_in_aggregate,
     }
+
+
+def held_numbers(hyperparameters: Mapping[str, Any]) -> list[float]:
+    """Return hyperparameters as the operators of held states take them.
+
+    Args:
+        hyperparameters: By the names of `adam_cm_`'s schema.
+    """
+    return [float(hyperparameters.get(name, 0.0)) for name in _HELD_NUMBERS]
+
+
+# In the order of csrc/cpu/step.h.
+_HELD_NUMBERS = (
+    *("lr", "beta1", "beta2", "eps", "weight_decay", "priority_decay"),
+    *("group_scope", "mean_over_capacity", "eps_inside_sqrt", "maximize"),
+    *("decoupled_weight_decay", "stochastic_update", "l2_in_aggregate"),
+)

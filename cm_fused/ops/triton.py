@@ -6,7 +6,8 @@ gradients take the norm first, in a pass of its own. No launch depends on a valu
 """
 
 import contextlib
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused._capture import is_capturing
 from cm_fused.ops import library, triton_common, triton_kernels, triton_norms
 from cm_fused.ops.table import running_sum_min_capacity
@@ -71,42 +72,60 @@ def hold(bucket: Bucket) -> Tables:
     return Tables(bucket)
 
 
-def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
-    """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
-    with _Launcher(bucket, options) as launcher:
-        launcher.update(critical_gradients=False)
-        launcher.update_priorities(sq_norm)
+def prepare(steps: list[BucketStep]) -> Callable[[], None]:
+    """Prepare the steps of some buckets, and return what launches them.
+
+    Each is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next.
+    What can fail, allocations included, comes before the first launch.
+    """
+    launchers = [_Launcher(step.bucket, step.options) for step in steps]
+    return partial(_launch_, list(zip(steps, launchers, strict=True)))
 
 
-def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
-    """Take one step of `cm_fused.reference.adam_cg_`."""
-    with _Launcher(bucket, options) as launcher:
-        # The gradient is gone by the next step: its norm comes first, so that it can be stored at
-        # once.
-        launcher.sq_norms()
-        launcher.update_priorities(sq_norm)
-        launcher.update(critical_gradients=True)
+def _launch_(prepared: list[tuple[BucketStep, "_Launcher"]]) -> None:
+    for step, launcher in prepared:
+        with launcher:
+            if step.critical_gradients:
+                # The gradient is gone by the next step: its norm comes first, so that it can be
+                # stored at once.
+                launcher.sq_norms()
+                launcher.update_priorities(step.sq_norm)
+                launcher.update(critical_gradients=True)
+            else:
+                launcher.update(critical_gradients=False)
+                launcher.update_priorities(step.sq_norm)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
-    """Take the step of `adam_cm_` but for the books; return each gradient's sum of squares."""
-    with _Launcher(bucket, options) as launcher:
-        launcher.update(critical_gradients=False)
-        return launcher.tensor_sq_norms()
+def update_cm_(steps: list[BucketStep]) -> list[Tensor]:
+    """Take steps of critical momenta but for the books; return each gradient's sum of squares.
+
+    Returns:
+        Of each bucket, float64 (params,).
+    """
+    launchers = [_Launcher(step.bucket, step.options) for step in steps]
+    sq_norms = []
+    for launcher in launchers:
+        with launcher:
+            launcher.update(critical_gradients=False)
+            sq_norms.append(launcher.tensor_sq_norms())
+    return sq_norms
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
-    """Keep the books of `cm_fused.reference.keep_books_`, after `update_cm_` of the same bucket.
+def keep_books_(steps: list[BucketStep]) -> None:
+    """Keep the books of `cm_fused.reference.keep_books_`, after `update_cm_` of the same buckets.
 
     The commit is deferred to the next step.
     """
-    tables = bucket.handle
-    assert isinstance(tables, Tables)
-    assert tables.last is not None
-    with _device_guard(bucket.exp_avgs[0].device):
-        _keep_books(tables, tables.last, bucket, options, sq_norm)
+    for bucket, options, _, sq_norm in steps:
+        tables = bucket.handle
+        assert isinstance(tables, Tables)
+        assert tables.last is not None
+        device = bucket.exp_avgs[0].device
+        found_inf = _on_device(options.found_inf, device)
+        with _device_guard(device):
+            _keep_books(tables, tables.last, bucket, options, sq_norm, found_inf)
 
 
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
@@ -168,6 +187,9 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         self._options = options
         self._device = bucket.exp_avgs[0].device
         self._capacity = bucket.priorities[0].numel()
+        self._lr_ptr, self._lr = _lr(options, self._device)
+        self._grad_factor = _on_device(options.grad_factor, self._device)
+        self._found_inf = _on_device(options.found_inf, self._device)
         self.tables = _tables_of(bucket)
         try:
             self._refresh_table()
@@ -202,7 +224,6 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
     def update(self, *, critical_gradients: bool) -> None:
         """Launch the pass that changes moments, buffers and parameters."""
         options = self._options
-        lr_ptr, lr = self._lr()
         amsgrad = bool(self._bucket.max_exp_avg_sqs)
         summed_slots = 0 if self._bucket.critical_sums else self._capacity
         l2, late_l2, decoupled = _weight_decays(options)
@@ -212,10 +233,10 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             self._launch(
                 triton_kernels.critical_adam_kernel,
                 chunks,
-                lr_ptr,
-                _on_device(options.grad_factor, self._device),
-                _on_device(options.found_inf, self._device),
-                lr,
+                self._lr_ptr,
+                self._grad_factor,
+                self._found_inf,
+                self._lr,
                 options.beta1,
                 options.beta2,
                 *_eps(options),
@@ -242,7 +263,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             self._launch(
                 triton_norms.sq_norm_kernel,
                 chunks,
-                _on_device(self._options.grad_factor, self._device),
+                self._grad_factor,
                 l2,
                 _sign(self._options),
                 **triton_common.LAUNCH_OPTIONS,
@@ -265,7 +286,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             sq_norm: The sum of the squares over the priority scope, where the bucket is not all
                 of it.
         """
-        _keep_books(self.tables, self._table, self._bucket, self._options, sq_norm)
+        _keep_books(self.tables, self._table, self._bucket, self._options, sq_norm, self._found_inf)
 
     def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
         if not len(chunks.chunks):
@@ -290,18 +311,24 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             TRITON_DTYPES[param_dtype], *stored, amsgrad, summed_slots
         )
 
-    def _lr(self) -> tuple[Tensor | None, float]:
-        """Return the learning rate as an address or as a number; never waits for a device."""
-        lr = self._options.lr
-        if not isinstance(lr, Tensor):
-            return None, float(lr)
-        if lr.device == self._device or lr.device.type != "cpu":
-            return lr.to(self._device, non_blocking=True), 0.0
+
+def _lr(options: StepOptions, device: torch.device) -> tuple[Tensor | None, float]:
+    """Return the learning rate as an address or as a number; never waits for a device."""
+    lr = options.lr
+    if not isinstance(lr, Tensor):
         return None, float(lr)
+    if lr.device == device or lr.device.type != "cpu":
+        return lr.to(device, non_blocking=True), 0.0
+    return None, float(lr)
 
 
 def _keep_books(
-    tables: Tables, table: Tensor, bucket: Bucket, options: StepOptions, sq_norm: Tensor | None
+    tables: Tables,
+    table: Tensor,
+    bucket: Bucket,
+    options: StepOptions,
+    sq_norm: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     device = bucket.exp_avgs[0].device
     in_triton = priority_kernel(device) == "Triton"
@@ -310,7 +337,7 @@ def _keep_books(
         table,
         tables.chunk_sq_norms,
         sq_norm,
-        _on_device(options.found_inf, device),
+        found_inf,
         capacity=bucket.priorities[0].numel(),
         priority_decay=options.priority_decay,
         group_scope=options.priority_scope == "group",

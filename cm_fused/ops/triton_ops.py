@@ -3,33 +3,26 @@
 Called eagerly the step goes past them: they make the tables of a bucket anew at every call.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused.ops import cpu, triton
 
 keep_books_ = triton.keep_books_
 update_cm_ = triton.update_cm_
 
 
-def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
-    """Take one step of `cm_fused.reference.adam_cm_`, its commit deferred to the next."""
+def prepare(steps: list[BucketStep]) -> Callable[[], None]:
+    """Prepare the steps of some buckets: see `cm_fused.ops.triton.prepare`."""
     if torch.compiler.is_compiling():
-        _traced_step_(bucket, options, sq_norm, critical_gradients=False)
-    else:
-        triton.adam_cm_(bucket, options, sq_norm)
-
-
-def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
-    """Take one step of `cm_fused.reference.adam_cg_`."""
-    if torch.compiler.is_compiling():
-        _traced_step_(bucket, options, sq_norm, critical_gradients=True)
-    else:
-        triton.adam_cg_(bucket, options, sq_norm)
+        return partial(_traced_steps_, steps)
+    return triton.prepare(steps)
 
 
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
@@ -51,9 +44,13 @@ _OPTIONS = tuple(field.name for field in fields(StepOptions))
 PLAIN_OPTIONS = tuple(name for name in _OPTIONS if name not in _TENSORS)
 
 
-def _traced_step_(
-    bucket: Bucket, options: StepOptions, sq_norm: Tensor | None, *, critical_gradients: bool
-) -> None:
+def _traced_steps_(steps: list[BucketStep]) -> None:
+    for step in steps:
+        _traced_step_(step)
+
+
+def _traced_step_(step: BucketStep) -> None:
+    bucket, options, critical_gradients, sq_norm = step
     lr = options.lr
     if not isinstance(lr, Tensor):
         lr = cpu.lr_as_tensor(lr, bucket.params[0].device)
@@ -114,5 +111,4 @@ def step_op(
     numbers = ("param_indices", "element_places")
     bucket = Bucket(**{name: given[name] for name in (*CHANGED, "grads", *numbers)})
     options = StepOptions(**{name: given[name] for name in _OPTIONS})
-    step_ = triton.adam_cg_ if critical_gradients else triton.adam_cm_
-    step_(bucket, options, sq_norm)
+    triton.prepare([BucketStep(bucket, options, critical_gradients, sq_norm)])()

@@ -97,8 +97,8 @@ void read_pending_slot(size_t i, TensorStep& tensor) {
       "] must be in [-1, ", tensor.capacity, "), got ", tensor.slot);
 }
 
-void describe_bucket(const StateTensors& state, const Tensors& params, const Tensors& grads,
-    const StepOptions& options, BucketStep& bucket) {
+void describe_bucket(const StateTensors& state, std::span<const Tensor> params,
+    std::span<const Tensor> grads, const StepOptions& options, BucketStep& bucket) {
   check_lengths(state, params, grads);
   bucket.resize(params.size());
   for_each_tensor(bucket.size(),

@@ -2,6 +2,7 @@
 // it.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "../describe.h"
@@ -19,7 +20,7 @@ void read_pending_slot(size_t i, TensorStep& tensor);
 
 // Checks everything; a step of what it describes cannot fail. What `bucket` knows of the state from
 // an earlier step is kept where it still holds.
-void describe_bucket(const StateTensors& state, const Tensors& params, const Tensors& grads,
-    const StepOptions& options, BucketStep& bucket);
+void describe_bucket(const StateTensors& state, std::span<const Tensor> params,
+    std::span<const Tensor> grads, const StepOptions& options, BucketStep& bucket);
 
 }  // namespace cm_fused

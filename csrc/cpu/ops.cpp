@@ -1,9 +1,10 @@
-// The CPU implementations of the steps: run the kernels over chunks in parallel, keep the priority
-// buffers' books.
+// The CPU implementations of the operators.
 #include <algorithm>
+#include <array>
 #include <cstdint>
-#include <numeric>
+#include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,161 +13,20 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../bookkeeping.h"
 #include "describe.h"
+#include "pass.h"
+#include "steps.h"
 
 namespace cm_fused {
 
 namespace {
 
-// Below this many elements a thread's start costs more than it saves (as at::internal::GRAIN_SIZE).
-constexpr int64_t kGrainSize = 32768;
-
-struct Chunk {
-  const TensorStep* tensor;
-  int64_t index;
-};
-
-int64_t count_chunks(const TensorStep& tensor) {
-  return (tensor.numel + kChunkSize - 1) / kChunkSize;
-}
-
-// Runs a kernel over all chunks and returns its result for each. The order in which threads take
-// chunks does not matter: each chunk's result is its own.
-std::vector<double> run(ChunkKernel kernel, const BucketStep& bucket, const StepOptions& options) {
-  std::vector<Chunk> chunks;
-  int64_t numel = 0;
-  for (const auto& tensor : bucket) {
-    for (int64_t index = 0; index < count_chunks(tensor); ++index) {
-      chunks.push_back({&tensor, index});
-    }
-    numel += tensor.numel;
-  }
-  std::vector<double> results(chunks.size());
-  const auto count = static_cast<int64_t>(chunks.size());
-  const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel, 1));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      results[c] = kernel(*chunks[c].tensor, options, chunks[c].index);
-    }
-  });
-  return results;
-}
-
-// Adds up each tensor's chunks in order.
-std::vector<double> add_chunks(
-    const BucketStep& bucket, const std::vector<double>& chunk_sq_norms) {
-  std::vector<double> result;
-  result.reserve(bucket.size());
-  auto next = chunk_sq_norms.begin();
-  for (const auto& tensor : bucket) {
-    const auto end = next + count_chunks(tensor);
-    result.push_back(std::accumulate(next, end, 0.0));
-    next = end;
-  }
-  return result;
-}
-
-double total(const std::vector<double>& values) {
-  return std::accumulate(values.begin(), values.end(), 0.0);
-}
-
-// Scalars that may come in tensors: see library.cpp.
-struct ScalarTensors {
-  std::optional<Tensor> sq_norm;
-  std::optional<Tensor> lr;
-  std::optional<Tensor> grad_factor;
-  std::optional<Tensor> found_inf;
-};
-
-double read_scalar(const char* role, const std::optional<Tensor>& tensor, double otherwise) {
-  if (!tensor.has_value()) {
-    return otherwise;
-  }
-  return *bookkeeping<double>(role, kNoIndex, *tensor, 1, aoti_torch_dtype_float64(), cpu_device());
-}
-
-bool is_skipped(const std::optional<Tensor>& found_inf) {
-  return read_scalar("found_inf", found_inf, 0.0) != 0.0;
-}
-
-StepOptions with_scalars(StepOptions options, const ScalarTensors& scalars) {
-  options.lr = read_scalar("lr_tensor", scalars.lr, options.lr);
-  options.grad_factor = read_scalar("grad_factor", scalars.grad_factor, options.grad_factor);
-  return options;
-}
-
-// The sums of squares over the priority scope, one for each of `count` tensors.
-std::vector<double> read_sq_norm(const Tensor& sq_norm, size_t count) {
-  const int64_t numel = sq_norm.numel() == 1 ? 1 : static_cast<int64_t>(count);
-  const double* values = bookkeeping<double>(
-      "sq_norm", kNoIndex, sq_norm, numel, aoti_torch_dtype_float64(), cpu_device());
-  return numel == 1 ? std::vector<double>(count, *values)
-                    : std::vector<double>(values, values + count);
-}
-
-// The same of what this process has by itself.
-std::vector<double> over_scope(std::vector<double> tensor_sq_norms, const StepOptions& options) {
-  if (options.group_scope) {
-    const double group = total(tensor_sq_norms);
-    std::fill(tensor_sq_norms.begin(), tensor_sq_norms.end(), group);
-  }
-  return tensor_sq_norms;
-}
-
-void keep_books(const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot) {
-  update_bookkeeping({tensor.priorities, slot, tensor.step_count, nullptr}, tensor.capacity,
-      static_cast<float>(priority_decay), priority_key(sq_norm));
-}
-
-double* local_sq_norms_data(const Tensor& local_sq_norms, size_t count) {
-  return bookkeeping<double>("local_sq_norms", kNoIndex, local_sq_norms,
-      static_cast<int64_t>(count), aoti_torch_dtype_float64(), cpu_device());
-}
-
-void step_critical_momenta(const StateTensors& state, const Tensors& params, const Tensors& grads,
-    const ScalarTensors& scalars, const std::optional<Tensor>& local_sq_norms,
-    const StepOptions& hyperparameters, BucketStep& bucket) {
-  const StepOptions options = with_scalars(hyperparameters, scalars);
-  check_length("pending_slots", state.pending_slots.size(), params.size());
-  describe_bucket(state, params, grads, options, bucket);
-  double* const local =
-      local_sq_norms.has_value() ? local_sq_norms_data(*local_sq_norms, params.size()) : nullptr;
-  const auto given = scalars.sq_norm.has_value() ? read_sq_norm(*scalars.sq_norm, params.size())
-                                                 : std::vector<double>();
-  if (is_skipped(scalars.found_inf)) {
-    return;
-  }
-  const auto tensor_sq_norms = add_chunks(bucket, run(kernels().adam_cm, bucket, options));
-  if (local != nullptr) {
-    std::copy(tensor_sq_norms.begin(), tensor_sq_norms.end(), local);
-    return;
-  }
-  const auto scope = scalars.sq_norm.has_value() ? given : over_scope(tensor_sq_norms, options);
-  for (size_t i = 0; i < bucket.size(); ++i) {
-    keep_books(bucket[i], scope[i], options.priority_decay, bucket[i].pending_slot);
-  }
-}
-
-void step_critical_gradients(const StateTensors& state, const Tensors& params, const Tensors& grads,
-    const ScalarTensors& scalars, const StepOptions& hyperparameters, BucketStep& bucket) {
-  const StepOptions options = with_scalars(hyperparameters, scalars);
-  describe_bucket(state, params, grads, options, bucket);
-  const auto given = scalars.sq_norm.has_value() ? read_sq_norm(*scalars.sq_norm, params.size())
-                                                 : std::vector<double>();
-  const Kernels& chosen = kernels();  // may throw: nothing is changed yet
-  if (is_skipped(scalars.found_inf)) {
-    return;
-  }
-  // The gradient is gone by the next step: its norm comes first, so that it can be stored at once.
-  const auto scope =
-      scalars.sq_norm.has_value()
-          ? given
-          : over_scope(add_chunks(bucket, run(chosen.sq_norm, bucket, options)), options);
-  for (size_t i = 0; i < bucket.size(); ++i) {
-    keep_books(bucket[i], scope[i], options.priority_decay, &bucket[i].slot);
-  }
-  run(chosen.adam_cg, bucket, options);
+// nullptr where it is not given.
+double* local_sq_norms_data(const std::optional<Tensor>& local_sq_norms, size_t count) {
+  return local_sq_norms.has_value()
+             ? bookkeeping<double>("local_sq_norms", kNoIndex, *local_sq_norms,
+                   static_cast<int64_t>(count), aoti_torch_dtype_float64(), cpu_device())
+             : nullptr;
 }
 
 void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -179,18 +39,19 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
     bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay,
     bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
+  const StateTensors state{std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+      std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
+      std::move(pending_slots), std::move(steps), std::move(critical_scales),
+      std::move(exp_avg_scales), std::move(exp_avg_sq_scales), std::move(compensations),
+      std::move(param_indices), std::move(element_places)};
   BucketStep bucket;
-  step_critical_momenta(
-      {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-          std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
-          std::move(pending_slots), std::move(steps), std::move(critical_scales),
-          std::move(exp_avg_scales), std::move(exp_avg_sq_scales), std::move(compensations),
-          std::move(param_indices), std::move(element_places)},
-      params, grads, {sq_norm, lr_tensor, grad_factor, found_inf}, local_sq_norms,
+  Steps step;
+  step.add(Critical::kMomenta, state, params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
           l2_in_aggregate},
       bucket);
+  step.take_(local_sq_norms_data(local_sq_norms, params.size()));
 }
 
 void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -202,40 +63,100 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
     bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay,
     bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
+  const StateTensors state{std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
+      std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
+      std::move(steps), std::move(critical_scales), std::move(exp_avg_scales),
+      std::move(exp_avg_sq_scales), std::move(compensations), std::move(param_indices),
+      std::move(element_places)};
   BucketStep bucket;
-  step_critical_gradients(
-      {std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
-          std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
-          std::move(steps), std::move(critical_scales), std::move(exp_avg_scales),
-          std::move(exp_avg_sq_scales), std::move(compensations), std::move(param_indices),
-          std::move(element_places)},
-      params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
+  Steps step;
+  step.add(Critical::kGradients, state, params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
           l2_in_aggregate},
       bucket);
+  step.take_(nullptr);
 }
 
-void step_held_(int64_t held, Tensors params, Tensors grads, std::optional<Tensor> sq_norm,
-    std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_factor,
-    std::optional<Tensor> found_inf, std::optional<Tensor> local_sq_norms, bool critical_gradients,
-    double lr, double beta1, double beta2, double eps, double weight_decay, double priority_decay,
-    bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize,
-    bool decoupled_weight_decay, bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
-  const auto state = HeldStates::instance().get(held);
-  const auto lock = state->lock();
-  const ScalarTensors scalars{sq_norm, lr_tensor, grad_factor, found_inf};
-  const StepOptions options{lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope,
-      mean_over_capacity, eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update,
-      seed, l2_in_aggregate};
-  auto& bucket = state->knowledge<BucketStep>();
-  if (critical_gradients) {
-    STD_TORCH_CHECK(!local_sq_norms.has_value(),
-        "local_sq_norms is for critical momenta; critical gradients need the norm before the step");
-    step_critical_gradients(state->tensors, params, grads, scalars, options, bucket);
-  } else {
-    step_critical_momenta(state->tensors, params, grads, scalars, local_sq_norms, options, bucket);
+// The states that an operator works on, in the order given, for as long as this lives.
+class LockedStates {
+ public:
+  explicit LockedStates(const std::vector<int64_t>& held) {
+    for (const int64_t id : held) {
+      states_.push_back(HeldStates::instance().get(id));
+    }
+    // All callers lock in one order, so that no two wait for each other.
+    auto order = held;
+    std::sort(order.begin(), order.end());
+    STD_TORCH_CHECK(std::adjacent_find(order.begin(), order.end()) == order.end(),
+        "held must name each state once, got ", to_string({held.data(), held.size()}));
+    for (const int64_t id : order) {
+      locks_.push_back(HeldStates::instance().get(id)->lock());
+    }
   }
+
+  [[nodiscard]] const std::vector<std::shared_ptr<HeldState>>& states() const {
+    return states_;
+  }
+
+ private:
+  std::vector<std::shared_ptr<HeldState>> states_;
+  std::vector<std::unique_lock<std::mutex>> locks_;
+};
+
+// Of a list with something for each held state, or with nothing.
+std::optional<Tensor> scalar_of(const char* role, const Tensors& list, size_t k, size_t count) {
+  STD_TORCH_CHECK(list.empty() || list.size() == count, role,
+      " must be empty or have one tensor for each of the ", count, " states held, got ",
+      list.size());
+  return list.empty() ? std::nullopt : std::optional(list[k]);
+}
+
+// Numbers of a held state's step, in the order of StepOptions but for the seed.
+constexpr size_t kNumHyperparameters = 13;
+
+StepOptions step_options(const double* numbers, int64_t seed) {
+  const auto is_set = [numbers](size_t i) { return numbers[i] != 0.0; };
+  return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], is_set(6),
+      is_set(7), is_set(8), is_set(9), is_set(10), is_set(11), seed, is_set(12)};
+}
+
+void step_held_(std::vector<int64_t> held, Tensors params, Tensors grads, Tensors sq_norms,
+    Tensors lr_tensors, Tensors grad_factors, Tensors found_infs,
+    std::optional<Tensor> local_sq_norms, std::vector<double> hyperparameters,
+    std::vector<int64_t> seeds) {
+  const size_t count = held.size();
+  STD_TORCH_CHECK(hyperparameters.size() == kNumHyperparameters * count && seeds.size() == count,
+      "hyperparameters and seeds must have ", kNumHyperparameters,
+      " numbers and one for each of the ", count, " states held, got ", hyperparameters.size(),
+      " and ", seeds.size());
+  const LockedStates locked(held);
+  size_t total = 0;
+  for (const auto& state : locked.states()) {
+    total += state->tensors.exp_avgs.size();
+  }
+  STD_TORCH_CHECK(params.size() == total, "params must have one tensor for each of the ", total,
+      " that the states have, got ", params.size());
+  check_length("grads", grads.size(), total);
+  Steps steps;
+  size_t first = 0;
+  for (size_t k = 0; k < count; ++k) {
+    HeldState& state = *locked.states()[k];
+    const size_t length = state.tensors.exp_avgs.size();
+    const auto critical =
+        state.tensors.pending_slots.empty() ? Critical::kGradients : Critical::kMomenta;
+    STD_TORCH_CHECK(critical == Critical::kMomenta || !local_sq_norms.has_value(),
+        "local_sq_norms is for critical momenta; critical gradients need the norm before the step");
+    steps.add(critical, state.tensors, std::span(params).subspan(first, length),
+        std::span(grads).subspan(first, length),
+        {scalar_of("sq_norms", sq_norms, k, count), scalar_of("lr_tensors", lr_tensors, k, count),
+            scalar_of("grad_factors", grad_factors, k, count),
+            scalar_of("found_infs", found_infs, k, count)},
+        step_options(&hyperparameters[k * kNumHyperparameters], seeds[k]),
+        state.knowledge<BucketStep>());
+    first += length;
+  }
+  steps.take_(local_sq_norms_data(local_sq_norms, params.size()));
 }
 
 Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor,
@@ -265,46 +186,74 @@ Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor
   }
   const auto count = static_cast<int64_t>(params.size());
   auto result = torch::stable::empty({count}, ScalarType::Double);
-  const auto values = add_chunks(bucket, run(kernels().sq_norm, bucket, options));
-  std::copy(values.begin(), values.end(), static_cast<double*>(result.data_ptr()));
+  Pass pass;
+  pass.add(bucket, options);
+  pass.run(kernels().sq_norm);
+  pass.add_up(bucket, 0, static_cast<double*>(result.data_ptr()));
   return result;
 }
 
-void keep_all_books(const Tensors& priorities, const Tensors& pending_slots, const Tensors& steps,
-    const Tensor& sq_norm, const std::optional<Tensor>& found_inf, double priority_decay) {
-  check_length("pending_slots", pending_slots.size(), priorities.size());
-  check_length("steps", steps.size(), priorities.size());
-  const auto scope = read_sq_norm(sq_norm, priorities.size());
-  BucketStep bucket(priorities.size());
-  for (size_t i = 0; i < bucket.size(); ++i) {
-    auto& tensor = bucket[i];
-    tensor.capacity = priorities[i].numel();
-    tensor.priorities = bookkeeping<float>(
-        "priorities", i, priorities[i], tensor.capacity, aoti_torch_dtype_float32(), cpu_device());
-    tensor.pending_slot = pending_slot_data(i, pending_slots[i], cpu_device());
-    tensor.step_count =
-        bookkeeping<float>("steps", i, steps[i], 1, aoti_torch_dtype_float32(), cpu_device());
-    STD_TORCH_CHECK(tensor.capacity >= 1, "priorities[", i, "] must have a slot, got none");
+// The books of some buckets: all are checked before the first are kept.
+class Books {
+ public:
+  void add(const Tensors& priorities, const Tensors& pending_slots, const Tensors& steps,
+      const Tensor& sq_norm, const std::optional<Tensor>& found_inf, double priority_decay) {
+    check_length("pending_slots", pending_slots.size(), priorities.size());
+    check_length("steps", steps.size(), priorities.size());
+    const auto scope = read_sq_norm(sq_norm, priorities.size());
+    const bool skipped = is_skipped(found_inf);
+    for (size_t i = 0; i < priorities.size(); ++i) {
+      TensorStep tensor{};
+      tensor.capacity = priorities[i].numel();
+      tensor.priorities = bookkeeping<float>("priorities", i, priorities[i], tensor.capacity,
+          aoti_torch_dtype_float32(), cpu_device());
+      tensor.pending_slot = pending_slot_data(i, pending_slots[i], cpu_device());
+      tensor.step_count =
+          bookkeeping<float>("steps", i, steps[i], 1, aoti_torch_dtype_float32(), cpu_device());
+      STD_TORCH_CHECK(tensor.capacity >= 1, "priorities[", i, "] must have a slot, got none");
+      if (!skipped) {
+        books_.push_back({std::move(tensor), scope[i], priority_decay});
+      }
+    }
   }
-  if (is_skipped(found_inf)) {
-    return;
+
+  void keep_() {
+    for (const auto& [tensor, sq_norm, priority_decay] : books_) {
+      keep_books(tensor, sq_norm, priority_decay, tensor.pending_slot);
+    }
   }
-  for (size_t i = 0; i < bucket.size(); ++i) {
-    keep_books(bucket[i], scope[i], priority_decay, bucket[i].pending_slot);
-  }
-}
+
+ private:
+  struct Book {
+    TensorStep tensor;
+    double sq_norm;
+    double priority_decay;
+  };
+
+  std::vector<Book> books_;
+};
 
 void keep_books_(Tensors priorities, Tensors pending_slots, Tensors steps, Tensor sq_norm,
     std::optional<Tensor> found_inf, double priority_decay) {
-  keep_all_books(priorities, pending_slots, steps, sq_norm, found_inf, priority_decay);
+  Books books;
+  books.add(priorities, pending_slots, steps, sq_norm, found_inf, priority_decay);
+  books.keep_();
 }
 
-void keep_books_held_(
-    int64_t held, Tensor sq_norm, std::optional<Tensor> found_inf, double priority_decay) {
-  const auto state = HeldStates::instance().get(held);
-  const auto& tensors = state->tensors;
-  keep_all_books(
-      tensors.priorities, tensors.pending_slots, tensors.steps, sq_norm, found_inf, priority_decay);
+void keep_books_held_(std::vector<int64_t> held, Tensors sq_norms, Tensors found_infs,
+    std::vector<double> priority_decays) {
+  const size_t count = held.size();
+  STD_TORCH_CHECK(sq_norms.size() == count && priority_decays.size() == count,
+      "sq_norms and priority_decays must have one for each of the ", count, " states held, got ",
+      sq_norms.size(), " and ", priority_decays.size());
+  const LockedStates locked(held);
+  Books books;
+  for (size_t k = 0; k < count; ++k) {
+    const auto& tensors = locked.states()[k]->tensors;
+    books.add(tensors.priorities, tensors.pending_slots, tensors.steps, sq_norms[k],
+        scalar_of("found_infs", found_infs, k, count), priority_decays[k]);
+  }
+  books.keep_();
 }
 
 void commit_(Tensors exp_avgs, Tensors critical_buffers, Tensors critical_sums,
@@ -342,7 +291,10 @@ void commit_(Tensors exp_avgs, Tensors critical_buffers, Tensors critical_sums,
       bucket.push_back(std::move(tensor));
     }
   }
-  run(kernels().commit, bucket, {});
+  const StepOptions options{};
+  Pass pass;
+  pass.add(bucket, options);
+  pass.run(kernels().commit);
   for (const auto& tensor : bucket) {
     *tensor.pending_slot = kNoSlot;
   }
