@@ -14,7 +14,7 @@ from cm_fused._bucket import Bucket, BucketStep, Handle, StepOptions
 from cm_fused.ops import cpu
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """One implementation of the steps that `cm_fused.reference` defines.
 

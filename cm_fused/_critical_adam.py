@@ -24,7 +24,7 @@ from cm_fused._checks import (
 )
 from cm_fused._counted import OptimizerState
 from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled, step_all_
-from cm_fused._plan import Plan
+from cm_fused._plan import Plan, one_call_checks
 from cm_fused._sharding import (
     Processes,
     is_sharded,
@@ -171,7 +171,7 @@ class CriticalAdam(CheckpointedOptimizer):
             return loss
         self._finish_step()
         # All that can fail comes first, for every group.
-        kept = [self._kept_plan(i, group) for i, group in enumerate(self.param_groups)]
+        kept = self._kept_plans()
         lacking = [g for g, plan in zip(self.param_groups, kept, strict=True) if plan is None]
         made = self._make_state(lacking) if lacking else []
         try:
@@ -180,8 +180,10 @@ class CriticalAdam(CheckpointedOptimizer):
                 for group, plan in zip(self.param_groups, kept, strict=True)
             ]
             self._take_steps(plans)
-        except BaseException:
+        except BaseException as error:
             self._unmake_state(made)
+            if isinstance(error, RuntimeError):
+                self._check(kept)  # which names the group and the parameter
             raise
         self._plans = dict(enumerate(plans))
         for plan in plans:
@@ -269,26 +271,35 @@ class CriticalAdam(CheckpointedOptimizer):
             self._processes = params, found
         return found
 
+    def _kept_plans(self) -> list[Plan | None]:
+        """Check all gradients; return the last step's plan of each group, where it serves again."""
+        plans = [self._kept_plan(i, group) for i, group in enumerate(self.param_groups)]
+        if not one_call_checks(plans):
+            self._check(plans)
+        for plan in plans:
+            if plan is not None:
+                plan.take_gradients()
+        return plans
+
     def _kept_plan(self, index: int, group: dict[str, Any]) -> Plan | None:
-        """Check a group's gradients; return the last step's plan if it serves again."""
-        params = self._participants(group)
         # A plan may end in an operator whose schema does not name all it changes.
         plan = None if torch.compiler.is_compiling() else self._plans.get(index)
-        if plan is None or not plan.holds_for(self.state, group, params):
-            check_gradients(index, group["params"])
-            if group["capturable"]:
-                check_capturable(params)
+        if plan is None or not plan.holds_for(self.state, group, self._participants(group)):
             return None
         for backend, bucket in plan.buckets:
             if bucket.handle is None:
                 bucket.handle = backend.hold(bucket)
-        if not plan.checks_lists() or len(self.param_groups) > 1:
-            # Else the only call of this step checks them before it changes anything.
-            check_gradients(index, group["params"])
-            for param in params:
-                _state.check_param(local(param), _state.local_state(self.state[param]))
-        plan.take_gradients()
         return plan
+
+    def _check(self, plans: list[Plan | None]) -> None:
+        """Check all gradients, and parameters against the state of plans that serve again."""
+        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            check_gradients(i, group["params"])
+            if plan is not None:
+                for param in self._participants(group):
+                    _state.check_param(local(param), _state.local_state(self.state[param]))
+            elif group["capturable"]:
+                check_capturable(self._participants(group))
 
     def _make_state(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, _state.State]]:
         """Make the state that the participants of these groups lack, all of it or none.

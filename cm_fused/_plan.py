@@ -56,13 +56,6 @@ class Plan:
             and (self._dtypes is None or self._dtypes == [param.dtype for param in params])
         )
 
-    def checks_lists(self) -> bool:
-        """Return whether one call is the whole step, and checks its lists before all else."""
-        if len(self.buckets) != 1:
-            return False
-        ((_, bucket),) = self.buckets
-        return bucket.handle is not None and bucket.handle.checks_lists
-
     def take_gradients(self) -> None:
         """Give the buckets this step's gradients."""
         if self._locals is not None:
@@ -79,6 +72,19 @@ class Plan:
         """Keep no gradient alive."""
         for _, bucket in self.buckets:
             bucket.grads = []
+
+
+def one_call_checks(plans: list[Plan | None]) -> bool:
+    """Return whether one call takes the steps of all plans, and checks all lists before them."""
+    backends = set()
+    for plan in plans:
+        if plan is None:
+            return False
+        for backend, bucket in plan.buckets:
+            if bucket.handle is None or not bucket.handle.checks_lists:
+                return False
+            backends.add(backend.name)
+    return len(backends) <= 1
 
 
 def _deciding_options(group: dict[str, Any]) -> tuple[Any, ...]:

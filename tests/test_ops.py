@@ -27,6 +27,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "maximize": False,
     "decoupled_weight_decay": False,
     "stochastic_update": False,
+    "l2_in_aggregate": False,
     "seed": 0,
 }
 

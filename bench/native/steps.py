@@ -85,10 +85,15 @@ def one_state_in_threads() -> None:
             "beta1": 0.9,
             "beta2": 0.99,
             "eps": 1e-8,
+            "weight_decay": 0.0,
             "priority_decay": 0.7,
             "group_scope": True,
             "mean_over_capacity": True,
             "eps_inside_sqrt": True,
+            "maximize": False,
+            "decoupled_weight_decay": False,
+            "stochastic_update": False,
+            "l2_in_aggregate": False,
         }
     )
 

@@ -119,6 +119,7 @@ def valid(chance: random.Random, roles: tuple[str, ...]) -> Arguments:
         "maximize": chance.random() < 0.3,
         "decoupled_weight_decay": chance.random() < 0.5,
         "stochastic_update": False,
+        "l2_in_aggregate": False,
         "seed": chance.getrandbits(62),
     }
     scalars: dict[str, Tensor | None] = dict.fromkeys(SCALARS)

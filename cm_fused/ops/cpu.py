@@ -7,6 +7,7 @@ the gradient. The copy into its slot is deferred to the next pass, which reads t
 
 from collections.abc import Mapping
 from itertools import chain
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -132,7 +133,9 @@ def _step_held_(held: list[int], steps: list[BucketStep], local_sq_norms: Tensor
         _for_each([_on_host(each.grad_factor) for each in options], 1.0),
         _for_each([_on_host(each.found_inf) for each in options], 0.0),
         local_sq_norms,
-        hyperparameters=[n for each in options for n in held_numbers(_hyperparameters(each))],
+        hyperparameters=[
+            number for each in options for number in held_numbers(_hyperparameters(each))
+        ],
         seeds=[each.seed for each in options],
     )
     _increment_version(params)
@@ -145,14 +148,15 @@ def _for_each(scalars: list[Tensor | None], otherwise: float) -> list[Tensor]:
         scalars: Those that are given, else None.
         otherwise: What None means.
     """
-    if all(scalar is None for scalar in scalars):
-        return []
+    given = [scalar for scalar in scalars if scalar is not None]
+    if len(given) in (0, len(scalars)):
+        return given
     default = torch.tensor(otherwise, dtype=torch.float64)
     return [default if scalar is None else scalar for scalar in scalars]
 
 
 def _lr_tensors(options: list[StepOptions]) -> list[Tensor]:
-    if not any(isinstance(each.lr, Tensor) for each in options):
+    if not [each for each in options if isinstance(each.lr, Tensor)]:
         return []
     return [torch.as_tensor(each.lr).to("cpu", torch.float64) for each in options]
 
@@ -296,11 +300,11 @@ def held_numbers(hyperparameters: Mapping[str, Any]) -> list[float]:
     Args:
         hyperparameters: By the names of `adam_cm_`'s schema.
     """
-    return [float(hyperparameters.get(name, 0.0)) for name in _HELD_NUMBERS]
+    return list(map(float, _in_order(hyperparameters)))
 
 
-# In the order of csrc/cpu/step.h.
-_HELD_NUMBERS = (
+# The order of csrc/cpu/step.h.
+_in_order = itemgetter(
     *("lr", "beta1", "beta2", "eps", "weight_decay", "priority_decay"),
     *("group_scope", "mean_over_capacity", "eps_inside_sqrt", "maximize"),
     *("decoupled_weight_decay", "stochastic_update", "l2_in_aggregate"),
