@@ -1,7 +1,7 @@
 """Run the C++ code under sanitizers and valgrind; write bench/results/sanitizers.json.
 
 `python -m bench.native [address] [thread] [valgrind]`, all of them where none is named;
-`--only tests/test_ops.py` runs that file alone under AddressSanitizer. What is run replaces what
+`--only tests/test_ops.py` runs that file alone under the two sanitizers. What is run replaces what
 the file says of it. Needs g++ with its sanitizers' libraries, and valgrind.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
     """Run what is named; exit with 1 where a run did not end as it was to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tools", nargs="*", help="address, thread, valgrind")
-    parser.add_argument("--only", help="one file of tests, under AddressSanitizer")
+    parser.add_argument("--only", help="one file of tests, under the sanitizers")
     arguments = parser.parse_args()
     wrong = []
     for run in _runs(arguments.tools or list(TOOLS), arguments.only):
@@ -72,11 +72,11 @@ def main() -> None:
 
 
 def _runs(tools: list[str], only: str | None) -> Iterator[Run]:
-    if only is not None:
-        yield from _address([[only]])
-        return
     for tool in tools:
-        yield from TOOLS[tool]()
+        if only is None:
+            yield from TOOLS[tool](None)
+        elif tool != "valgrind":
+            yield from TOOLS[tool]([[only]])
 
 
 def _record(run: Run) -> None:
@@ -120,7 +120,7 @@ def _address(parts: list[list[str]] | None = None) -> Iterator[Run]:
         yield _pytest("AddressSanitizer, UndefinedBehaviorSanitizer", tree, environment, files)
 
 
-def _thread() -> Iterator[Run]:
+def _thread(parts: list[list[str]] | None = None) -> Iterator[Run]:
     tree = _build("thread", _THREAD)
     library = BUILD / "thread" / "threads.so"
     subprocess.run(
@@ -146,15 +146,16 @@ def _thread() -> Iterator[Run]:
     tool = "ThreadSanitizer"
     runs = ("every_kernel", "optimizers_in_threads", "one_state_in_threads")
     races = ("race_of_callers", "race_of_chunks")
-    for run in runs:
-        yield _steps(tool, tree, environment, run, 0)
-    for race in races:
-        yield _steps(tool, tree, environment, race, -1)
-    for file in suite.OF_THREADS:
-        yield _pytest(tool, tree, environment, [file], {**suite.DESELECTED, **suite.FORKS})
+    if parts is None:
+        for run in runs:
+            yield _steps(tool, tree, environment, run, 0)
+        for race in races:
+            yield _steps(tool, tree, environment, race, -1)
+    for files in parts or suite.parts(tree):
+        yield _pytest(tool, tree, environment, files, {**suite.DESELECTED, **suite.FORKS})
 
 
-def _valgrind() -> Iterator[Run]:
+def _valgrind(_: list[list[str]] | None = None) -> Iterator[Run]:
     # It has no AVX-512, neither for this library, the one that users have, nor for torch.
     environment = {
         "PYTHONMALLOC": "malloc",
@@ -175,7 +176,7 @@ def _valgrind() -> Iterator[Run]:
         )
 
 
-TOOLS: dict[str, Callable[[], Iterator[Run]]] = {
+TOOLS: dict[str, Callable[[list[list[str]] | None], Iterator[Run]]] = {
     "address": _address,
     "thread": _thread,
     "valgrind": _valgrind,

@@ -44,7 +44,6 @@ FIRST = [
     f"tests/test_{name}.py"
     for name in ("ops", "op_arguments", "threads", "low_precision", "table", "faults", "parity")
 ]
-OF_THREADS = ["tests/test_threads.py", "tests/test_ops.py"]
 
 
 def options(deselected: dict[str, str]) -> list[str]:
