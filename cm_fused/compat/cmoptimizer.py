@@ -142,7 +142,9 @@ class _ResearchAdam(CriticalAdam):
                     for group, step in zip(self.param_groups, steps, strict=True)
                     for bucket_step in self._prepare_(group, step, undo, made)
                 ]
-                step_all_(prepared)
+                # Which slot changes is chosen now.
+                with Undo([], [(backend, step.bucket) for backend, step in prepared]):
+                    step_all_(prepared)
         except BaseException:
             for param, keys in made:
                 self._drop_state(param, keys)
