@@ -75,7 +75,7 @@ class Bucket:
     def places(self, device: torch.device) -> Tensor:
         """Return `param_indices` on a device; copied there once, and not waited for."""
         if self._places is None or self._places.device != device:
-            places = torch.tensor(self.param_indices)
+            places = torch.tensor(self.param_indices, device="cpu")
             if device.type == "cuda":
                 places = places.pin_memory()
             self._places = places.to(device, non_blocking=True)

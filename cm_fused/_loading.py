@@ -142,7 +142,7 @@ def loaded_param_state(
 
 def _as_tensor(where: str, key: str, value: Any) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"

@@ -192,7 +192,9 @@ def _clipped(
         count = group.get("skipped_steps")
         if count is None:
             count = torch.zeros((), dtype=torch.int64, device=norm.device)
-        count = torch.as_tensor(count).to(norm.device)
+        elif not isinstance(count, Tensor):
+            count = torch.tensor(count, device=norm.device)
+        count = count.to(norm.device)
         group["skipped_steps"] = count.add_(skipped.to(count.dtype))
         found_inf = skipped if found_inf is None else found_inf.to(norm.device) + skipped
     return _with_scalars(step, factor, found_inf)

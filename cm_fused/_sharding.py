@@ -174,7 +174,7 @@ def _first_index(param: Tensor, dim: int) -> int | None:
         for placement, of_this in zip(spec.placements, cut, strict=True)
     ]
     # Without a source every process takes its own part, and nothing is sent.
-    indices = torch.arange(param.shape[dim])
+    indices = torch.arange(param.shape[dim], device="cpu")
     indices = local(distribute_tensor(indices, spec.device_mesh, placements, src_data_rank=None))
     first, last = int(indices[0]), int(indices[-1])
     return first if last - first + 1 == len(indices) else None

@@ -261,7 +261,7 @@ def _products(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 def _norm(alike: list[list[Tensor]]) -> Tensor:
     """Return the norm over all tensors, float64 (), on the first one's device."""
     if not alike:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     norms = [
         _on(alike[0][0].device, norm)
         for tensors in alike

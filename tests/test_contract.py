@@ -277,6 +277,58 @@ def test_tensor_lr_is_a_float_lr(
     assert bool((lr == 2.0**-4).all())
 
 
+@on_each_backend
+@of_each_class
+def test_a_groups_lr_beside_anothers_tensor_lr(cls: type[CriticalAdam], backend: str) -> None:
+    """A number stays the float64 that it is where another group's lr is a tensor.
+
+    Older tests gave tensors to all groups or to the only one; the operator that steps all groups
+    takes a tensor from each, and 1e-3 came to it through one of torch's default dtype.
+    """
+    optimizer, twin = (new_optimizer(cls, torch.float64, backend=backend) for _ in range(2))
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, dtype=torch.float64)
+    for each in (optimizer, twin):
+        each.param_groups[1]["lr"] = 1e-3
+        train(each, range(4))
+    # Products with a 0-dim tensor may be rounded otherwise than those with a number.
+    torch.testing.assert_close(params_of(optimizer), params_of(twin), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("precision", [{}, {"buffer_dtype": torch.int8}], ids=str)
+@on_each_backend
+@of_each_class
+def test_torchs_defaults_change_nothing(
+    cls: type[CriticalAdam], backend: str, precision: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """A step and a resumption are the same whatever torch makes tensors of, and where.
+
+    Older tests had torch's defaults: with `torch.set_default_device("cuda")` CPU parameters found
+    their bookkeeping on the wrong device, and state dicts could not be loaded.
+    """
+    optimizer, other = (
+        new_optimizer(cls, backend=backend, priority_scope="group", **precision, **options)
+        for _ in range(2)
+    )
+    train(optimizer, range(4))
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, range(4, 6))
+    gradients = [[gradient(t, i, p) for i, p in enumerate(params_of(other))] for t in range(6)]
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            for t, grads in enumerate(gradients):
+                if t == 4:
+                    other.load_state_dict(other.state_dict())
+                for param, grad in zip(params_of(other), grads, strict=True):
+                    param.grad = grad
+                other.step()
+    finally:
+        torch.set_default_dtype(dtype)
+    assert_same(trained(optimizer), trained(other))
+
+
 def _step_lr(optimizer: CriticalAdam) -> lr_scheduler.LRScheduler:
     return lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
 

@@ -86,8 +86,8 @@ def _param_state(index: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     keys: Tensor = buffer._heap_key.to(torch.float32)
     filled = torch.arange(buffer.k, device=keys.device) < buffer.curr_k
     state = {key: saved[key] for key in _MOMENTS if key in saved}
-    state["step"] = torch.tensor(float(saved["step"]))
+    state["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
     state["critical_buffer"] = buffer._heap
     state["priorities"] = torch.where(filled, keys, -torch.inf)
-    state["smallest"] = torch.as_tensor(buffer.smallest).to(torch.int64)
+    state["smallest"] = torch.tensor(int(buffer.smallest), dtype=torch.int64, device="cpu")
     return state

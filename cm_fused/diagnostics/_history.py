@@ -33,7 +33,9 @@ class Track:
         self.start = param.detach().clone()
         # Slots filled before recording began count from its beginning.
         self.keys = keys
-        self.ages = None if keys is None else torch.zeros(len(keys), dtype=torch.int64)
+        self.ages = (
+            None if keys is None else torch.zeros(len(keys), dtype=torch.int64, device="cpu")
+        )
         self.admissions = 0
         self.steps = 0
 
@@ -41,7 +43,7 @@ class Track:
         """Find what a step admitted, from the keys before and after it, both (C,) on the CPU."""
         if self.keys is None or self.ages is None or len(self.keys) != len(keys):
             self.keys = torch.full_like(keys, -torch.inf)
-            self.ages = torch.zeros(len(keys), dtype=torch.int64)
+            self.ages = torch.zeros(len(keys), dtype=torch.int64, device="cpu")
         # Only the smallest key can go, the first of equal ones; an unfilled slot's is -inf.
         slot = int(self.keys.argmin())
         self.ages += 1

@@ -97,7 +97,7 @@ def _reading(base: CriticalAdam, group: Mapping[str, Any], state: Mapping[str, A
     filled = len(slots)
     divisor = group["capacity"] if group["buffer_mean"] == "capacity" else max(filled, 1)
     mean = slots.sum(0) / divisor
-    nan = torch.tensor(float("nan"), device=keys.device)
+    nan = torch.tensor(float("nan"), dtype=torch.float32, device=keys.device)
     numbers = [
         slots.var(0, correction=0).mean() if filled and slots.shape[1] else nan,
         _agreement(slots, keys[keys > -torch.inf]) if filled > 1 else nan,

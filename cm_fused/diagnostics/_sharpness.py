@@ -85,9 +85,9 @@ def sharpness(
 
 
 def _random_unit(params: Sequence[Tensor], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     vectors = [
-        torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param)
+        torch.randn(param.shape, generator=generator, dtype=torch.float64, device="cpu").to(param)
         for param in params
     ]
     return _normalized(vectors)

@@ -70,7 +70,7 @@ def update_cm_(steps: list[BucketStep]) -> list[Tensor]:
     """
     counts = [len(step.bucket.params) for step in steps]
     # Of a skipped step nobody reads them.
-    sq_norms = torch.zeros(sum(counts), dtype=torch.float64)
+    sq_norms = torch.zeros(sum(counts), dtype=torch.float64, device="cpu")
     of_each = list(torch.split(sq_norms, counts))
     held = _held(steps)
     if held is not None:
@@ -151,14 +151,20 @@ def _for_each(scalars: list[Tensor | None], otherwise: float) -> list[Tensor]:
     given = [scalar for scalar in scalars if scalar is not None]
     if len(given) in (0, len(scalars)):
         return given
-    default = torch.tensor(otherwise, dtype=torch.float64)
+    default = torch.tensor(otherwise, dtype=torch.float64, device="cpu")
     return [default if scalar is None else scalar for scalar in scalars]
 
 
 def _lr_tensors(options: list[StepOptions]) -> list[Tensor]:
     if not [each for each in options if isinstance(each.lr, Tensor)]:
         return []
-    return [torch.as_tensor(each.lr).to("cpu", torch.float64) for each in options]
+    cpu = torch.device("cpu")
+    return [
+        each.lr.to(cpu, torch.float64)
+        if isinstance(each.lr, Tensor)
+        else lr_as_tensor(each.lr, cpu)
+        for each in options
+    ]
 
 
 def _adam_cm_(step: BucketStep, local_sq_norms: Tensor | None) -> None:

@@ -71,7 +71,7 @@ def _fake_sq_norms(
     decoupled_weight_decay: bool,
 ) -> Tensor:
     _check_devices((params, grads, grad_factor))
-    return torch.empty(len(params), dtype=torch.float64)
+    return torch.empty(len(params), dtype=torch.float64, device="cpu")
 
 
 unavailable_reason = _load_extension()

@@ -8,6 +8,7 @@ no eager step may use it before: it is kept for the graph alone, for as long as 
 The optimizer keeps the plan of a captured step for as long as it lives itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ class Tables:
             places.length == places.stride and places.offset % WORDS == 0
             for places in map(bucket.places_of, range(len(bucket.params)))
         )
-        self._host = torch.zeros((len(bucket.params), WIDTH), dtype=torch.int64)
+        self._host = torch.zeros((len(bucket.params), WIDTH), dtype=torch.int64, device="cpu")
         # The tensors of uploads that a capture recorded, on the device and on the host.
         self._of_captures: list[tuple[Tensor, Tensor]] = []
         self._table: Tensor | None = None
@@ -79,14 +80,16 @@ class Tables:
         """Number the chunks, dtype by dtype and parameter by parameter."""
         dtypes = list(dict.fromkeys(param.dtype for param in params))
         order = sorted(range(len(params)), key=lambda i: dtypes.index(params[i].dtype))
-        num_chunks = torch.tensor([-(-params[i].numel() // CHUNK_SIZE) for i in order])
+        num_chunks = _on_host([-(-params[i].numel() // CHUNK_SIZE) for i in order])
         first_chunks = num_chunks.cumsum(0) - num_chunks
         self._dtypes = _dtype_codes(params)
         self._host[:, Column.PARAM_DTYPE] = self._dtypes
         self._host[order, Column.NUM_CHUNKS] = num_chunks
         self._host[order, Column.FIRST_CHUNK] = first_chunks
-        tensors = torch.tensor(order).repeat_interleave(num_chunks)
-        within = torch.arange(len(tensors)) - first_chunks.repeat_interleave(num_chunks)
+        tensors = _on_host(order).repeat_interleave(num_chunks)
+        within = torch.arange(len(tensors), device="cpu") - first_chunks.repeat_interleave(
+            num_chunks
+        )
         table = torch.stack([tensors, within], dim=1).to(torch.int32)
         chunks, self._host_chunks = _upload(table, self._device)
         self.chunk_sq_norms = torch.empty(len(chunks), dtype=torch.float64, device=self._device)
@@ -110,7 +113,7 @@ class Tables:
             return None
         scratch = torch.zeros((2, len(bucket.params)), dtype=torch.int64, device=self._device)
         for row, column in zip(scratch, (Column.SLOT, Column.FILLED), strict=True):
-            offsets = _INT64_BYTES * torch.arange(len(bucket.params))
+            offsets = _INT64_BYTES * torch.arange(len(bucket.params), device="cpu")
             self._host[:, column] = row.data_ptr() + offsets
         return scratch
 
@@ -154,8 +157,13 @@ class Tables:
         return _refresh_in_python(params, grads, self._state, host)
 
 
+def _on_host(numbers: Sequence[int]) -> Tensor:
+    """Return int64 (numbers,), on the CPU whatever torch's default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 def _dtype_codes(params: list[Tensor]) -> Tensor:
-    return torch.tensor([PARAM_DTYPES.index(param.dtype) for param in params], dtype=torch.int64)
+    return _on_host([PARAM_DTYPES.index(param.dtype) for param in params])
 
 
 def lies_as(tensor: Tensor, order: Tensor) -> bool:
@@ -203,10 +211,10 @@ def _refresh_in_python(
     before = host.clone()
     for column, tensors in columns.items():
         if tensors:
-            host[:, column] = torch.tensor([tensor.data_ptr() for tensor in tensors])
+            host[:, column] = _on_host([tensor.data_ptr() for tensor in tensors])
     host[:, Column.PARAM_DTYPE] = _dtype_codes(params)
-    host[:, Column.PARAM_INDEX] = torch.tensor(param_indices or range(len(params)))
+    host[:, Column.PARAM_INDEX] = _on_host(param_indices or range(len(params)))
     first, last = Column.PLACES_OFFSET, Column.PLACES_STRIDE
-    host[:, first : last + 1] = torch.tensor(element_places or Places()).reshape(-1, len(Places()))
-    host[:, Column.NUMEL] = torch.tensor([param.numel() for param in params])
+    host[:, first : last + 1] = _on_host(element_places or Places()).reshape(-1, len(Places()))
+    host[:, Column.NUMEL] = _on_host([param.numel() for param in params])
     return _UNCHANGED if torch.equal(before, host) else _CHANGED
