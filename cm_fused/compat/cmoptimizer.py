@@ -14,8 +14,8 @@ They take that package's arguments and follow its trajectory, where that differs
 What was in its way is gone: checkpoints resume (its own too: `convert_state_dict`), `kappa=0` is
 AdamW (of `Adam_C`: Adam), bad hyperparameters raise, nothing waits for the device, no generator of
 NumPy's is used. A key that is not finite is not admitted, sums are float32 whatever `buffer_dtype`,
-and a slot chosen by chance (`critical_test`) is given up as one of key 0: a gradient of zeros does not
-take it, and of several slots of key 0 the first one goes.
+and a slot chosen by chance (`critical_test`) is given up as one of key 0: a gradient of zeros does
+not take it, and of several slots of key 0 the first one goes.
 """
 
 import math
