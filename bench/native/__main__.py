@@ -96,7 +96,7 @@ def _report(runs: list[dict[str, object]]) -> dict[str, object]:
         "compiler": compiler.stdout.splitlines()[0],
         "flags": {"address": f"{FLAGS} {_ADDRESS}", "thread": f"{FLAGS} {_THREAD}"},
         "left_out": suite.LEFT_OUT,
-        "deselected": {**suite.DESELECTED, **suite.FORKS},
+        "deselected": {**suite.DESELECTED, **suite.UNDER_THREAD},
         "runs": runs,
     }
 
@@ -152,7 +152,9 @@ def _thread(parts: list[list[str]] | None = None) -> Iterator[Run]:
         for race in races:
             yield _steps(tool, tree, environment, race, -1)
     for files in parts or suite.parts(tree):
-        yield _pytest(tool, tree, environment, files, {**suite.DESELECTED, **suite.FORKS})
+        if not suite.UNDER_THREAD.keys() & {*files}:
+            deselected = {**suite.DESELECTED, **suite.UNDER_THREAD}
+            yield _pytest(tool, tree, environment, files, deselected)
 
 
 def _valgrind(_: list[list[str]] | None = None) -> Iterator[Run]:
