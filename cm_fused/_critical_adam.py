@@ -202,7 +202,7 @@ class CriticalAdam(CheckpointedOptimizer):
         check_gradients(index, [param])
         made = []
         plan = self._plans_alone.get(id(param))
-        if plan is not None and plan.holds_for(self.state, alone, [param]):
+        if plan is not None and plan.holds_for(self.state, alone, self._participants(alone)):
             _state.check_param(local(param), _state.local_state(self.state[param]))
             plan.take_gradients()
         else:
@@ -211,7 +211,7 @@ class CriticalAdam(CheckpointedOptimizer):
         try:
             plan = plan or self._new_plan(alone)
             with Undo([], plan.buckets):
-                self._step_groups([self._group_step(group, plan, first=0)], None)
+                self._step_groups([self._group_step(alone, plan, first=0)], None)
         except BaseException:
             self._unmake_state(made)
             raise
@@ -242,12 +242,11 @@ class CriticalAdam(CheckpointedOptimizer):
         if among is not None:
             check_not_captured_sharded(among.device)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        return scaled(steps, self.param_groups, among, grad_scale, found_inf), among
+        return scaled(steps, among, grad_scale, found_inf), among
 
     def _group_step(self, group: dict[str, Any], plan: Plan, first: int) -> GroupStep:
         critical_gradients = self._stores_gradients(group)
-        options, count = step_options(group), len(group["params"])
-        return GroupStep(options, critical_gradients, plan.buckets, first, count)
+        return GroupStep(group, step_options(group), critical_gradients, plan.buckets, first)
 
     def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
         """Take the steps of all groups: the first change, after all that can be wrong."""

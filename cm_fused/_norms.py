@@ -18,18 +18,23 @@ class GroupStep:
     """The step of one param group.
 
     Attributes:
+        group: The param group; with one parameter where that is stepped alone.
         options: The hyperparameters.
         critical_gradients: Whether the buffers hold gradients, else momenta.
         buckets: The tensors of each device, with the backend that steps them.
         first: The place of the group's first parameter among the optimizer's.
-        count: How many parameters the group has, with those that take no part.
     """
 
+    group: dict[str, Any]
     options: StepOptions
     critical_gradients: bool
     buckets: list[tuple[Backend, Bucket]]
     first: int
-    count: int
+
+    @property
+    def count(self) -> int:
+        """How many parameters the group has, with those that take no part."""
+        return len(self.group["params"])
 
     def is_alone(self) -> bool:
         """Return whether every priority scope lies within one bucket."""
@@ -136,7 +141,6 @@ class PendingBooks:
 
 def scaled(
     steps: list[GroupStep],
-    groups: list[dict[str, Any]],
     processes: Processes | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -144,21 +148,21 @@ def scaled(
     """Return steps that unscale and clip their gradients, and those that are to be skipped marked.
 
     Args:
-        steps: Those of all groups.
-        groups: The param groups. Their `skipped_steps` are changed.
+        steps: Those of all groups, whose `skipped_steps` are changed.
         processes: Where the parameters are sharded.
         grad_scale: What the gradients were multiplied by (`torch.amp.GradScaler`), or None.
         found_inf: Not 0 where one of them is not finite, or None.
     """
     factor = None if grad_scale is None else _reciprocal(grad_scale)
     steps = [_with_scalars(step, factor, found_inf) for step in steps]
-    if not any(group["max_grad_norm"] is not None or group["skip_nonfinite"] for group in groups):
+    if not any(map(_needs_norm, steps)):
         return steps
     norm = Norms(steps, processes, _plain_sq_norms).all().sum().sqrt()
-    return [
-        _clipped(step, group, norm, factor, found_inf)
-        for step, group in zip(steps, groups, strict=True)
-    ]
+    return [_clipped(step, norm, factor, found_inf) for step in steps]
+
+
+def _needs_norm(step: GroupStep) -> bool:
+    return step.group["max_grad_norm"] is not None or bool(step.group["skip_nonfinite"])
 
 
 def _reciprocal(grad_scale: Tensor) -> Tensor:
@@ -175,12 +179,9 @@ def _plain_sq_norms(backend: Backend, steps: list[BucketStep]) -> list[Tensor]:
 
 
 def _clipped(
-    step: GroupStep,
-    group: dict[str, Any],
-    norm: Tensor,
-    factor: Tensor | None,
-    found_inf: Tensor | None,
+    step: GroupStep, norm: Tensor, factor: Tensor | None, found_inf: Tensor | None
 ) -> GroupStep:
+    group = step.group
     max_grad_norm = group["max_grad_norm"]
     if max_grad_norm is not None:
         # As torch.nn.utils.clip_grad_norm_.

@@ -268,11 +268,15 @@ def test_a_fault_inside_backward_leaves_no_parameter_half_stepped(
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="injects into interpreted kernels")
-@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(("steps_before", "groups"), [(0, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("make", [AdamCM, AdamCG])
 def test_the_triton_step_makes_all_it_needs_before_its_first_change(
-    make: Make, options: dict[str, Any], steps_before: int, monkeypatch: pytest.MonkeyPatch
+    make: Make,
+    options: dict[str, Any],
+    steps_before: int,
+    groups: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between and after the launches nothing is allocated: the books' operator is all there is."""
     from cm_fused.ops import triton
@@ -288,7 +292,7 @@ def test_the_triton_step_makes_all_it_needs_before_its_first_change(
     mode = FaultAt(-1)
     monkeypatch.setattr(triton._Launcher, "_launch", launch_uncounted)
     options = {"backend": "triton", **options}
-    _, optimizer = after(make, steps_before, 1, **options)
+    _, optimizer = after(make, steps_before, groups, **options)
     mode.names.clear()
     with mode:
         optimizer.step()
@@ -296,9 +300,10 @@ def test_the_triton_step_makes_all_it_needs_before_its_first_change(
     changing = ("critical_adam_kernel", "cm_fused::update_priorities_")
     first = next(i for i, name in enumerate(names) if name in changing)
     assert set(names[first:]) <= set(changing)
-    before = after(make, steps_before, 1, **options)
-    for number in (i for i in range(first) if "::" in names[i]):
-        params, optimizer = after(make, steps_before, 1, **options)
+    before = after(make, steps_before, groups, **options)
+    operators = [i for i in range(first) if "::" in names[i]]
+    for number in operators[:: 1 if groups == 1 else 4]:
+        params, optimizer = after(make, steps_before, groups, **options)
         mode = FaultAt(number)
         with pytest.raises(InjectedError), mode:
             optimizer.step()

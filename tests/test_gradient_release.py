@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cm_fused import AdamCG, AdamCM, AdamWCM, enable_gradient_release
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
 from tests.training import BACKENDS, KINDS, assert_same, trained
 
 pytestmark = pytest.mark.sampled
@@ -55,6 +56,34 @@ def test_steps_are_those_after_backward(
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
+        runs.append(trained(optimizer))
+    assert_same(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"critical_test": 0.5}, {"kappa": 0}, {"weight_decay": 0.1}], ids=str
+)
+@pytest.mark.parametrize("cls", [Adam_CM, Adam_C])
+def test_steps_of_the_research_packages_optimizers(
+    cls: type[CriticalAdam], options: dict[str, Any], backend: str
+) -> None:
+    """Theirs too are those after backward, the first one, which only stores, included.
+
+    The older test had the four classes of the paper: these raised, or took no step.
+    """
+    runs = []
+    for release in (True, False):
+        model = _model()
+        groups = [{**group, "backend": backend} for group in _groups(model)]
+        optimizer = cls(groups, lr=0.01, synced=False, **options)  # type: ignore[call-arg]
+        if release:
+            enable_gradient_release(model, optimizer)
+        for t in range(8):
+            _backward(model, t)
+            assert all((p.grad is None) == release for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
         runs.append(trained(optimizer))
     assert_same(runs[0], runs[1])
 

@@ -140,8 +140,8 @@ class _ResearchAdam(CriticalAdam):
             with Undo([], []) as undo:
                 prepared = [
                     bucket_step
-                    for group, step in zip(self.param_groups, steps, strict=True)
-                    for bucket_step in self._prepare_(group, step, undo, made)
+                    for step in steps
+                    for bucket_step in self._prepare_(step, undo, made)
                 ]
                 # Which slot changes is chosen now.
                 with Undo([], [(backend, step.bucket) for backend, step in prepared]):
@@ -152,20 +152,16 @@ class _ResearchAdam(CriticalAdam):
             raise
 
     def _prepare_(
-        self,
-        group: dict[str, Any],
-        step: GroupStep,
-        undo: Undo,
-        made: list[tuple[Tensor, Iterable[str]]],
+        self, step: GroupStep, undo: Undo, made: list[tuple[Tensor, Iterable[str]]]
     ) -> list[tuple[Backend, BucketStep]]:
         """Choose slots by chance and take first steps; return the steps of a group's buckets.
 
         Args:
-            group: The param group.
-            step: Its step.
+            step: The step of a group.
             undo: Keeps what is changed.
             made: The parameters whose state is made are added, with its keys.
         """
+        group = step.group
         options = replace(step.options, l2_in_aggregate=self._critical_gradients)
         first = self._first_timers(group)
         first_norms = [_norm(param) for param in first]

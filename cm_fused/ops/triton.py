@@ -84,11 +84,14 @@ def prepare(steps: list[BucketStep]) -> Callable[[], None]:
 
 def _launch_(prepared: list[tuple[BucketStep, "_Launcher"]]) -> None:
     for step, launcher in prepared:
+        if step.critical_gradients:
+            # The gradient is gone by the next step: its norm comes first, so that it can be stored
+            # at once.
+            with _device_guard(step.bucket.exp_avgs[0].device):
+                launcher.sq_norms()
+    for step, launcher in prepared:
         with launcher:
             if step.critical_gradients:
-                # The gradient is gone by the next step: its norm comes first, so that it can be
-                # stored at once.
-                launcher.sq_norms()
                 launcher.update_priorities(step.sq_norm)
                 launcher.update(critical_gradients=True)
             else:
