@@ -125,7 +125,9 @@ def _commit() -> str:
     head = _output("git", "-C", str(_REPOSITORY), "rev-parse", "--short=12", "HEAD")
     if head == "unknown":
         return head
-    status = ("status", "--porcelain", "--untracked-files=no", "cm_fused", "csrc", "bench")
+    # Not what benches write: the second of two runs is of the same code.
+    parts = ("cm_fused", "csrc", "bench", ":!bench/results", ":!bench/RELIABILITY.md")
+    status = ("status", "--porcelain", "--untracked-files=no", *parts)
     changed = _output("git", "-C", str(_REPOSITORY), *status)
     return head + (" and changes" if changed else "")
 
