@@ -4,7 +4,10 @@ A fault is an error in place of the n-th call of an operator, allocations includ
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from cm_fused import AdamCG, AdamCM, AdamWCM, enable_gradient_release
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
+from tests.cases import needs_cpu_backend
 
 STEP_OPERATORS = ("cm_fused::adam_cm_", "cm_fused::adam_cg_", "cm_fused::step_held_")
 
@@ -181,6 +185,29 @@ def test_a_fault_of_the_research_packages_optimizers_changes_nothing(
         make = _of_the_reference(make)
     stride = 11 if backend == "eager" else 3
     inject_all_faults(make, steps_before, 2, stride=stride, topC=2, **options)
+
+
+@needs_cpu_backend
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another tool replaces the allocator")
+def test_memory_that_runs_out_within_the_operator_changes_nothing(tmp_path: Path) -> None:
+    """At each of the C++ step's own allocations.
+
+    The older tests fail operators in front of it; what the operator allocates they never failed.
+    """
+    library = tmp_path / "fail_at_new.so"
+    source = Path(__file__).parent / "fail_at_new.cpp"
+    compile_ = ["g++", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(compile_, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.allocation_faults", str(library)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) > 100
 
 
 def test_a_fault_of_the_reference_comes_before_any_change_of_a_fused_backend() -> None:
