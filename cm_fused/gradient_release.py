@@ -35,7 +35,8 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
 
     Args:
         model: Its parameters that the optimizer has are stepped in backward.
-        optimizer: With `priority_scope="tensor"` in all groups.
+        optimizer: With `priority_scope="tensor"` in all groups; of `cm_fused.compat`, with
+            `synced=False`.
 
     Returns:
         A handle whose `remove` ends it.

@@ -84,7 +84,7 @@ def prepare(steps: list[BucketStep]) -> Callable[[], None]:
 
 def _launch_(prepared: list[tuple[BucketStep, "_Launcher"]]) -> None:
     for step, launcher in prepared:
-        if step.critical_gradients:
+        if step.critical_gradients and step.sq_norm is None:
             # The gradient is gone by the next step: its norm comes first, so that it can be stored
             # at once.
             with _device_guard(step.bucket.exp_avgs[0].device):

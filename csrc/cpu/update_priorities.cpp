@@ -39,7 +39,9 @@ void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tenso
   if (update.found_inf != nullptr && *update.found_inf != 0.0) {
     return;
   }
-  const double group = sum(update.chunk_sq_norms, update.num_chunks);
+  // Given norms, nobody may have taken those of the chunks.
+  const double group =
+      update.sq_norm == nullptr ? sum(update.chunk_sq_norms, update.num_chunks) : 0.0;
   for (int64_t i = 0; i < update.num_rows; ++i) {
     const int64_t* row = row_of(update.table, i);
     double sq_norm_of_row = group;
