@@ -24,31 +24,44 @@ inline state_t load_element(param_t value) {
   }
 }
 
-// Rounds to nearest even. The bfloat16 form is c10's without its branch, which would keep the
-// loop from being vectorized.
+// The bits of a bfloat16, rounded to nearest even: c10's form without its branch.
+template <typename vector_t>
+CM_FUSED_INLINE Bits<vector_t> bfloat16_bits(vector_t value) {
+  const auto raw = bit_cast<Bits<vector_t>>(value);
+  const Bits<vector_t> rounded = (raw + 0x7FFFU + ((raw >> 16) & 1U)) >> 16;
+  return value == value ? rounded : Bits<vector_t>{} + 0x7FC0U;
+}
+
+// Those of one of its two neighbours: up with the probability of the distance from the lower one.
+// `random` is in [0, 2^16). A value that is not finite stays.
+template <typename vector_t>
+CM_FUSED_INLINE Bits<vector_t> bfloat16_bits(vector_t value, Bits<vector_t> random) {
+  // Infinity has no bits for these to carry out of. Written as a choice of bits or none, this is
+  // not vectorized (GCC 12).
+  const Bits<vector_t> mask = value == value ? Bits<vector_t>{} + 0xFFFFU : Bits<vector_t>{};
+  return (bit_cast<Bits<vector_t>>(value) + (random & mask)) >> 16;
+}
+
+// What is stored of such bits.
+template <typename stored_t>
+inline stored_t last_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<stored_t, c10::BFloat16>) {
+    return c10::BFloat16(static_cast<uint16_t>(bits), c10::BFloat16::from_bits());
+  } else {
+    return static_cast<stored_t>(bits);
+  }
+}
+
+// Rounds to nearest even.
 template <typename param_t, typename state_t>
 inline param_t store_element(state_t value) {
   if constexpr (std::is_same_v<param_t, c10::Half>) {
     return c10::Half(c10::detail::fp16_ieee_from_fp32_value(value), c10::Half::from_bits());
   } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-    const auto bits = bit_cast<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
-    const bool is_nan = (bits & kMagnitudeBits) > kInfinityBits;
-    return c10::BFloat16(
-        static_cast<uint16_t>(is_nan ? 0x7FC0U : rounded), c10::BFloat16::from_bits());
+    return last_bits<c10::BFloat16>(bfloat16_bits(value));
   } else {
     return value;
   }
-}
-
-// Rounds to one of bfloat16's two neighbours, whose bits are returned: up with the probability of
-// the distance from the lower one. `bits` is in [0, 2^16). A value that is not finite stays.
-inline uint16_t round_to_bfloat16(float value, uint32_t bits) {
-  const auto raw = bit_cast<uint32_t>(value);
-  // Infinity has no bits for these to carry out of. Written as a choice of bits or none, this is
-  // not vectorized (GCC 12).
-  const uint32_t mask = value == value ? 0xFFFFU : 0U;
-  return static_cast<uint16_t>((raw + (bits & mask)) >> 16);
 }
 
 // Rounds to one of float16's two neighbours, as a float. The quotient is exact: `spacing` is a
@@ -89,6 +102,12 @@ struct Halved {
   static half_t store(float value) {
     return store_element<half_t>(value);
   }
+  // The last 16 of these are what is stored.
+  template <typename vector_t>
+    requires std::is_same_v<half_t, c10::BFloat16>
+  CM_FUSED_INLINE static Bits<vector_t> bits(vector_t value) {
+    return bfloat16_bits(value);
+  }
 };
 
 struct Int8 {
@@ -98,9 +117,13 @@ struct Int8 {
   static float load(int8_t stored) {
     return static_cast<float>(stored);
   }
-  // The sum with 1.5 * 2^23 is rounded to an integer, which its last bits hold.
   static int8_t store(float value) {
-    return static_cast<int8_t>(bit_cast<int32_t>(value + 0x1.8p23F) - bit_cast<int32_t>(0x1.8p23F));
+    return last_bits<int8_t>(bits(value));
+  }
+  // The sum with 1.5 * 2^23 is rounded to an integer, which its last bits hold.
+  template <typename vector_t>
+  CM_FUSED_INLINE static Bits<vector_t> bits(vector_t value) {
+    return bit_cast<Bits<vector_t>>(value + 0x1.8p23F);
   }
 };
 
@@ -138,10 +161,12 @@ struct BlockScale {
 };
 
 // The order of magnitudes is that of their bits, in which NaN is above infinity.
-inline BlockScale block_scale(const float* __restrict values, auto n, float largest_stored) {
+template <typename stored_t>
+inline BlockScale block_scale(const stored_t* __restrict values, auto n, float largest_stored) {
   int32_t largest_bits = 0;
   for (int64_t i = 0; i < n; ++i) {
-    largest_bits = std::max(largest_bits, bit_cast<int32_t>(values[i]) & 0x7FFFFFFF);
+    const auto bits = bit_cast<int32_t>(load_element<float>(values[i]));
+    largest_bits = std::max(largest_bits, bits & 0x7FFFFFFF);
   }
   const auto largest = bit_cast<float>(largest_bits);
   const bool usable = largest >= 0x1p-100F && largest_bits < static_cast<int32_t>(kInfinityBits);

@@ -39,6 +39,20 @@ inline const state_t* effective_gradient(const state_t* grad, const state_t* par
   return scratch;
 }
 
+// With the L2 term that is no part of what critical gradients store.
+template <typename state_t>
+inline const state_t* with_late_l2_term(
+    const state_t* g, const state_t* param, auto n, const StepOptions& options, state_t* scratch) {
+  if (!options.l2_in_aggregate || !has_l2_term(options)) {
+    return g;
+  }
+  const state_t weight_decay = static_cast<state_t>(options.weight_decay);
+  for (int64_t i = 0; i < n; ++i) {
+    scratch[i] = g[i] + weight_decay * param[i];
+  }
+  return scratch;
+}
+
 struct SquareSum {
   double lanes[kLanes] = {};
 

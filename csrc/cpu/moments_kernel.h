@@ -4,6 +4,10 @@
 
 namespace cm_fused::CM_FUSED_ISA {
 
+// Of a word's bits, the first that rounds exp_avg (which has a sign), or exp_avg_sq.
+template <bool kSigned>
+constexpr int kFirstBit = kSigned ? 16 : 0;
+
 // Int8 codes of a moment, linear in the fourth root of a block's values (cm_fused/rounding.py).
 template <bool kSigned>
 struct MomentCodes {
@@ -54,44 +58,49 @@ struct MomentCodes {
   }
 };
 
-// One block of a moment in the update's type: the state's own memory where that serves, else a copy
-// in `scratch`.
-template <bool kSigned, typename state_t>
-inline state_t* load_moment(const TensorStep& tensor, void* data, const float* scales,
-    int64_t begin, auto n, state_t* scratch) {
-  if constexpr (std::is_same_v<state_t, float>) {
-    if (tensor.moment_dtype == StoredDtype::kBFloat16) {
-      const auto* __restrict stored = static_cast<const c10::BFloat16*>(data) + begin;
-      for (int64_t i = 0; i < n; ++i) {
-        scratch[i] = load_element<float>(stored[i]);
-      }
-      return scratch;
-    }
-    if (tensor.moment_dtype == StoredDtype::kInt8) {
-      MomentCodes<kSigned>::load(
-          static_cast<const int8_t*>(data) + begin, scales[begin / kScaleBlock], n, scratch);
-      return scratch;
-    }
-  }
-  return static_cast<state_t*>(data) + begin;
+// One block of an int8 moment as float.
+template <bool kSigned>
+inline void load_moment(
+    const void* data, const float* scales, int64_t begin, int64_t n, float* values) {
+  MomentCodes<kSigned>::load(
+      static_cast<const int8_t*>(data) + begin, scales[begin / kScaleBlock], n, values);
 }
 
-// Writes back what load_moment copied, rounded stochastically by 16 bits of each word.
-template <bool kSigned, typename state_t>
-inline void store_moment(const TensorStep& tensor, void* data, float* scales, int64_t begin, auto n,
-    const state_t* __restrict values, const uint32_t* __restrict words) {
+// Writes it back, rounded stochastically by 16 bits of each word.
+template <bool kSigned>
+inline void store_moment(void* data, float* scales, int64_t begin, int64_t n, const float* values,
+    const uint32_t* words) {
+  scales[begin / kScaleBlock] = MomentCodes<kSigned>::store(
+      values, words, kFirstBit<kSigned>, n, static_cast<int8_t*>(data) + begin);
+}
+
+// Stores a tile of a moment as it is, or rounded to bfloat16 stochastically by 16 bits of each
+// word.
+template <bool kSigned, typename Code, typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void store_moments(
+    typename Code::stored_t* stored, const vector_t (&values)[kCount], const uint32_t* words) {
+  if constexpr (std::is_same_v<Code, Unchanged<Element<vector_t>>>) {
+    store_vectors<Code>(stored, values);
+  } else {
+    Bits<vector_t> bits[kCount];
+    for (int64_t v = 0; v < kCount; ++v) {
+      const auto random = load_vector<Bits<vector_t>>(words + v * kWidth<vector_t>);
+      bits[v] = bfloat16_bits(values[v], (random >> kFirstBit<kSigned>)&0xFFFFU);
+    }
+    store_bits(stored, bits);
+  }
+}
+
+// Calls visit with the code of moments that a step reads and stores by tiles; those of int8 are
+// float by then.
+template <typename state_t, typename Visit>
+inline auto with_moment_code(StoredDtype dtype, Visit visit) {
   if constexpr (std::is_same_v<state_t, float>) {
-    constexpr int shift = kSigned ? 16 : 0;
-    if (tensor.moment_dtype == StoredDtype::kBFloat16) {
-      auto* __restrict stored = static_cast<c10::BFloat16*>(data) + begin;
-      for (int64_t i = 0; i < n; ++i) {
-        stored[i].x = round_to_bfloat16(values[i], (words[i] >> shift) & 0xFFFFU);
-      }
-    } else if (tensor.moment_dtype == StoredDtype::kInt8) {
-      scales[begin / kScaleBlock] =
-          MomentCodes<kSigned>::store(values, words, shift, n, static_cast<int8_t*>(data) + begin);
+    if (dtype == StoredDtype::kBFloat16) {
+      return visit(Halved<c10::BFloat16>{});
     }
   }
+  return visit(Unchanged<state_t>{});
 }
 
 }  // namespace cm_fused::CM_FUSED_ISA

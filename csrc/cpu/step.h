@@ -89,12 +89,6 @@ struct StepOptions {
   double grad_factor = 1.0;      // of every gradient, before all else
 };
 
-inline int64_t block_size_of(const TensorStep& tensor, const StepOptions& options) {
-  const bool whole_blocks = tensor.moment_dtype != StoredDtype::kUnchanged ||
-                            has_scales(tensor.slot_dtype) || options.stochastic_update;
-  return whole_blocks ? kLargestBlock : kBlockSize;
-}
-
 // Works on chunk `chunk` of one tensor. Returns the chunk's sum of g^2 where it reads g for that,
 // else 0.
 using ChunkKernel = double (*)(const TensorStep&, const StepOptions&, int64_t chunk);
