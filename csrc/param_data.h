@@ -13,6 +13,10 @@ enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // tables.
 enum class StoredDtype { kUnchanged, kBFloat16, kFloat16, kFloat8, kInt8 };
 
+inline bool is_half(ParamDtype dtype) {
+  return dtype == ParamDtype::kBFloat16 || dtype == ParamDtype::kFloat16;
+}
+
 // Elements that share a scale: BLOCK_SIZE of cm_fused/rounding.py.
 inline constexpr int64_t kScaleBlock = 256;
 

@@ -100,7 +100,7 @@ template <typename state_t, typename param_t>
 inline void round_stochastically(const uint32_t* words, auto n, state_t* param) {
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-      param[i] = bit_cast<float>(bfloat16_bits(param[i], words[i] >> 16) << 16);
+      param[i] = bit_cast<float>(bfloat16_bits(param[i], words[i] >> 16) & 0xFFFF0000U);
     } else {
       param[i] = round_to_float16(param[i], words[i] >> 16);
     }

@@ -24,12 +24,12 @@ inline state_t load_element(param_t value) {
   }
 }
 
-// The bits of a bfloat16, rounded to nearest even: c10's form without its branch.
+// Bits whose upper half is a bfloat16, rounded to nearest even: c10's form without its branch.
 template <typename vector_t>
 CM_FUSED_INLINE Bits<vector_t> bfloat16_bits(vector_t value) {
   const auto raw = bit_cast<Bits<vector_t>>(value);
-  const Bits<vector_t> rounded = (raw + 0x7FFFU + ((raw >> 16) & 1U)) >> 16;
-  return value == value ? rounded : Bits<vector_t>{} + 0x7FC0U;
+  const Bits<vector_t> rounded = raw + 0x7FFFU + ((raw >> 16) & 1U);
+  return value == value ? rounded : Bits<vector_t>{} + 0x7FC00000U;
 }
 
 // Those of one of its two neighbours: up with the probability of the distance from the lower one.
@@ -39,14 +39,14 @@ CM_FUSED_INLINE Bits<vector_t> bfloat16_bits(vector_t value, Bits<vector_t> rand
   // Infinity has no bits for these to carry out of. Written as a choice of bits or none, this is
   // not vectorized (GCC 12).
   const Bits<vector_t> mask = value == value ? Bits<vector_t>{} + 0xFFFFU : Bits<vector_t>{};
-  return (bit_cast<Bits<vector_t>>(value) + (random & mask)) >> 16;
+  return bit_cast<Bits<vector_t>>(value) + (random & mask);
 }
 
-// What is stored of such bits.
+// What is stored of such bits, and of others.
 template <typename stored_t>
-inline stored_t last_bits(uint32_t bits) {
+inline stored_t stored_bits(uint32_t bits) {
   if constexpr (std::is_same_v<stored_t, c10::BFloat16>) {
-    return c10::BFloat16(static_cast<uint16_t>(bits), c10::BFloat16::from_bits());
+    return c10::BFloat16(static_cast<uint16_t>(bits >> 16), c10::BFloat16::from_bits());
   } else {
     return static_cast<stored_t>(bits);
   }
@@ -58,7 +58,7 @@ inline param_t store_element(state_t value) {
   if constexpr (std::is_same_v<param_t, c10::Half>) {
     return c10::Half(c10::detail::fp16_ieee_from_fp32_value(value), c10::Half::from_bits());
   } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-    return last_bits<c10::BFloat16>(bfloat16_bits(value));
+    return stored_bits<c10::BFloat16>(bfloat16_bits(value));
   } else {
     return value;
   }
@@ -102,7 +102,7 @@ struct Halved {
   static half_t store(float value) {
     return store_element<half_t>(value);
   }
-  // The last 16 of these are what is stored.
+  // The first 16 of these are what is stored.
   template <typename vector_t>
     requires std::is_same_v<half_t, c10::BFloat16>
   CM_FUSED_INLINE static Bits<vector_t> bits(vector_t value) {
@@ -118,7 +118,7 @@ struct Int8 {
     return static_cast<float>(stored);
   }
   static int8_t store(float value) {
-    return last_bits<int8_t>(bits(value));
+    return stored_bits<int8_t>(bits(value));
   }
   // The sum with 1.5 * 2^23 is rounded to an integer, which its last bits hold.
   template <typename vector_t>
@@ -160,16 +160,32 @@ struct BlockScale {
   float scale;
 };
 
-// The order of magnitudes is that of their bits, in which NaN is above infinity.
-template <typename stored_t>
-inline BlockScale block_scale(const stored_t* __restrict values, auto n, float largest_stored) {
-  int32_t largest_bits = 0;
+// The bits of the largest magnitude as a float's. The order of magnitudes is that of their bits, in
+// which NaN is above infinity.
+inline uint32_t largest_magnitude_bits(const float* values, auto n) {
+  int32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const auto bits = bit_cast<int32_t>(load_element<float>(values[i]));
-    largest_bits = std::max(largest_bits, bits & 0x7FFFFFFF);
+    largest = std::max(largest, bit_cast<int32_t>(values[i]) & 0x7FFFFFFF);
   }
+  return static_cast<uint32_t>(largest);
+}
+
+inline uint32_t largest_magnitude_bits(const c10::BFloat16* values, auto n) {
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    largest = std::max(largest, static_cast<uint16_t>(values[i].x & 0x7FFFU));
+  }
+  return static_cast<uint32_t>(largest) << 16;
+}
+
+template <typename stored_t>
+inline BlockScale block_scale(const stored_t* values, auto n, float largest_stored) {
+  // All but a tensor's last block are whole: without remainders for the loop.
+  constexpr std::integral_constant<int64_t, kScaleBlock> kWhole;
+  const uint32_t largest_bits =
+      n == kWhole ? largest_magnitude_bits(values, kWhole) : largest_magnitude_bits(values, n);
   const auto largest = bit_cast<float>(largest_bits);
-  const bool usable = largest >= 0x1p-100F && largest_bits < static_cast<int32_t>(kInfinityBits);
+  const bool usable = largest >= 0x1p-100F && largest_bits < kInfinityBits;
   return {usable ? largest_stored / largest : 0.0F, largest / largest_stored};
 }
 

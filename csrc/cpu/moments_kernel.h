@@ -60,16 +60,17 @@ struct MomentCodes {
 
 // One block of an int8 moment as float.
 template <bool kSigned>
-inline void load_moment(
-    const void* data, const float* scales, int64_t begin, int64_t n, float* values) {
-  MomentCodes<kSigned>::load(
-      static_cast<const int8_t*>(data) + begin, scales[begin / kScaleBlock], n, values);
+[[gnu::noinline]] inline void load_moment(const TensorStep& tensor, const void* data,
+    const float* scales, int64_t begin, int64_t n, float* values) {
+  const auto* const codes = static_cast<const int8_t*>(data);
+  prefetch_ahead(tensor, codes, begin, n);
+  MomentCodes<kSigned>::load(codes + begin, scales[begin / kScaleBlock], n, values);
 }
 
 // Writes it back, rounded stochastically by 16 bits of each word.
 template <bool kSigned>
-inline void store_moment(void* data, float* scales, int64_t begin, int64_t n, const float* values,
-    const uint32_t* words) {
+[[gnu::noinline]] inline void store_moment(void* data, float* scales, int64_t begin, int64_t n,
+    const float* values, const uint32_t* words) {
   scales[begin / kScaleBlock] = MomentCodes<kSigned>::store(
       values, words, kFirstBit<kSigned>, n, static_cast<int8_t*>(data) + begin);
 }

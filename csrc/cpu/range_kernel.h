@@ -7,9 +7,9 @@ namespace cm_fused::CM_FUSED_ISA {
 
 // Elements that a tile has: a multiple of the norms' lanes and of the elements that a vector of
 // counters gives words to.
-constexpr int64_t kTile = 32;
+constexpr int64_t kTile = CM_FUSED_VECTOR_BYTES == 64 ? 64 : 32;
 static_assert(kBlockSize % kTile == 0 && kTile % kLanes == 0);
-static_assert(kTile % (kWordsPerCounter * static_cast<int64_t>(kNumLanes)) == 0);
+static_assert(kTile % (kWordsPerCounter * static_cast<int64_t>(kCountersOfGroup)) == 0);
 
 // Consecutive elements of a tensor, as a step reads and changes them: its own memory, or copies in
 // the update's type.
@@ -17,6 +17,8 @@ template <typename state_t, typename moment_t>
 struct Range {
   int64_t begin;  // with scales or random words, a multiple of kLargestBlock
   int64_t n;
+  bool copies_moments;
+  bool rebuilds_sum;
   const state_t* grad;
   moment_t* exp_avg;
   moment_t* exp_avg_sq;
@@ -36,62 +38,118 @@ class RangeStep {
   using moment_t = typename MomentCode::stored_t;
   using DataRange = Range<state_t, moment_t>;
 
-  CM_FUSED_INLINE RangeStep(const TensorStep& tensor, const StepOptions& options, int64_t chunk,
-      const Scalars<state_t>& scalars, const DataRange& range)
+  CM_FUSED_INLINE RangeStep(const TensorStep& tensor, const StepOptions& options,
+      const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
+      const DataRange& range)
       : tensor_(tensor),
-        chunk_(chunk),
         options_(options),
         scalars_(scalars),
+        gradients_(gradients),
         range_(range),
-        philox_(tensor, options, Stream::kMoments) {}
+        philox_(tensor, options, Stream::kMoments, first_counter(0)) {}
 
   // Adds the sum of g^2, of critical momenta, to `squares`.
   CM_FUSED_INLINE void run(SquareSum& squares) {
-    squares_ = squares;
+    SquareSum sum = squares;
     const int64_t block_size = SlotCode::kScaled ? kScaleBlock : range_.n;
     for (int64_t at = 0; at < range_.n; at += block_size) {
-      step_block(at, std::min(block_size, range_.n - at));
+      step_block(at, std::min(block_size, range_.n - at), sum);
     }
-    squares = squares_;
+    step_last_param();
+    squares = sum;
   }
 
  private:
   using SlotBuffer = Buffer<state_t, SlotCode>;
+  using vector_t = Vector<state_t>;
+  static constexpr int64_t kVectors = kTile / kWidth<vector_t>;
 
-  CM_FUSED_INLINE void step_block(int64_t block, int64_t n) {
-    SlotBuffer buffer(tensor_, chunk_, range_.begin + block);
+  CM_FUSED_INLINE void step_block(int64_t block, int64_t n, SquareSum& squares) {
+    SlotBuffer buffer(tensor_, range_.rebuilds_sum, range_.begin + block);
     if (buffer.admits()) {
       find_scale(buffer, block, n);
       if (!kCriticalGradients) {
         buffer.set_scale();
       }
     }
-    step_tiles(buffer, block, n);
+    step_tiles(buffer, block, n, squares);
     if (kCriticalGradients && buffer.admits()) {
       buffer.set_scale();
     }
   }
 
-  CM_FUSED_INLINE void step_tiles(const SlotBuffer& buffer, int64_t block, int64_t n) {
+  CM_FUSED_INLINE void step_tiles(
+      const SlotBuffer& buffer, int64_t block, int64_t n, SquareSum& squares) {
     int64_t at = 0;
     for (; at + kTile <= n; at += kTile) {
-      if (!is_copy() && at % kBlockSize == 0) {
-        prefetch_block<state_t, state_t>(tensor_, range_.begin + block + at + kPrefetchDistance);
+      if (at % kBlockSize == 0) {
+        prefetch_streams(buffer, block, at + kPrefetchDistance);
       }
-      begin_tile(block + at, std::integral_constant<int64_t, kTile>{});
-      step_tile<Vector<state_t>, kTile / kWidth<Vector<state_t>>>(buffer, block, at, 0);
+      begin_tile(block + at, std::integral_constant<int64_t, kTile>{}, squares);
+      vector_t numerator[kVectors];
+      vector_t second_moment[kVectors];
+      step_moments(scalars_, buffer, block, at, 0, numerator, second_moment);
+      step_last_param();
+      last_param_ = range_.param + block + at;
+      store_vectors<Unchanged<state_t>>(last_numerator_, numerator);
+      store_vectors<Unchanged<state_t>>(last_second_moment_, second_moment);
     }
     if (at == n) {
       return;
     }
-    begin_tile(block + at, n - at);
+    begin_tile(block + at, n - at, squares);
     const int64_t tile = at;
-    for (; at + kWidth<Vector<state_t>> <= n; at += kWidth<Vector<state_t>>) {
-      step_tile<Vector<state_t>, 1>(buffer, block, at, at - tile);
+    for (; at + kWidth<vector_t> <= n; at += kWidth<vector_t>) {
+      step_remainder(scalars_, buffer, block, at, at - tile);
     }
+    const Scalars<state_t> scalars(tensor_, options_);
     for (; at < n; ++at) {
-      step_tile<state_t, 1>(buffer, block, at, at - tile);
+      step_remainder(scalars, buffer, block, at, at - tile);
     }
+  }
+
+  // The step of one vector, as step_moments.
+  template <typename one_t>
+  CM_FUSED_INLINE void step_remainder(const Scalars<one_t>& s, const SlotBuffer& buffer,
+      int64_t block, int64_t at, int64_t in_tile) {
+    one_t numerator[1];
+    one_t second_moment[1];
+    step_moments(s, buffer, block, at, in_tile, numerator, second_moment);
+    update_param(s, numerator, second_moment, range_.param + block + at);
+  }
+
+  // A tile's parameters follow when the next one's moments are under way, so that there is
+  // something to do while they wait for their divisions.
+  CM_FUSED_INLINE void step_last_param() {
+    if (last_param_ == nullptr) {
+      return;
+    }
+    vector_t numerator[kVectors];
+    vector_t second_moment[kVectors];
+    load_vectors<Unchanged<state_t>>(last_numerator_, numerator);
+    load_vectors<Unchanged<state_t>>(last_second_moment_, second_moment);
+    update_param(scalars_, numerator, second_moment, last_param_);
+  }
+
+  // Asks for kBlockSize elements of every stream that is not a copy, whose maker does: they are
+  // more than the hardware follows by itself.
+  CM_FUSED_INLINE void prefetch_streams(const SlotBuffer& buffer, int64_t block, int64_t at) const {
+    const int64_t begin = block + at;
+    if (range_.begin + begin + kBlockSize > tensor_.numel) {
+      return;
+    }
+    if (!is_copy()) {
+      prefetch(range_.grad + begin, kBlockSize);
+      prefetch(range_.param + begin, kBlockSize);
+    }
+    if (!range_.copies_moments) {
+      prefetch(range_.exp_avg + begin, kBlockSize);
+      prefetch(range_.exp_avg_sq + begin, kBlockSize);
+    }
+    if (range_.max_exp_avg_sq != nullptr) {
+      prefetch(range_.max_exp_avg_sq + begin, kBlockSize);
+    }
+    buffer.prefetch_slots(at);
   }
 
   CM_FUSED_INLINE bool is_copy() const {
@@ -107,44 +165,48 @@ class RangeStep {
       } else {
         alignas(64) state_t scratch[kScaleBlock];
         buffer.find_scale(
-            effective_gradient(range_.grad + block, range_.param + block, n, options_, scratch), n);
+            gradients_.effective(range_.grad + block, range_.param + block, n, scratch), n);
       }
     }
   }
 
   // What is done of a whole tile before its step: its gradients, their part of the norm, its words.
-  CM_FUSED_INLINE void begin_tile(int64_t at, auto n) {
+  CM_FUSED_INLINE void begin_tile(int64_t at, auto n, SquareSum& squares) {
     if (is_copy()) {
       stored_g_ = range_.stored_g + at;
       update_g_ = range_.update_g + at;
     } else {
       const state_t* const param = range_.param + at;
-      stored_g_ = effective_gradient(range_.grad + at, param, n, options_, stored_scratch_);
-      update_g_ = with_late_l2_term(stored_g_, param, n, options_, update_scratch_);
+      stored_g_ = gradients_.effective(range_.grad + at, param, n, stored_scratch_);
+      update_g_ = gradients_.with_late_l2_term(stored_g_, param, n, update_scratch_);
     }
     if constexpr (!kCriticalGradients) {
-      squares_.add(stored_g_, n);
+      squares.add(stored_g_, n);
     }
     if constexpr (kRounds) {
       if (range_.words == nullptr) {
-        const auto first =
-            static_cast<uint64_t>((tensor_.places.offset + range_.begin + at) / kWordsPerCounter);
-        philox_.set_words(
-            first, std::integral_constant<uint64_t, kTile / kWordsPerCounter>{}, words_);
+        constexpr std::integral_constant<uint64_t, kTile / kWordsPerCounter> kCount;
+        philox_.set_words(first_counter(at), kCount, words_);
       }
     }
   }
 
-  // The step of kCount vectors at `at` of a block, which are at `in_tile` of a tile.
-  template <typename vector_t, int64_t kCount>
-  CM_FUSED_INLINE void step_tile(
-      const SlotBuffer& buffer, int64_t block, int64_t at, int64_t in_tile) {
+  // Of the elements from `at` on.
+  CM_FUSED_INLINE uint64_t first_counter(int64_t at) const {
+    return static_cast<uint64_t>((tensor_.places.offset + range_.begin + at) / kWordsPerCounter);
+  }
+
+  // The step of kCount vectors at `at` of a block, which are at `in_tile` of a tile, but for the
+  // parameters.
+  template <typename item_t, int64_t kCount>
+  CM_FUSED_INLINE void step_moments(const Scalars<item_t>& s, const SlotBuffer& buffer,
+      int64_t block, int64_t at, int64_t in_tile, item_t (&numerator)[kCount],
+      item_t (&second_moment)[kCount]) {
     const int64_t begin = block + at;
-    vector_t g[kCount];
-    vector_t exp_avg[kCount];
-    vector_t exp_avg_sq[kCount];
-    vector_t param[kCount];
-    vector_t sum[kCount];
+    item_t g[kCount];
+    item_t exp_avg[kCount];
+    item_t exp_avg_sq[kCount];
+    item_t sum[kCount];
     load_vectors<MomentCode>(range_.exp_avg + begin, exp_avg);
     if constexpr (kCriticalGradients) {
       buffer.sum(at, sum);
@@ -160,29 +222,22 @@ class RangeStep {
     }
     load_vectors<Unchanged<state_t>>(update_g_ + in_tile, g);
     load_vectors<MomentCode>(range_.exp_avg_sq + begin, exp_avg_sq);
-    load_vectors<Unchanged<state_t>>(range_.param + begin, param);
-    for (int64_t v = 0; v < kCount; ++v) {
-      state_t* const max_exp_avg_sq = range_.max_exp_avg_sq == nullptr
-                                          ? nullptr
-                                          : range_.max_exp_avg_sq + begin + v * kWidth<vector_t>;
-      update<kCriticalGradients>(
-          scalars_, g[v], sum[v], exp_avg[v], exp_avg_sq[v], max_exp_avg_sq, param[v]);
-    }
+    update_moments<kCriticalGradients>(s, g, sum, exp_avg, exp_avg_sq,
+        range_.max_exp_avg_sq == nullptr ? nullptr : range_.max_exp_avg_sq + begin, numerator,
+        second_moment);
     const uint32_t* const words = range_.words == nullptr ? words_ + in_tile : range_.words + begin;
     store_moments<true, MomentCode>(range_.exp_avg + begin, exp_avg, words);
     store_moments<false, MomentCode>(range_.exp_avg_sq + begin, exp_avg_sq, words);
-    store_vectors<Unchanged<state_t>>(range_.param + begin, param);
   }
 
   static constexpr bool kRounds = !std::is_same_v<MomentCode, Unchanged<state_t>>;
 
   const TensorStep& tensor_;
-  const int64_t chunk_;
-  const StepOptions options_;
-  const Scalars<state_t> scalars_;
+  const StepOptions& options_;
+  const Scalars<Vector<state_t>>& scalars_;
+  const Gradients<state_t> gradients_;
   const DataRange range_;
   const Philox philox_;
-  SquareSum squares_;
 
   // Of one tile.
   const state_t* stored_g_ = nullptr;
@@ -190,16 +245,21 @@ class RangeStep {
   alignas(64) state_t stored_scratch_[kTile];
   alignas(64) state_t update_scratch_[kTile];
   alignas(64) uint32_t words_[kTile];
+
+  // Of the tile before: what its parameters are still to be stepped by. nullptr: nothing.
+  state_t* last_param_ = nullptr;
+  alignas(64) state_t last_numerator_[kTile];
+  alignas(64) state_t last_second_moment_[kTile];
 };
 
 // Once for each kind of state, whatever the parameter's dtype. All is inlined and copied here,
 // where no store through a pointer to bytes can change it.
 template <bool kCriticalGradients, typename SlotCode, typename MomentCode, typename state_t>
 [[gnu::noinline]] void step_range(const TensorStep& tensor, const StepOptions& options,
-    int64_t chunk, const Scalars<state_t>& scalars,
+    const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
     const Range<state_t, typename MomentCode::stored_t>& range, SquareSum& squares) {
   RangeStep<kCriticalGradients, state_t, SlotCode, MomentCode>(
-      tensor, options, chunk, scalars, range)
+      tensor, options, scalars, gradients, range)
       .run(squares);
 }
 

@@ -21,7 +21,7 @@ class Buffer {
  public:
   using stored_t = typename Code::stored_t;
 
-  CM_FUSED_INLINE Buffer(const TensorStep& tensor, int64_t chunk, int64_t begin)
+  CM_FUSED_INLINE Buffer(const TensorStep& tensor, bool rebuilds_sum, int64_t begin)
       : numel_(tensor.numel),
         capacity_(tensor.capacity),
         num_scales_(num_scales(tensor.numel)),
@@ -30,7 +30,7 @@ class Buffer {
         scales_(Code::kScaled ? tensor.critical_scales + begin / kScaleBlock : nullptr),
         sum_(tensor.critical_sum == nullptr ? nullptr
                                             : static_cast<state_t*>(tensor.critical_sum) + begin),
-        from_slots_(sum_ == nullptr || rebuilds_sum(tensor, chunk)) {}
+        from_slots_(sum_ == nullptr || rebuilds_sum) {}
 
   CM_FUSED_INLINE bool admits() const {
     return admitted_ != kNoSlot;
@@ -74,15 +74,33 @@ class Buffer {
       return;
     }
     load_slot(0, at, totals);
-    for (int64_t slot = 1; slot < capacity_; ++slot) {
-      vector_t values[kCount];
-      load_slot(slot, at, values);
-      for (int64_t v = 0; v < kCount; ++v) {
-        totals[v] += values[v];
+    // The default without a loop's overhead, which with int8 slots is 4 % of a step's instructions.
+    if (capacity_ == 5) {
+      add_slot(1, at, totals);
+      add_slot(2, at, totals);
+      add_slot(3, at, totals);
+      add_slot(4, at, totals);
+    } else {
+      for (int64_t slot = 1; slot < capacity_; ++slot) {
+        add_slot(slot, at, totals);
       }
     }
     if (sum_ != nullptr) {
       store_vectors<Unchanged<state_t>>(sum_ + at, totals);
+    }
+  }
+
+  // Asks for kBlockSize elements of what a step reads.
+  CM_FUSED_INLINE void prefetch_slots(int64_t at) const {
+    if (sum_ == nullptr) {
+      for (int64_t slot = 0; slot < capacity_; ++slot) {
+        prefetch(slots_ + slot * numel_ + at, kBlockSize);
+      }
+    } else {
+      prefetch(sum_ + at, kBlockSize);
+      if (admits()) {
+        prefetch(slots_ + admitted_ * numel_ + at, kBlockSize);
+      }
     }
   }
 
@@ -109,6 +127,15 @@ class Buffer {
       totals[v] += restore(restored[v], new_scale_) - restore(replaced[v], old_scale_);
     }
     store_vectors<Unchanged<state_t>>(sum + at, totals);
+  }
+
+  template <typename vector_t, int64_t kCount>
+  CM_FUSED_INLINE void add_slot(int64_t slot, int64_t at, vector_t (&totals)[kCount]) const {
+    vector_t values[kCount];
+    load_slot(slot, at, values);
+    for (int64_t v = 0; v < kCount; ++v) {
+      totals[v] += values[v];
+    }
   }
 
   template <typename vector_t, int64_t kCount>

@@ -50,6 +50,26 @@ CM_FUSED_INLINE vector_t load_vector(const Element<vector_t>* data) {
   }
 }
 
+// A vector of doubles from as many elements. GCC 12 converts floats in halves, and joins them.
+template <typename value_t>
+CM_FUSED_INLINE Vector<double> load_doubles(const value_t* data) {
+  if constexpr (std::is_same_v<value_t, double>) {
+    return load_vector<Vector<double>>(data);
+  } else {
+#if defined(__x86_64__) && CM_FUSED_VECTOR_BYTES == 64
+    return _mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(data));
+#elif defined(__x86_64__) && CM_FUSED_VECTOR_BYTES == 32
+    return _mm256_cvtps_pd(_mm_loadu_ps(data));
+#else
+    Vector<double> values;
+    for (int64_t lane = 0; lane < kWidth<Vector<double>>; ++lane) {
+      values[lane] = data[lane];
+    }
+    return values;
+#endif
+  }
+}
+
 template <typename vector_t>
 CM_FUSED_INLINE void store_vector(Element<vector_t>* data, vector_t values) {
   using value_t = Element<vector_t>;
