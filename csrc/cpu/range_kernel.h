@@ -6,9 +6,9 @@
 namespace cm_fused::CM_FUSED_ISA {
 
 // Elements that a tile has, four vectors: a multiple of the norms' lanes and of the elements that a
-// group of counters gives words to. With int8 slots and bfloat16 moments, on two cores of a Sapphire
-// Rapids, 64 took 0.91 of the time of 32; in AVX2, of half as many and as wide registers, 16 and 64
-// took 1.09 and 1.02 of it.
+// group of counters gives words to. With int8 slots and bfloat16 moments, on two cores of a
+// Sapphire Rapids, 64 took 0.91 of the time of 32; in AVX2, of half as many and as wide registers,
+// 16 and 64 took 1.09 and 1.02 of it.
 constexpr int64_t kTile = CM_FUSED_VECTOR_BYTES == 64 ? 64 : 32;
 static_assert(kBlockSize % kTile == 0 && kTile % kLanes == 0);
 static_assert(kTile % (kWordsPerCounter * static_cast<int64_t>(kCountersOfGroup)) == 0);
