@@ -22,22 +22,51 @@ size_t Pass::add(const BucketStep& bucket, const StepOptions& options) {
   const size_t first_chunk = chunks_.size();
   for (const auto& tensor : bucket) {
     for (int64_t index = 0; index < count_chunks(tensor); ++index) {
-      chunks_.push_back({&tensor, &options, index});
+      chunks_.push_back({&tensor, &options, index, numel_ + index * kChunkSize});
     }
     numel_ += tensor.numel;
   }
   results_.resize(chunks_.size());
+  if (shares_ == nullptr) {
+    max_shares_ = torch::stable::get_num_threads();
+    shares_ = std::make_unique<Share[]>(static_cast<size_t>(max_shares_));
+  }
   return first_chunk;
 }
 
 void Pass::run(ChunkKernel kernel) {
-  const auto count = static_cast<int64_t>(chunks_.size());
-  const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel_, 1));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      results_[c] = kernel(*chunks_[c].tensor, *chunks_[c].options, chunks_[c].index);
+  deal_();
+  torch::stable::parallel_for(0, num_shares_, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t k = 0; k < num_shares_; ++k) {
+        take_all_(kernel, shares_[(i + k) % num_shares_]);
+      }
     }
   });
+}
+
+// Deals the chunks out, as many elements to each thread.
+void Pass::deal_() {
+  num_shares_ = std::min(max_shares_, (numel_ + kGrainSize - 1) / kGrainSize);
+  int64_t next = 0;
+  for (int64_t i = 0; i < num_shares_; ++i) {
+    shares_[i].next = next;
+    const int64_t end = numel_ * (i + 1) / num_shares_;
+    const auto beyond = std::partition_point(chunks_.begin() + next, chunks_.end(),
+        [end](const Chunk& chunk) { return chunk.first_element < end; });
+    next = beyond - chunks_.begin();
+    shares_[i].end = next;
+  }
+}
+
+void Pass::take_all_(ChunkKernel kernel, Share& share) {
+  // A look first: whoever counts up takes the line from all who look.
+  while (share.next.load(std::memory_order_relaxed) < share.end) {
+    const int64_t c = share.next.fetch_add(1, std::memory_order_relaxed);
+    if (c < share.end) {
+      results_[c] = kernel(*chunks_[c].tensor, *chunks_[c].options, chunks_[c].index);
+    }
+  }
 }
 
 void Pass::add_up(const BucketStep& bucket, size_t first_chunk, double* sums) const {

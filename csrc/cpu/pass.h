@@ -1,7 +1,9 @@
 // A pass: a kernel over all chunks of some buckets, in parallel.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "describe.h"
@@ -15,8 +17,8 @@ class Pass {
   // number.
   size_t add(const BucketStep& bucket, const StepOptions& options);
 
-  // Runs a kernel over all chunks and keeps its result for each. Cannot fail. The order in which
-  // threads take chunks does not matter: each chunk's result is its own.
+  // Runs a kernel over all chunks and keeps its result for each. Cannot fail. Which thread takes a
+  // chunk, and when, does not matter: each chunk's result is its own.
   void run(ChunkKernel kernel);
 
   // Adds up the results of each of a bucket's tensors, in the order of its chunks, into `sums`, one
@@ -28,10 +30,24 @@ class Pass {
     const TensorStep* tensor;
     const StepOptions* options;
     int64_t index;
+    int64_t first_element;  // among those of the pass
   };
+
+  // The chunks that one thread begins with, the same ones in every step, for its caches' sake. Who
+  // has none left takes others': a core may be slower than another, or shared.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  void deal_();
+  void take_all_(ChunkKernel kernel, Share& share);
 
   std::vector<Chunk> chunks_;
   std::vector<double> results_;
+  std::unique_ptr<Share[]> shares_;
+  int64_t max_shares_ = 0;
+  int64_t num_shares_ = 0;
   int64_t numel_ = 0;
 };
 
