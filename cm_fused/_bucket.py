@@ -131,6 +131,8 @@ class StepOptions:
     Attributes:
         l2_in_aggregate: The L2 term of critical gradients is added to the aggregate alone: neither
             norms nor slots have it (`cm_fused.compat`).
+        sum_of_norms: A group's key is the sum of its parameters' norms, not the norm of them all
+            (`cm_fused.compat`).
         grad_factor: What every gradient is multiplied by before all else, float64 (); None for 1.
         found_inf: float64 (); where it is not 0 the step changes nothing. None for 0.
     """
@@ -149,6 +151,7 @@ class StepOptions:
     low_precision_update: str
     seed: int
     l2_in_aggregate: bool = False
+    sum_of_norms: bool = False
     grad_factor: Tensor | None = None
     found_inf: Tensor | None = None
 

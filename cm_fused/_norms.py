@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_fused import reference
 from cm_fused._backend import CPU, EAGER, Backend
 from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused._sharding import Processes, Summing
@@ -110,9 +111,10 @@ class Norms:
         """Return the sums over the priority scopes of a bucket, on its device."""
         values = self.all()
         if step.options.priority_scope == "group":
-            sq_norm = values[step.first : step.first + step.count].sum()
+            values = values[step.first : step.first + step.count]
         else:
-            sq_norm = values.index_select(0, bucket.places(values.device))
+            values = values.index_select(0, bucket.places(values.device))
+        sq_norm = reference.over_scope(values, step.options)
         return sq_norm.to(bucket.steps[0].device, non_blocking=True)
 
 

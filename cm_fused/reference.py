@@ -159,7 +159,9 @@ def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
         sq_norms: Those of each parameter, float64 (params,).
         options: The hyperparameters.
     """
-    return sq_norms.sum() if options.priority_scope == "group" else sq_norms
+    if options.priority_scope == "tensor":
+        return sq_norms
+    return sq_norms.sqrt().sum().square() if options.sum_of_norms else sq_norms.sum()
 
 
 def priority_keys(sq_norm: Tensor, count: int) -> list[Tensor]:

@@ -5,7 +5,7 @@
   "float lr, float beta1, float beta2, float eps, float weight_decay, float priority_decay, " \
   "bool group_scope, bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, "          \
   "bool decoupled_weight_decay, bool stochastic_update, int seed, "                           \
-  "bool l2_in_aggregate=False"
+  "bool l2_in_aggregate=False, bool sum_of_norms=False"
 
 #define CM_FUSED_SCALARS \
   "Tensor? sq_norm, Tensor? lr_tensor, Tensor? grad_factor, Tensor? found_inf"
@@ -25,10 +25,11 @@
 // Scalars that a device may hold, float64, as tensors of one element: lr_tensor replaces lr;
 // grad_factor multiplies every gradient before all else; where found_inf is not 0 nothing changes.
 // l2_in_aggregate adds the L2 term, of critical gradients, not to the gradient but to what the
-// buffer's mean is added to: neither norms nor slots have it.
-// sq_norm is the sum of g^2 over the priority scope, of one element or one for each tensor, and is
-// computed from the bucket where it is not given. local_sq_norms receives each tensor's sum of g^2
-// and leaves the books to keep_books_, for whoever has to add to it what other processes have.
+// buffer's mean is added to: neither norms nor slots have it. With sum_of_norms a group's key is
+// the sum of its tensors' norms, not the norm of them all. sq_norm is the sum of g^2 over the
+// priority scope, of one element or one for each tensor, and is computed from the bucket where it
+// is not given. local_sq_norms receives each tensor's sum of g^2 and leaves the books to
+// keep_books_, for whoever has to add to it what other processes have.
 STABLE_TORCH_LIBRARY(cm_fused, m) {
   m.def(
       "adam_cm_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
@@ -62,7 +63,7 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
   // One call steps any number of held states: all of them, or none where it raises. `params` and
   // `grads` are those of all, one state after the other, and so is local_sq_norms. A state without
   // pending slots is one of critical gradients. The lists of scalars have one for each state or are
-  // empty; hyperparameters has the 13 numbers above for each state, in their order, but for the
+  // empty; hyperparameters has the 14 numbers above for each state, in their order, but for the
   // seed.
   m.def(
       "hold_state(Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "

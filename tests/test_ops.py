@@ -28,6 +28,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "decoupled_weight_decay": False,
     "stochastic_update": False,
     "l2_in_aggregate": False,
+    "sum_of_norms": False,
     "seed": 0,
 }
 
@@ -329,6 +330,24 @@ def test_norm_of_each_tensor_is_taken(op: str) -> None:
     case, twin = sample(), sample()
     twin.hyperparameters["group_scope"] = False
     case.sq_norm = case.call("sq_norms")
+    for each in (case, twin):
+        each.call(op)
+    assert_same(case.lists(), twin.lists())
+
+
+@of_each_step
+def test_sum_of_norms(op: str) -> None:
+    """A group's key is the sum of its tensors' norms; each key over its tensor is what it was."""
+    case, twin = sample(), sample()
+    case.hyperparameters["sum_of_norms"] = True
+    twin.sq_norm = twin.call("sq_norms").sqrt().sum().square()
+    for each in (case, twin):
+        each.call(op)
+    assert_same(case.lists(), twin.lists())
+    case, twin = sample(), sample()
+    for each in (case, twin):
+        each.hyperparameters["group_scope"] = False
+    case.hyperparameters["sum_of_norms"] = True
     for each in (case, twin):
         each.call(op)
     assert_same(case.lists(), twin.lists())
@@ -735,7 +754,9 @@ def _several() -> list[Sample]:
     """Return samples of other dtypes and hyperparameters."""
     cases = [sample(), sample(torch.bfloat16, capacity=4, running_sum=True), sample(amsgrad=True)]
     for i, case in enumerate(cases):
-        case.hyperparameters.update(lr=0.1 * (i + 1), group_scope=i != 1, seed=i)
+        case.hyperparameters.update(
+            lr=0.1 * (i + 1), group_scope=i != 1, sum_of_norms=i == 2, seed=i
+        )
     return cases
 
 
@@ -784,7 +805,7 @@ def test_lists_that_do_not_fit_the_states_are_refused() -> None:
         step_held_([held[0], held[1], held[0]], cases)
     with pytest.raises(RuntimeError, match=r"params must have one tensor for each of the .* got"):
         step_held_(held[:2], [cases[0], replace(cases[1], params=[], grads=[])])
-    with pytest.raises(RuntimeError, match=r"hyperparameters and seeds must have 13 numbers"):
+    with pytest.raises(RuntimeError, match=r"hyperparameters and seeds must have 14 numbers"):
         step_held_(held, cases[:2])
     cases[0].lr_tensor = _float64(0.1)
     with pytest.raises(RuntimeError, match=r"lr_tensors must be empty or have one .* 3 .* got 1"):

@@ -94,6 +94,7 @@ def one_state_in_threads() -> None:
             "decoupled_weight_decay": False,
             "stochastic_update": False,
             "l2_in_aggregate": False,
+            "sum_of_norms": False,
         }
     )
 

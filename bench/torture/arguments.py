@@ -120,6 +120,7 @@ def valid(chance: random.Random, roles: tuple[str, ...]) -> Arguments:
         "decoupled_weight_decay": chance.random() < 0.5,
         "stochastic_update": False,
         "l2_in_aggregate": False,
+        "sum_of_norms": chance.random() < 0.3,
         "seed": chance.getrandbits(62),
     }
     scalars: dict[str, Tensor | None] = dict.fromkeys(SCALARS)

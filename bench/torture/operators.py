@@ -333,6 +333,7 @@ def _options(a: Arguments) -> StepOptions:
                 "eps_inside_sqrt",
                 "maximize",
                 "decoupled_weight_decay",
+                "sum_of_norms",
                 "seed",
             )
         },

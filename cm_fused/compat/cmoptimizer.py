@@ -162,23 +162,24 @@ class _ResearchAdam(CriticalAdam):
             made: The parameters whose state is made are added, with its keys.
         """
         group = step.group
-        options = replace(step.options, l2_in_aggregate=self._critical_gradients)
+        options = replace(step.options, l2_in_aggregate=self._critical_gradients, sum_of_norms=True)
         first = self._first_timers(group)
-        first_norms = [_norm(param) for param in first]
-        sq_norms = [backend.sq_norms(bucket, options) for backend, bucket in step.buckets]
-        total = _total([*(values.sqrt() for values in sq_norms), *first_norms])
+        keys = [_norm(param) for param in first]
+        total: Tensor | None = None
+        if options.priority_scope == "group" and (first or not step.is_alone()):
+            total = _total([*_norms(step.buckets, options), *keys])
+            keys = [total] * len(first)
         prepared = []
-        for (backend, bucket), values in zip(step.buckets, sq_norms, strict=True):
+        for backend, bucket in step.buckets:
             self._choose_slots_(group, bucket, options, undo, made)
-            sq_norm = values
-            if options.priority_scope == "group":
-                sq_norm = total.square().to(values.device, non_blocking=True)
+            sq_norm = None if total is None else total.square()
             if not group["kappa"]:
-                sq_norm = torch.full_like(sq_norm, math.nan)  # which is never admitted
+                sq_norm = torch.tensor(math.nan, dtype=torch.float64)  # which is never admitted
+            if sq_norm is not None:
+                sq_norm = sq_norm.to(bucket.steps[0].device, non_blocking=True)
             kind = step.critical_gradients
             prepared.append((backend, BucketStep(bucket, options, kind, sq_norm)))
-        for param, norm in zip(first, first_norms, strict=True):
-            key = norm if options.priority_scope == "tensor" else total
+        for param, key in zip(first, keys, strict=True):
             undo.keep(param)
             self._store_first_(group, param, options, key, made)
         return prepared
@@ -274,6 +275,11 @@ def _norm(param: Tensor) -> Tensor:
     dtype = torch.complex128 if param.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(param.grad, dtype=dtype)
     return norm.double()
+
+
+def _norms(buckets: list[tuple[Backend, Bucket]], options: StepOptions) -> list[Tensor]:
+    """Return the norms of the gradients of some buckets, float64 (params,) of each."""
+    return [backend.sq_norms(bucket, options).sqrt() for backend, bucket in buckets]
 
 
 def _total(norms: list[Tensor]) -> Tensor:

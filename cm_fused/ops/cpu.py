@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused.ops import library
+from cm_fused.reference import over_scope
 
 # From this capacity on, by the bytes of a slot's element, keeping the sum of the slots costs no
 # more bytes than reading them: for float32 44 an element against 32 + 4 C, since a slot that is
@@ -128,7 +129,7 @@ def _step_held_(held: list[int], steps: list[BucketStep], local_sq_norms: Tensor
         held,
         params,
         list(chain.from_iterable(step.bucket.grads for step in steps)),
-        [step.sq_norm for step in steps if step.sq_norm is not None],
+        _sq_norms_of_all(steps),
         _lr_tensors(options),
         _for_each([_on_host(each.grad_factor) for each in options], 1.0),
         _for_each([_on_host(each.found_inf) for each in options], 0.0),
@@ -139,6 +140,18 @@ def _step_held_(held: list[int], steps: list[BucketStep], local_sq_norms: Tensor
         seeds=[each.seed for each in options],
     )
     _increment_version(params)
+
+
+def _sq_norms_of_all(steps: list[BucketStep]) -> list[Tensor]:
+    """Return the sums over the priority scopes as the operator takes them: none, or all."""
+    if all(step.sq_norm is None for step in steps):
+        return []
+    return [
+        over_scope(sq_norms(step.bucket, step.options), step.options)
+        if step.sq_norm is None
+        else step.sq_norm
+        for step in steps
+    ]
 
 
 def _for_each(scalars: list[Tensor | None], otherwise: float) -> list[Tensor]:
@@ -297,6 +310,7 @@ def _hyperparameters(options: StepOptions) -> dict[str, float | bool]:
         "stochastic_update": options.low_precision_update == "stochastic",
         "seed": options.seed,
         "l2_in_aggregate": options.l2_in_aggregate,
+        "sum_of_norms": options.sum_of_norms,
     }
 
 
@@ -313,5 +327,5 @@ def held_numbers(hyperparameters: Mapping[str, Any]) -> list[float]:
 _in_order = itemgetter(
     *("lr", "beta1", "beta2", "eps", "weight_decay", "priority_decay"),
     *("group_scope", "mean_over_capacity", "eps_inside_sqrt", "maximize"),
-    *("decoupled_weight_decay", "stochastic_update", "l2_in_aggregate"),
+    *("decoupled_weight_decay", "stochastic_update", "l2_in_aggregate", "sum_of_norms"),
 )

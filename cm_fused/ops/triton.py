@@ -20,6 +20,7 @@ from cm_fused._capture import is_capturing
 from cm_fused.ops import library, triton_common, triton_kernels, triton_norms
 from cm_fused.ops.table import running_sum_min_capacity
 from cm_fused.ops.tables import Chunks, OutdatedTablesError, Tables, lies_as
+from cm_fused.reference import over_scope
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -78,8 +79,17 @@ def prepare(steps: list[BucketStep]) -> Callable[[], None]:
     Each is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next.
     What can fail, allocations included, comes before the first launch.
     """
+    steps = [_with_sum_of_norms(step) for step in steps]
     launchers = [_Launcher(step.bucket, step.options) for step in steps]
     return partial(_launch_, list(zip(steps, launchers, strict=True)))
+
+
+def _with_sum_of_norms(step: BucketStep) -> BucketStep:
+    """Return a step with its sum of norms, where it has one: the kernels add up squares."""
+    options = step.options
+    if step.sq_norm is not None or not options.sum_of_norms or options.priority_scope != "group":
+        return step
+    return step._replace(sq_norm=over_scope(sq_norms(step.bucket, options), options))
 
 
 def _launch_(prepared: list[tuple[BucketStep, "_Launcher"]]) -> None:

@@ -105,6 +105,7 @@ def step_op(
     low_precision_update: str,
     seed: int,
     l2_in_aggregate: bool,
+    sum_of_norms: bool,
 ) -> None:
     """Take a step of either kind, its arguments those of `Bucket` and `StepOptions`."""
     given = locals()

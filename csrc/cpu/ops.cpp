@@ -38,7 +38,7 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     std::optional<Tensor> found_inf, std::optional<Tensor> local_sq_norms, double lr, double beta1,
     double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
     bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay,
-    bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
+    bool stochastic_update, int64_t seed, bool l2_in_aggregate, bool sum_of_norms) {
   const StateTensors state{std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
       std::move(critical_buffers), std::move(critical_sums), std::move(priorities),
       std::move(pending_slots), std::move(steps), std::move(critical_scales),
@@ -49,7 +49,7 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
   step.add(Critical::kMomenta, state, params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
-          l2_in_aggregate},
+          l2_in_aggregate, sum_of_norms},
       bucket);
   step.take_(local_sq_norms_data(local_sq_norms, params.size()));
 }
@@ -62,7 +62,7 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
     std::optional<Tensor> grad_factor, std::optional<Tensor> found_inf, double lr, double beta1,
     double beta2, double eps, double weight_decay, double priority_decay, bool group_scope,
     bool mean_over_capacity, bool eps_inside_sqrt, bool maximize, bool decoupled_weight_decay,
-    bool stochastic_update, int64_t seed, bool l2_in_aggregate) {
+    bool stochastic_update, int64_t seed, bool l2_in_aggregate, bool sum_of_norms) {
   const StateTensors state{std::move(exp_avgs), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs),
       std::move(critical_buffers), std::move(critical_sums), std::move(priorities), {},
       std::move(steps), std::move(critical_scales), std::move(exp_avg_scales),
@@ -73,7 +73,7 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
   step.add(Critical::kGradients, state, params, grads, {sq_norm, lr_tensor, grad_factor, found_inf},
       {lr, beta1, beta2, eps, weight_decay, priority_decay, group_scope, mean_over_capacity,
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
-          l2_in_aggregate},
+          l2_in_aggregate, sum_of_norms},
       bucket);
   step.take_(nullptr);
 }
@@ -113,12 +113,12 @@ std::optional<Tensor> scalar_of(const char* role, const Tensors& list, size_t k,
 }
 
 // Numbers of a held state's step, in the order of StepOptions but for the seed.
-constexpr size_t kNumHyperparameters = 13;
+constexpr size_t kNumHyperparameters = 14;
 
 StepOptions step_options(const double* numbers, int64_t seed) {
   const auto is_set = [numbers](size_t i) { return numbers[i] != 0.0; };
   return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], is_set(6),
-      is_set(7), is_set(8), is_set(9), is_set(10), is_set(11), seed, is_set(12)};
+      is_set(7), is_set(8), is_set(9), is_set(10), is_set(11), seed, is_set(12), is_set(13)};
 }
 
 void step_held_(std::vector<int64_t> held, Tensors params, Tensors grads, Tensors sq_norms,

@@ -84,6 +84,7 @@ struct StepOptions {
   bool stochastic_update;  // of half-precision parameters
   int64_t seed;
   bool l2_in_aggregate = false;  // of critical gradients: not in the gradient, its norm and slots
+  bool sum_of_norms = false;     // is a group's key, not the norm of all its tensors
   double grad_factor = 1.0;      // of every gradient, before all else
 };
 

@@ -1,12 +1,29 @@
 #include "steps.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 
 #include "../bookkeeping.h"
 
 namespace cm_fused {
+
+namespace {
+
+// The sum of squares over a group of tensors.
+double over_group(std::span<const double> sq_norms, bool sum_of_norms) {
+  if (!sum_of_norms) {
+    return std::accumulate(sq_norms.begin(), sq_norms.end(), 0.0);
+  }
+  double norm = 0.0;
+  for (const double sq_norm : sq_norms) {
+    norm += std::sqrt(sq_norm);
+  }
+  return norm * norm;
+}
+
+}  // namespace
 
 double read_scalar(const char* role, const std::optional<Tensor>& tensor, double otherwise) {
   if (!tensor.has_value()) {
@@ -91,8 +108,7 @@ void Steps::finish_(Part& part, const Pass& pass) {
   if (!part.has_sq_norms) {
     pass.add_up(bucket, part.first_chunk, sq_norms.data());
     if (part.options.group_scope) {
-      std::fill(
-          sq_norms.begin(), sq_norms.end(), std::accumulate(sq_norms.begin(), sq_norms.end(), 0.0));
+      std::fill(sq_norms.begin(), sq_norms.end(), over_group(sq_norms, part.options.sum_of_norms));
     }
   }
   for (size_t i = 0; i < bucket.size(); ++i) {
