@@ -17,11 +17,13 @@ from tqdm import trange
 
 from cm_fused.compat import cmoptimizer
 
-# Tensors of a small convolutional network, and one large matrix.
+# Tensors of a small convolutional network, and large matrices: of the first one's size malloc may
+# keep the package's temporaries, of the second one's the system maps them anew in every step.
 MODELS: dict[str, list[tuple[int, ...]]] = {
     "100 tensors of 500 elements": [(500,)] * 100,
     "60 tensors of 1,000 to 40,000 elements": [(1000 + 661 * i,) for i in range(60)],
     "one matrix of 4 M elements": [(2000, 2000)],
+    "one matrix of 16 M elements": [(4000, 4000)],
 }
 
 

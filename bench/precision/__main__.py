@@ -22,8 +22,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of each task's own number")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--numel", type=int, default=30_000_000, help="of the tensor timed")
-    # On a machine that others share, medians of 10 to 30 rounds of one build and precision went from
-    # 0.89 to 1.16, of 300 from 1.05 to 1.06.
+    # On a machine that others share, medians of 10 to 30 rounds of one build and precision went
+    # from 0.89 to 1.16, of 300 from 1.05 to 1.06.
     parser.add_argument("--rounds", type=int, default=300, help="timed steps")
     parser.add_argument("--readme", type=Path, help="file whose table to replace")
     parser.add_argument(
