@@ -1,7 +1,7 @@
-// Takes the place of torch's parallel_for under ThreadSanitizer: torch's threads meet in libgomp,
-// which is not instrumented, so that every use of what one thread left another would look like a
-// race. These threads ThreadSanitizer knows. Each range is cut whatever the grain, for more
-// interleavings than torch would give.
+// Takes the place of torch's threads under ThreadSanitizer: they meet in libgomp, which is not
+// instrumented, so that every use of what one thread left another would look like a race. These
+// threads ThreadSanitizer knows. Each range is cut whatever the grain, for more interleavings than
+// torch would give.
 #include <algorithm>
 #include <cstdint>
 #include <thread>
@@ -9,6 +9,11 @@
 
 namespace {
 constexpr int64_t kThreads = 4;
+}
+
+extern "C" int32_t torch_get_num_threads(uint32_t* count) {
+  *count = kThreads;
+  return 0;
 }
 
 extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t,

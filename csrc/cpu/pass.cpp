@@ -28,35 +28,34 @@ size_t Pass::add(const BucketStep& bucket, const StepOptions& options) {
   }
   results_.resize(chunks_.size());
   if (shares_ == nullptr) {
-    max_shares_ = torch::stable::get_num_threads();
-    shares_ = std::make_unique<Share[]>(static_cast<size_t>(max_shares_));
+    num_threads_ = torch::stable::get_num_threads();
+    shares_ = std::make_unique<Share[]>(static_cast<size_t>(num_threads_));
   }
   return first_chunk;
 }
 
 void Pass::run(ChunkKernel kernel) {
-  deal_();
-  torch::stable::parallel_for(0, num_shares_, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t k = 0; k < num_shares_; ++k) {
-        take_all_(kernel, shares_[(i + k) % num_shares_]);
-      }
+  const int64_t count = deal_();
+  const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel_, 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t) {
+    for (int64_t i = 0; i < count; ++i) {
+      take_all_(kernel, shares_[(begin + i) % count]);
     }
   });
 }
 
-// Deals the chunks out, as many elements to each thread.
-void Pass::deal_() {
-  num_shares_ = std::min(max_shares_, (numel_ + kGrainSize - 1) / kGrainSize);
+int64_t Pass::deal_() {
+  const int64_t count = std::min(num_threads_, static_cast<int64_t>(chunks_.size()));
   int64_t next = 0;
-  for (int64_t i = 0; i < num_shares_; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     shares_[i].next = next;
-    const int64_t end = numel_ * (i + 1) / num_shares_;
+    const int64_t end = numel_ * (i + 1) / count;
     const auto beyond = std::partition_point(chunks_.begin() + next, chunks_.end(),
         [end](const Chunk& chunk) { return chunk.first_element < end; });
     next = beyond - chunks_.begin();
     shares_[i].end = next;
   }
+  return count;
 }
 
 void Pass::take_all_(ChunkKernel kernel, Share& share) {

@@ -40,14 +40,14 @@ class Pass {
     int64_t end;
   };
 
-  void deal_();
+  // Deals the chunks out, as many elements to each thread; returns the number of shares.
+  int64_t deal_();
   void take_all_(ChunkKernel kernel, Share& share);
 
   std::vector<Chunk> chunks_;
   std::vector<double> results_;
   std::unique_ptr<Share[]> shares_;
-  int64_t max_shares_ = 0;
-  int64_t num_shares_ = 0;
+  int64_t num_threads_ = 0;
   int64_t numel_ = 0;
 };
 
