@@ -35,7 +35,10 @@ OPTIONS = (
     Options(weight_decay=0.1, maximize=True, buffer_mean="size"),
 )
 STEPS = 30
-# Of runs in bfloat16 parameters, which take every form of rounding.
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Halves that are quiet and signalling NaNs and infinities, of one dtype or of both.
+NOT_FINITE = (-1, 0x7D01, 0x7FA1, -0x3FF, 0x7C00, 0x7F80)
+# Of runs in half-precision parameters, which take every form of rounding.
 PRECISIONS: tuple[dict[str, Any], ...] = (
     {"buffer_dtype": torch.bfloat16, "low_precision_update": "kahan"},
     {"buffer_dtype": torch.float16, "moment_dtype": torch.bfloat16},
@@ -58,9 +61,14 @@ def _sq_norm(params: list[Tensor]) -> Tensor:
     return cpu.sq_norms(bucket, step_options(Options())).sum()
 
 
-def _rounded_run(kind: Kind, precision: dict[str, Any]) -> bytes:
-    """Return the parameters and state of a run with state of low precision."""
-    params = make_params(SHAPES, torch.bfloat16)
+def _rounded_run(kind: Kind, dtype: torch.dtype, precision: dict[str, Any]) -> bytes:
+    """Return the parameters and state of a run with state of low precision.
+
+    Some parameters are not finite: conversions may differ in what they make of a NaN.
+    """
+    params = make_params(SHAPES, dtype)
+    for i, bits in enumerate(NOT_FINITE):
+        params[0].detach().view(torch.int16)[i::97] = bits
     cls = AdamCM if kind == "cm" else AdamCG
     optimizer = cls(params, lr=0.05, seed=2**40 + 3, backend="cpu", **precision)
     for grads in make_gradients(params, [Event(scale=1 + t % 7) for t in range(8)]):
@@ -98,8 +106,9 @@ def digest() -> str:
                 bits.update(_bytes(tensor))
         bits.update(_bytes(_sq_norm(params)))
     for kind in KINDS:
-        for precision in PRECISIONS:
-            bits.update(_rounded_run(kind, precision))
+        for dtype in HALF_DTYPES:
+            for precision in PRECISIONS:
+                bits.update(_rounded_run(kind, dtype, precision))
     return bits.hexdigest()
 
 

@@ -7,6 +7,18 @@ namespace cm_fused::CM_FUSED_ISA {
 // The values of a vector of stored elements, and what is stored of a vector of bits. Left to GCC
 // 12, int8 goes by way of int16, which takes four instructions for one, and float16 and float8 take
 // two to three times as long.
+#if defined(__x86_64__) && CM_FUSED_VECTOR_BYTES > 16
+
+// Values whose NaNs have but a sign: as c10's arithmetic has them, where the instruction for
+// float16 keeps the rest.
+CM_FUSED_INLINE Vector<float> with_plain_nans(Vector<float> values) {
+  const auto raw = reinterpret_cast<Vector<uint32_t>>(values);
+  const auto nans = reinterpret_cast<Vector<float>>((raw & 0x80000000U) | 0x7FC00000U);
+  return values == values ? values : nans;
+}
+
+#endif
+
 #if defined(__x86_64__) && CM_FUSED_VECTOR_BYTES == 64
 
 // Conversions under a mask of all lanes: of those without, GCC 12 says that they read what is not
@@ -46,6 +58,11 @@ CM_FUSED_INLINE void store_codes(int8_t* stored, Vector<uint32_t> codes) {
 CM_FUSED_INLINE void store_codes(c10::BFloat16* stored, Vector<uint32_t> codes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(stored),
       _mm512_maskz_cvtepi32_epi16(kAllLanes, reinterpret_cast<__m512i>(codes >> 16)));
+}
+
+CM_FUSED_INLINE void store_codes(c10::Half* stored, Vector<float> values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(stored),
+      _mm512_maskz_cvtps_ph(kAllLanes, with_plain_nans(values), _MM_FROUND_TO_NEAREST_INT));
 }
 
 // Two vectors of them: fewer instructions than twice one.
@@ -93,11 +110,23 @@ CM_FUSED_INLINE void store_codes(int8_t* stored, Vector<uint32_t> codes) {
       _mm_or_si128(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
 }
 
+CM_FUSED_INLINE void store_codes(c10::Half* stored, Vector<float> values) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(stored),
+      _mm256_cvtps_ph(with_plain_nans(values), _MM_FROUND_TO_NEAREST_INT));
+}
+
 CM_FUSED_INLINE void store_codes(c10::BFloat16* stored, Vector<uint32_t> codes) {
   const __m256i halves =
       _mm256_packus_epi32(reinterpret_cast<__m256i>(codes >> 16), _mm256_setzero_si256());
   _mm_storeu_si128(reinterpret_cast<__m128i*>(stored),
       _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xD8)));
+}
+
+CM_FUSED_INLINE void store_codes(
+    c10::BFloat16* stored, Vector<uint32_t> first, Vector<uint32_t> second) {
+  const __m256i halves = _mm256_packus_epi32(
+      reinterpret_cast<__m256i>(first >> 16), reinterpret_cast<__m256i>(second >> 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(stored), _mm256_permute4x64_epi64(halves, 0xD8));
 }
 
 #endif
@@ -175,6 +204,10 @@ CM_FUSED_INLINE void store_vectors(
       bits[v] = Code::bits(values[v]);
     }
     store_bits(stored, bits);
+  } else if constexpr (requires { store_codes(stored, values[0]); }) {
+    for (int64_t v = 0; v < kCount; ++v) {
+      store_codes(stored + v * width, values[v]);
+    }
   } else {
     Element<vector_t> elements[kCount * width];
     for (int64_t v = 0; v < kCount; ++v) {
