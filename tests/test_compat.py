@@ -120,6 +120,29 @@ def test_without_a_buffer(cls: str, backend: str) -> None:
     torch.testing.assert_close(params, twins, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kappa", [0.0, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@of_each_class
+def test_torchs_default_device_changes_nothing(cls: str, backend: str, kappa: float) -> None:
+    """What a step makes of its own is made where the parameters are.
+
+    `test_contract.py` has the classes of the paper alone: the norm that nothing admits, of a step
+    without a buffer, was once made on the default device.
+    """
+    after = []
+    for default in ("cpu", "meta"):
+        params = make_params()
+        optimizer = _on(backend, cls)(params, kappa=kappa)
+        gradients = [[gradient(t, i, p) for i, p in enumerate(params)] for t in range(8)]
+        with torch.device(default):
+            for grads in gradients:
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                optimizer.step()
+        after.append(params)
+    assert_same(*after)
+
+
 @pytest.mark.parametrize("critical_test", [0.0, 0.5])
 @pytest.mark.parametrize("at", [1, 2, 4, 9])
 @of_each_class

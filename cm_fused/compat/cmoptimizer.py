@@ -172,11 +172,11 @@ class _ResearchAdam(CriticalAdam):
         prepared = []
         for backend, bucket in step.buckets:
             self._choose_slots_(group, bucket, options, undo, made)
-            sq_norm = None if total is None else total.square()
+            device = bucket.steps[0].device
+            sq_norm = None if total is None else total.square().to(device, non_blocking=True)
             if not group["kappa"]:
-                sq_norm = torch.tensor(math.nan, dtype=torch.float64)  # which is never admitted
-            if sq_norm is not None:
-                sq_norm = sq_norm.to(bucket.steps[0].device, non_blocking=True)
+                # Which is never admitted.
+                sq_norm = torch.full((), math.nan, dtype=torch.float64, device=device)
             kind = step.critical_gradients
             prepared.append((backend, BucketStep(bucket, options, kind, sq_norm)))
         for param, key in zip(first, keys, strict=True):
