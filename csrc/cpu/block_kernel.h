@@ -30,37 +30,20 @@ inline void for_each_run(const StridedLayout& layout, int64_t begin, int64_t n, 
   }
 }
 
-// Sets values to n consecutive elements; of whole blocks by vectors, since GCC 12 leaves float16 to
-// arithmetic: half the time of a step of float16 parameters with compensation.
-template <typename state_t, typename data_t>
-inline void load_elements(const data_t* data, auto n, state_t* values) {
+// Sets n consecutive elements, as To stores them, to others, as From restores them; of whole blocks
+// by vectors, since GCC 12 leaves float16 to arithmetic: half the time of a step of float16
+// parameters with compensation.
+template <typename From, typename To>
+inline void convert(const typename From::stored_t* from, auto n, typename To::stored_t* to) {
   if constexpr (kConvertsVectors && !std::is_integral_v<decltype(n)>) {
-    constexpr int64_t kVectors = 2;
-    for (int64_t i = 0; i < n; i += kVectors * kWidth<Vector<state_t>>) {
-      Vector<state_t> vectors[kVectors];
-      load_vectors<Halved<data_t>>(data + i, vectors);
-      store_vectors<Unchanged<state_t>>(values + i, vectors);
+    Vector<float> vectors[2];
+    for (int64_t i = 0; i < n; i += std::size(vectors) * kWidth<Vector<float>>) {
+      load_vectors<From>(from + i, vectors);
+      store_vectors<To>(to + i, vectors);
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      values[i] = load_element<state_t>(data[i]);
-    }
-  }
-}
-
-// Rounds n consecutive elements to nearest even.
-template <typename state_t, typename data_t>
-inline void store_elements(const state_t* values, auto n, data_t* data) {
-  if constexpr (kConvertsVectors && !std::is_integral_v<decltype(n)>) {
-    constexpr int64_t kVectors = 2;
-    for (int64_t i = 0; i < n; i += kVectors * kWidth<Vector<state_t>>) {
-      Vector<state_t> vectors[kVectors];
-      load_vectors<Unchanged<state_t>>(values + i, vectors);
-      store_vectors<Halved<data_t>>(data + i, vectors);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      data[i] = store_element<data_t>(values[i]);
+      to[i] = To::store(From::load(from[i]));
     }
   }
 }
@@ -81,7 +64,7 @@ inline auto load_block(data_t* data, const StridedLayout* layout, int64_t begin,
   if constexpr (std::is_same_v<state_t, std::remove_const_t<data_t>>) {
     return data + begin;
   } else {
-    load_elements(data + begin, n, scratch);
+    convert<Halved<std::remove_const_t<data_t>>, Unchanged<state_t>>(data + begin, n, scratch);
     return scratch;
   }
 }
@@ -97,7 +80,7 @@ inline void store_block(
       }
     });
   } else if constexpr (!std::is_same_v<state_t, param_t>) {
-    store_elements(block, n, data + begin);
+    convert<Unchanged<state_t>, Halved<param_t>>(block, n, data + begin);
   }
 }
 
@@ -109,7 +92,8 @@ inline void add_compensation(const TensorStep& tensor, int64_t begin, auto n, st
   }
   if constexpr (!std::is_same_v<state_t, param_t>) {
     alignas(64) state_t compensation[kLargestBlock];
-    load_elements(static_cast<const param_t*>(tensor.compensation) + begin, n, compensation);
+    convert<Halved<param_t>, Unchanged<state_t>>(
+        static_cast<const param_t*>(tensor.compensation) + begin, n, compensation);
     for (int64_t i = 0; i < n; ++i) {
       param[i] += compensation[i];
     }
@@ -124,12 +108,13 @@ inline void keep_compensation(
   }
   alignas(64) param_t stored[kLargestBlock];
   alignas(64) state_t compensation[kLargestBlock];
-  store_elements(param, n, stored);
-  load_elements(stored, n, compensation);
+  convert<Unchanged<state_t>, Halved<param_t>>(param, n, stored);
+  convert<Halved<param_t>, Unchanged<state_t>>(stored, n, compensation);
   for (int64_t i = 0; i < n; ++i) {
     compensation[i] = param[i] - compensation[i];
   }
-  store_elements(compensation, n, static_cast<param_t*>(tensor.compensation) + begin);
+  convert<Unchanged<state_t>, Halved<param_t>>(
+      compensation, n, static_cast<param_t*>(tensor.compensation) + begin);
 }
 
 // Rounds a block to values of param_t, so that storing them loses nothing more.

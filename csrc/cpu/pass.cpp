@@ -38,6 +38,7 @@ void Pass::run(ChunkKernel kernel) {
   const int64_t count = deal_();
   const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel_, 1));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t) {
+    // Its own shares come first.
     for (int64_t i = 0; i < count; ++i) {
       take_all_(kernel, shares_[(begin + i) % count]);
     }
