@@ -140,7 +140,7 @@ def test_torchs_default_device_changes_nothing(cls: str, backend: str, kappa: fl
                     param.grad = grad
                 optimizer.step()
         after.append(params)
-    assert_same(*after)
+    assert_same(after[0], after[1])
 
 
 @pytest.mark.parametrize("critical_test", [0.0, 0.5])
