@@ -25,7 +25,15 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM
 from cm_fused._critical_adam import CriticalAdam
-from tests.cases import KINDS, Kind, backend_params, device_of, make_optimizer, to_array
+from tests.cases import (
+    FUSED_BACKENDS,
+    KINDS,
+    Kind,
+    backend_params,
+    device_of,
+    make_optimizer,
+    to_array,
+)
 from tests.compare import OracleRun, see
 from tests.oracle import Options
 
@@ -75,6 +83,39 @@ def test_any_magnitude_in_any_position(backend: str, kind: Kind, exponent: int) 
         param, optimizer = _stepped(backend, options, [grad])
         assert _keys(param, optimizer) == [value, -math.inf]
         assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
+@any_kind
+@pytest.mark.parametrize("capacity", [1, 3, 5])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_sign_of_zero(backend: str, kind: Kind, capacity: int, maximize: bool) -> None:
+    """Zeros keep their sign in moments, slots and sums, as in the reference.
+
+    Situation: gradients that are exactly -0, of a ReLU or a mask, whose checkpoints were compared
+    between devices. Older tests compare values, by which -0 equals +0. A running sum starts at +0
+    and is not compared.
+    """
+    zeros = torch.tensor([0.0, -0.0]).repeat(NUMEL)
+    options = Options(kind, capacity=capacity, maximize=maximize)
+    runs = []
+    for name in (backend, "eager"):
+        param = _param(torch.zeros(len(zeros) + 1), name)
+        optimizer = make_optimizer([param], options, name)
+        for step in range(capacity + 2):
+            # The last element makes every key larger than those before.
+            param.grad = torch.cat([zeros, torch.tensor([2.0**step])]).to(param.device)
+            optimizer.step()
+        runs.append((param.detach().cpu(), see(optimizer.state[param])))
+    (param, seen), (expected_param, expected) = runs
+    pairs = [
+        (param, expected_param),
+        (seen.exp_avg, expected.exp_avg),
+        (seen.critical_buffer, expected.critical_buffer),
+    ]
+    assert (expected.critical_buffer[:, :-1] == 0).all()
+    for actual, wanted in pairs:
+        assert torch.equal(actual[..., :-1].signbit(), wanted[..., :-1].signbit())
 
 
 @any_backend

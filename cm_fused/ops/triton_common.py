@@ -118,10 +118,18 @@ def is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
 
 
 @triton.jit
+def empty_sum(DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a block of what changes nothing it is added to: -0, since 0 + -0 is +0."""
+    return tl.full((BLOCK,), -0.0, DTYPE)
+
+
+@triton.jit
 def effective_gradient(grad, param, factor, l2):
     """Return the gradient the step uses, with the L2 term; see `signed_factor`."""
-    # Without weight decay a parameter that is not finite leaves its gradient as it is.
-    return factor * grad + tl.where(l2 != 0, l2 * param, tl.zeros_like(param))
+    g = factor * grad
+    # Without weight decay the gradient stays what it is: a parameter that is not finite does not
+    # count, and -0 + 0 would be +0, which a buffer of gradients stores.
+    return tl.where(l2 != 0, g + l2 * param, g)
 
 
 @triton.jit

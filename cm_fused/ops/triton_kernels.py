@@ -40,6 +40,7 @@ from cm_fused.ops.triton_common import (
     at,
     double,
     effective_gradient,
+    empty_sum,
     entry,
     is_aligned,
     is_set,
@@ -224,7 +225,7 @@ def _rebuild_sum(
     for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
-        buffer_sum = tl.zeros((BLOCK,), dtype=STATE_DTYPE)
+        buffer_sum = empty_sum(STATE_DTYPE, BLOCK)
         item = buffer_sum
         if not CRITICAL_GRADIENTS:
             item = _load_moment(
@@ -356,7 +357,7 @@ def _update_chunk(
         # A momentum's commit is last step's and comes before the sum, a gradient's is this step's
         # and comes after.
         if SUMMED_SLOTS > 0:
-            buffer_sum = tl.zeros_like(item)
+            buffer_sum = empty_sum(STATE_DTYPE, BLOCK)
             for other in tl.static_range(SUMMED_SLOTS):
                 taken = commits_first & (spread(slot, BLOCK) == other)
                 kept = _load_slot(
@@ -386,7 +387,7 @@ def _update_chunk(
                 BLOCK,
                 FULL,
             )
-            new_sum = buffer_sum + tl.where(follow, item - evicted, tl.zeros_like(item))
+            new_sum = tl.where(follow, buffer_sum + (item - evicted), buffer_sum)
             tl.store(critical_sum_ptr + offsets, new_sum, mask=mask & follow)
             if commits_first:
                 buffer_sum = new_sum
