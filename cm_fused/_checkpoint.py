@@ -4,16 +4,17 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
+from torch.utils._pytree import tree_map_only
 
 from cm_fused._checks import check_options
-from cm_fused._loading import load_param_state_, loaded_param_state
+from cm_fused._loading import loaded_param_state, loaded_state_of, write_into
 from cm_fused._state import State, unscaled
 
 FLOAT8 = torch.float8_e4m3fn
@@ -50,10 +51,16 @@ def _with_viewed(state: Any, held: torch.dtype, viewed: torch.dtype) -> Any:
     return {**state, "critical_buffer": buffer.view(viewed)}
 
 
-def saved_form(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
-    """Return a state dict, its commits made, without what is not saved; a post hook."""
+def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
+    """Return a state dict, its commits made, without what is not saved; a post hook.
+
+    Args:
+        optimizer: Whose it is.
+        state_dict: What torch returns.
+        copies: Whether its tensors are to be copies.
+    """
     state = saved_state(state_dict["state"])
-    return {
+    saved = {
         **state_dict,
         "state": {
             key: unscaled(value) if isinstance(value, dict) else value
@@ -69,6 +76,7 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
             for group in state_dict["param_groups"]
         ],
     }
+    return tree_map_only(Tensor, torch.clone, saved) if copies else saved
 
 
 def check_form(state_dict: Any) -> None:
@@ -118,7 +126,7 @@ def loaded_groups(
                 f"{len(saved['params'])}"
             )
         options = {
-            name: copy.deepcopy(value)
+            name: copied(value, group["params"])
             for name, value in saved.items()
             if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
         }
@@ -155,28 +163,64 @@ def _check_step(where: str, step: Any) -> None:
         )
 
 
-def loaded_state(
-    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], own: Mapping[Any, State]
+def take_over_state(
+    groups: list[dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    own: MutableMapping[Any, State],
+    *,
+    in_place: bool,
 ) -> dict[Any, State]:
-    """Return the state of a state dict for the parameters of `groups`.
+    """Return the state of a state dict for the parameters of `groups`, in new tensors.
 
-    The values are copied into the tensors that the optimizer has, where it has such, and else into
-    new ones: besides these one parameter's state is held at a time. Entries that belong to no
-    parameter are kept as they are.
+    Besides the state dict and the optimizer's state, one parameter's is needed at a time: what it
+    replaces is given up parameter by parameter. Entries that belong to no parameter are copied.
 
     Args:
         groups: The param groups.
-        state_dict: What `check_state` has passed.
-        own: The optimizer's state. Its tensors are changed.
+        state_dict: What `check_state` has passed; not changed.
+        own: The optimizer's state. Its parameters are removed as theirs are loaded; after an error,
+            which only an allocation can raise, it has what was loaded.
+        in_place: Write into the optimizer's tensors where there are such, for a captured CUDA
+            graph. Nobody else may have them: see `copied`.
     """
     state: dict[Any, State] = defaultdict(dict)
-    for index, param, saved, group in _states_with_owners(groups, state_dict):
-        if param is None:
-            state[index] = copy.deepcopy(saved)
-        else:
-            where = f"parameter {index}"
-            state[param] = load_param_state_(where, param, saved, group, own.get(param, {}))
+    params = list(chain.from_iterable(group["params"] for group in groups))
+    try:
+        for index, param, saved, group in _states_with_owners(groups, state_dict):
+            if param is None:
+                state[index] = copied(saved, params)
+                continue
+            new = loaded_state_of(f"parameter {index}", param, saved, group)
+            for key, value in new.items():
+                if value is saved.get(key):
+                    new[key] = copied(value, params)
+            if in_place:
+                old = own.get(param, {})
+                new = {key: write_into(old.get(key), value) for key, value in new.items()}
+            state[param] = new
+            own.pop(param, None)
+    except BaseException:
+        own.update(state)
+        raise
     return state
+
+
+def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Keep the tensors among the groups' options, with their loaded values, for a captured graph.
+
+    Args:
+        groups: The param groups. Their tensors are changed.
+        loaded: The loaded ones, which get these tensors.
+    """
+    for group, new in zip(groups, loaded, strict=True):
+        for name, own in group.items():
+            if isinstance(own, Tensor) and isinstance(new[name], (int, float, Tensor)):
+                new[name] = own.copy_(torch.as_tensor(new[name]).reshape(own.shape))
+
+
+def copied(value: Any, params: Iterable[Tensor]) -> Any:
+    """Return a deep copy of what a subclass keeps, in which these parameters are themselves."""
+    return copy.deepcopy(value, {id(param): param for param in params})
 
 
 def _states_with_owners(

@@ -2,6 +2,7 @@
 
 import copy
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ class CheckpointedOptimizer(Optimizer):
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
-        The tensors are references, not copies. The choice of a backend is not saved, and dtypes
-        are by name.
+        The tensors are references, not copies: the next step changes them, as it does those of
+        torch's optimizers. Loading does not change them. Once a step was captured in a CUDA graph,
+        for which loading writes into the state, they are copies. The choice of a backend is not
+        saved, and dtypes are by name.
 
         State of DTensors that has scales is the exception: its scales belong to blocks of what a
         process holds, which is another on another mesh. It is saved as float32 DTensors of the
@@ -42,7 +45,8 @@ class CheckpointedOptimizer(Optimizer):
         """
         self._commit_pending()
         # The first of the hooks, so that all others see what the caller gets.
-        saved_form = self.register_state_dict_post_hook(_checkpoint.saved_form, prepend=True)
+        hook = partial(_checkpoint.saved_form, copies=bool(self._captured_plans))
+        saved_form = self.register_state_dict_post_hook(hook, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -59,9 +63,10 @@ class CheckpointedOptimizer(Optimizer):
 
         Float32 state of half-precision parameters stays float32. `buffer_dtype` and `moment_dtype`
         stay this optimizer's: state of another precision is rounded to nearest, with a warning.
-        Options the state dict lacks keep their values. The values are copied, into the tensors that
-        this optimizer has, where it has such (a captured graph goes on with them): besides the two
-        states, memory is needed for that of one parameter at a time. `state_dict` is not changed.
+        Options the state dict lacks keep their values. The values are copied into new tensors, so
+        that neither `state_dict` nor any state dict taken before changes; besides the two states,
+        memory is needed for that of one parameter at a time. Once a step of this optimizer was
+        captured in a CUDA graph they are copied into the tensors that the graph uses.
 
         Args:
             state_dict: What `state_dict()` returned.
@@ -82,7 +87,12 @@ class CheckpointedOptimizer(Optimizer):
         _checkpoint.warn_of_conversion(groups, saved_groups)
         self._finish_step()
         captured = self._captured_plans
-        state = _checkpoint.loaded_state(groups, state_dict, self.state)
+        self._forget_plans()  # which have the tensors that are given up
+        self._captured_plans = captured
+        in_place = bool(captured)
+        state = _checkpoint.take_over_state(groups, state_dict, self.state, in_place=in_place)
+        if in_place:
+            _checkpoint.write_options_into_(self.param_groups, groups)
         self.__setstate__({"state": state, "param_groups": groups})
         self._captured_plans = captured
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -91,6 +101,9 @@ class CheckpointedOptimizer(Optimizer):
     @torch.no_grad()
     def resize_buffer(self, capacity: int) -> None:
         """Change the capacity of all buffers; of too many slots those with the highest keys stay.
+
+        The buffers are new tensors: a state dict that was taken before stays as it is, and a step
+        that was captured in a CUDA graph has to be captured again.
 
         Args:
             capacity: An int >= 1.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Changes:
@@ -12,6 +13,10 @@ class Changes:
 
     def __init__(self) -> None:
         self.count = 0
+
+
+# Of dicts that are no optimizer's.
+_NOBODYS = Changes()
 
 
 class _Counted(dict[Any, Any]):
@@ -64,12 +69,13 @@ class ParamState(_Counted):
     """The state of a parameter: a dict that counts its changes.
 
     A step of many small tensors would otherwise spend most of its time finding out that no entry
-    was replaced.
+    was replaced. What walks nested data makes another one of a mapping, as of a dict; it counts
+    once an optimizer's state takes it over.
     """
 
     __slots__ = ("changes",)
 
-    def __init__(self, values: Mapping[str, Any], changes: Changes) -> None:
+    def __init__(self, values: Mapping[str, Any] = {}, changes: Changes = _NOBODYS) -> None:
         super().__init__(values)
         self.changes = changes
 
@@ -80,14 +86,24 @@ class ParamState(_Counted):
 class OptimizerState(_Counted, defaultdict[Any, Any]):
     """The state of an optimizer, parameter to `ParamState`; counts changes of both.
 
-    Made as a defaultdict is, since that is how a defaultdict copies itself.
+    Made as a defaultdict is, since that is how a defaultdict copies itself, or of a mapping alone,
+    as a dict is.
     """
 
-    def __init__(self, default_factory: type[Any] = dict, values: Mapping[Any, Any] = {}) -> None:
-        super().__init__(default_factory)
+    def __init__(
+        self, default_factory: type[Any] | Mapping[Any, Any] = dict, values: Mapping[Any, Any] = {}
+    ) -> None:
+        super().__init__(dict)
         self.changes = Changes()
+        if isinstance(default_factory, Mapping):
+            values = default_factory
         for key, value in values.items():
             self[key] = ParamState(value, self.changes) if isinstance(key, Tensor) else value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(value) is ParamState and value.changes is _NOBODYS:
+            value.changes = self.changes
+        super().__setitem__(key, value)
 
     def __missing__(self, key: Any) -> ParamState:
         self[key] = state = ParamState({}, self.changes)
@@ -95,3 +111,25 @@ class OptimizerState(_Counted, defaultdict[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))
+
+    def counts(self, key: Any) -> bool:
+        """Return whether changes of a parameter's state are counted here."""
+        state = self[key]
+        return type(state) is ParamState and state.changes is self.changes
+
+
+def _flatten(state: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
+    return list(state.values()), list(state)
+
+
+# A pytree walks only what it knows by its exact type.
+pytree.register_pytree_node(
+    ParamState,
+    _flatten,
+    lambda values, keys: ParamState(dict(zip(keys, values, strict=True))),
+)
+pytree.register_pytree_node(
+    OptimizerState,
+    _flatten,
+    lambda values, keys: OptimizerState(dict(zip(keys, values, strict=True))),
+)

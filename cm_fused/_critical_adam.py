@@ -176,8 +176,8 @@ class CriticalAdam(CheckpointedOptimizer):
         made = self._make_state(lacking) if lacking else []
         try:
             plans = [
-                plan or self._new_plan(group)
-                for group, plan in zip(self.param_groups, kept, strict=True)
+                plan or self._new_plan(group, first)
+                for (group, first), plan in zip(self._groups_and_firsts(), kept, strict=True)
             ]
             self._take_steps(plans)
         except BaseException as error:
@@ -202,14 +202,15 @@ class CriticalAdam(CheckpointedOptimizer):
         check_gradients(index, [param])
         made = []
         plan = self._plans_alone.get(id(param))
-        if plan is not None and plan.holds_for(self.state, alone, self._participants(alone)):
+        (first,) = self._indices([param])
+        if plan is not None and plan.holds_for(self.state, alone, first, self._participants(alone)):
             _state.check_param(local(param), _state.local_state(self.state[param]))
             plan.take_gradients()
         else:
             plan = None
             made = self._make_state([alone])
         try:
-            plan = plan or self._new_plan(alone)
+            plan = plan or self._new_plan(alone, first)
             with Undo([], plan.buckets):
                 self._step_groups([self._group_step(alone, plan, first=0)], None)
         except BaseException:
@@ -234,19 +235,27 @@ class CriticalAdam(CheckpointedOptimizer):
 
     def _prepared_steps(self, plans: list[Plan]) -> tuple[list[GroupStep], Processes | None]:
         """Return each group's step and the processes it is sharded among."""
-        steps, first = [], 0
-        for group, plan in zip(self.param_groups, plans, strict=True):
-            steps.append(self._group_step(group, plan, first))
-            first += len(group["params"])
+        steps = [
+            self._group_step(group, plan, first)
+            for (group, first), plan in zip(self._groups_and_firsts(), plans, strict=True)
+        ]
         among = self._sharded_among()
         if among is not None:
             check_not_captured_sharded(among.device)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         return scaled(steps, among, grad_scale, found_inf), among
 
+    def _groups_and_firsts(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yield every param group, and its first parameter's place among the optimizer's."""
+        first = 0
+        for group in self.param_groups:
+            yield group, first
+            first += len(group["params"])
+
     def _group_step(self, group: dict[str, Any], plan: Plan, first: int) -> GroupStep:
         critical_gradients = self._stores_gradients(group)
-        return GroupStep(group, step_options(group), critical_gradients, plan.buckets, first)
+        count = len(group["params"])
+        return GroupStep(group, step_options(group), critical_gradients, plan.buckets, first, count)
 
     def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
         """Take the steps of all groups: the first change, after all that can be wrong."""
@@ -272,7 +281,10 @@ class CriticalAdam(CheckpointedOptimizer):
 
     def _kept_plans(self) -> list[Plan | None]:
         """Check all gradients; return the last step's plan of each group, where it serves again."""
-        plans = [self._kept_plan(i, group) for i, group in enumerate(self.param_groups)]
+        plans = [
+            self._kept_plan(i, group, first)
+            for i, (group, first) in enumerate(self._groups_and_firsts())
+        ]
         if not one_call_checks(plans):
             self._check(plans)
         for plan in plans:
@@ -280,10 +292,12 @@ class CriticalAdam(CheckpointedOptimizer):
                 plan.take_gradients()
         return plans
 
-    def _kept_plan(self, index: int, group: dict[str, Any]) -> Plan | None:
+    def _kept_plan(self, index: int, group: dict[str, Any], first: int) -> Plan | None:
         # A plan may end in an operator whose schema does not name all it changes.
         plan = None if torch.compiler.is_compiling() else self._plans.get(index)
-        if plan is None or not plan.holds_for(self.state, group, self._participants(group)):
+        if plan is None:
+            return None
+        if not plan.holds_for(self.state, group, first, self._participants(group)):
             return None
         for backend, bucket in plan.buckets:
             if bucket.handle is None:
@@ -354,7 +368,7 @@ class CriticalAdam(CheckpointedOptimizer):
         )
         return (*_state.required_keys(group), *extra_keys)
 
-    def _new_plan(self, group: dict[str, Any]) -> Plan:
+    def _new_plan(self, group: dict[str, Any], first: int) -> Plan:
         params = self._participants(group)
         buckets = []
         for device in dict.fromkeys(param.device for param in params):
@@ -362,7 +376,7 @@ class CriticalAdam(CheckpointedOptimizer):
             on_device = [param for param in params if param.device == device]
             buckets.append((backend, self._bucket(group, backend, on_device)))
         buckets.sort(key=lambda pair: pair[0] is not EAGER)
-        return Plan(buckets, params, group, self.state)
+        return Plan(buckets, params, group, first, self.state)
 
     def _bucket(self, group: dict[str, Any], backend: Backend, params: list[Tensor]) -> Bucket:
         """Gather the tensors of one bucket, whose state is there."""

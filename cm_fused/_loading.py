@@ -1,6 +1,5 @@
 """Loading one parameter's state: checked, converted in precision, placed as the parameter is."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,40 +25,10 @@ OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
 BUFFER_KEYS = ("critical_buffer", "priorities")
 
 
-def load_param_state_(
-    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any], own: State
-) -> State:
-    """Return a saved state in the tensors that the optimizer has, where it has such.
-
-    Args:
-        where: Names the parameter, for messages.
-        param: The parameter, which may be a DTensor; what is saved may be placed otherwise.
-        saved: What `loaded_param_state` has passed; not changed.
-        group: The options of its group.
-        own: The optimizer's state of it. Its tensors are changed.
-    """
-    new = _loaded_state_of(where, param, saved, group)
-    return {key: _in_place(own.get(key), value) for key, value in new.items()}
-
-
-def _in_place(own: Any, value: Any) -> Any:
-    """Return a tensor with the value of another: the optimizer's own, where it is like that."""
-    if not (isinstance(own, Tensor) and isinstance(value, Tensor)):
-        return value
-    if is_sharded(own) != is_sharded(value) or own.shape != value.shape:
-        return value
-    held, new = local(own), local(value)
-    alike = (held.dtype, held.device, held.stride()) == (new.dtype, new.device, new.stride())
-    if not alike or held.shape != new.shape:
-        return value
-    held.copy_(new)
-    return own
-
-
-def _loaded_state_of(
+def loaded_state_of(
     where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]
 ) -> State:
-    """Return what `loaded_param_state` does, of a parameter that may be a DTensor.
+    """Return what `loaded_param_state` does, for a parameter that may be a DTensor.
 
     What is saved may be whole, or be placed otherwise.
     """
@@ -70,6 +39,25 @@ def _loaded_state_of(
         for key, value in saved.items()
     }
     return placed_as(param, loaded_param_state(where, local(param), held, group))
+
+
+def write_into(own: Any, value: Any) -> Any:
+    """Return `own` with the value of another tensor, or the other where they are not alike.
+
+    Args:
+        own: What the optimizer has. Changed where both are tensors that are alike.
+        value: What was loaded.
+    """
+    if not (isinstance(own, Tensor) and isinstance(value, Tensor)):
+        return value
+    if is_sharded(own) != is_sharded(value) or own.shape != value.shape:
+        return value
+    held, new = local(own), local(value)
+    alike = (held.dtype, held.device, held.stride()) == (new.dtype, new.device, new.stride())
+    if not alike or held.shape != new.shape:
+        return value
+    held.copy_(new)
+    return own
 
 
 def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -91,7 +79,7 @@ def loaded_param_state(
     """Return a parameter's state as new tensors holding the values of a saved one.
 
     Keeps the state's own dtypes whatever the parameter's, accepts a number for `step`, an Adam
-    state without a buffer, and keeps keys it does not know.
+    state without a buffer, and returns what it does not know as it is.
 
     Args:
         where: Names the parameter, for messages.
@@ -119,7 +107,7 @@ def loaded_param_state(
     shapes = {key: (*slots[:n], *param.shape) for key, n in SHAPED_KEYS.items()}
     shapes |= {"priorities": slots}
     not_copied = {*known, *SCALES.values()}
-    state = {key: copy.deepcopy(value) for key, value in saved.items() if key not in not_copied}
+    state = {key: value for key, value in saved.items() if key not in not_copied}
     for key in known:
         value = _as_tensor(where, key, saved[key])
         if key == "step":

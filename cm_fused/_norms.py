@@ -24,6 +24,7 @@ class GroupStep:
         critical_gradients: Whether the buffers hold gradients, else momenta.
         buckets: The tensors of each device, with the backend that steps them.
         first: The place of the group's first parameter among the optimizer's.
+        count: How many parameters the group has, with those that take no part.
     """
 
     group: dict[str, Any]
@@ -31,11 +32,7 @@ class GroupStep:
     critical_gradients: bool
     buckets: list[tuple[Backend, Bucket]]
     first: int
-
-    @property
-    def count(self) -> int:
-        """How many parameters the group has, with those that take no part."""
-        return len(self.group["params"])
+    count: int
 
     def is_alone(self) -> bool:
         """Return whether every priority scope lies within one bucket."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cm_fused._backend import Backend
 from cm_fused._bucket import Bucket
-from cm_fused._counted import OptimizerState, ParamState
+from cm_fused._counted import OptimizerState
 from cm_fused._sharding import is_sharded, local, local_grad
 
 
@@ -24,10 +24,14 @@ class Plan:
         buckets: list[tuple[Backend, Bucket]],
         params: list[Tensor],
         group: dict[str, Any],
+        first: int,
         state: Any,
     ) -> None:
         self.buckets = buckets
         self._params = params
+        # The buckets have the places of their parameters among all of the optimizer's.
+        self._first = first
+        self._group_params = list(group["params"])
         self._options = _deciding_options(group)
         # A compensation is one of the parameter's dtype, which a cast of the model changes.
         compensates = group["low_precision_update"] == "kahan"
@@ -38,20 +42,32 @@ class Plan:
         self._locals = [local(param) for param in params] if sharded else None
         # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
         # ours does not count its changes.
-        lasting = not any(map(torch.is_complex, params))
-        lasting = lasting and all(type(state[param]) is ParamState for param in params)
+        self._lasting = (
+            not any(map(torch.is_complex, params))
+            and isinstance(state, OptimizerState)
+            and all(map(state.counts, params))
+        )
         self._changes = state.changes.count if isinstance(state, OptimizerState) else -1
-        self._lasting = lasting and self._changes >= 0
 
-    def holds_for(self, state: Any, group: dict[str, Any], params: list[Tensor]) -> bool:
-        """Return whether a step of these parameters needs the very tensors of this plan."""
+    def holds_for(
+        self, state: Any, group: dict[str, Any], first: int, params: list[Tensor]
+    ) -> bool:
+        """Return whether the plan serves a step.
+
+        Args:
+            state: The optimizer's state.
+            group: The param group.
+            first: The place of its first parameter among the optimizer's.
+            params: Its parameters that take part.
+        """
         return (
             self._lasting
             and state is self._state
             and state.changes.count == self._changes
             and _deciding_options(group) == self._options
-            and len(params) == len(self._params)
-            and all(map(is_, params, self._params))
+            and first == self._first
+            and _same(group["params"], self._group_params)
+            and _same(params, self._params)
             and (self._locals is None or all(map(is_, map(local, params), self._locals)))
             and (self._dtypes is None or self._dtypes == [param.dtype for param in params])
         )
@@ -72,6 +88,10 @@ class Plan:
         """Keep no gradient alive."""
         for _, bucket in self.buckets:
             bucket.grads = []
+
+
+def _same(params: list[Tensor], others: list[Tensor]) -> bool:
+    return len(params) == len(others) and all(map(is_, params, others))
 
 
 def one_call_checks(plans: list[Plan | None]) -> bool:

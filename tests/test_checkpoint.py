@@ -599,50 +599,34 @@ def test_loading_does_not_touch_parameters(cls: type[CriticalAdam], backend: str
 # Memory, and buffers of another capacity
 
 
-@of_each_kind
-@on_each_backend
-def test_loading_keeps_the_tensors(cls: type[CriticalAdam], backend: str) -> None:
-    """What the optimizer has is written to, as a graph that was captured needs."""
-    source = new_optimizer(cls, backend=backend)
-    train(source, range(5))
-    optimizer = new_optimizer(cls, backend=backend)
-    train(optimizer, range(2))
-    before = [dict(optimizer.state[param]) for param in params_of(optimizer)]
-    optimizer.load_state_dict(source.state_dict())
-    for param, old in zip(params_of(optimizer), before, strict=True):
-        for key, value in optimizer.state[param].items():
-            assert value is old[key], key
-    assert_same(optimizer.state_dict()["state"], source.state_dict()["state"])
-
-
 @pytest.mark.parametrize("loads_again", [False, True])
 def test_peak_of_loading(loads_again: bool) -> None:
-    """Loading allocates the state it lacks, and one parameter's besides; not a second copy.
+    """Loading needs one parameter's memory besides the state; not a second copy.
 
     Torch's allocations are counted by its profiler: the process's peak would count the sources.
     """
     shapes = [(64, 1024)] * 8
-    source = AdamCM([torch.randn(shape) for shape in shapes])
-    for param in params_of(source):
-        param.grad = torch.randn_like(param)
+    source, optimizer = (AdamCM([torch.zeros(shape) for shape in shapes]) for _ in range(2))
+    for param in params_of(source) + params_of(optimizer):
+        param.grad = torch.ones_like(param)
     source.step()
     state_dict = source.state_dict()
-    optimizer = AdamCM([torch.zeros(shape) for shape in shapes])
-    if loads_again:
-        optimizer.load_state_dict(state_dict)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         optimizer.load_state_dict(state_dict)
-    held = peak = 0
+        if loads_again:
+            # What is prepared for the next step has the tensors that loading gives up.
+            optimizer.step()
+            optimizer.load_state_dict(state_dict)
+    allocated = peak = 0
     events = profile.profiler.kineto_results.events()
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     one = 4 * 64 * 1024 * (2 + 5 + 1)
-    lacking = 0 if loads_again else len(shapes) * one
-    assert lacking <= peak <= lacking + 1.3 * one
+    assert len(shapes) * one <= peak <= (len(shapes) + 1.3) * one
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,27 @@ def test_skipped_parameter_keeps_its_ages() -> None:
         assert recorder.last["0"]["max_age"] == 1
 
 
+def test_a_state_dict_loaded_while_recording() -> None:
+    """What a state dict brings is no admission, and counts its age from then on.
+
+    Situation: a run that was recorded loads its best checkpoint and goes on. Older tests record
+    optimizers that load nothing.
+    """
+    param = torch.zeros(2, requires_grad=True)
+    optimizer = AdamCM([param], capacity=2, priority_decay=1.0)
+    other = AdamCM([torch.zeros(2)], capacity=2, priority_decay=1.0)
+    for each, scale in ((optimizer, 1.0), (other, 10.0)):
+        for _ in range(2):
+            each.param_groups[0]["params"][0].grad = torch.full((2,), scale)
+            each.step()
+    with Recorder(optimizer) as recorder:
+        optimizer.load_state_dict(other.state_dict())
+        param.grad = torch.ones(2)  # less than both keys
+        optimizer.step()
+        assert recorder.last["0"]["admission_rate"] == 0.0
+        assert recorder.last["0"]["max_age"] == 1.0
+
+
 @pytest.mark.parametrize("decay", [0.0, 1.0])
 def test_extreme_decays(decay: float) -> None:
     """With 1 equal keys are never admitted again; with 0 each step is."""

@@ -31,13 +31,16 @@ class Track:
 
     def __init__(self, param: Tensor, keys: Tensor | None) -> None:
         self.start = param.detach().clone()
-        # Slots filled before recording began count from its beginning.
+        self.follow(keys)
+        self.admissions = 0
+        self.steps = 0
+
+    def follow(self, keys: Tensor | None) -> None:
+        """Begin with keys, (C,) on the CPU, whose slots count as filled now."""
         self.keys = keys
         self.ages = (
             None if keys is None else torch.zeros(len(keys), dtype=torch.int64, device="cpu")
         )
-        self.admissions = 0
-        self.steps = 0
 
     def update(self, keys: Tensor, decay: float) -> None:
         """Find what a step admitted, from the keys before and after it, both (C,) on the CPU."""

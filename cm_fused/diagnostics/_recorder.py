@@ -23,8 +23,9 @@ class Recorder:
     one row for each parameter that has a buffer, and one named "all". Each step waits for the
     device once; parameters are copied once, for the distance.
 
-    Key ages are found by comparing keys before and after a step. With ``priority_decay=0`` keys say
-    nothing, and every step with a gradient counts as an admission.
+    Key ages are found by comparing keys before and after a step. Slots that were filled when the
+    recording began, or when a state dict was loaded, count from then on. With
+    ``priority_decay=0`` keys say nothing, and every step with a gradient counts as an admission.
 
     Args:
         optimizer: `AdamCM`, `AdamCG` or a decoupled form, or `SAM` around one. Its results do not
@@ -79,7 +80,10 @@ class Recorder:
         self._counts = {param: self._count(param) for param in self._tracks}
         self.step = 0
         self.last: dict[str, dict[str, float]] = {}
-        self._hook = self._optimizer.register_step_post_hook(self._after_step)
+        self._hooks = [
+            self._optimizer.register_step_post_hook(self._after_step),
+            self._optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
 
     def _keys(self, param: Tensor) -> Tensor | None:
         keys = self._optimizer.state.get(param, {}).get("priorities")
@@ -103,6 +107,12 @@ class Recorder:
                 self._counts[param] = count
         if self.step % self._every == 0:
             self.record()
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Follow the loaded buffers: what is in them is no admission of the next step."""
+        for param, track in self._tracks.items():
+            track.follow(self._keys(param))
+            self._counts[param] = self._count(param)
 
     def record(self) -> dict[str, dict[str, float]]:
         """Record now; return the quantities of `Reading` and `History` by parameter name."""
@@ -134,7 +144,8 @@ class Recorder:
 
     def close(self) -> None:
         """Stop recording and close the files; more calls do nothing."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for output in (self._file, self._writer):
             if output is not None:
                 output.close()
