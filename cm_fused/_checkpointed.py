@@ -123,8 +123,8 @@ class CheckpointedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._commit_pending()
         state = super().__getstate__()
-        saved = _checkpoint.saved_state(state["state"])
-        return {**state, "state": _checkpoint.picklable(saved)}
+        # `pending_slot` travels too: processes that share the state share what is pending.
+        return {**state, "state": _checkpoint.picklable(state["state"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
