@@ -1,6 +1,5 @@
 """Which backend serves which device."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from cm_fused import reference
 from cm_fused._bucket import Bucket, BucketStep, Handle, StepOptions
+from cm_fused._warnings import warn
 from cm_fused.ops import cpu
 
 
@@ -175,4 +175,4 @@ def _warn_of_fallback(device_type: str, reason: str) -> None:
             "reinstall with CM_FUSED_BUILD=cpu pip install --no-build-isolation --force-reinstall "
             "--no-deps ."
         )
-    warnings.warn(message, UserWarning, stacklevel=5)
+    warn(message)

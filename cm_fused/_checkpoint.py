@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
@@ -13,15 +12,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 from torch.utils._pytree import tree_map_only
 
-from cm_fused._checks import check_options
+from cm_fused._checks import check_options, plain_options
 from cm_fused._loading import loaded_param_state, loaded_state_of, write_into
 from cm_fused._state import State, unscaled
+from cm_fused._warnings import warn
 
 FLOAT8 = torch.float8_e4m3fn
 # Options of the process, not of the training run: neither saved nor loaded.
 LOCAL_OPTIONS = ("backend", "amp_scaling")
 # Options that stay the optimizer's own; the state is converted to them.
 PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
+# Options of Adam's, whose best values are not those of an update with critical momenta.
+ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad")
 
 
 def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -70,7 +72,7 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> 
             {
                 # Of dtypes themselves torch.distributed.checkpoint makes no whole state dict.
                 name: str(value) if isinstance(value, torch.dtype) else value
-                for name, value in group.items()
+                for name, value in plain_options(group).items()
                 if name not in LOCAL_OPTIONS
             }
             for group in state_dict["param_groups"]
@@ -130,14 +132,14 @@ def loaded_groups(
             for name, value in saved.items()
             if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
         }
-        merged = {**group, **options}
+        merged = {**group, **plain_options(options)}
         if merged["capacity"] != group["capacity"]:
             raise ValueError(
                 f"the state dict must have the capacity {group['capacity']} of group {i}, got "
                 f"{merged['capacity']}; load it into an optimizer of that capacity, whose "
                 "resize_buffer() changes it"
             )
-        check_options(merged)
+        check_options(merged, in_training=True)
         loaded.append(merged)
     return loaded
 
@@ -251,9 +253,50 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
             # Saved by its name, in older state dicts by itself.
             own, other = (str(options.get(name) or torch.float32) for options in (group, saved))
             if own != other:
-                warnings.warn(
+                warn(
                     f"the state of group {i} was saved with {name}={other} and is converted to "
-                    f"this optimizer's {name}={own}",
-                    UserWarning,
-                    stacklevel=3,
+                    f"this optimizer's {name}={own}"
                 )
+
+
+def warn_of_another_kind(
+    groups: list[dict[str, Any]], loaded: list[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Say which options the state dict of another kind of optimizer brings.
+
+    Args:
+        groups: The optimizer's.
+        loaded: The same with the options of the state dict.
+        state_dict: torch.optim's have neither a capacity nor buffers.
+    """
+    saved_groups = state_dict["param_groups"]
+    states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))
+    if any("capacity" in saved for saved in saved_groups):
+        return
+    if any("critical_buffer" in state for state in states):
+        return
+    taken = [
+        f"group {i}: {changes}"
+        for i, (group, new, saved) in enumerate(zip(groups, loaded, saved_groups, strict=True))
+        if (changes := _changes(group, new, saved))
+    ]
+    if taken:
+        warn(
+            "the state dict is of another optimizer and brings options that were chosen for its "
+            f"update, not for this one's ({'; '.join(taken)}). To keep this optimizer's own, "
+            "delete them from the groups of state_dict['param_groups'] before it is loaded, or set "
+            "them in optimizer.param_groups afterwards"
+        )
+
+
+def _changes(group: dict[str, Any], new: dict[str, Any], saved: Mapping[str, Any]) -> str:
+    """Return which of Adam's options change, with their values."""
+    return ", ".join(
+        f"{name}={_number(new[name])!r} instead of {_number(group[name])!r}"
+        for name in ADAM_OPTIONS
+        if name in saved and _number(new[name]) != _number(group[name])
+    )
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused import _checkpoint, _state
-from cm_fused._checks import check_options
+from cm_fused._checks import check_capacity, plain_options
 from cm_fused._counted import OptimizerState
 from cm_fused._plan import Plan
 
@@ -63,7 +63,8 @@ class CheckpointedOptimizer(Optimizer):
 
         Float32 state of half-precision parameters stays float32. `buffer_dtype` and `moment_dtype`
         stay this optimizer's: state of another precision is rounded to nearest, with a warning.
-        Options the state dict lacks keep their values. The values are copied into new tensors, so
+        Options the state dict lacks keep their values; those that another optimizer's brings are
+        named in a warning. The values are copied into new tensors, so
         that neither `state_dict` nor any state dict taken before changes; besides the two states,
         memory is needed for that of one parameter at a time. Once a step of this optimizer was
         captured in a CUDA graph they are copied into the tensors that the graph uses.
@@ -85,6 +86,7 @@ class CheckpointedOptimizer(Optimizer):
         groups = _checkpoint.loaded_groups(self.param_groups, saved_groups)
         _checkpoint.check_state(groups, state_dict)
         _checkpoint.warn_of_conversion(groups, saved_groups)
+        _checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
         self._finish_step()
         captured = self._captured_plans
         self._forget_plans()  # which have the tensors that are given up
@@ -111,8 +113,8 @@ class CheckpointedOptimizer(Optimizer):
         Raises:
             ValueError: It is none. Nothing has been changed then.
         """
-        for group in self.param_groups:
-            check_options({**group, "capacity": capacity})
+        (capacity,) = plain_options({"capacity": capacity}).values()
+        check_capacity(capacity)
         self._commit_pending()
         for group in self.param_groups:
             group["capacity"] = capacity

@@ -1,14 +1,15 @@
 """What users pass in: hyperparameters and gradients. Every message names the argument or tensor."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from cm_fused._backend import NAMES
 from cm_fused._sharding import is_made_by_zero, is_sharded
+from cm_fused._state import refused_precision
 
 PRIORITY_SCOPES = ("group", "tensor")
 BUFFER_MEANS = ("capacity", "size")
@@ -17,12 +18,35 @@ BUFFER_DTYPES = (
     *(torch.float8_e4m3fn, torch.int8),
 )
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION_UPDATES = ("nearest", "stochastic", "kahan")
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as checkpoints can have them: Python's numbers for NumPy's, betas as a tuple.
+
+    Configuration files and schedulers give NumPy's scalars, lists, arrays and OmegaConf's lists.
+    """
+    plain = {name: _python_number(value) for name, value in options.items()}
+    betas = plain.get("betas")
+    if isinstance(betas, Iterable) and not isinstance(betas, (str, bytes, Mapping, Set)):
+        plain["betas"] = tuple(map(_python_number, betas))
+    return plain
+
+
+def _python_number(value: Any) -> Any:
+    """Return a scalar of NumPy's, which is not imported for it, as Python's; others as they are."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> None:
     """Check the hyperparameters of a param group, or the defaults of an optimizer.
+
+    Args:
+        options: As `plain_options` returns them.
+        in_training: They are those of a run, where a scheduler may have made the learning rate or
+            the weight decay negative: a checkpoint of what trains can be loaded.
 
     Raises:
         ValueError: One is out of its range.
@@ -30,24 +54,17 @@ def check_options(options: Mapping[str, Any]) -> None:
     lr = options["lr"]
     if isinstance(lr, Tensor):
         _require(lr.numel() == 1, "Tensor lr must be 1-element", tuple(lr.shape))
-    check_number("lr", lr, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
     betas = options["betas"]
-    _require(
-        isinstance(betas, (tuple, list)) and len(betas) == 2,
-        "betas must be a pair of floats",
-        betas,
-    )
+    _require(isinstance(betas, tuple) and len(betas) == 2, "betas must be a pair of floats", betas)
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
-    for name in ("eps", "weight_decay"):
-        check_number(name, options[name], "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+    for name in ("lr", "eps", "weight_decay"):
+        if in_training and name != "eps":
+            check_number(name, options[name], "finite", math.isfinite)
+        else:
+            check_number(name, options[name], "finite and >= 0", _is_finite_and_not_negative)
     check_number("priority_decay", options["priority_decay"], "in [0, 1]", lambda x: 0 <= x <= 1)
-    capacity = options["capacity"]
-    _require(
-        isinstance(capacity, int) and not isinstance(capacity, bool) and capacity >= 1,
-        "capacity must be an int >= 1",
-        capacity,
-    )
+    check_capacity(options["capacity"])
     _require_choice("priority_scope", options["priority_scope"], PRIORITY_SCOPES)
     _require_choice("buffer_mean", options["buffer_mean"], BUFFER_MEANS)
     if options["backend"] is not None:
@@ -62,11 +79,24 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("skip_nonfinite", "amp_scaling"):
         _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
     seed = options["seed"]
-    _require(
-        isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63,
-        "seed must be an int in [0, 2^63)",
-        seed,
-    )
+    _require(_is_int(seed) and 0 <= seed < 2**63, "seed must be an int in [0, 2^63)", seed)
+
+
+def check_capacity(capacity: object) -> None:
+    """Check the number of slots.
+
+    Raises:
+        ValueError: It is not an int >= 1.
+    """
+    _require(_is_int(capacity) and capacity >= 1, "capacity must be an int >= 1", capacity)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite_and_not_negative(number: float) -> bool:
+    return math.isfinite(number) and number >= 0
 
 
 def check_optimizer_option(
@@ -113,18 +143,20 @@ def check_zero(groups: list[dict[str, Any]]) -> None:
 def check_low_precision(group: Mapping[str, Any]) -> None:
     """Check that the parameters of a group can have the state that its options ask for.
 
+    A parameter that is frozen may be any: it is checked when it takes part in a step.
+
     Raises:
-        ValueError: One is float64 or complex, and buffer_dtype or moment_dtype is not None.
+        ValueError: One that is trained is float64 or complex, and buffer_dtype or moment_dtype is
+            not None.
     """
-    for name in ("buffer_dtype", "moment_dtype"):
-        if group[name] is None:
+    for i, param in enumerate(group["params"]):
+        if not param.requires_grad:
             continue
-        for i, param in enumerate(group["params"]):
-            _require(
-                param.dtype in LOW_PRECISION_PARAM_DTYPES,
+        name = refused_precision(param, group)
+        if name is not None:
+            raise ValueError(
                 f"{name} must be None for float64 and complex parameters; put them into a group of "
-                f"their own: params[{i}] is {param.dtype}",
-                group[name],
+                f"their own: params[{i}] is {param.dtype}, got {group[name]!r}"
             )
 
 

@@ -1,8 +1,10 @@
 """What AdamCM and AdamCG share: options, state and the dispatch of a step."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
+from types import FunctionType
 from typing import Any, ClassVar, overload
 
 import torch
@@ -21,6 +23,7 @@ from cm_fused._checks import (
     check_optimizer_option,
     check_options,
     check_zero,
+    plain_options,
 )
 from cm_fused._counted import OptimizerState
 from cm_fused._norms import GroupStep, Norms, PendingBooks, scaled, step_all_
@@ -42,6 +45,22 @@ class CriticalAdam(CheckpointedOptimizer):
     _critical_gradients: ClassVar[bool]
     # Whether `enable_gradient_release` has the parameters stepped: of the process, never copied.
     _steps_in_backward = False
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Give the class a constructor of its own, whose errors name it and not its base."""
+        super().__init_subclass__(**arguments)
+        if "__init__" in cls.__dict__:
+            return
+        base = cls.__init__
+        own = FunctionType(
+            base.__code__, base.__globals__, "__init__", base.__defaults__, base.__closure__
+        )
+        own.__dict__.update(base.__dict__)
+        own.__doc__, own.__module__ = base.__doc__, cls.__module__
+        own.__annotations__ = base.__annotations__
+        own.__kwdefaults__ = base.__kwdefaults__
+        own.__qualname__ = f"{cls.__qualname__}.__init__"
+        cls.__init__ = own  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -92,6 +111,7 @@ class CriticalAdam(CheckpointedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "backend": backend,
         }
+        defaults = plain_options(defaults)
         check_options(defaults)
         super().__init__(params, defaults)
         check_zero(self.param_groups)
@@ -129,8 +149,12 @@ class CriticalAdam(CheckpointedOptimizer):
             RuntimeError: The requested backend cannot serve the parameters; nothing is added.
         """
         if isinstance(param_group, dict):
-            check_options({**self.defaults, **param_group})
-            check_optimizer_option("amp_scaling", param_group, self.defaults)
+            options = plain_options(
+                {name: value for name, value in param_group.items() if name != "params"}
+            )
+            check_options({**self.defaults, **options})
+            check_optimizer_option("amp_scaling", options, self.defaults)
+            param_group.update(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -204,7 +228,8 @@ class CriticalAdam(CheckpointedOptimizer):
         plan = self._plans_alone.get(id(param))
         (first,) = self._indices([param])
         if plan is not None and plan.holds_for(self.state, alone, first, self._participants(alone)):
-            _state.check_param(local(param), _state.local_state(self.state[param]))
+            with self._naming(param):
+                _state.check_param(local(param), _state.local_state(self.state[param]))
             plan.take_gradients()
         else:
             plan = None
@@ -310,7 +335,8 @@ class CriticalAdam(CheckpointedOptimizer):
             check_gradients(i, group["params"])
             if plan is not None:
                 for param in self._participants(group):
-                    _state.check_param(local(param), _state.local_state(self.state[param]))
+                    with self._naming(param):
+                        _state.check_param(local(param), _state.local_state(self.state[param]))
             elif group["capturable"]:
                 check_capturable(self._participants(group))
 
@@ -320,11 +346,12 @@ class CriticalAdam(CheckpointedOptimizer):
         Returns:
             What was made, for `_unmake_state`.
         """
-        missing = [
-            (param, _state.missing_state_of(param, self.state.get(param, {}), keys, group))
-            for group in groups
-            for param, keys in self._participants_and_keys(group)
-        ]
+        missing = []
+        for group in groups:
+            for param, keys in self._participants_and_keys(group):
+                with self._naming(param):
+                    state = self.state.get(param, {})
+                    missing.append((param, _state.missing_state_of(param, state, keys, group)))
         for param, tensors in missing:
             if tensors:
                 check_not_capturing(param.device)
@@ -332,6 +359,25 @@ class CriticalAdam(CheckpointedOptimizer):
         for param, tensors in made:
             self.state[param].update(tensors)
         return made
+
+    @contextlib.contextmanager
+    def _naming(self, param: Tensor) -> Iterator[None]:
+        """Have errors about a parameter say which one it is."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"{self._name_of(param)}: {error}") from error
+
+    def _name_of(self, param: Tensor) -> str:
+        """Return a parameter's place among the groups, and its names where it has such."""
+        for i, group in enumerate(self.param_groups):
+            for j, member in enumerate(group["params"]):
+                if member is param:
+                    names = [group[key] for key in ("name",) if key in group]
+                    names += group.get("param_names", [])[j : j + 1]
+                    name = f" ({', '.join(map(repr, names))})" if names else ""
+                    return f"parameter {j} of group {i}{name}"
+        return "a parameter of no group"
 
     def _unmake_state(self, made: list[tuple[Tensor, _state.State]]) -> None:
         """Take away what `_make_state` made and no step has used, after one that failed."""

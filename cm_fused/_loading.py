@@ -125,7 +125,10 @@ def loaded_param_state(
             state[key] = new.copy_(value)
     if "critical_sum" in known and saved["critical_buffer"].dtype != state["critical_buffer"].dtype:
         _follow_slots_(state, saved["critical_buffer"])
-    return state | missing_state(param, state, required_keys(group), group)
+    try:
+        return state | missing_state(param, state, required_keys(group), group)
+    except RuntimeError as error:
+        raise ValueError(f"the state of {where} does not fit it: {error}") from error
 
 
 def _as_tensor(where: str, key: str, value: Any) -> Tensor:

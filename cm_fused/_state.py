@@ -53,6 +53,19 @@ SHAPED_KEYS = {
 }
 
 
+# What a buffer is made of: whole or new, never a part of it.
+BUFFER_KEYS = ("critical_buffer", "priorities", "critical_scales", "critical_sum", "pending_slot")
+LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refused_precision(param: Tensor, group: Mapping[str, Any]) -> str | None:
+    """Return the option that asks for state which a parameter cannot have, or None."""
+    if param.dtype in LOW_PRECISION_PARAM_DTYPES:
+        return None
+    asked = (name for name in ("buffer_dtype", "moment_dtype") if group[name] is not None)
+    return next(asked, None)
+
+
 def required_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the state keys that every backend needs under a group's options."""
     keys = ["step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities"]
@@ -98,11 +111,19 @@ def check_param(param: Tensor, state: State) -> None:
             "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
             f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
         )
-    if "exp_avg" in state and state["exp_avg"].shape != param.shape:
-        raise RuntimeError(
-            f"a parameter must keep the shape {tuple(state['exp_avg'].shape)} of its state, got "
-            f"{tuple(param.shape)}; delete optimizer.state[param] to start anew"
-        )
+    for key, leading in SHAPED_KEYS.items():
+        # A compensation of what is not rounded is empty.
+        if key not in state or key == "compensation":
+            continue
+        shape = state[key].shape
+        if shape[leading:] != param.shape:
+            slots = "C, " if leading else ""
+            raise RuntimeError(
+                f"the state's {key!r} must have the parameter's shape, "
+                f"({slots}{', '.join(map(str, param.shape))}), got {tuple(shape)}; change all "
+                "tensors of the state as the parameter is changed, delete 'critical_buffer' from "
+                "optimizer.state[param] to start with an empty buffer, or delete all of it"
+            )
 
 
 def missing_state(
@@ -110,15 +131,35 @@ def missing_state(
 ) -> State:
     """Return new tensors for those of `keys` that `state` lacks; changes nothing.
 
+    Where a part of the buffer is missing, all of it is new.
+
     Raises:
         RuntimeError: As `check_param`, or the state's capacity or a dtype of it is another than the
-            group's.
+            group's, or the parameter cannot have state of the group's precision.
     """
+    if not ("critical_buffer" in state and "priorities" in state):
+        keys = (*keys, *(key for key in BUFFER_KEYS if key in state and key not in keys))
+        state = {key: value for key, value in state.items() if key not in BUFFER_KEYS}
+    _check_state(param, state, group)
+    return {
+        key: new_tensor(key, param, state, group)
+        for key in keys
+        if key not in state or (key == "compensation" and not _compensates(state[key], param))
+    }
+
+
+def _check_state(param: Tensor, state: State, group: Mapping[str, Any]) -> None:
     check_param(param, state)
+    refused = refused_precision(param, group)
+    if refused is not None:
+        raise RuntimeError(
+            f"{refused} must be None for float64 and complex parameters, got {group[refused]!r} "
+            f"for one of {param.dtype}; put it into a group of its own"
+        )
     if "priorities" in state and state["priorities"].numel() != group["capacity"]:
         raise RuntimeError(
             f"capacity must stay that of the state, {state['priorities'].numel()}, got "
-            f"{group['capacity']}; build a new optimizer to change it"
+            f"{group['capacity']}; optimizer.resize_buffer() changes it"
         )
     for key in SCALES:
         expected = dtype_of(key, param, group)
@@ -128,11 +169,6 @@ def missing_state(
                 f"{state[key].dtype}, got {expected}; to convert a state, load its state dict into "
                 "a new optimizer"
             )
-    return {
-        key: new_tensor(key, param, state, group)
-        for key in keys
-        if key not in state or (key == "compensation" and not _compensates(state[key], param))
-    }
 
 
 def missing_state_of(
@@ -296,7 +332,7 @@ def commit_pending(states: list[State]) -> None:
     """Make the deferred commits of these states, so that their slots are as Algorithm 1's."""
     for_the_extension = []
     for state in states:
-        if "pending_slot" not in state:
+        if "pending_slot" not in state or "critical_buffer" not in state:
             continue
         if state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None:
             for_the_extension.append(state)

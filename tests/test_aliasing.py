@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused import SAM, AdamCG, AdamCM, _checkpoint
+from cm_fused import SAM, AdamCG, AdamCM, _checkpoint, _loading
 from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
 from tests.cases import backend_params
 from tests.training import assert_same, new_optimizer, params_of, train, trained
@@ -156,7 +156,7 @@ def test_a_load_that_fails_leaves_whole_states() -> None:
     optimizer, other = _pair(MAKERS["cm"])
     state_dict, before = other.state_dict(), copy.deepcopy(optimizer.state_dict())
     calls = 0
-    load = _checkpoint.loaded_state_of
+    load = _loading.loaded_state_of
 
     def fail_at_the_third(*arguments: Any) -> Any:
         nonlocal calls

@@ -45,6 +45,8 @@ def _save_at(*backends: str) -> tuple[int, ...]:
     return (5,) if "triton" in backends else SAVE_AT
 
 
+# Of torch's optimizers: other ones than ours are warned of when they are loaded.
+BETAS = (0.9, 0.99)
 STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities"}
 
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -389,7 +391,8 @@ def test_torch_adams_state_dict_loads(
 
     optimizer = cls([param.detach().clone() for param in params_of(adam)], backend=backend)
     twin = cls([param.detach().clone() for param in params_of(adam)], backend="eager")
-    optimizer.load_state_dict(state_dict)
+    with pytest.warns(UserWarning, match=r"lr=0.02 .*betas=\(0.8, 0.95\) "):
+        optimizer.load_state_dict(state_dict)
     (group,) = optimizer.param_groups
     (adam_group,) = adam.param_groups
     shared = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
@@ -417,7 +420,7 @@ def test_adams_state_dict_replaces_a_filled_buffer(
     cls: type[CriticalAdam], backend: str, capacity: int
 ) -> None:
     """Loading an Adam checkpoint into an optimizer in training empties its buffer."""
-    adam = torch.optim.Adam(new_params())
+    adam = torch.optim.Adam(new_params(), betas=BETAS)
     train(adam, range(2))
     runs = []
     for steps_before in (0, 7):
@@ -544,7 +547,7 @@ def test_layout_changed_after_loading(
     cls: type[CriticalAdam], backend: str, capacity: int, amsgrad: bool
 ) -> None:
     """`model.to(memory_format=torch.channels_last)` may come after the checkpoint was loaded."""
-    adam = torch.optim.Adam(new_params())
+    adam = torch.optim.Adam(new_params(), betas=BETAS)
     train(adam, range(3))
     runs = []
     for channels_last in (False, True):

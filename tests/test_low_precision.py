@@ -673,7 +673,7 @@ def test_errors(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("name", ["buffer_dtype", "moment_dtype"])
 def test_wide_parameters_are_refused(name: str, dtype: torch.dtype) -> None:
     """float64 and complex parameters have no state of low precision; the message says where to."""
-    param = torch.zeros(3, dtype=dtype)
+    param = torch.zeros(3, dtype=dtype, requires_grad=True)
     with pytest.raises(ValueError, match=rf"{name} must be None .*group of their own.*params\[0\]"):
         AdamCM([param], **dict[str, Any]({name: torch.bfloat16}))
     optimizer = AdamCM([torch.zeros(3)], buffer_dtype=torch.bfloat16)

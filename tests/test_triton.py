@@ -365,7 +365,7 @@ def _share(optimizer: CriticalAdam) -> None:
         (backend, optimizer._bucket(group, backend, of_backend))
         for backend, of_backend in zip(backends, (params[:1], params[1:]), strict=True)
     ]
-    optimizer._plans[0] = Plan(buckets, params, group, optimizer.state)
+    optimizer._plans[0] = Plan(buckets, params, group, 0, optimizer.state)
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

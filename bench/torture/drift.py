@@ -94,7 +94,7 @@ def _taker(optimizer: CriticalAdam) -> Callable[[], None]:
     """Return what takes a step, without what `Optimizer.step` does around it, most of the time."""
     group = optimizer.param_groups[0]
     optimizer._make_state([group])
-    plan = optimizer._new_plan(group)
+    plan = optimizer._new_plan(group, 0)
     ((backend, bucket),) = plan.buckets
     bucket.handle = backend.hold(bucket)
     step = BucketStep(bucket, step_options(group), optimizer._critical_gradients)
