@@ -38,8 +38,11 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
     Returns:
         The sum of the squares of each gradient, float64 (params,).
     """
-    gradients = effective_gradients(bucket, options)
-    for i, g in enumerate(gradients):
+    sq_norms = []
+    for i in range(len(bucket.params)):
+        # Parameters that have memory in common are stepped one after the other.
+        g = effective_gradient(bucket, i, options)
+        sq_norms.append(_sq_norm(g))
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
         mean = buffer_mean(load_buffer(bucket, i), bucket.priorities[i], options)
@@ -48,7 +51,7 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
         _update_(bucket, i, v, aggregate, numerator=aggregate, options=options)
         _store_moments_(bucket, i, m, v, options)
         _undo_where_skipped_(bucket, i, kept, options)
-    return _sq_norms(gradients)
+    return torch.stack(sq_norms)
 
 
 def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
@@ -72,11 +75,11 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
 
     Source: Malviya et al., eq. (3), after McRae et al.'s aggregation of critical gradients.
     """
-    gradients = effective_gradients(bucket, options)
     if sq_norm is None:
-        sq_norm = over_scope(_sq_norms(gradients), options)
-    keys = priority_keys(sq_norm, len(gradients))
-    for i, g in enumerate(gradients):
+        sq_norm = over_scope(sq_norms(bucket, options), options)
+    keys = priority_keys(sq_norm, len(bucket.params))
+    for i in range(len(bucket.params)):
+        g = effective_gradient(bucket, i, options)
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
         mean = buffer_mean(load_buffer(bucket, i), bucket.priorities[i], options)
@@ -117,33 +120,28 @@ def update_dtype(param: Tensor) -> torch.dtype:
 
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
-    return _sq_norms(effective_gradients(bucket, options))
+    gradients = (effective_gradient(bucket, i, options) for i in range(len(bucket.params)))
+    return torch.stack([_sq_norm(g) for g in gradients])
 
 
-def effective_gradients(bucket: Bucket, options: StepOptions) -> list[Tensor]:
-    """Return the gradients the step uses, in the update's dtype.
+def effective_gradient(bucket: Bucket, i: int, options: StepOptions) -> Tensor:
+    """Return the gradient that the step of parameter i uses, in the update's dtype.
 
-    They are unscaled and clipped, then negated to maximize, then the L2 term is added.
+    It is unscaled and clipped, then negated to maximize, then the L2 term is added.
     """
-    gradients = []
-    for param, grad in zip(bucket.params, bucket.grads, strict=True):
-        dtype = update_dtype(param)
-        g = grad.to(dtype)
-        if options.grad_factor is not None:
-            g = options.grad_factor.to(g.device, dtype) * g
-        if options.maximize:
-            g = -g
-        if not options.l2_in_aggregate:
-            g = _with_l2_term(g, param, options)
-        gradients.append(g)
-    return gradients
+    param = bucket.params[i]
+    dtype = update_dtype(param)
+    g = bucket.grads[i].to(dtype)
+    if options.grad_factor is not None:
+        g = options.grad_factor.to(g.device, dtype) * g
+    if options.maximize:
+        g = -g
+    return g if options.l2_in_aggregate else _with_l2_term(g, param, options)
 
 
-def _sq_norms(gradients: list[Tensor]) -> Tensor:
+def _sq_norm(g: Tensor) -> Tensor:
     # In float64 a float32 gradient's square neither overflows nor underflows.
-    return torch.stack(
-        [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
-    )
+    return torch.linalg.vector_norm(g, dtype=torch.float64).square()
 
 
 def _with_l2_term(g: Tensor, param: Tensor, options: StepOptions) -> Tensor:

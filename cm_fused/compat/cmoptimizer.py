@@ -254,7 +254,7 @@ class _ResearchAdam(CriticalAdam):
         made.append((param, state))
         self.state[param].update(state)
         bucket = self._bucket(group, backend, [param])
-        (g,) = reference.effective_gradients(bucket, options)
+        g = reference.effective_gradient(bucket, 0, options)
         reference.admit_(bucket, 0, key.to(param.device, torch.float32), g, options)
         for critical_sum in bucket.critical_sums:
             critical_sum.copy_(reference.sum_slots(reference.load_buffer(bucket, 0)))

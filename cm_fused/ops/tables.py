@@ -56,6 +56,8 @@ class Tables:
         made_in_capture: Whether what these tables need was uploaded by a graph's capture.
         by_fours: Whether each four elements of every parameter are four of the whole parameter's
             with one counter of random words.
+        changed: Whether the last refresh found an address changed.
+        one_by_one: Whether parameters of the step overlap, to be launched one after the other.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -73,6 +75,8 @@ class Tables:
         self._of_captures: list[tuple[Tensor, Tensor]] = []
         self._table: Tensor | None = None
         self.last: Tensor | None = None
+        self.changed = True
+        self.one_by_one = False
         self._lay_out_chunks(bucket.params)
         self._scratch = self._lay_out_scratch(bucket)
 
@@ -92,6 +96,7 @@ class Tables:
         )
         table = torch.stack([tensors, within], dim=1).to(torch.int32)
         chunks, self._host_chunks = _upload(table, self._device)
+        self._order, self._chunks = order, chunks
         self.chunk_sq_norms = torch.empty(len(chunks), dtype=torch.float64, device=self._device)
         counts = [
             sum(-(-param.numel() // CHUNK_SIZE) for param in params if param.dtype == dtype)
@@ -106,6 +111,17 @@ class Tables:
                 strict=True,
             )
         ]
+
+    def launches_one_by_one(self) -> list[tuple[int, Chunks]]:
+        """Return the number and the chunks of each parameter, in the order of `launches`."""
+        counts = [int(self._host[i, Column.NUM_CHUNKS]) for i in self._order]
+        split = zip(
+            [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order],
+            torch.split(self._chunks, counts),
+            torch.split(self.chunk_sq_norms, counts),
+            strict=True,
+        )
+        return [(i, Chunks(*of_param)) for i, of_param in zip(self._order, split, strict=True)]
 
     def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
         """Give critical gradients a place for this step's slots and counts of filled ones."""
@@ -133,6 +149,7 @@ class Tables:
         refreshed = self._refresh(params, grads, host)
         if refreshed == _NEEDS_COPIES:
             return None
+        self.changed = refreshed == _CHANGED
         if refreshed == _UNCHANGED and self._table is not None:
             self.last = self._table
             return self._table

@@ -8,6 +8,7 @@ gradients take the norm first, in a pass of its own. No launch depends on a valu
 import contextlib
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from cm_fused._bucket import Bucket, BucketStep, StepOptions
 from cm_fused._capture import is_capturing
 from cm_fused.ops import library, triton_common, triton_kernels, triton_norms
+from cm_fused.ops.overlap import have_overlap
 from cm_fused.ops.table import running_sum_min_capacity
 from cm_fused.ops.tables import Chunks, OutdatedTablesError, Tables, lies_as
 from cm_fused.reference import over_scope
@@ -80,8 +82,19 @@ def prepare(steps: list[BucketStep]) -> Callable[[], None]:
     What can fail, allocations included, comes before the first launch.
     """
     steps = [_with_sum_of_norms(step) for step in steps]
-    launchers = [_Launcher(step.bucket, step.options) for step in steps]
+    launchers = _launchers(steps)
     return partial(_launch_, list(zip(steps, launchers, strict=True)))
+
+
+def _launchers(steps: list[BucketStep]) -> list["_Launcher"]:
+    """Prepare the launches of some buckets; find parameters that overlap where one has moved."""
+    launchers = [_Launcher(step.bucket, step.options) for step in steps]
+    if any(launcher.tables.changed for launcher in launchers):
+        params = chain.from_iterable(step.bucket.params for step in steps)
+        one_by_one = have_overlap(params)
+        for launcher in launchers:
+            launcher.tables.one_by_one = one_by_one
+    return launchers
 
 
 def _with_sum_of_norms(step: BucketStep) -> BucketStep:
@@ -116,7 +129,7 @@ def update_cm_(steps: list[BucketStep]) -> list[Tensor]:
     Returns:
         Of each bucket, float64 (params,).
     """
-    launchers = [_Launcher(step.bucket, step.options) for step in steps]
+    launchers = _launchers(steps)
     sq_norms = []
     for launcher in launchers:
         with launcher:
@@ -229,19 +242,29 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for param, copy in zip(self._bucket.params, self._param_copies, strict=False):
-            if copy is not param:
-                param.copy_(copy)
         self._guard.__exit__(*exception)
 
     def update(self, *, critical_gradients: bool) -> None:
         """Launch the pass that changes moments, buffers and parameters."""
+        params, copies = self._bucket.params, self._param_copies
+        if self.tables.one_by_one:
+            for i, chunks in self.tables.launches_one_by_one():
+                # Another parameter's step may have changed this one.
+                _copy_(copies[i : i + 1], params[i : i + 1])
+                self._update_chunks([chunks], critical_gradients=critical_gradients)
+                _copy_(params[i : i + 1], copies[i : i + 1])
+        else:
+            self._update_chunks(self.tables.launches, critical_gradients=critical_gradients)
+            _copy_(params, copies)
+        torch.autograd.graph.increment_version(params)
+
+    def _update_chunks(self, launches: list[Chunks], *, critical_gradients: bool) -> None:
         options = self._options
         amsgrad = bool(self._bucket.max_exp_avg_sqs)
         summed_slots = 0 if self._bucket.critical_sums else self._capacity
         l2, late_l2, decoupled = _weight_decays(options)
         stored = self._bucket.exp_avgs[0].dtype, self._bucket.critical_buffers[0].dtype
-        for chunks in self.tables.launches:
+        for chunks in launches:
             dtypes = precision(chunks.param_dtype, *stored, options.low_precision_update)
             self._launch(
                 triton_kernels.critical_adam_kernel,
@@ -267,7 +290,6 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 **dtypes,
                 **self._pass_options(chunks.param_dtype, dtypes, amsgrad, summed_slots),
             )
-        torch.autograd.graph.increment_version(self._bucket.params)
 
     def sq_norms(self) -> None:
         """Launch the pass that only reads the gradients, for the sum of g^2 of each chunk."""
@@ -420,6 +442,13 @@ def _remake_tables(bucket: Bucket) -> Tables:
         made.replaces(bucket.handle)
     bucket.handle = made
     return made
+
+
+def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy what is not the target itself; without copies there is nothing to do."""
+    for target, source in zip(targets, sources, strict=False):
+        if target is not source:
+            target.copy_(source)
 
 
 def _laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:

@@ -66,11 +66,25 @@ class BiasCorrections {
   double bias_correction2_ = 0.0;
 };
 
+// Behind a tensor's last element in memory.
+const char* end_of(const TensorView& tensor) {
+  int64_t extent = tensor.numel == 0 ? 0 : 1;
+  for (size_t d = 0; tensor.numel > 0 && d < tensor.sizes.size(); ++d) {
+    extent += (tensor.sizes[d] - 1) * tensor.strides[d];
+  }
+  return static_cast<const char*>(tensor.data) +
+         extent * static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype));
+}
+
 // Describes parameter i's part in this step.
 void describe_tensor(size_t i, const StateTensors& state, const Tensor& param, const Tensor& grad,
     const StepOptions& options, TensorStep& tensor) {
+  const void* const before = tensor.param;
   const ParamViews views = describe_param(i, state, param, grad, tensor);
   check_device("params", i, views.param.device, cpu_device());
+  const char* const end = end_of(views.param);
+  tensor.param_moved = tensor.param != before || tensor.param_end != end;
+  tensor.param_end = end;
   describe_layouts(views, tensor);
   tensor.slot = kNoSlot;
   if (tensor.pending_slot != nullptr) {

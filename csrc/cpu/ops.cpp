@@ -51,7 +51,7 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
           l2_in_aggregate, sum_of_norms},
       bucket);
-  step.take_(local_sq_norms_data(local_sq_norms, params.size()));
+  step.take_(local_sq_norms_data(local_sq_norms, params.size()), step.has_overlap());
 }
 
 void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -75,7 +75,7 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
           l2_in_aggregate, sum_of_norms},
       bucket);
-  step.take_(nullptr);
+  step.take_(nullptr, step.has_overlap());
 }
 
 // The states that an operator works on, in the order given, for as long as this lives.
@@ -121,6 +121,12 @@ StepOptions step_options(const double* numbers, int64_t seed) {
       is_set(7), is_set(8), is_set(9), is_set(10), is_set(11), seed, is_set(12), is_set(13)};
 }
 
+// What was found of the parameters of these held states, in the order they were stepped.
+struct KnownOverlap {
+  std::vector<int64_t> held;
+  bool has_overlap;
+};
+
 void step_held_(std::vector<int64_t> held, Tensors params, Tensors grads, Tensors sq_norms,
     Tensors lr_tensors, Tensors grad_factors, Tensors found_infs,
     std::optional<Tensor> local_sq_norms, std::vector<double> hyperparameters,
@@ -156,7 +162,16 @@ void step_held_(std::vector<int64_t> held, Tensors params, Tensors grads, Tensor
         state.knowledge<BucketStep>());
     first += length;
   }
-  steps.take_(local_sq_norms_data(local_sq_norms, params.size()));
+  double* const sq_norms_data = local_sq_norms_data(local_sq_norms, params.size());
+  if (count == 0) {
+    return;
+  }
+  auto& known = locked.states()[0]->knowledge<KnownOverlap>();
+  if (steps.has_moved() || known.held != held) {
+    known.has_overlap = steps.has_overlap();
+    known.held = held;
+  }
+  steps.take_(sq_norms_data, known.has_overlap);
 }
 
 Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor,

@@ -34,9 +34,26 @@ size_t Pass::add(const BucketStep& bucket, const StepOptions& options) {
   return first_chunk;
 }
 
-void Pass::run(ChunkKernel kernel) {
-  const int64_t count = deal_();
-  const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel_, 1));
+void Pass::run(ChunkKernel kernel, bool one_by_one) {
+  const auto count = static_cast<int64_t>(chunks_.size());
+  int64_t first = 0;
+  while (first < count) {
+    int64_t last = count;
+    if (one_by_one) {
+      const TensorStep* const tensor = chunks_[first].tensor;
+      last = std::find_if(chunks_.begin() + first, chunks_.end(), [tensor](const Chunk& chunk) {
+        return chunk.tensor != tensor;
+      }) - chunks_.begin();
+    }
+    run_(kernel, first, last);
+    first = last;
+  }
+}
+
+void Pass::run_(ChunkKernel kernel, int64_t first, int64_t last) {
+  const int64_t count = deal_(first, last);
+  const int64_t numel = elements_before(last) - elements_before(first);
+  const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel, 1));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t) {
     // Its own shares come first.
     for (int64_t i = 0; i < count; ++i) {
@@ -45,13 +62,19 @@ void Pass::run(ChunkKernel kernel) {
   });
 }
 
-int64_t Pass::deal_() {
-  const int64_t count = std::min(num_threads_, static_cast<int64_t>(chunks_.size()));
-  int64_t next = 0;
+int64_t Pass::elements_before(int64_t chunk) const {
+  return chunk < static_cast<int64_t>(chunks_.size()) ? chunks_[chunk].first_element : numel_;
+}
+
+int64_t Pass::deal_(int64_t first, int64_t last) {
+  const int64_t count = std::min(num_threads_, last - first);
+  const int64_t before = elements_before(first);
+  const int64_t numel = elements_before(last) - before;
+  int64_t next = first;
   for (int64_t i = 0; i < count; ++i) {
     shares_[i].next = next;
-    const int64_t end = numel_ * (i + 1) / count;
-    const auto beyond = std::partition_point(chunks_.begin() + next, chunks_.end(),
+    const int64_t end = before + numel * (i + 1) / count;
+    const auto beyond = std::partition_point(chunks_.begin() + next, chunks_.begin() + last,
         [end](const Chunk& chunk) { return chunk.first_element < end; });
     next = beyond - chunks_.begin();
     shares_[i].end = next;

@@ -18,8 +18,9 @@ class Pass {
   size_t add(const BucketStep& bucket, const StepOptions& options);
 
   // Runs a kernel over all chunks and keeps its result for each. Cannot fail. Which thread takes a
-  // chunk, and when, does not matter: each chunk's result is its own.
-  void run(ChunkKernel kernel);
+  // chunk, and when, does not matter: each chunk's result is its own. Only if tensors overlap are
+  // they to be taken one after the other.
+  void run(ChunkKernel kernel, bool one_by_one = false);
 
   // Adds up the results of each of a bucket's tensors, in the order of its chunks, into `sums`, one
   // for each tensor.
@@ -40,8 +41,12 @@ class Pass {
     int64_t end;
   };
 
-  // Deals the chunks out, as many elements to each thread; returns the number of shares.
-  int64_t deal_();
+  // Runs it over the chunks from `first` to before `last`.
+  void run_(ChunkKernel kernel, int64_t first, int64_t last);
+  // Deals them out, as many elements to each thread; returns the number of shares.
+  int64_t deal_(int64_t first, int64_t last);
+  // The elements before a chunk, which may be the one after the last.
+  [[nodiscard]] int64_t elements_before(int64_t chunk) const;
   void take_all_(ChunkKernel kernel, Share& share);
 
   std::vector<Chunk> chunks_;

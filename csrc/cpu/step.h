@@ -57,6 +57,11 @@ struct TensorStep : ParamData {
   std::unique_ptr<const StridedLayout> param_layout;
   std::unique_ptr<const StridedLayout> grad_layout;
 
+  // Behind the parameter's last element in memory.
+  const char* param_end;
+  // Whether it does not lie where it did when this was last described.
+  bool param_moved;
+
   // Critical momenta: the slot last step's exp_avg goes to. Critical gradients: the slot this
   // step's gradient goes to. Or kNoSlot.
   int64_t slot;

@@ -65,7 +65,28 @@ void Steps::add(Critical critical, const StateTensors& state, std::span<const Te
       scalars.sq_norm.has_value(), std::move(sq_norms), nullptr, 0});
 }
 
-void Steps::take_(double* local_sq_norms) {
+bool Steps::has_moved() const {
+  return std::any_of(parts_.begin(), parts_.end(), [](const Part& part) {
+    return std::any_of(part.bucket->begin(), part.bucket->end(),
+        [](const TensorStep& tensor) { return tensor.param_moved; });
+  });
+}
+
+bool Steps::has_overlap() const {
+  std::vector<std::pair<const char*, const char*>> extents;
+  for (const auto& part : parts_) {
+    for (const auto& tensor : *part.bucket) {
+      if (tensor.numel > 0) {
+        extents.emplace_back(static_cast<const char*>(tensor.param), tensor.param_end);
+      }
+    }
+  }
+  std::sort(extents.begin(), extents.end());
+  return std::adjacent_find(extents.begin(), extents.end(),
+             [](const auto& a, const auto& b) { return b.first < a.second; }) != extents.end();
+}
+
+void Steps::take_(double* local_sq_norms, bool one_by_one) {
   const Kernels& chosen = kernels();
   Pass momenta;
   Pass norms;  // the gradient is gone by the next step: to be stored now, its norm comes first
@@ -89,13 +110,13 @@ void Steps::take_(double* local_sq_norms) {
   }
   // From here on nothing fails.
   norms.run(chosen.sq_norm);
-  momenta.run(chosen.adam_cm);
+  momenta.run(chosen.adam_cm, one_by_one);
   for (auto& part : parts_) {
     if (!part.is_skipped) {
       finish_(part, part.critical == Critical::kMomenta ? momenta : norms);
     }
   }
-  gradients.run(chosen.adam_cg);
+  gradients.run(chosen.adam_cg, one_by_one);
 }
 
 void Steps::finish_(Part& part, const Pass& pass) {

@@ -39,10 +39,17 @@ class Steps {
       std::span<const Tensor> grads, const ScalarTensors& scalars,
       const StepOptions& hyperparameters, BucketStep& bucket);
 
+  // Whether a parameter does not lie where it did when its bucket was last described.
+  [[nodiscard]] bool has_moved() const;
+
+  // Whether two parameters have memory in common, or lie between each other's elements.
+  [[nodiscard]] bool has_overlap() const;
+
   // Takes the steps, but for those that are to be skipped. With local_sq_norms, which has a number
   // for each parameter in the order they were added, the sums of squares go there and the books are
-  // left. Whatever can fail comes before the first change.
-  void take_(double* local_sq_norms);
+  // left. Parameters that overlap are stepped one by one, in the order they were added. Whatever
+  // can fail comes before the first change.
+  void take_(double* local_sq_norms, bool one_by_one);
 
  private:
   struct Part {
