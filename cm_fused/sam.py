@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 # Keeps the perturbation of a zero gradient zero.
 _TINY = 1e-12
+# The attributes of a copy; between the half-steps `_originals` has the unperturbed parameters.
+_TRAVELS = ("optimizer", "rho", "adaptive", "_originals")
 
 
 class SAM(Optimizer):
@@ -219,10 +221,15 @@ class SAM(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        """Return what a copy needs: as with torch's optimizers, hooks do not travel.
+
+        Nor does what a scheduler sets on the instance: a `step` that steps this very optimizer.
+        """
+        return {name: getattr(self, name) for name in _TRAVELS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name in _TRAVELS:
+            setattr(self, name, state[name])
 
     def __repr__(self) -> str:
         return f"SAM(rho={self.rho}, adaptive={self.adaptive}) of {self.optimizer!r}"

@@ -1,6 +1,7 @@
 """SAM: where its gradients are taken, what it restores, and that it passes for an optimizer."""
 
 import copy
+import io
 import itertools
 import pickle
 from collections.abc import Callable
@@ -239,6 +240,120 @@ def test_copies(make_copy: Callable[[SAM], SAM]) -> None:
     assert copied.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert copied.optimizer is not optimizer.optimizer
     assert len(copied.state) == len(optimizer.state)
+
+
+def _saved(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": _saved,
+}
+on_each_copy = pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+on_each_wrapped = pytest.mark.parametrize("base", [*BASES, "adamw"])
+
+
+def _wrapped(base: str, model: nn.Module) -> SAM:
+    make = BASES.get(base, lambda params: AdamW(params, lr=0.01))
+    return SAM(make(model.parameters()), rho=0.3)
+
+
+@on_each_copy
+@on_each_wrapped
+def test_copies_under_a_scheduler_train_alone_and_equally(
+    base: str, make_copy: Callable[[Any], Any]
+) -> None:
+    """Users copy what they train: the copy's steps are its own, and the original's bits.
+
+    `test_copies` took copies without a scheduler, and no step of them. A scheduler sets a `step` on
+    the instance that steps the original, and cannot be pickled.
+    """
+    model = _model()
+    optimizer = _wrapped(base, model)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for t in range(3):
+        optimizer.step(_closure(model, optimizer, t))
+        scheduler.step()
+    copied = make_copy((model, optimizer, scheduler))
+    assert copied[2].optimizer is copied[1]
+    before = _values(model)
+    for t in range(3, 6):
+        copied[1].step(_closure(copied[0], copied[1], t))
+        copied[2].step()
+    assert _same(_values(model), before)
+    for t in range(3, 6):
+        optimizer.step(_closure(model, optimizer, t))
+        scheduler.step()
+    assert _same(_values(copied[0]), _values(model))
+    assert not _same(_values(model), before)
+    assert copied[1].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@on_each_copy
+@on_each_wrapped
+def test_copies_between_the_half_steps(base: str, make_copy: Callable[[Any], Any]) -> None:
+    """A copy taken where the parameters are perturbed puts back its own, and steps from there.
+
+    No test took a copy there.
+    """
+    model = _model()
+    optimizer = _wrapped(base, model)
+    lr_scheduler.StepLR(optimizer, 2)
+    optimizer.step(_closure(model, optimizer))
+    _closure(model, optimizer, 1)()
+    optimizer.first_step(zero_grad=True)
+    perturbed = _values(model)
+    twin, copied = make_copy((model, optimizer))
+    _closure(twin, copied, 1)()
+    copied.second_step()
+    assert _same(_values(model), perturbed)
+    _closure(model, optimizer, 1)()
+    optimizer.second_step()
+    assert _same(_values(twin), _values(model))
+    assert not _same(_values(twin), perturbed)
+
+
+@on_each_copy
+def test_scheduler_and_hooks_of_a_copy(make_copy: Callable[[Any], Any]) -> None:
+    """A copy has no hooks, as with torch's optimizers, and takes its own hooks and scheduler.
+
+    A scheduler on a copy found the original's patched `step`, and did not patch the copy's.
+    """
+    model = _model()
+    optimizer = SAM(Adam(model.parameters()))
+    lr_scheduler.StepLR(optimizer, 1)
+    seen: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append("original"))
+    twin, copied = make_copy((model, optimizer))
+    scheduler = lr_scheduler.StepLR(copied, 1, gamma=0.5)
+    copied.register_step_post_hook(lambda *_: seen.append("copy"))
+    before, twins = _values(model), _values(twin)
+    copied.step(_closure(twin, copied))
+    scheduler.step()
+    assert seen == ["copy"]
+    assert _same(_values(model), before)
+    assert not _same(_values(twin), twins)
+    assert copied.param_groups[0]["lr"] == 0.5 * optimizer.param_groups[0]["lr"]
+
+
+def test_copies_of_a_scheduler_on_the_wrapped_optimizer() -> None:
+    """A scheduler may be the wrapped optimizer's; a copy of all three goes on with its own."""
+    model = _model()
+    optimizer = SAM(SGD(model.parameters(), lr=0.1))
+    scheduler = lr_scheduler.ExponentialLR(optimizer.optimizer, 0.5)
+    optimizer.step(_closure(model, optimizer))
+    scheduler.step()
+    twin, copied, copied_scheduler = copy.deepcopy((model, optimizer, scheduler))
+    before = _values(model)
+    copied.step(_closure(twin, copied))
+    copied_scheduler.step()
+    assert _same(_values(model), before)
+    assert (copied.param_groups[0]["lr"], optimizer.param_groups[0]["lr"]) == (0.025, 0.05)
 
 
 def test_passes_for_an_optimizer() -> None:
