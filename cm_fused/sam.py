@@ -1,11 +1,14 @@
 """Sharpness-aware minimization around any optimizer."""
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from cm_fused._sharding import Processes, is_sharded, local, local_grad
 
 # Keeps the perturbation of a zero gradient zero.
 _TINY = 1e-12
@@ -25,6 +28,9 @@ class SAM(Optimizer):
     where the norm is over all gradients of all param groups. The parameters are put back exactly,
     to the bit, before the wrapped optimizer steps. Nothing waits for a device, unless parameters
     are on several.
+
+    Parameters may be DTensors (FSDP2, tensor parallelism), and plain tensors beside them: the norm
+    is that of the whole tensors, by one sum of a float64 over the processes.
 
     Groups, state, hooks, `zero_grad` and checkpoints are the wrapped optimizer's: a checkpoint of
     one loads into the other. Step hooks run once a step, around the wrapped optimizer's. Between
@@ -71,8 +77,10 @@ class SAM(Optimizer):
         self.optimizer = optimizer
         self.rho = rho
         self.adaptive = adaptive
-        # The perturbed parameters and what they were; None but between the two half-steps.
+        # The perturbed parameters and what this process has of them in their place; None except
+        # between the two half-steps.
         self._originals: tuple[list[Tensor], list[Tensor]] | None = None
+        self._shards: _Shards | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Find what Optimizer keeps of itself, hooks for one, where it is: in the wrapped one."""
@@ -106,19 +114,20 @@ class SAM(Optimizer):
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, and returns the
-                loss. Called twice, with gradients enabled.
+                loss. Called twice, with gradients enabled. It may be left out where every gradient
+                is zero or None, and SAM's step is the wrapped optimizer's: that is how
+                `torch.distributed.checkpoint` makes an optimizer's state. Whether they are is
+                waited for.
 
         Returns:
             What the first call returned: the loss where the parameters were.
 
         Raises:
-            RuntimeError: There is no closure.
+            RuntimeError: There is no closure, and a gradient is not zero.
         """
         if closure is None:
-            raise RuntimeError(
-                "SAM.step needs a closure, which computes the gradients twice; without one call "
-                "first_step and second_step, each after a backward pass"
-            )
+            self._step_of_zero_gradients()
+            return None
         with torch.enable_grad():
             loss = closure()
         self.first_step()
@@ -132,6 +141,19 @@ class SAM(Optimizer):
         return loss
 
     @torch.no_grad()
+    def _step_of_zero_gradients(self) -> None:
+        if self._originals is not None or self._has_gradients():
+            raise RuntimeError(
+                "SAM.step needs a closure, which computes the gradients twice; without one call "
+                "first_step and second_step, each after a backward pass"
+            )
+        self._step_wrapped()
+
+    def _step_wrapped(self) -> None:
+        self.optimizer.step()
+        self._opt_called = True  # what a scheduler looks for, where `step` was not called
+
+    @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Move the parameters to where the loss is worst.
 
@@ -139,28 +161,19 @@ class SAM(Optimizer):
             zero_grad: Reset the gradients afterwards.
 
         Raises:
-            RuntimeError: The parameters are there already, or a gradient is sparse. Nothing has
-                been changed then.
+            RuntimeError: The parameters are there already, or a gradient is sparse, or a plain
+                tensor for a DTensor or the reverse. Nothing has been changed then.
         """
         if self._originals is not None:
             raise RuntimeError("first_step was called twice; call second_step before the next one")
-        params = [
-            param
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        for i, param in enumerate(params):
-            if param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"SAM needs dense gradients, got layout {param.grad.layout} for the gradient "
-                    f"of parameter {i}"
-                )
-        originals = [torch.empty_like(param) for param in params]
-        _copy_(originals, params)
+        params = self._participants()
+        grads = [local_grad(param) for param in params]
+        targets = [local(param) for param in params]
+        originals = [torch.empty_like(target) for target in targets]
+        _copy_(originals, targets)
         self._originals = params, originals
         try:
-            self._perturb([param.detach() for param in params], [param.grad for param in params])
+            self._perturb(params, grads)
         except BaseException:
             self._restore()
             raise
@@ -180,14 +193,52 @@ class SAM(Optimizer):
         if self._originals is None:
             raise RuntimeError("second_step needs a first_step before it")
         self._restore()
-        self.optimizer.step()
-        self._opt_called = True  # what a scheduler looks for, where `step` was not called
+        self._step_wrapped()
         if zero_grad:
             self.zero_grad()
 
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _participants(self) -> list[Tensor]:
+        """Return the parameters that have a gradient, which must be dense and placed as they are.
+
+        Raises:
+            RuntimeError: A gradient is neither.
+        """
+        params = [param for param in self._params() if param.grad is not None]
+        for i, param in enumerate(params):
+            _check_gradient(i, param)
+        return params
+
+    def _sharded_among(self) -> "_Shards | None":
+        """Return how the parameters are sharded; None where they are not."""
+        params = self._params()
+        if not any(map(is_sharded, params)):
+            return None
+        if self._shards is None or not self._shards.are_of(params):
+            self._shards = _Shards(params)
+        return self._shards
+
+    def _has_gradients(self) -> bool:
+        """Return whether any gradient is not zero, on any process; waits for the device."""
+        nonzero = _nonzero([local_grad(param) for param in self._participants()])
+        shards = self._sharded_among()
+        return bool((nonzero if shards is None else shards.total(nonzero)).item())
+
     def _perturb(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        alike = _alike([_as_real(param) for param in params], [_as_real(grad) for grad in grads])
-        norm = _norm([_products(*lists) if self.adaptive else lists[1] for lists in alike])
+        """Add the perturbation to parameters.
+
+        Args:
+            params: All that have a gradient; changed.
+            grads: Those of what this process has of each.
+        """
+        alike = _alike(params, grads)
+        shards = self._sharded_among()
+        counted = alike if shards is None else _alike(*shards.counted(params, grads))
+        norm = _norm([_products(*lists) if self.adaptive else lists[1] for lists in counted])
+        if shards is not None:
+            norm = shards.total(norm.square()).sqrt()
         for these, directions in alike:
             scale = _on(these[0].device, self.rho / (norm + _TINY))
             if self.adaptive:
@@ -202,7 +253,7 @@ class SAM(Optimizer):
         params, originals = self._originals or ([], [])
         self._originals = None
         with torch.no_grad():
-            _copy_(params, originals)
+            _copy_([local(param) for param in params], originals)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
@@ -230,6 +281,7 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in _TRAVELS:
             setattr(self, name, state[name])
+        self._shards = None
 
     def __repr__(self) -> str:
         return f"SAM(rho={self.rho}, adaptive={self.adaptive}) of {self.optimizer!r}"
@@ -250,12 +302,16 @@ def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def _alike(params: list[Tensor], grads: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return parameters and gradients by device and dtype, which multi-tensor kernels need."""
+    """Return what this process has of parameters, and its gradients, by device and dtype.
+
+    Multi-tensor kernels need them so. Complex tensors become real ones.
+    """
     lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for param, grad in zip(params, grads, strict=True):
-        of_kind = lists.setdefault((param.device, param.dtype), ([], []))
-        of_kind[0].append(param)
-        of_kind[1].append(grad)
+        target = _as_real(local(param))
+        of_kind = lists.setdefault((target.device, target.dtype), ([], []))
+        of_kind[0].append(target)
+        of_kind[1].append(_as_real(grad))
     return list(lists.values())
 
 
@@ -276,3 +332,62 @@ def _norm(alike: list[list[Tensor]]) -> Tensor:
     ]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def _nonzero(tensors: list[Tensor]) -> Tensor:
+    """Return how many tensors are not all zeros, float64 (), on the first one's device."""
+    filled = [_as_real(tensor) for tensor in tensors if tensor.numel()]
+    if not filled:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    # Not the Euclidean norm: squares of small values are 0.
+    norms = torch._foreach_norm(filled, 1)
+    flags = [_on(filled[0].device, (norm != 0).double()) for norm in norms]
+    return torch.stack(flags).sum()
+
+
+def _check_gradient(index: int, param: Tensor) -> None:
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"SAM needs dense gradients, got layout {grad.layout} for the gradient of parameter "
+            f"{index}; for an embedding, use sparse=False"
+        )
+    if is_sharded(grad) != is_sharded(param):
+        raise RuntimeError(
+            f"the gradient of parameter {index} must be a DTensor as its parameter is, or neither, "
+            f"got {type(grad)} for {type(param)}"
+        )
+
+
+class _Shards:
+    """How parameters are sharded among processes."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self._params = params
+        self._processes = Processes(params)
+        counted = self._processes.counted.tolist()
+        # The parameters are kept, so that no other has the address of one.
+        self._counted = {id(param) for param, share in zip(params, counted, strict=True) if share}
+
+    def are_of(self, params: list[Tensor]) -> bool:
+        """Return whether these are the parameters."""
+        return len(params) == len(self._params) and all(map(is_, params, self._params))
+
+    def counted(
+        self, params: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return those of parameters, and their gradients, that this process counts in a sum.
+
+        Where several processes have the same part of a parameter, one of them counts it.
+        """
+        pairs = [
+            (param, grad)
+            for param, grad in zip(params, grads, strict=True)
+            if id(param) in self._counted
+        ]
+        return [param for param, _ in pairs], [grad for _, grad in pairs]
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of a value over the processes, all of which must call this."""
+        return self._processes.start_sum(value.to(self._processes.device, copy=True)).wait()

@@ -380,14 +380,61 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match="rho must be finite and >= 0"):
             SAM(base, rho=rho)
     optimizer = SAM(base)
-    with pytest.raises(RuntimeError, match="needs a closure"):
-        optimizer.step()
     with pytest.raises(RuntimeError, match="needs a first_step"):
         optimizer.second_step()
     _closure(model, optimizer)()
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        optimizer.step()
     optimizer.first_step()
     with pytest.raises(RuntimeError, match="called twice"):
         optimizer.first_step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        optimizer.step()
+
+
+@on_each_wrapped
+def test_step_of_zero_gradients(base: str) -> None:
+    """Without a closure gradients of zero make state, as torch's checkpoint helpers do it.
+
+    Every call without a closure was an error.
+    """
+    model, twin = _model(), _model()
+    optimizer, plain = _wrapped(base, model), _wrapped(base, twin).optimizer
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()  # there are no gradients at all
+    assert not optimizer.state
+    for param in (*model.parameters(), *twin.parameters()):
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    scheduler.step()  # does not warn of a missing step
+    plain.step()
+    torch.testing.assert_close(
+        optimizer.state_dict()["state"], plain.state_dict()["state"], rtol=0, atol=0
+    )
+    assert _same(_values(model), _values(twin))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (1e-45, torch.float32),
+        (1e-300, torch.float64),
+        (6e-8, torch.float16),
+        (float("nan"), torch.float32),
+        (float("-inf"), torch.float32),
+        (1e-30j, torch.complex64),
+    ],
+)
+def test_step_without_a_closure_sees_any_gradient(value: Any, dtype: torch.dtype) -> None:
+    """However small a gradient, and where it is not finite, SAM needs the closure."""
+    params = [nn.Parameter(torch.ones(n, dtype=d)) for n, d in ((0, dtype), (3, dtype))]
+    optimizer = SAM(SGD(params, lr=0.1))
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    params[1].grad[2] = value  # type: ignore[index]
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        optimizer.step()
 
 
 def test_sparse_gradient_is_refused() -> None:
