@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cm_fused._capture import is_capturing
+from cm_fused._closures import Found, Marks, any_of, are_nan, reset
 from cm_fused._sharding import Processes, is_sharded, local, local_grad
 
 # Keeps the perturbation of a zero gradient zero.
 _TINY = 1e-12
 # The attributes of a copy; between the half-steps `_originals` has the unperturbed parameters.
 _TRAVELS = ("optimizer", "rho", "adaptive", "_originals")
+
+
+_ACCUMULATES = (
+    "closure must zero the gradients before it adds to them, as SAM.step calls it twice, at other "
+    "parameters; got one that adds to the gradients it finds, or computes none. To accumulate, let "
+    "the closure zero the gradients and then run the backward passes of all micro-batches; or run "
+    "these, call first_step(zero_grad=True), run them again, call second_step(zero_grad=True). The "
+    "parameters are what they were, the gradients are reset"
+)
 
 
 class SAM(Optimizer):
@@ -31,6 +42,11 @@ class SAM(Optimizer):
 
     Parameters may be DTensors (FSDP2, tensor parallelism), and plain tensors beside them: the norm
     is that of the whole tensors, by one sum of a float64 over the processes.
+
+    Gradients accumulate over micro-batches in a closure that zeroes them and then runs all backward
+    passes, or by hand: all backward passes, ``first_step(zero_grad=True)``, the same passes again,
+    ``second_step(zero_grad=True)``. A closure of the last micro-batch alone, as Lightning's
+    ``accumulate_grad_batches`` passes, is refused.
 
     Groups, state, hooks, `zero_grad` and checkpoints are the wrapped optimizer's: a checkpoint of
     one loads into the other. Step hooks run once a step, around the wrapped optimizer's. Between
@@ -80,7 +96,13 @@ class SAM(Optimizer):
         # The perturbed parameters and what this process has of them in their place; None except
         # between the two half-steps.
         self._originals: tuple[list[Tensor], list[Tensor]] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know nothing of parameters and closures, which copies have of their own."""
         self._shards: _Shards | None = None
+        # Whether the closure of the last step that found gradients zeroed them.
+        self._closure_zeroes = False
 
     def __getattr__(self, name: str) -> Any:
         """Find what Optimizer keeps of itself, hooks for one, where it is: in the wrapped one."""
@@ -114,7 +136,10 @@ class SAM(Optimizer):
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, and returns the
-                loss. Called twice, with gradients enabled. It may be left out where every gradient
+                loss. Called twice, with gradients enabled. It need not zero them where they are
+                None or zero: SAM resets them before the second call. Where FSDP2's gradients, or
+                such as no backward pass of the closure adds to, are NaN and the closure zeroes
+                them in place, it is called a third time. It may be left out where every gradient
                 is zero or None, and SAM's step is the wrapped optimizer's: that is how
                 `torch.distributed.checkpoint` makes an optimizer's state. Whether they are is
                 waited for.
@@ -123,26 +148,85 @@ class SAM(Optimizer):
             What the first call returned: the loss where the parameters were.
 
         Raises:
-            RuntimeError: There is no closure, and a gradient is not zero.
+            RuntimeError: There is no closure, and a gradient is not zero; or the closure adds to
+                gradients that were there before, which its second call would not compute again.
+                The parameters are what they were then, and the wrapped optimizer did not step.
         """
         if closure is None:
             self._step_of_zero_gradients()
             return None
+        found = Found(self._params())
+        is_captured = self._is_captured()
+        is_known = not found or is_captured or self._closure_zeroes
+        nonzero = None if is_known else self._nonzero_gradients()
         with torch.enable_grad():
             loss = closure()
+        kept = found.kept()
+        # Zeros may be added to; what a captured closure does was seen in the steps before.
+        must_zero = bool(kept) and not is_captured
+        if must_zero and nonzero is not None:
+            must_zero = bool(self._summed(nonzero).item())
         self.first_step()
         try:
-            with torch.enable_grad():
-                closure()
+            self._call_again(closure, kept, must_zero)
         except BaseException:
             self._restore()
             raise
+        if found and not kept:
+            self._closure_zeroes = True
         self.second_step()
         return loss
 
+    def _is_captured(self) -> bool:
+        return any(map(is_capturing, {param.device for param in self._params()}))
+
+    def _call_again(
+        self, closure: Callable[[], float], kept: list[Tensor], must_zero: bool
+    ) -> None:
+        """Have the closure compute the gradients anew, from zero whether it zeroes them or not.
+
+        Args:
+            closure: That of `step`.
+            kept: The parameters whose gradients the first call did not replace.
+            must_zero: Whether a closure that does not zero these has added to others' gradients.
+
+        Raises:
+            RuntimeError: It has. The gradients are reset then.
+        """
+        params = self._params()
+        reset(params, kept)
+        if not must_zero:
+            with torch.enable_grad():
+                closure()
+            return
+        self._closure_zeroes = False
+        try:
+            with Marks(kept) as marks, torch.enable_grad():
+                closure()
+            if self._adds(closure, kept, marks):
+                raise RuntimeError(_ACCUMULATES)
+        except BaseException:
+            reset(params, kept)  # no mark stays
+            raise
+        self._closure_zeroes = True
+
+    def _adds(self, closure: Callable[[], float], kept: list[Tensor], marks: Marks) -> bool:
+        """Return whether a closure has added to marked gradients; may call it once more."""
+        unsure = marks.unsure()
+        flags = any_of(marks.added_to()), any_of(are_nan(unsure))
+        added, is_unsure = self._summed(torch.stack([flag.cpu() for flag in flags])).tolist()
+        if added or not is_unsure:
+            return bool(added)
+        # NaN in the mark's place: is it the closure's own, and comes again without the mark?
+        reset(self._params(), kept)
+        with torch.enable_grad():
+            closure()
+        finite = any_of([~flag for flag in are_nan(unsure)])
+        return bool(self._summed(finite).item())
+
     @torch.no_grad()
     def _step_of_zero_gradients(self) -> None:
-        if self._originals is not None or self._has_gradients():
+        if self._originals is not None or self._summed(self._nonzero_gradients()).item():
             raise RuntimeError(
                 "SAM.step needs a closure, which computes the gradients twice; without one call "
                 "first_step and second_step, each after a backward pass"
@@ -220,11 +304,15 @@ class SAM(Optimizer):
             self._shards = _Shards(params)
         return self._shards
 
-    def _has_gradients(self) -> bool:
-        """Return whether any gradient is not zero, on any process; waits for the device."""
-        nonzero = _nonzero([local_grad(param) for param in self._participants()])
+    @torch.no_grad()
+    def _nonzero_gradients(self) -> Tensor:
+        """Return how many gradients are not zero in what this process has of them, float64 ()."""
+        return _nonzero([local(param.grad) for param in self._params() if param.grad is not None])
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """Return the sum of a value over the processes that the parameters are sharded among."""
         shards = self._sharded_among()
-        return bool((nonzero if shards is None else shards.total(nonzero)).item())
+        return value if shards is None else shards.total(value)
 
     def _perturb(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Add the perturbation to parameters.
@@ -281,7 +369,7 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in _TRAVELS:
             setattr(self, name, state[name])
-        self._shards = None
+        self._forget()
 
     def __repr__(self) -> str:
         return f"SAM(rho={self.rho}, adaptive={self.adaptive}) of {self.optimizer!r}"
@@ -336,7 +424,8 @@ def _norm(alike: list[list[Tensor]]) -> Tensor:
 
 def _nonzero(tensors: list[Tensor]) -> Tensor:
     """Return how many tensors are not all zeros, float64 (), on the first one's device."""
-    filled = [_as_real(tensor) for tensor in tensors if tensor.numel()]
+    dense = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in tensors]
+    filled = [_as_real(tensor) for tensor in dense if tensor.numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64, device="cpu")
     # Not the Euclidean norm: squares of small values are 0.

@@ -6,12 +6,14 @@ Run as a module it starts the processes, and writes what became of every case as
 import contextlib
 import copy
 import json
+import math
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -594,10 +596,14 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+def _loss(model: Any, part: Tensor) -> Any:
+    return (model(part) - 1).pow(2).mean()
+
+
 def _closure(model: Any, optimizer: Any, part: Tensor) -> Callable[[], Any]:
     def closure() -> Any:
         optimizer.zero_grad()
-        loss = (model(part) - 1).pow(2).mean()
+        loss = _loss(model, part)
         loss.backward()
         return loss
 
@@ -738,6 +744,76 @@ def sam_without_a_closure(_: Path) -> None:
         raise AssertionError("not refused")
     for param, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(param.to_local(), old)
+
+
+@case(1, 2, 4)
+def sam_closures_on_shards(_: Path) -> None:
+    """FSDP2 adds to gradients itself: zeroing in place is served, accumulation refused by all.
+
+    So is NaN of the closure's own, for which the closure is called once more.
+    """
+    rank = dist.get_rank()
+    part = _batch(0).chunk(dist.get_world_size())[rank]
+    model = _fsdp(_mesh())
+    optimizer = SAM(AdamCM(model.parameters(), **OPTIONS, skip_nonfinite=True), 0.3)
+    factors: list[float] = []
+
+    def closure(zeroes: bool = True) -> Any:
+        if zeroes:
+            optimizer.zero_grad(set_to_none=False)
+        for _ in range(2):
+            loss = factors[-1] * _loss(model, part)
+            loss.backward()
+        factors.append(factors[0])
+        return loss
+
+    def parts() -> list[Tensor]:
+        return [param.to_local().clone() for param in model.parameters()]
+
+    for factor in (1.0, 1.0, torch.nan, 1.0):
+        before, factors = parts(), [factor if rank == 0 else 1.0]
+        optimizer.step(closure)
+        assert len(factors) == (4 if math.isnan(factor) else 3), (factor, factors)
+        skipped = all(map(torch.equal, parts(), before))
+        assert skipped == math.isnan(factor)
+    before = parts()
+    try:
+        optimizer.step(lambda: closure(zeroes=False))
+    except RuntimeError as error:
+        assert "closure must zero" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("not refused")
+    assert all(map(torch.equal, parts(), before))
+    optimizer.step(closure)
+    expected = _model()
+    twin = SAM(AdamCM(expected.parameters(), **OPTIONS), 0.3)
+    for _ in range(4):
+        for half in (twin.first_step, twin.second_step):
+            (2 * _loss(expected, _batch(0))).backward()
+            half(zero_grad=True)
+    _compare(model, expected)
+
+
+@case(2)
+def sam_ddp(_: Path) -> None:
+    """DDP may own the gradients: they are the same tensors once they are zeroed and made anew."""
+    for as_view in (False, True):
+        model = DistributedDataParallel(_model(), gradient_as_bucket_view=as_view)
+        expected = _model()
+        for each, *part in ((model, 2, dist.get_rank()), (expected, 1, 0)):
+            optimizer = SAM(AdamCM(each.parameters(), **OPTIONS), 0.3)
+            _train_sam(each, optimizer, range(STEPS), *part)
+        _compare(model.module, expected)
+        optimizer = SAM(AdamCM(model.parameters(), **OPTIONS), 0.3)
+        before = [param.detach().clone() for param in model.parameters()]
+        loss = partial(_loss, model, _batch(0))
+        try:
+            optimizer.step(lambda loss=loss: loss().backward())
+        except RuntimeError as error:
+            assert "closure must zero" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("not refused")
+        assert all(map(torch.equal, model.parameters(), before))
 
 
 def _assert_equal(mine: Any, expected: Any) -> None:
