@@ -80,8 +80,8 @@ class Marks:
         for i, param in enumerate(self._params):
             if param.requires_grad:
                 self._hooks += [
-                    param.register_hook(partial(self._look, i)),
-                    param.register_post_accumulate_grad_hook(partial(self._count, i)),
+                    param.register_hook(partial(self._look, i)),  # type: ignore[no-untyped-call]
+                    param.register_post_accumulate_grad_hook(partial(self._count, i)),  # type: ignore[no-untyped-call]
                 ]
         with torch.no_grad():
             for param in self._params:
@@ -105,8 +105,8 @@ class Marks:
             return
         is_marked = self._reached.pop(i)
         earlier = self._seen.setdefault(i, is_marked)
-        both = earlier is not None and is_marked is not None
-        self._seen[i] = earlier & is_marked if both else None
+        if earlier is not None:
+            self._seen[i] = None if is_marked is None else earlier & is_marked
 
     def _is_same(self, i: int) -> bool:
         return self._params[i].grad is self._grads[i]

@@ -37,8 +37,8 @@ class SAM(Optimizer):
         \epsilon = \rho \, \theta^2 g / \lVert \theta g \rVert \text{ if adaptive},
 
     where the norm is over all gradients of all param groups. The parameters are put back exactly,
-    to the bit, before the wrapped optimizer steps. Nothing waits for a device, unless parameters
-    are on several.
+    to the bit, before the wrapped optimizer steps. Nothing waits for a device, with two exceptions:
+    parameters on several devices, and a closure that does not set the gradients to None.
 
     Parameters may be DTensors (FSDP2, tensor parallelism), and plain tensors beside them: the norm
     is that of the whole tensors, by one sum of a float64 over the processes.
@@ -99,7 +99,7 @@ class SAM(Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        """Know nothing of parameters and closures, which copies have of their own."""
+        """Forget what earlier steps found out about the parameters and the closure."""
         self._shards: _Shards | None = None
         # Whether the closure of the last step that found gradients zeroed them.
         self._closure_zeroes = False
@@ -136,13 +136,13 @@ class SAM(Optimizer):
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, and returns the
-                loss. Called twice, with gradients enabled. It need not zero them where they are
-                None or zero: SAM resets them before the second call. Where FSDP2's gradients, or
-                such as no backward pass of the closure adds to, are NaN and the closure zeroes
-                them in place, it is called a third time. It may be left out where every gradient
-                is zero or None, and SAM's step is the wrapped optimizer's: that is how
-                `torch.distributed.checkpoint` makes an optimizer's state. Whether they are is
-                waited for.
+                loss. Called twice, with gradients enabled. It need not zero gradients that are
+                None or zero before the step, as SAM resets them before the second call. It is
+                called a third time if its gradients are NaN, it zeroes in place and autograd does
+                not accumulate them (FSDP2 does, and a closure may copy them).
+
+                None is allowed if every gradient is zero or None. The step is then the wrapped
+                optimizer's. `torch.distributed.checkpoint` makes an optimizer's state so.
 
         Returns:
             What the first call returned: the loss where the parameters were.
@@ -150,22 +150,17 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: There is no closure, and a gradient is not zero; or the closure adds to
                 gradients that were there before, which its second call would not compute again.
-                The parameters are what they were then, and the wrapped optimizer did not step.
+                The parameters are then what they were, and the wrapped optimizer did not step.
         """
         if closure is None:
             self._step_of_zero_gradients()
             return None
         found = Found(self._params())
-        is_captured = self._is_captured()
-        is_known = not found or is_captured or self._closure_zeroes
-        nonzero = None if is_known else self._nonzero_gradients()
+        nonzero = self._nonzero_to_ask_for(found)
         with torch.enable_grad():
             loss = closure()
         kept = found.kept()
-        # Zeros may be added to; what a captured closure does was seen in the steps before.
-        must_zero = bool(kept) and not is_captured
-        if must_zero and nonzero is not None:
-            must_zero = bool(self._summed(nonzero).item())
+        must_zero = self._must_zero(kept, nonzero)
         self.first_step()
         try:
             self._call_again(closure, kept, must_zero)
@@ -177,21 +172,41 @@ class SAM(Optimizer):
         self.second_step()
         return loss
 
+    def _nonzero_to_ask_for(self, found: Found) -> Tensor | None:
+        """Return how many gradients are not zero if that may decide about the closure, else None.
+
+        All gradients are read for it, so it is not done for a closure that zeroed the last ones. A
+        CUDA graph captures no check: the steps before have made it.
+        """
+        is_known = not found or self._closure_zeroes or self._is_captured()
+        return None if is_known else self._nonzero_gradients()
+
+    def _must_zero(self, kept: list[Tensor], nonzero: Tensor | None) -> bool:
+        """Return whether a closure that does not zero the gradients would be wrong.
+
+        Args:
+            kept: The parameters whose gradients its first call did not replace.
+            nonzero: How many gradients were not zero before; None if that is unknown.
+        """
+        if not kept or self._is_captured():
+            return False
+        return nonzero is None or bool(self._summed(nonzero).item())
+
     def _is_captured(self) -> bool:
         return any(map(is_capturing, {param.device for param in self._params()}))
 
     def _call_again(
         self, closure: Callable[[], float], kept: list[Tensor], must_zero: bool
     ) -> None:
-        """Have the closure compute the gradients anew, from zero whether it zeroes them or not.
+        """Call the closure again, on gradients of zero.
 
         Args:
             closure: That of `step`.
             kept: The parameters whose gradients the first call did not replace.
-            must_zero: Whether a closure that does not zero these has added to others' gradients.
+            must_zero: Whether to check that it zeroes these.
 
         Raises:
-            RuntimeError: It has. The gradients are reset then.
+            RuntimeError: It does not. The gradients are reset then.
         """
         params = self._params()
         reset(params, kept)
@@ -217,7 +232,7 @@ class SAM(Optimizer):
         added, is_unsure = self._summed(torch.stack([flag.cpu() for flag in flags])).tolist()
         if added or not is_unsure:
             return bool(added)
-        # NaN in the mark's place: is it the closure's own, and comes again without the mark?
+        # NaN may be the mark or the closure's own gradient, which is NaN again without a mark.
         reset(self._params(), kept)
         with torch.enable_grad():
             closure()
@@ -360,9 +375,10 @@ class SAM(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy needs: as with torch's optimizers, hooks do not travel.
+        """Return what a copy needs.
 
-        Nor does what a scheduler sets on the instance: a `step` that steps this very optimizer.
+        Hooks are not copied, as torch's optimizers do not copy them. Nor is the `step` that a
+        scheduler sets on the instance: it steps this optimizer, not the copy.
         """
         return {name: getattr(self, name) for name in _TRAVELS}
 

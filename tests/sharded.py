@@ -13,7 +13,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -787,7 +786,7 @@ def sam_closures_on_shards(_: Path) -> None:
     optimizer.step(closure)
     expected = _model()
     twin = SAM(AdamCM(expected.parameters(), **OPTIONS), 0.3)
-    for _ in range(4):
+    for _step in range(4):
         for half in (twin.first_step, twin.second_step):
             (2 * _loss(expected, _batch(0))).backward()
             half(zero_grad=True)
@@ -806,9 +805,14 @@ def sam_ddp(_: Path) -> None:
         _compare(model.module, expected)
         optimizer = SAM(AdamCM(model.parameters(), **OPTIONS), 0.3)
         before = [param.detach().clone() for param in model.parameters()]
-        loss = partial(_loss, model, _batch(0))
+
+        def accumulates(model: Any = model) -> Any:
+            loss = _loss(model, _batch(0))
+            loss.backward()
+            return loss
+
         try:
-            optimizer.step(lambda loss=loss: loss().backward())
+            optimizer.step(accumulates)
         except RuntimeError as error:
             assert "closure must zero" in str(error)  # noqa: PT017
         else:

@@ -288,7 +288,8 @@ def _symmetric(eigenvalues: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(len(eigenvalues))
     size = len(eigenvalues)
     basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return basis @ torch.diag(eigenvalues.double()) @ basis.T
+    hessian: Tensor = basis @ torch.diag(eigenvalues.double()) @ basis.T
+    return hessian
 
 
 def _ramp(size: int) -> Tensor:
