@@ -48,8 +48,9 @@ def reset(params: list[Tensor], kept: list[Tensor]) -> None:
     for param in params:
         if id(param) not in in_place:
             param.grad = None
-        elif param.grad is not None:
-            _local(param.grad).zero_()
+    grads = [_local(param.grad) for param in kept if param.grad is not None]
+    if grads:
+        torch._foreach_zero_(grads)
 
 
 class Marks:

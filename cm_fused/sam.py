@@ -214,9 +214,12 @@ class SAM(Optimizer):
             with torch.enable_grad():
                 closure()
             return
+        # One parameter shows whether a closure that zeroed all of them still does.
+        filled = [param for param in kept if param.numel()]
+        marked = filled[:1] if self._closure_zeroes else filled
         self._closure_zeroes = False
         try:
-            with Marks(kept) as marks, torch.enable_grad():
+            with Marks(marked) as marks, torch.enable_grad():
                 closure()
             if self._adds(closure, kept, marks):
                 raise RuntimeError(_ACCUMULATES)

@@ -625,7 +625,10 @@ def test_closures_that_change_gradients(how: str) -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("warm_up", [0, 1, 3])
-def test_accumulation_over_calls_is_refused(micro_batches: int, warm_up: int) -> None:
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulation_over_calls_is_refused(
+    micro_batches: int, warm_up: int, set_to_none: bool
+) -> None:
     """Lightning calls `step` at the last micro-batch, with a closure of that one alone.
 
     The gradient at the perturbed parameters would be that of one micro-batch and the old sum. It
@@ -633,8 +636,8 @@ def test_accumulation_over_calls_is_refused(micro_batches: int, warm_up: int) ->
     """
     run = _Run()
     for t in range(warm_up):
-        run.step(t, _zeroing)
-    run.optimizer.zero_grad()
+        run.step(t, _zeroing if set_to_none else _zeroing_in_place)
+    run.optimizer.zero_grad(set_to_none)
     for t in range(micro_batches):
         _adding(run, t)
     run.check_refused(9, _adding)
@@ -656,6 +659,20 @@ def test_closures_that_never_zero_are_refused(backward: Callable[[_Run, int], An
     run = _Run()
     run.step(0, _adding)
     run.check_refused(1, backward)
+
+
+def test_closure_that_zeroes_some_gradients() -> None:
+    """A closure may zero the gradients of one of two groups, and add to the other's: refused."""
+    run = _Run()
+
+    def closure(run: _Run, t: int) -> Tensor:
+        for param in run.params[:2]:
+            assert param.grad is not None
+            param.grad.zero_()
+        return _adding(run, t)
+
+    run.step(0, _adding)
+    run.check_refused(1, closure)
 
 
 def test_accumulation_as_documented() -> None:
