@@ -250,6 +250,11 @@ def test_errors() -> None:
         sharpness(param.sum(), [param], tolerance=0)
     with pytest.raises(ValueError, match="max_iterations must be >= 1, got 0"):
         sharpness(param.sum(), [param], max_iterations=0)
+    with pytest.raises(ValueError, match="params must have at least one element"):
+        sharpness(param.sum(), [torch.zeros(0, requires_grad=True)])
+    complex_param = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"must be real, got torch.complex64 for params\[1\]"):
+        sharpness(complex_param.abs().sum(), [param, complex_param])
 
 
 @pytest.mark.parametrize(
@@ -297,3 +302,127 @@ def test_sharpness_of_a_linear_loss() -> None:
     x, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     assert sharpness(x.sum(), [x, unused]).eigenvalue == 0
     assert sharpness(x.square().sum(), [x, unused]).eigenvalue == pytest.approx(2)
+
+
+def _symmetric(eigenvalues: Tensor) -> Tensor:
+    """Return a random float64 matrix with these eigenvalues."""
+    generator = torch.Generator().manual_seed(len(eigenvalues))
+    size = len(eigenvalues)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    hessian: Tensor = basis @ torch.diag(eigenvalues.double()) @ basis.T
+    return hessian
+
+
+def _ramp(size: int) -> Tensor:
+    return torch.linspace(0.1, 1.0, size)
+
+
+SPECTRA = {
+    "one parameter": torch.tensor([3.0]),
+    "one parameter, negative": torch.tensor([-3.0]),
+    "pair": torch.tensor([1.0, -1.0]),
+    "pairs": torch.cat([_ramp(15), -_ramp(15)]),
+    "pairs and zeros": torch.cat([_ramp(5), -_ramp(5), torch.zeros(20)]),
+    "larger below": torch.cat([_ramp(15), -100 * _ramp(15)]),
+    "negative": -_ramp(30),
+    "negative, far from 0": -1000 - _ramp(30),
+    "multiple": torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, 1.0, 0.0]),
+    "identity": torch.ones(12),
+    "zero": torch.zeros(7),
+    "rank one": torch.cat([torch.tensor([5.0]), torch.zeros(30)]),
+    "rank one, negative": torch.cat([torch.tensor([-5.0]), torch.zeros(30)]),
+    "many sizes": torch.logspace(-8, 3, 40),
+    "normal": torch.randn(60, generator=torch.Generator().manual_seed(1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_sharpness_of_a_spectrum(name: str, dtype: torch.dtype) -> None:
+    """Whatever the other eigenvalues, what is said to be converged is the largest one.
+
+    Power iteration called pairs of equal size and opposite sign converged where their mixture stood
+    still; the spectra of the older test have a single eigenvalue of largest magnitude.
+    """
+    eigenvalues = SPECTRA[name]
+    hessian = _symmetric(eigenvalues).to(dtype)
+    x = torch.randn(len(eigenvalues), dtype=dtype)
+    # Two tensors, the second of which may be empty.
+    parts = [part.clone().requires_grad_() for part in (x[:1], x[1:])]
+    whole = torch.cat(parts)
+    tolerance = 1e-5
+    result = sharpness(0.5 * whole @ hessian @ whole, parts, tolerance=tolerance)
+    assert result.converged
+    assert result.iterations <= 200
+    size = eigenvalues.abs().max().item()
+    assert abs(result.eigenvalue - eigenvalues.max().item()) <= tolerance * size
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sharpness_of_a_saddle(seed: int) -> None:
+    """The Hessian of x * y has the eigenvalues 1 and -1, whatever vector it starts from.
+
+    The Rayleigh quotient of any vector stands still under power iteration there.
+    """
+    x, y = (torch.tensor(value, requires_grad=True) for value in (0.3, 0.7))
+    result = sharpness(x * y, [x, y], seed=seed)
+    assert result.converged
+    assert result.eigenvalue == pytest.approx(1)
+
+
+@pytest.mark.parametrize("max_iterations", [1, 2, 5])
+def test_sharpness_that_has_not_converged(max_iterations: int) -> None:
+    """Few products do not suffice, and it says so; there are no more of them."""
+    x = torch.ones(30, dtype=torch.float64, requires_grad=True)
+    loss = 0.5 * x @ _symmetric(SPECTRA["pairs"]) @ x
+    result = sharpness(loss, [x], max_iterations=max_iterations)
+    assert not result.converged
+    assert result.iterations == max_iterations
+    assert -1 <= result.eigenvalue <= 1
+
+
+def test_sharpness_with_a_tolerance_out_of_reach() -> None:
+    """Below the rounding of float32 nothing is said to be converged that is not."""
+    x = torch.ones(30, requires_grad=True)
+    loss = 0.5 * x @ _symmetric(SPECTRA["pairs"]).float() @ x
+    result = sharpness(loss, [x], tolerance=1e-12)
+    assert not result.converged
+    assert result.eigenvalue == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_sharpness_that_is_not_finite(value: float) -> None:
+    """A Hessian that is not finite has no largest eigenvalue, and none is claimed."""
+    x = torch.ones(3, requires_grad=True)
+    result = sharpness((value * x.square()).sum(), [x])
+    assert not result.converged
+    assert not math.isfinite(result.eigenvalue)
+    weights = torch.tensor([1.0, 2.0, value])
+    assert not sharpness((weights * x.square()).sum(), [x]).converged
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sharpness_under_autocast(dtype: torch.dtype) -> None:
+    """Called under autocast it has the bits that it has without.
+
+    Its products were made in low precision there; no test called it so.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1))
+    loss = nn.functional.mse_loss(model(torch.randn(32, 6)), torch.randn(32, 1))
+    expected = sharpness(loss, model.parameters())
+    with torch.autocast("cpu", dtype=dtype):
+        assert sharpness(loss, model.parameters()) == expected
+        assert torch.is_autocast_enabled("cpu")
+    with torch.no_grad():
+        assert sharpness(loss, model.parameters()) == expected
+    assert expected.converged
+
+
+def test_sharpness_of_half_precision_parameters() -> None:
+    """Vectors are float32 and products bfloat16, whose rounding the tolerance allows for."""
+    x = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.arange(1.0, 9.0).bfloat16()
+    result = sharpness(0.5 * (weights * x.square()).sum(), [x], tolerance=0.02)
+    assert result.converged
+    assert result.eigenvalue == pytest.approx(8, rel=0.02)

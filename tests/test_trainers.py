@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cm_fused import AdamCM, AdamWCM
+from cm_fused import SAM, AdamCM, AdamWCM
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
@@ -196,3 +196,96 @@ def test_lightning(tmp_path: Path) -> None:
     trainer.save_checkpoint(checkpoint)
     resumed, _ = _lightning(tmp_path, 2, checkpoint)
     _assert_same(resumed, whole)
+
+
+def _lightning_sam(folder: Path, manual: bool, **arguments: Any) -> nn.Module:
+    """Train with SAM, over pairs of batches if `manual`, and return the model."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+            self.automatic_optimization = not manual
+            self.waiting: list[dict[str, Tensor]] = []
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor | None:
+            if not manual:
+                return self.model(**batch)["loss"]  # type: ignore[no-any-return]
+            self.waiting.append(batch)
+            if len(self.waiting) == 2:
+                self.optimizers().step(self._closure)
+                self.waiting.clear()
+            return None
+
+        def _closure(self) -> None:
+            self.optimizers().zero_grad()
+            for batch in self.waiting:
+                self.manual_backward(self.model(**batch)["loss"] / 2)
+
+        def configure_optimizers(self) -> Any:
+            return SAM(torch.optim.SGD(self.parameters(), lr=0.02), rho=0.3)
+
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **arguments,
+    )
+    module = Module()
+    try:
+        trainer.fit(module, DataLoader(Sums(), batch_size=BATCH))
+    except RuntimeError:
+        assert trainer.global_step == (0 if "callbacks" not in arguments else STEPS)
+        raise
+    return module.model
+
+
+def _sam_by_hand(batch: int, epochs: int = 2) -> nn.Module:
+    model = Model()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.02), rho=0.3)
+    for _ in range(epochs):
+        for items in DataLoader(Sums(), batch_size=batch):
+
+            def closure(items: dict[str, Tensor] = items) -> Any:
+                optimizer.zero_grad()
+                loss = model(**items)["loss"]
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    return model
+
+
+def test_lightning_sam(tmp_path: Path) -> None:
+    """Lightning's automatic optimization calls SAM's step with a closure, as it should be."""
+    _assert_same(_lightning_sam(tmp_path, manual=False), _sam_by_hand(BATCH))
+
+
+def test_lightning_sam_accumulates_by_hand(tmp_path: Path) -> None:
+    """With manual optimization a closure over two batches is SAM of both."""
+    pairs = _lightning_sam(tmp_path, manual=True)
+    for mine, theirs in zip(pairs.parameters(), _sam_by_hand(2 * BATCH).parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_lightning_does_not_accumulate_for_sam(tmp_path: Path) -> None:
+    """`accumulate_grad_batches` has the closure compute one batch: refused at the first step.
+
+    SAM took the sum of both batches at the first call, and added one of them at the second.
+    Lightning was tested with other optimizers alone.
+    """
+    with pytest.raises(RuntimeError, match="closure must zero the gradients before it adds"):
+        _lightning_sam(tmp_path, manual=False, accumulate_grad_batches=2)
+
+
+def test_lightning_does_not_begin_to_accumulate_for_sam(tmp_path: Path) -> None:
+    """A scheduler may turn accumulation on later, after steps that were right."""
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    later = callbacks.GradientAccumulationScheduler({1: 2})
+    with pytest.raises(RuntimeError, match="closure must zero the gradients before it adds"):
+        _lightning_sam(tmp_path, manual=False, callbacks=[later])
