@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -36,12 +36,20 @@ from cm_fused._sharding import (
 from cm_fused._undo import Undo
 
 
+class Release(Protocol):
+    """Steps an optimizer's parameters inside backward; `enable_gradient_release` makes it."""
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None: ...
+
+    def _follow_groups(self) -> None: ...
+
+
 class CriticalAdam(CheckpointedOptimizer):
     """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
 
     _critical_gradients: ClassVar[bool]
-    # Whether `enable_gradient_release` has the parameters stepped: of the process, never copied.
-    _steps_in_backward = False
+    # What steps the parameters inside backward: belongs to the process, never copied.
+    _release: Release | None = None
 
     def __init__(
         self,
@@ -126,7 +134,8 @@ class CriticalAdam(CheckpointedOptimizer):
         Raises:
             ValueError: An option is out of its range, or asks for low-precision state of float64 or
                 complex parameters; nothing is added.
-            RuntimeError: The requested backend cannot serve the parameters; nothing is added.
+            RuntimeError: The requested backend, or gradient release, cannot serve the parameters;
+                nothing is added.
         """
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group})
@@ -138,7 +147,9 @@ class CriticalAdam(CheckpointedOptimizer):
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
                     select(group["backend"], device)
-        except (RuntimeError, ValueError):
+            if self._release is not None:
+                self._release._follow_groups()
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -167,7 +178,7 @@ class CriticalAdam(CheckpointedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._steps_in_backward:
+        if self._release is not None:
             return loss
         self._finish_step()
         # All that can fail comes first, for every group.
@@ -196,17 +207,23 @@ class CriticalAdam(CheckpointedOptimizer):
         return loss
 
     @torch.no_grad()
-    def _step_alone(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """Step one parameter, which is a priority scope of its own, if it has a gradient."""
+    def _step_alone(self, index: int, position: int) -> None:
+        """Step one parameter, which is a priority scope of its own, if it has a gradient.
+
+        Args:
+            index: Of its group.
+            position: Of the parameter in the group.
+        """
+        group = self.param_groups[index]
+        param = group["params"][position]
         alone = {**group, "params": [param]}
-        check_gradients(index, [param])
+        check_gradients(index, [param], position)
         made = []
-        plan = self._plans_alone.get(id(param))
-        if plan is not None and plan.holds_for(self.state, alone, self._participants(alone)):
+        plan = self._plan_alone(alone, param, index, position)
+        if plan is not None:
             _state.check_param(local(param), _state.local_state(self.state[param]))
             plan.take_gradients()
         else:
-            plan = None
             made = self._make_state([alone])
         try:
             plan = plan or self._new_plan(alone)
@@ -217,6 +234,23 @@ class CriticalAdam(CheckpointedOptimizer):
             raise
         self._plans_alone[id(param)] = plan
         plan.drop_gradients()
+
+    def _plan_alone(
+        self, alone: dict[str, Any], param: Tensor, index: int, position: int
+    ) -> Plan | None:
+        """Return the last plan of a parameter, where it serves again."""
+        plan = self._plans_alone.get(id(param))
+        if plan is None or not plan.holds_for(self.state, alone, self._participants(alone)):
+            return None
+        # Its random bits depend on its place among all parameters.
+        place = position + sum(len(group["params"]) for group in self.param_groups[:index])
+        if any(bucket.param_indices != [place] for _, bucket in plan.buckets):
+            return None
+        return plan
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._release is not None:
+            self._release._check_groups(groups)
 
     def _finish_step(self) -> None:
         """Keep the books of the last step, where they were left for the norms' sum."""
