@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cm_fused._backward_pass import BackwardPasses, is_outermost_forward
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused._sharding import is_sharded
 from cm_fused.sam import SAM
@@ -21,6 +22,7 @@ class GradientRelease:
     def __init__(self, model: nn.Module, optimizer: CriticalAdam) -> None:
         self._model = model
         self._optimizer = optimizer
+        self._passes = BackwardPasses(self._step)
         # The optimizer's parameters, in order, and for each its group and its place in the group.
         self._params: list[Tensor] = []
         self._places: dict[int, tuple[int, int]] = {}
@@ -41,6 +43,7 @@ class GradientRelease:
             handle.remove()
         self._model_handles = []
         self._handles = {}
+        self._passes.forget()
         if self._optimizer._release is self:
             self._optimizer._release = None
             self._optimizer._plans_alone = {}
@@ -81,10 +84,15 @@ class GradientRelease:
             ValueError: An option needs all gradients at once.
             RuntimeError: A parameter cannot be stepped in backward.
         """
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        if not is_outermost_forward():
             return
         _check_options(self._optimizer.param_groups)
         self._follow_groups()
+
+    def _after_forward(self, outputs: Any) -> None:
+        """Have the backward pass noticed that begins at these outputs of the model."""
+        if is_outermost_forward():
+            self._passes.watch(outputs)
 
     def _hook_params(self, params: list[Tensor]) -> None:
         """Have hooks on the parameters that can have a gradient, all of them or none."""
@@ -103,8 +111,17 @@ class GradientRelease:
 
     def _hook_model(self) -> None:
         for module in _called_modules(self._model):
-            handle = module.register_forward_pre_hook(_BeforeForward(self))
-            self._model_handles.append(handle)
+            handles = self._model_handles
+            handles.append(module.register_forward_pre_hook(_BeforeForward(self)))
+            handles.append(module.register_forward_hook(_AfterForward(self)))
+
+    def _step_or_wait(self, param: Tensor) -> None:
+        try:
+            if self._passes.may_step(param):
+                self._step(param)
+        except BaseException:
+            param.grad = None  # which the next backward pass would add to
+            raise
 
     def _step(self, param: Tensor) -> None:
         """Step a parameter with the options of the group it is in now, and free its gradient."""
@@ -145,7 +162,7 @@ class _GradientHook:
     def __call__(self, param: Tensor) -> None:
         release = self._release()
         if release is not None:
-            release._step(param)
+            release._step_or_wait(param)
 
 
 class _ModelHook:
@@ -166,6 +183,14 @@ class _BeforeForward(_ModelHook):
             self.release._before_forward()
 
 
+class _AfterForward(_ModelHook):
+    """Has the backward pass noticed that begins at the outputs."""
+
+    def __call__(self, _: nn.Module, __: Any, outputs: Any) -> None:
+        if self.release is not None and not torch.compiler.is_compiling():
+            self.release._after_forward(outputs)
+
+
 def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> GradientRelease:
     """Step each parameter inside backward as soon as its gradient is there, and free the gradient.
 
@@ -174,6 +199,9 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
     any, and `zero_grad` finds nothing; schedulers and checkpoints work as ever, and param groups
     may be changed and added. Accumulating gradients over several backward passes is not possible:
     each of them steps. A parameter is not stepped while it is frozen.
+
+    Reentrant checkpointing (`torch.utils.checkpoint` with `use_reentrant=True`) keeps the gradients
+    until backward ends, and needs a loss that is computed from what `model(...)` returns.
 
     Args:
         model: Its parameters that the optimizer has are stepped in backward.

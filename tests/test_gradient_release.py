@@ -241,7 +241,7 @@ def test_enabling_that_fails_leaves_nothing(
     owner: type[Any]
     owner, name = {
         "param": (Tensor, "register_post_accumulate_grad_hook"),
-        "model": (nn.Module, "register_forward_pre_hook"),
+        "model": (nn.Module, f"register_forward_{'pre_' if number % 2 else ''}hook"),
     }[hook]
     register, calls = getattr(owner, name), []
 
