@@ -1,5 +1,6 @@
 """Stepping inside backward, so that gradients need not be there all at once."""
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -7,13 +8,22 @@ from operator import is_
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from cm_fused._backward_pass import BackwardPasses, is_outermost_forward
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused._sharding import is_sharded
 from cm_fused.sam import SAM
+
+_DDP_REMEDY = (
+    "DistributedDataParallel averages gradients only after the hooks that step here, and its "
+    "buckets keep all gradients anyway; call optimizer.step() after backward, or use "
+    "torch.distributed.optim._apply_optimizer_in_backward, which it supports"
+)
+_FSDP = "torch.distributed.fsdp"
 
 
 class GradientRelease:
@@ -68,6 +78,7 @@ class GradientRelease:
         if len(params) == len(self._params) and all(map(is_, params, self._params)):
             return
         _check_options(groups)
+        _check_model(self._model)
         _check_params(self._model, groups, self._handles)
         self._hook_params(params)
         self._params = params
@@ -77,22 +88,37 @@ class GradientRelease:
             for position, param in enumerate(group["params"])
         }
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _before_forward(self) -> None:
         """See, before anything is changed, what has changed since the last forward pass.
 
         Raises:
             ValueError: An option needs all gradients at once.
-            RuntimeError: A parameter cannot be stepped in backward.
+            RuntimeError: DDP reduces gradients, or a parameter cannot be stepped in backward.
         """
         if not is_outermost_forward():
             return
+        if dist.is_available() and dist.is_initialized():
+            _check_model(self._model)
+            self._check_ddp()
         _check_options(self._optimizer.param_groups)
         self._follow_groups()
 
     def _after_forward(self, outputs: Any) -> None:
         """Have the backward pass noticed that begins at these outputs of the model."""
-        if is_outermost_forward():
-            self._passes.watch(outputs)
+        if not is_outermost_forward():
+            return
+        self._check_ddp()  # `replicate` may become active after the hook before forward
+        self._passes.watch(outputs)
+
+    def _check_ddp(self) -> None:
+        """Check that the forward pass is not one of DDP, which reduces the gradients."""
+        ddp = _ddp()
+        if ddp is None:
+            return
+        reduced = {id(param) for param in getattr(ddp, "_module_parameters", ddp.parameters())}
+        if not reduced.isdisjoint(map(id, self._params)):
+            raise RuntimeError(f"gradient release does not work under DDP: {_DDP_REMEDY}")
 
     def _hook_params(self, params: list[Tensor]) -> None:
         """Have hooks on the parameters that can have a gradient, all of them or none."""
@@ -179,7 +205,8 @@ class _BeforeForward(_ModelHook):
     """Looks, before anything is changed, for what has changed since the last forward pass."""
 
     def __call__(self, *_: Any) -> None:
-        if self.release is not None and not torch.compiler.is_compiling():
+        # A compiled forward is left as it is, unless it is to be refused.
+        if self.release is not None and not (torch.compiler.is_compiling() and _ddp() is None):
             self.release._before_forward()
 
 
@@ -215,7 +242,8 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
         TypeError: `model` is not a module, or `optimizer` is `SAM` or not of this package.
         ValueError: A group has priority_scope="group", max_grad_norm, skip_nonfinite or
             amp_scaling, which need all gradients at once.
-        RuntimeError: It is enabled already, or a parameter of the optimizer is not the model's, is
+        RuntimeError: It is enabled already, the model is or has a `DistributedDataParallel` or
+            `FullyShardedDataParallel`, or a parameter of the optimizer is not the model's, is
             stepped in backward by another optimizer, or is a DTensor, whose norm is a sum over
             processes. Nothing has been changed then.
     """
@@ -262,6 +290,29 @@ def _refuse_options(index: int, group: dict[str, Any]) -> None:
                 f"gradient release needs {name}={required!r}, got {group[name]!r} in group "
                 f"{index}: {reason}, but each is freed within backward"
             )
+
+
+def _check_model(model: nn.Module) -> None:
+    fsdp = getattr(sys.modules.get(_FSDP), "FullyShardedDataParallel", ())
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            raise RuntimeError(f"model must not be or have a DDP module: {_DDP_REMEDY}")
+        if isinstance(module, fsdp):
+            _refuse_fsdp()
+    if any(getattr(param, "_fsdp_flattened", False) for param in model.parameters()):
+        _refuse_fsdp()
+
+
+def _ddp() -> Any:
+    """Return the `DistributedDataParallel` whose forward pass this is, or None."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def _refuse_fsdp() -> None:
+    raise RuntimeError(
+        "model must not be or have a FullyShardedDataParallel module, which shards gradients only "
+        "after the hooks that step here; call optimizer.step() after backward"
+    )
 
 
 def _check_params(
