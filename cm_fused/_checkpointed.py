@@ -28,6 +28,10 @@ class CheckpointedOptimizer(Optimizer):
     def _forget_plans(self) -> None:
         """Have nothing prepared for the next step."""
 
+    @abstractmethod
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Check that the parameters can be stepped with the options of these groups."""
+
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
@@ -73,7 +77,8 @@ class CheckpointedOptimizer(Optimizer):
             state_dict: What `state_dict()` returned.
 
         Raises:
-            ValueError: Groups, shapes or capacity do not match. Nothing has been changed then.
+            ValueError: Groups, shapes or capacity do not match, or gradient release is enabled and
+                cannot serve the groups. Nothing has been changed then.
         """
         # Hooks may change it.
         state_dict = copy.copy(state_dict)
@@ -84,6 +89,7 @@ class CheckpointedOptimizer(Optimizer):
         _checkpoint.check_form(state_dict)
         saved_groups = state_dict["param_groups"]
         groups = _checkpoint.loaded_groups(self.param_groups, saved_groups)
+        self._check_groups(groups)
         _checkpoint.check_state(groups, state_dict)
         _checkpoint.warn_of_conversion(groups, saved_groups)
         _checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)

@@ -193,18 +193,19 @@ def check_capturable(params: list[Tensor]) -> None:
             )
 
 
-def check_gradients(group_index: int, params: list[Tensor]) -> None:
+def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> None:
     """Check that every gradient fits its parameter; strides may differ.
 
     Args:
         group_index: Names the group, for messages.
-        params: The parameters of a group; those without a gradient are passed over.
+        params: Parameters of a group; those without a gradient are passed over.
+        first: The position in the group of the first of them, for messages.
 
     Raises:
         RuntimeError: A gradient is sparse or integer, or its dtype, shape or device is not its
             parameter's.
     """
-    for i, param in enumerate(params):
+    for i, param in enumerate(params, first):
         grad = param.grad
         if grad is None:
             continue

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
 from types import FunctionType
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -39,12 +39,20 @@ from cm_fused._sharding import (
 from cm_fused._undo import Undo
 
 
+class Release(Protocol):
+    """Steps an optimizer's parameters inside backward; `enable_gradient_release` makes it."""
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None: ...
+
+    def _follow_groups(self) -> None: ...
+
+
 class CriticalAdam(CheckpointedOptimizer):
     """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
 
     _critical_gradients: ClassVar[bool]
-    # Whether `enable_gradient_release` has the parameters stepped: of the process, never copied.
-    _steps_in_backward = False
+    # What steps the parameters inside backward: belongs to the process, never copied.
+    _release: Release | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Give the class a constructor of its own, whose errors name it and not its base."""
@@ -146,7 +154,8 @@ class CriticalAdam(CheckpointedOptimizer):
         Raises:
             ValueError: An option is out of its range, or asks for low-precision state of float64 or
                 complex parameters; nothing is added.
-            RuntimeError: The requested backend cannot serve the parameters; nothing is added.
+            RuntimeError: The requested backend, or gradient release, cannot serve the parameters;
+                nothing is added.
         """
         if isinstance(param_group, dict):
             options = plain_options(
@@ -162,7 +171,9 @@ class CriticalAdam(CheckpointedOptimizer):
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
                     select(group["backend"], device)
-        except (RuntimeError, ValueError):
+            if self._release is not None:
+                self._release._follow_groups()
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -191,7 +202,7 @@ class CriticalAdam(CheckpointedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._steps_in_backward:
+        if self._release is not None:
             return loss
         self._finish_step()
         # All that can fail comes first, for every group.
@@ -220,13 +231,20 @@ class CriticalAdam(CheckpointedOptimizer):
         return loss
 
     @torch.no_grad()
-    def _step_alone(self, index: int, group: dict[str, Any], param: Tensor) -> None:
-        """Step one parameter, which is a priority scope of its own, if it has a gradient."""
+    def _step_alone(self, index: int, position: int) -> None:
+        """Step one parameter, which is a priority scope of its own, if it has a gradient.
+
+        Args:
+            index: Of its group.
+            position: Of the parameter in the group.
+        """
+        group = self.param_groups[index]
+        param = group["params"][position]
         alone = {**group, "params": [param]}
-        check_gradients(index, [param])
+        check_gradients(index, [param], position)
         made = []
+        first = position + sum(len(group["params"]) for group in self.param_groups[:index])
         plan = self._plans_alone.get(id(param))
-        (first,) = self._indices([param])
         if plan is not None and plan.holds_for(self.state, alone, first, self._participants(alone)):
             with self._naming(param):
                 _state.check_param(local(param), _state.local_state(self.state[param]))
@@ -243,6 +261,10 @@ class CriticalAdam(CheckpointedOptimizer):
             raise
         self._plans_alone[id(param)] = plan
         plan.drop_gradients()
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._release is not None:
+            self._release._check_groups(groups)
 
     def _finish_step(self) -> None:
         """Keep the books of the last step, where they were left for the norms' sum."""
@@ -366,6 +388,8 @@ class CriticalAdam(CheckpointedOptimizer):
         try:
             yield
         except RuntimeError as error:
+            if type(error) is not RuntimeError:  # running out of a device's memory, for one
+                raise
             raise RuntimeError(f"{self._name_of(param)}: {error}") from error
 
     def _name_of(self, param: Tensor) -> str:

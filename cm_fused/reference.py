@@ -141,7 +141,8 @@ def effective_gradient(bucket: Bucket, i: int, options: StepOptions) -> Tensor:
 
 def _sq_norm(g: Tensor) -> Tensor:
     # In float64 a float32 gradient's square neither overflows nor underflows.
-    return torch.linalg.vector_norm(g, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(g, dtype=torch.float64)
+    return norm.square()
 
 
 def _with_l2_term(g: Tensor, param: Tensor, options: StepOptions) -> Tensor:

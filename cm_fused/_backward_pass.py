@@ -1,0 +1,189 @@
+"""Tells a gradient's hook whether its backward pass may add more to that gradient."""
+
+import sys
+import weakref
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.utils._pytree import tree_leaves
+
+# NOTE: [Backward within backward]
+# Reentrant checkpointing computes each checkpoint again and runs a backward pass of its own for it,
+# within the outermost pass. The outermost pass does not know of those passes: a parameter that they
+# share gets a part of its gradient from each of them, and is used again by the next computation.
+# Such a pass therefore lets all parameters wait until it ends. The engine calls a callback when
+# the pass in which it was queued ends, so the callback must be queued by the outermost pass; that
+# pass runs the hooks on the model's outputs.
+
+# How the engine calls the backward of a Function; the names differ between torch releases.
+_BACKWARD_CALLS: frozenset[CodeType] = frozenset(
+    getattr(BackwardCFunction, name).__code__
+    for name in ("apply", "apply_boxed")
+    if hasattr(BackwardCFunction, name)
+)
+_REMEDY = (
+    "pass use_reentrant=False to torch.utils.checkpoint, or compute the loss from what calling the "
+    "model returns"
+)
+
+
+class _Pass:
+    """An outermost backward pass, called by the engine when it ends.
+
+    The engine alone keeps it alive. It is gone after the pass, also after one that failed.
+    """
+
+    def __init__(self, graph_task: int, at_end: Callable[[], None]) -> None:
+        self.graph_task = graph_task
+        # Whether it may run others within it.
+        self.has_others = False
+        # The parameters that have been stepped in it, by id.
+        self.stepped: set[int] = set()
+        # The sequence numbers of the nodes in which checkpoints have been looked for.
+        self.searched: set[int] = set()
+        self._at_end = at_end
+
+    def __call__(self) -> None:
+        self._at_end()
+
+
+class BackwardPasses:
+    """The backward passes of a model, each from its outputs to its parameters."""
+
+    def __init__(self, step: Callable[[Tensor], None]) -> None:
+        """Start with no pass.
+
+        Args:
+            step: Called with a parameter that had to wait, at the end of the pass.
+        """
+        self._step = step
+        self._outermost: weakref.ref[_Pass] | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def watch(self, outputs: Any) -> None:
+        """Notice the backward pass that begins at these outputs of the model."""
+        hook = _OutputHook(self)
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def may_step(self, param: Tensor) -> bool:
+        """Return whether a gradient is final; else its parameter waits for the end of the pass.
+
+        Args:
+            param: A parameter whose gradient has just been accumulated, in a hook of it.
+
+        Raises:
+            RuntimeError: The gradient is a part, and the end of the pass cannot be found or the
+                parameter has already been stepped with another part.
+        """
+        outermost = self._current()
+        if outermost is None:
+            if _is_within_backward():
+                raise RuntimeError(
+                    "gradient release cannot tell when the backward pass ends: a gradient of shape "
+                    f"{tuple(param.shape)} comes from a backward pass within another one, and the "
+                    f"loss was not computed from the model's outputs; {_REMEDY}"
+                )
+            return True
+        outermost.has_others |= _graph_task() != outermost.graph_task
+        if not outermost.has_others:
+            outermost.stepped.add(id(param))
+            return True
+        stepped = id(param) in outermost.stepped
+        del outermost  # which an error must not keep alive
+        if stepped:
+            raise RuntimeError(
+                f"gradient release has stepped a parameter of shape {tuple(param.shape)} before a "
+                "backward pass within the same backward pass added to its gradient; use "
+                "torch.utils.checkpoint with use_reentrant=False"
+            )
+        self._waiting[id(param)] = param
+        return False
+
+    def forget(self) -> None:
+        """Have no parameter wait; their gradients stay."""
+        self._waiting.clear()
+
+    def _current(self) -> _Pass | None:
+        return None if self._outermost is None else self._outermost()
+
+    def enter(self) -> None:
+        """Begin an outermost pass, in the hook of an output, unless one has begun."""
+        outermost = self._current()
+        if outermost is None:
+            # What a failed pass has left is no part of this pass's gradients.
+            for param in self._waiting.values():
+                param.grad = None
+            self._waiting.clear()
+            outermost = _Pass(_graph_task(), self._finish)
+            # torch has no public name for it, and no type.
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(outermost)
+            self._outermost = weakref.ref(outermost)
+        if outermost.graph_task == _graph_task() and not outermost.has_others:
+            node = torch._C._current_autograd_node()
+            outermost.has_others = _leads_to_checkpoint(node, outermost.searched)
+
+    def _finish(self) -> None:
+        self._outermost = None
+        while self._waiting:
+            self._step(self._waiting.pop(next(iter(self._waiting))))
+
+
+def is_outermost_forward() -> bool:
+    """Return whether a backward pass may follow; none does that of a checkpoint, or no_grad."""
+    return torch.is_grad_enabled() and _graph_task() == -1
+
+
+class _OutputHook:
+    """Notices a backward pass; a graph that it is kept alive by keeps no model alive."""
+
+    def __init__(self, passes: BackwardPasses) -> None:
+        self._passes = weakref.ref(passes)
+
+    def __call__(self, _: Tensor) -> None:
+        passes = self._passes()
+        if passes is not None:
+            passes.enter()
+
+
+def _graph_task() -> int:
+    """Return the number of the backward pass that this thread is in, or -1."""
+    return torch._C._current_graph_task_id()
+
+
+def _is_within_backward() -> bool:
+    """Return whether the backward of a Function has called the one that runs this hook."""
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        if caller.f_code in _BACKWARD_CALLS:
+            return True
+        frame = caller
+    return False
+
+
+def _leads_to_checkpoint(node: Any, searched: set[int]) -> bool:
+    """Return whether the graph of a node has a reentrant checkpoint.
+
+    Args:
+        node: Where the backward pass begins.
+        searched: The sequence numbers of the nodes that other searches have seen; changed.
+            Numbers, since a node that is kept alive keeps the tensors that a Function stored.
+    """
+    seen = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen or node._sequence_nr() in searched:
+            continue
+        if isinstance(node, BackwardCFunction) and "checkpoint" in type(node).__name__.lower():
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    searched.update(node._sequence_nr() for node in seen)
+    return False
