@@ -67,7 +67,11 @@ class Plan:
             and _deciding_options(group) == self._options
             and first == self._first
             and _same(group["params"], self._group_params)
-            and _same(params, self._params)
+            # Where all of the group take part, as then, they have been compared.
+            and (
+                len(params) == len(self._params) == len(self._group_params)
+                or _same(params, self._params)
+            )
             and (self._locals is None or all(map(is_, map(local, params), self._locals)))
             and (self._dtypes is None or self._dtypes == [param.dtype for param in params])
         )
