@@ -53,6 +53,10 @@ SHAPED_KEYS = {
 }
 
 
+# Dtypes that moments have where no `moment_dtype` is asked for, besides float32.
+_WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)
+
+
 def required_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the state keys that every backend needs under a group's options."""
     keys = ["step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities"]
@@ -91,17 +95,28 @@ def check_param(param: Tensor, state: State) -> None:
     """Check that a step could write a parameter and that its state, if any, fits it.
 
     Raises:
-        RuntimeError: The parameter is an expanded tensor, or its shape is not its state's.
+        RuntimeError: The parameter is an expanded tensor, or its shape or dtype is not its state's.
     """
     if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
             "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
             f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
         )
-    if "exp_avg" in state and state["exp_avg"].shape != param.shape:
+    if "exp_avg" not in state:
+        return
+    exp_avg = state["exp_avg"]
+    if exp_avg.shape != param.shape:
         raise RuntimeError(
-            f"a parameter must keep the shape {tuple(state['exp_avg'].shape)} of its state, got "
+            f"a parameter must keep the shape {tuple(exp_avg.shape)} of its state, got "
             f"{tuple(param.shape)}; delete optimizer.state[param] to start anew"
+        )
+    # Moments of lower precision are those of parameters whose state is float32.
+    computed = exp_avg.dtype if exp_avg.dtype in _WIDE_DTYPES else torch.float32
+    if computed != state_dtype(param.dtype):
+        raise RuntimeError(
+            f"a parameter must have a dtype that fits its state of {computed}, got {param.dtype}; "
+            "load state_dict() into a new optimizer to convert the state, or delete "
+            "optimizer.state[param] to start anew"
         )
 
 
