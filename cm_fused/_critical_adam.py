@@ -376,7 +376,8 @@ class CriticalAdam(CheckpointedOptimizer):
         params = [local(param) for param in params]
         if any(map(torch.is_complex, params)):
             params = [_state.as_real(param) for param in params]
-            grads = [_state.as_real(grad) for grad in grads]
+            # Autograd leaves the conjugation of a complex gradient to whoever reads it.
+            grads = [_state.as_real(grad.resolve_conj()) for grad in grads]
             lists = {name: [_state.as_real(t) for t in tensors] for name, tensors in lists.items()}
         return Bucket(params, grads, **lists, param_indices=indices, element_places=places)
 

@@ -95,12 +95,20 @@ def check_param(param: Tensor, state: State) -> None:
     """Check that a step could write a parameter and that its state, if any, fits it.
 
     Raises:
-        RuntimeError: The parameter is an expanded tensor, or its shape or dtype is not its state's.
+        RuntimeError: The parameter is an expanded tensor, or a lazy conjugate or negative, or its
+            shape or dtype is not its state's.
     """
     if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
             "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
             f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
+        )
+    # torch.compile does not trace the questions.
+    if not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):
+        raise RuntimeError(
+            "a parameter must not be a lazy conjugate or negative, got a lazy "
+            f"{'conjugate' if param.is_conj() else 'negative'}; set "
+            "param.data = param.data.resolve_conj().resolve_neg()"
         )
     if "exp_avg" not in state:
         return
