@@ -129,3 +129,27 @@ def test_model_turned_to_double(
         successor.load_state_dict(optimizer.state_dict())
         train(successor, range(3, 5))
         assert all(state["step"] == 5 for state in successor.state_dict()["state"].values())
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch says of itself while it compiles
+@on_each_backend
+@of_each_kind
+def test_compiled_step_of_complex_parameters(cls: type[CriticalAdam], backend: str) -> None:
+    """A compiled step of complex parameters beside real ones is the plain one.
+
+    Thread: pytorch/pytorch#110706, where Dynamo failed on torch's optimizers of complex parameters.
+    The fused steps raised "setStorage: sizes ... are out of bounds"; the older tests compiled real
+    parameters alone.
+    """
+    torch._dynamo.reset()
+    runs = []
+    for compiles in (False, True):
+        params = [nn.Parameter(torch.ones(5, dtype=torch.complex64)), nn.Parameter(torch.ones(3))]
+        optimizer = cls(params, lr=1e-2, backend=backend)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiles else optimizer.step
+        for t in range(3):
+            give_gradients(optimizer, t)
+            step()
+        runs.append(trained(optimizer))
+    torch._dynamo.reset()
+    assert_same(runs[1], runs[0])
