@@ -459,8 +459,12 @@ class CriticalAdam(CheckpointedOptimizer):
         places = _element_places(params, lists["exp_avgs"], group)
         params = [local(param) for param in params]
         if any(map(torch.is_complex, params)):
+            if torch.compiler.is_compiling() and backend is not EAGER:
+                # A graph cannot give an operator that changes it a complex input as pairs of reals.
+                torch._dynamo.graph_break("complex parameters are compiled by backend='eager'")
             params = [_state.as_real(param) for param in params]
-            grads = [_state.as_real(grad) for grad in grads]
+            # Autograd leaves the conjugation of a complex gradient to whoever reads it.
+            grads = [_state.as_real(grad.resolve_conj()) for grad in grads]
             lists = {name: [_state.as_real(t) for t in tensors] for name, tensors in lists.items()}
         return Bucket(params, grads, **lists, param_indices=indices, element_places=places)
 

@@ -55,6 +55,8 @@ SHAPED_KEYS = {
 
 # What a buffer is made of: whole or new, never a part of it.
 BUFFER_KEYS = ("critical_buffer", "priorities", "critical_scales", "critical_sum", "pending_slot")
+# Dtypes that moments have where no `moment_dtype` is asked for, besides float32.
+_WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)
 LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -104,26 +106,46 @@ def check_param(param: Tensor, state: State) -> None:
     """Check that a step could write a parameter and that its state, if any, fits it.
 
     Raises:
-        RuntimeError: The parameter is an expanded tensor, or its shape is not its state's.
+        RuntimeError: The parameter is an expanded tensor, or a lazy conjugate or negative, or its
+            shape or dtype is not its state's.
     """
     if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
             "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
             f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
         )
+    # torch.compile does not trace the questions.
+    if not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):
+        raise RuntimeError(
+            "a parameter must not be a lazy conjugate or negative, got a lazy "
+            f"{'conjugate' if param.is_conj() else 'negative'}; set "
+            "param.data = param.data.resolve_conj().resolve_neg()"
+        )
     for key, leading in SHAPED_KEYS.items():
         # A compensation of what is not rounded is empty.
-        if key not in state or key == "compensation":
-            continue
-        shape = state[key].shape
-        if shape[leading:] != param.shape:
-            slots = "C, " if leading else ""
-            raise RuntimeError(
-                f"the state's {key!r} must have the parameter's shape, "
-                f"({slots}{', '.join(map(str, param.shape))}), got {tuple(shape)}; change all "
-                "tensors of the state as the parameter is changed, delete 'critical_buffer' from "
-                "optimizer.state[param] to start with an empty buffer, or delete all of it"
-            )
+        if key in state and key != "compensation":
+            _check_shape(key, state[key], param, leading)
+    # Moments of lower precision are those of parameters whose state is float32.
+    stored = state["exp_avg"].dtype if "exp_avg" in state else None
+    computed = stored if stored in _WIDE_DTYPES else torch.float32
+    if stored is not None and computed != state_dtype(param.dtype):
+        raise RuntimeError(
+            f"a parameter must have a dtype that fits its state of {computed}, got {param.dtype}; "
+            "load state_dict() into a new optimizer to convert the state, or delete "
+            "optimizer.state[param] to start anew"
+        )
+
+
+def _check_shape(key: str, tensor: Tensor, param: Tensor, leading: int) -> None:
+    if tensor.shape[leading:] == param.shape:
+        return
+    slots = "C, " if leading else ""
+    raise RuntimeError(
+        f"the state's {key!r} must have the parameter's shape, "
+        f"({slots}{', '.join(map(str, param.shape))}), got {tuple(tensor.shape)}; change all "
+        "tensors of the state as the parameter is changed, delete 'critical_buffer' from "
+        "optimizer.state[param] to start with an empty buffer, or delete all of it"
+    )
 
 
 def missing_state(

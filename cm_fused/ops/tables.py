@@ -168,7 +168,12 @@ class Tables:
         self._replaced = tables
 
     def _refresh(self, params: list[Tensor], grads: list[Tensor], host: Tensor) -> int:
+        if any(map(Tensor.is_neg, params)):
+            raise RuntimeError("a parameter must not be a lazy negative")  # which the step names
         if self._held is not None:
+            # The operator would be given copies of lazy negatives, which end with its call.
+            if any(map(Tensor.is_neg, grads)):
+                return _NEEDS_COPIES
             refreshed: int = torch.ops.cm_fused.refresh_table_(self._held.id, params, grads, host)
             return refreshed
         return _refresh_in_python(params, grads, self._state, host)
