@@ -159,10 +159,12 @@ def check_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> 
 
 
 def _check_step(where: str, step: Any) -> None:
-    if not float(step) >= 0 or math.isinf(step):
-        raise ValueError(
-            f"'step' in the state of {where} must be finite and >= 0, got {float(step)}"
-        )
+    try:
+        count = float(step)
+    except RuntimeError:  # a tensor without values, of an estimate of a run's memory
+        return
+    if not 0 <= count < math.inf:
+        raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
 
 
 def take_over_state(

@@ -140,6 +140,24 @@ def check_zero(groups: list[dict[str, Any]]) -> None:
             )
 
 
+def check_no_duplicates(params: list[Tensor]) -> None:
+    """Check that a group has every parameter once.
+
+    torch's optimizers step a parameter as often as they have it, with one state and one gradient.
+
+    Raises:
+        ValueError: It has one twice.
+    """
+    places: dict[int, int] = {}
+    for i, param in enumerate(params):
+        first = places.setdefault(id(param), i)
+        if first != i:
+            raise ValueError(
+                f"params must have every parameter once, got params[{first}] again as params[{i}]; "
+                "pass list(dict.fromkeys(params))"
+            )
+
+
 def check_low_precision(group: Mapping[str, Any]) -> None:
     """Check that the parameters of a group can have the state that its options ask for.
 

@@ -20,6 +20,7 @@ from cm_fused._checks import (
     check_capturable,
     check_gradients,
     check_low_precision,
+    check_no_duplicates,
     check_optimizer_option,
     check_options,
     check_zero,
@@ -167,6 +168,7 @@ class CriticalAdam(CheckpointedOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_no_duplicates(group["params"])
             check_low_precision(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:

@@ -133,7 +133,11 @@ def loaded_param_state(
 
 def _as_tensor(where: str, key: str, value: Any) -> Tensor:
     try:
-        return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        if isinstance(value, Tensor):
+            return value
+        # The default dtype may be too short for a count of steps.
+        dtype = torch.float64 if isinstance(value, float) else None
+        return torch.tensor(value, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"

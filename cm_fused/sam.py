@@ -395,7 +395,8 @@ class SAM(Optimizer):
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # Autograd leaves the conjugation of a complex gradient to whoever reads it.
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:

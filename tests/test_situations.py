@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer, lr_scheduler
 
-from cm_fused import AdamCG, AdamCM, AdamWCM
+from cm_fused import SAM, AdamCG, AdamCM, AdamWCM
 from cm_fused._critical_adam import CriticalAdam
 from tests.training import (
     BACKENDS,
@@ -386,3 +386,93 @@ def test_hooks_that_change_a_step(backend: str, options: dict[str, Any]) -> None
         halve(twin)
         twin.step()
     assert_same(trained(optimizer), trained(twin))
+
+
+# Groups and checkpoints
+
+
+@on_each_backend
+@of_each_kind
+def test_a_parameter_twice_in_a_group(cls: type[CriticalAdam], backend: str) -> None:
+    """It is refused where groups are made or added, with both places, and nothing is added.
+
+    Thread: pytorch/pytorch#40967. torch warns and takes two steps with one state; so did the
+    reference, while the C++ step changed one state from two places. The older tests give one
+    parameter to two groups, which torch refuses.
+    """
+    param, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    message = r"every parameter once, got params\[0\] again as params\[2\]; .*dict.fromkeys"
+    for params in ([param, other, param], [{"params": [param, other, param]}]):
+        with (
+            pytest.warns(UserWarning, match="duplicate parameters"),
+            pytest.raises(ValueError, match=message),
+        ):
+            cls(params, backend=backend)
+    optimizer = new_optimizer(cls, backend=backend)
+    before = snapshot(optimizer)
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match=message),
+    ):
+        optimizer.add_param_group({"params": [param, other, param]})
+    assert_same(snapshot(optimizer), before)
+
+
+def test_step_as_a_number_under_a_half_default_dtype() -> None:
+    """A count of steps that a checkpoint has as a number is loaded as that number.
+
+    Thread: pytorch/ao#4915. It went through a tensor of the default dtype, in which 1001 is 1000.
+    The older tests set a default dtype for steps, not for loading.
+    """
+    optimizer = new_optimizer(AdamCM)
+    train(optimizer, range(1))
+    state_dict = optimizer.state_dict()
+    for state in state_dict["state"].values():
+        state["step"] = 1001.0
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer.load_state_dict(state_dict)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(state["step"] == 1001 for state in optimizer.state.values())
+
+
+@pytest.mark.filterwarnings("ignore:cm_fused steps with the slow eager backend for meta")
+@pytest.mark.parametrize("mode", [partial(torch.device, "meta"), FakeTensorMode])
+def test_loading_without_memory(mode: Callable[[], Any]) -> None:
+    """A state dict of tensors without values loads, so that a resumed run can be estimated.
+
+    Thread: pytorch/torchtitan#410. The check of the step count read its value. The older tests load
+    real tensors alone.
+    """
+    with mode():
+        model = nn.Linear(3, 3)
+        optimizer = AdamCM(model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+
+
+def test_sam_and_conjugated_gradients() -> None:
+    """SAM reads a conjugated gradient as the optimizers do.
+
+    Thread: pytorch/pytorch#59998. The older tests made complex gradients without autograd.
+    """
+    params = [nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.complex64)) for _ in range(2)]
+    weights = torch.linspace(1, 2, 6, dtype=torch.complex64)
+    for i, param in enumerate(params):
+        optimizer = SAM(AdamCM([param]))
+
+        def closure(param: Tensor = param, resolves: bool = bool(i)) -> float:
+            param.grad = None
+            loss: Any = (param.conj() * weights).real.square().sum()
+            loss.backward()
+            assert param.grad is not None
+            if resolves:
+                param.grad = param.grad.resolve_conj()
+            return float(loss)
+
+        for _ in range(3):
+            optimizer.step(closure)
+    assert torch.equal(*params)
