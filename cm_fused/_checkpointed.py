@@ -30,8 +30,9 @@ class CheckpointedOptimizer(Optimizer):
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
 
-        The tensors are references, not copies. The choice of a backend is not saved, and dtypes
-        are by name.
+        The tensors are references, not copies. Groups have every key that the
+        optimizer's groups have: options of the process (`backend`, `amp_scaling`) are saved as None
+        and False and never loaded, and dtypes are saved by name.
 
         State of DTensors that has scales is the exception: its scales belong to blocks of what a
         process holds, which is another on another mesh. It is saved as float32 DTensors of the
