@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_map_only
 
 from cm_fused._checks import check_options, plain_options
 from cm_fused._loading import loaded_param_state, loaded_state_of, write_into
-from cm_fused._state import State, unscaled
+from cm_fused._state import LIST_NAMES, State, unscaled
 from cm_fused._warnings import warn
 
 FLOAT8 = torch.float8_e4m3fn
-# Options of the process, not of the training run: neither saved nor loaded.
-LOCAL_OPTIONS = ("backend", "amp_scaling")
+# Options of the process, not of the training run: saved as these values, never loaded. They are
+# saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
+LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
 # Options that stay the optimizer's own; the state is converted to them.
 PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
 # Options of Adam's, whose best values are not those of an update with critical momenta.
@@ -68,17 +69,24 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> 
             key: unscaled(value) if isinstance(value, dict) else value
             for key, value in state.items()
         },
-        "param_groups": [
-            {
-                # Of dtypes themselves torch.distributed.checkpoint makes no whole state dict.
-                name: str(value) if isinstance(value, torch.dtype) else value
-                for name, value in plain_options(group).items()
-                if name not in LOCAL_OPTIONS
-            }
-            for group in state_dict["param_groups"]
-        ],
+        "param_groups": [_saved_group(group) for group in state_dict["param_groups"]],
     }
     return tree_map_only(Tensor, torch.clone, saved) if copies else saved
+
+
+def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group as it is saved: with every key that any optimizer's group can have.
+
+    Those include the count of skipped steps, which a group has from its first step with
+    `skip_nonfinite` on.
+    """
+    named = {
+        # torch.distributed.checkpoint cannot gather dtypes.
+        name: str(value) if isinstance(value, torch.dtype) else value
+        for name, value in plain_options(group).items()
+    }
+    count = torch.zeros((), dtype=torch.int64, device="cpu")
+    return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
 
 
 def check_form(state_dict: Any) -> None:
@@ -224,6 +232,8 @@ def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any
 
 def copied(value: Any, params: Iterable[Tensor]) -> Any:
     """Return a deep copy of what a subclass keeps, in which these parameters are themselves."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
     return copy.deepcopy(value, {id(param): param for param in params})
 
 
@@ -236,7 +246,20 @@ def _states_with_owners(
     owners = dict(zip(indices, members, strict=True))
     for index, saved in state_dict["state"].items():
         param, group = owners.get(index, (None, {}))
-        yield index, param, saved, group
+        yield index, param, saved if param is None else _without_placeholders(saved), group
+
+
+def _without_placeholders(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state without the empty dicts that stand for tensors that were not saved.
+
+    torch puts them there when it reads a flattened state dict: one for each key of the optimizer's
+    own state that the state dict does not have.
+    """
+    return {
+        key: value
+        for key, value in saved.items()
+        if not (key in LIST_NAMES and isinstance(value, dict) and not value)
+    }
 
 
 def _on_meta(value: Any) -> Any:

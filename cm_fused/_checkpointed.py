@@ -37,8 +37,9 @@ class CheckpointedOptimizer(Optimizer):
 
         The tensors are references, not copies: the next step changes them, as it does those of
         torch's optimizers. Loading does not change them. Once a step was captured in a CUDA graph,
-        for which loading writes into the state, they are copies. The choice of a backend is not
-        saved, and dtypes are by name.
+        for which loading writes into the state, they are copies. Groups have every key that the
+        optimizer's groups have: options of the process (`backend`, `amp_scaling`) are saved as None
+        and False and never loaded, and dtypes are saved by name.
 
         State of DTensors that has scales is the exception: its scales belong to blocks of what a
         process holds, which is another on another mesh. It is saved as float32 DTensors of the

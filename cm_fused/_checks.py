@@ -140,21 +140,19 @@ def check_zero(groups: list[dict[str, Any]]) -> None:
             )
 
 
-def check_no_duplicates(params: list[Tensor]) -> None:
-    """Check that a group has every parameter once.
-
-    torch's optimizers step a parameter as often as they have it, with one state and one gradient.
+def check_no_duplicates(group_index: int, params: list[Tensor]) -> None:
+    """Check that a group has every parameter once; torch warns of it where groups are made.
 
     Raises:
-        ValueError: It has one twice.
+        RuntimeError: It has one twice, whose one state two steps would change.
     """
     places: dict[int, int] = {}
     for i, param in enumerate(params):
         first = places.setdefault(id(param), i)
         if first != i:
-            raise ValueError(
-                f"params must have every parameter once, got params[{first}] again as params[{i}]; "
-                "pass list(dict.fromkeys(params))"
+            raise RuntimeError(
+                f"group {group_index} must have every parameter once, got parameter {first} again "
+                f"as parameter {i}; build it of list(dict.fromkeys(params))"
             )
 
 

@@ -168,7 +168,6 @@ class CriticalAdam(CheckpointedOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_no_duplicates(group["params"])
             check_low_precision(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
@@ -361,7 +360,9 @@ class CriticalAdam(CheckpointedOptimizer):
                 for param in self._participants(group):
                     with self._naming(param):
                         _state.check_param(local(param), _state.local_state(self.state[param]))
-            elif group["capturable"]:
+                continue
+            check_no_duplicates(i, group["params"])
+            if group["capturable"]:
                 check_capturable(self._participants(group))
 
     def _make_state(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, _state.State]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_fused._works import hold
 from cm_fused.philox import Places
 
 # Not to import torch.distributed.tensor, half a second, for those who do without.
@@ -198,12 +199,18 @@ class Processes:
 
     def start_sum(self, values: Tensor) -> "Summing":
         """Start to add up a tensor on `device` over the processes, in place."""
-        import torch.distributed as dist
-
         *first, last = self._groups
         for group in first:
-            dist.all_reduce(values, group=group)
-        return Summing(values, dist.all_reduce(values, group=last, async_op=True))
+            self._start(values, group).wait()
+        return Summing(values, self._start(values, last))
+
+    def _start(self, values: Tensor, group: Any) -> Any:
+        import torch.distributed as dist
+
+        work = dist.all_reduce(values, group=group, async_op=True)
+        if values.device.type == "cpu":
+            hold(work)
+        return work
 
 
 class Summing:

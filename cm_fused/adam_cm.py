@@ -81,15 +81,15 @@ class AdamCM(CriticalAdam):
             same read; clipping has made it already.
         amp_scaling: Unscale the gradients of a `torch.amp.GradScaler` within the step, and skip it
             where the scaler found one that is not finite, without waiting for the device. The same
-            for all groups, not saved in checkpoints. Trainers refuse to clip gradients then, which
-            are still scaled: use `max_grad_norm`.
+            for all groups, never loaded from checkpoints. Trainers refuse to clip gradients then,
+            which are still scaled: use `max_grad_norm`.
         maximize: Ascend instead of descend.
         capturable: `step()` may be captured in a CUDA graph, once a step outside has made the
             state. Parameters on other devices are refused. For a learning rate that changes
             between replays, pass `lr` as a tensor on the device.
         decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of the L2 term.
         backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
-            on each parameter's device. Not saved in checkpoints; `repr` shows what is active.
+            on each parameter's device. Never loaded from checkpoints; `repr` shows what is active.
 
     Raises:
         ValueError: An option is out of its range.

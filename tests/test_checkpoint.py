@@ -239,7 +239,8 @@ def test_state_dict_holds_what_is_specified(
         assert (keys.shape, keys.dtype) == ((capacity,), torch.float32)
         assert (keys > -torch.inf).tolist() == [slot < 2 for slot in range(capacity)]
     for group in state_dict["param_groups"]:
-        assert set(group) == set(optimizer.param_groups[0]) - {"backend", "amp_scaling"}
+        assert set(group) == {*optimizer.param_groups[0], "skipped_steps"}
+        assert (group["backend"], group["amp_scaling"]) == (None, False)
     assert [group["params"] for group in state_dict["param_groups"]] == [[0, 1, 2], [3, 4]]
 
 
