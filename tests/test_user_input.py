@@ -10,9 +10,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from accelerate.utils.operations import recursively_apply, send_to_device
-from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map_only
@@ -272,10 +269,14 @@ def test_state_that_a_subclass_keeps_by_parameter() -> None:
 
 
 def _copy_by_accelerate(state: Any) -> Any:
+    from accelerate.utils.operations import recursively_apply, send_to_device
+
     return recursively_apply(torch.clone, send_to_device(state, "cpu"))
 
 
 def _copy_by_lightning(state: Any) -> Any:
+    from lightning_utilities.core.apply_func import apply_to_collection
+
     return apply_to_collection(state, Tensor, torch.clone)
 
 
@@ -319,6 +320,9 @@ def test_the_state_can_be_walked(copied: Callable[[Any], Any], backend: str) -> 
 
 def test_lightning_moves_the_state() -> None:
     """Its own function for that leaves a state that goes on."""
+    from lightning.fabric.utilities.apply_func import move_data_to_device
+    from lightning_utilities.core.apply_func import apply_to_collection
+
     optimizer, twin = new_optimizer(AdamCM), new_optimizer(AdamCM)
     for each in (optimizer, twin):
         train(each, range(3))
