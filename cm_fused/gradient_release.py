@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cm_fused._checks import check_not_flattened
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused._sharding import is_sharded
 
@@ -45,7 +46,7 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
         ValueError: A group has priority_scope="group", max_grad_norm, skip_nonfinite or
             amp_scaling, which need all gradients at once.
         RuntimeError: It is enabled already, or a parameter of the optimizer is not the model's, or
-            is a DTensor, whose norm is a sum over processes.
+            is a DTensor, whose norm is a sum over processes, or a shard of FSDP1.
     """
     _check(model, optimizer)
     members = {
@@ -90,6 +91,7 @@ def _check(model: nn.Module, optimizer: CriticalAdam) -> None:
         raise RuntimeError("gradient release is enabled already; call remove() of what it returned")
     own = {id(param) for param in model.parameters()}
     for i, group in enumerate(optimizer.param_groups):
+        check_not_flattened(i, group)
         for j, param in enumerate(group["params"]):
             if id(param) not in own:
                 raise RuntimeError(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cm_fused._checks import check_not_flattened
+
 # Keeps the perturbation of a zero gradient zero.
 _TINY = 1e-12
 
@@ -43,7 +45,7 @@ class SAM(Optimizer):
 
     Raises:
         TypeError: `optimizer` is not a `torch.optim.Optimizer`.
-        ValueError: `rho` is negative or not finite.
+        ValueError: `rho` is negative or not finite, or a parameter is a shard of FSDP1.
 
     Example:
         >>> import torch
@@ -66,6 +68,8 @@ class SAM(Optimizer):
             )
         if not 0.0 <= rho < float("inf"):
             raise ValueError(f"rho must be finite and >= 0, got {rho}")
+        for i, group in enumerate(optimizer.param_groups):
+            check_not_flattened(i, group, ValueError)
         self.optimizer = optimizer
         self.rho = rho
         self.adaptive = adaptive
@@ -137,11 +141,14 @@ class SAM(Optimizer):
             zero_grad: Reset the gradients afterwards.
 
         Raises:
-            RuntimeError: The parameters are there already, or a gradient is sparse. Nothing has
-                been changed then.
+            RuntimeError: The parameters are there already, a gradient is sparse, or a parameter
+                is a shard of FSDP1. Nothing has been changed then.
         """
         if self._originals is not None:
             raise RuntimeError("first_step was called twice; call second_step before the next one")
+        for i, group in enumerate(self.param_groups):
+            # A model may have been wrapped since the optimizer was built.
+            check_not_flattened(i, group)
         params = [
             param
             for group in self.param_groups

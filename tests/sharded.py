@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -40,7 +42,16 @@ from torch.distributed.tensor.parallel import (
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from cm_fused import AdamCG, AdamCM, AdamWCM, _state, diagnostics
+from cm_fused import (
+    SAM,
+    AdamCG,
+    AdamCM,
+    AdamWCM,
+    _state,
+    diagnostics,
+    enable_gradient_release,
+)
+from cm_fused.compat.cmoptimizer import Adam_CM
 
 # A hang is a failure within this time.
 TIMEOUT = timedelta(seconds=60)
@@ -584,6 +595,193 @@ def zero_redundancy(_: Path) -> None:
             raise AssertionError("not refused")
 
 
+@case(2)
+def zero_redundancy_groups_added_later(_: Path) -> None:
+    """ZeRO passes added groups on, which are checked as the first ones are.
+
+    Older tests built the optimizer alone: a group added with scope "group" had a process's norm.
+    """
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    optimizer = ZeroRedundancyOptimizer(
+        _model().parameters(), AdamCM, **OPTIONS, priority_scope="tensor"
+    )
+    added = {"params": [nn.Parameter(torch.ones(3))], "priority_scope": "group"}
+    with pytest.raises(ValueError, match="priority_scope must be 'tensor' under ZeroRedundancy"):
+        optimizer.add_param_group(added)
+
+
+# FSDP1, whose shards are plain tensors
+
+
+def _fsdp1(module: nn.Module, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        # That it is deprecated, and that it shards nothing with one process or NO_SHARD.
+        warnings.simplefilter("ignore")
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
+
+
+FSDP1_OPTIMIZERS: tuple[Callable[[Any], Any], ...] = (
+    AdamCM,
+    lambda params: AdamWCM(params, priority_scope="tensor"),
+    AdamCG,
+    lambda params: Adam_CM(params, synced=False),
+    lambda params: SAM(torch.optim.Adam(params)),
+)
+
+
+@case(2)
+def fsdp1_is_refused(_: Path) -> None:
+    """FSDP1's shards are refused in every scope: norms over them are those of one process.
+
+    No older test had FSDP1: it trained, with keys that differed between the processes and
+    `max_grad_norm` off by a factor.
+    """
+    for use_orig_params in (True, False):
+        for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
+            model = _fsdp1(_model(), use_orig_params=use_orig_params, sharding_strategy=strategy)
+            for make in FSDP1_OPTIMIZERS:
+                with pytest.raises(ValueError, match=r"parameter 0 of group 0 .*fully_shard"):
+                    make(model.parameters())
+            name = "0.weight" if use_orig_params else "_flat_param"
+            with pytest.raises(ValueError, match=rf"{name} of group 0 .*\(FSDP1\)"):
+                AdamCM(model.named_parameters())
+            optimizer = AdamCM([nn.Parameter(torch.ones(2))])
+            with pytest.raises(ValueError, match="parameter 0 of group 1"):
+                optimizer.add_param_group({"params": list(model.parameters())})
+            assert len(optimizer.param_groups) == 1
+
+
+@case(2)
+def fsdp1_around_a_model_in_training(_: Path) -> None:
+    """A model that is wrapped after the optimizer was built is refused at the step, unchanged.
+
+    Its parameters become shards in place, so that nothing was added that could be checked.
+    """
+    for steps_before in (0, 2):
+        for backend in ("cpu", "eager"):
+            model = _model()
+            optimizer = AdamCM(model.parameters(), **OPTIONS, backend=backend)
+            sam = SAM(torch.optim.Adam(model.parameters()))
+            released = AdamCM(model.parameters(), priority_scope="tensor")
+            _train(model, optimizer, range(steps_before))
+            optimizer.zero_grad()
+            wrapped = _fsdp1(model, use_orig_params=True)
+            (wrapped(_batch(0)) - 1).pow(2).mean().backward()
+            kept = [param.detach().clone() for param in model.parameters()]
+            state = copy.deepcopy(optimizer.state_dict()["state"])
+            for step in (optimizer.step, sam.first_step, optimizer.step):
+                with pytest.raises(RuntimeError, match=r"parameter \d of group 0 .*\(FSDP1\)"):
+                    step()
+            with pytest.raises(RuntimeError, match=r"\(FSDP1\)"):
+                enable_gradient_release(model, released)
+            assert all(map(torch.equal, kept, model.parameters()))
+            after = optimizer.state_dict()["state"]
+            assert after.keys() == state.keys()
+            for i, values in state.items():
+                assert all(torch.equal(after[i][key], value) for key, value in values.items())
+
+
+@case(1)
+def fsdp1_of_one_process(_: Path) -> None:
+    """FSDP1 shards nothing among one process, and trains as the model alone does."""
+    for scope in ("group", "tensor"):
+        model = _fsdp1(_model(), use_orig_params=True)
+        optimizer = AdamCM(model.parameters(), priority_scope=scope, **OPTIONS)
+        _train(model, optimizer, range(STEPS))
+        _compare(model, _expected(AdamCM, STEPS, priority_scope=scope)[0])
+
+
+# Other wrappers of torch's
+
+
+@case(1)
+def optimizers_in_backward(_: Path) -> None:
+    """`_apply_optimizer_in_backward` makes an optimizer a parameter: scope "tensor" is right.
+
+    Scope "group" silently was scope "tensor", and `max_grad_norm` bounded each parameter's norm.
+    """
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    model, twin = _model(), _model()
+    options = {**OPTIONS, "priority_scope": "tensor"}
+    _apply_optimizer_in_backward(AdamCM, model.parameters(), options)
+    optimizer = AdamCM(twin.parameters(), **options)
+    for t in range(STEPS):
+        (model(_batch(t)) - 1).pow(2).mean().backward()
+    _train(twin, optimizer, range(STEPS))
+    _compare(model, twin)
+    for options, name in (
+        ({}, "priority_scope"),
+        ({"priority_scope": "tensor", "max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"priority_scope": "tensor", "skip_nonfinite": True}, "skip_nonfinite"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .* _apply_optimizer_in_backward"):
+            _apply_optimizer_in_backward(AdamCM, _model().parameters(), options)
+
+
+@case(1)
+def optimizers_of_shares(_: Path) -> None:
+    """What gives an optimizer one worker's parameters, or local shards, is told from others."""
+    from torch.distributed._shard.sharded_optim import ShardedOptimizer
+    from torch.distributed.optim.optimizer import _LocalOptimizer
+
+    class Reference:
+        def local_value(self) -> Tensor:
+            return nn.Parameter(torch.ones(2))
+
+    with pytest.raises(ValueError, match="priority_scope must be 'tensor' under Distributed"):
+        _LocalOptimizer(AdamCM, [Reference()])
+    _LocalOptimizer(AdamCM, [Reference()], priority_scope="tensor")
+    for scope in ("group", "tensor"):
+        with pytest.raises(ValueError, match="local shards of ShardedOptimizer"):
+            ShardedOptimizer(dict(_model().named_parameters()), AdamCM, priority_scope=scope)
+
+
+@case(2)
+def local_sgd(_: Path) -> None:
+    """PostLocalSGDOptimizer: each process trains a model of its own between averages."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    models = [_model() for _ in range(3)]
+    optimizers: list[Any] = [AdamCM(model.parameters(), **OPTIONS) for model in models]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    averager = PeriodicModelAverager(period=2, warmup_steps=0)
+    _train(models[2], PostLocalSGDOptimizer(optimizers[2], averager), range(5), world, rank)
+    # The same in one process.
+    for t in range(5):
+        for i in range(world):
+            _train(models[i], optimizers[i], range(t, t + 1), world, i)
+        if t % 2 == 0:
+            for pair in zip(*(model.parameters() for model in models[:2]), strict=True):
+                mean = (pair[0] + pair[1]).detach() / 2
+                for param in pair:
+                    param.data.copy_(mean)
+    _compare(models[2], models[rank])
+
+
+@case(2)
+def uneven_inputs(_: Path) -> None:
+    """`Join` lets processes have fewer batches; DDP then gives all the parameters of the last."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for zero in (False, True):
+        model = DistributedDataParallel(_model())
+        params: Any = list(model.parameters())
+        optimizer: Any = AdamCM(params, **OPTIONS, priority_scope="tensor")
+        joined: list[Any] = [model]
+        if zero:
+            optimizer = ZeroRedundancyOptimizer(params, AdamCM, **OPTIONS, priority_scope="tensor")
+            joined.append(optimizer)
+        with Join(joined):
+            _train(model, optimizer, range(3 + 2 * dist.get_rank()), 2, dist.get_rank())
+        for param in model.parameters():
+            parts = [torch.empty_like(param) for _ in range(2)]
+            dist.all_gather(parts, param.detach())
+            assert torch.equal(*parts)
+
+
 # Checkpoints
 
 HALF = STEPS // 2
@@ -840,7 +1038,7 @@ def _run(rank: int, world: int, store: str, folder: Path, out: Path) -> None:
             torch.manual_seed(0)
             this.function(folder)
             failure = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failure = traceback.format_exc()
         failures: list[str] = [""] * world
         dist.all_gather_object(failures, failure)
