@@ -5,6 +5,7 @@ Run as a module it starts the processes, and writes what became of every case as
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import sys
@@ -498,11 +499,18 @@ def _batch(t: int) -> Tensor:
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(100 + t)) * (1 + t % 3)
 
 
-def _train(model: nn.Module, optimizer: Any, steps: range, share: int = 1, index: int = 0) -> None:
+def _train(
+    model: nn.Module,
+    optimizer: Any,
+    steps: range,
+    share: int = 1,
+    index: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Take steps on this process's share of every batch."""
     for t in steps:
         optimizer.zero_grad()
-        part = _batch(t).chunk(share)[index]
+        part = _batch(t).chunk(share)[index].to(dtype)
         (model(part) - 1).pow(2).mean().backward()
         optimizer.step()
 
@@ -920,9 +928,15 @@ def _check_rounded_once(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
         assert apart <= bounds.get(key, 0) * value.abs().max(), (name, key)
 
 
-def _check_goes_on(model: Any, optimizer: Any, kept: dict[str, Any], world: int) -> None:
+def _check_goes_on(
+    model: Any,
+    optimizer: Any,
+    kept: dict[str, Any],
+    world: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Check that the rest of a training gets where it got without an interruption."""
-    _train(model, optimizer, range(HALF, STEPS), world, dist.get_rank())
+    _train(model, optimizer, range(HALF, STEPS), world, dist.get_rank(), dtype)
     end = _tensors(_both(model, optimizer, full_state_dict=True))
     for (name, key), value in _tensors(kept["end"]).items():
         if key == "param":
@@ -982,6 +996,125 @@ def codes_are_not_taken_for_values(folder: Path) -> None:
                 assert "Size mismatch" in str(error)  # noqa: PT017
             else:
                 raise AssertionError("not refused")
+
+
+# Flattened state dicts: options, and the dtype of the parameters.
+FLATTENED: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "float32": ({}, torch.float32),
+    "amsgrad": ({"amsgrad": True, "skip_nonfinite": True, "max_grad_norm": 1.0}, torch.float32),
+    "bfloat16 slots": ({"buffer_dtype": torch.bfloat16}, torch.float32),
+    "kahan": ({"low_precision_update": "kahan"}, torch.bfloat16),
+    "stochastic": ({"low_precision_update": "stochastic", "seed": 5}, torch.bfloat16),
+    **{name: (options, torch.float32) for name, options in SCALED.items()},
+}
+
+
+def _flattenable(name: str, mesh: DeviceMesh, form: str = "fsdp") -> tuple[Any, Any]:
+    options, dtype = FLATTENED[name]
+    model = _wide_model().to(dtype)
+    if form == "fsdp":
+        model = _fsdp(mesh, model)
+    elif form == "ddp":
+        model = DistributedDataParallel(model)
+    return model, AdamCM(model.parameters(), **{**OPTIONS, **options})
+
+
+def _save_flattened(model: Any, optimizer: Any, path: Path, **how: Any) -> None:
+    state = _both(model, optimizer, flatten_optimizer_state_dict=True)
+    save_checkpoint(state, checkpoint_id=path, **how)
+
+
+def _load_flattened(model: Any, optimizer: Any, path: Path) -> None:
+    state = _both(model, optimizer, flatten_optimizer_state_dict=True)
+    load_checkpoint(state, checkpoint_id=path)
+    _set_both(model, optimizer, state, flatten_optimizer_state_dict=True)
+
+
+@case(2, 1)
+def flattened(folder: Path) -> None:
+    """A flattened checkpoint goes on with the same bits, sharded and not, in every precision.
+
+    Older tests saved by groups alone: torch reads flattened state dicts by the loader's own keys.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for name, form in itertools.product(FLATTENED, ("fsdp", "ddp") if world > 1 else ("plain",)):
+        dtype, path = FLATTENED[name][1], folder / f"flattened {name} {form}"
+        model, optimizer = _flattenable(name, _mesh(), form)
+        _train(model, optimizer, range(HALF), world, rank, dtype)
+        _save_flattened(model, optimizer, path)
+        half = copy.deepcopy(_both(model, optimizer, full_state_dict=True))
+        _train(model, optimizer, range(HALF, STEPS), world, rank, dtype)
+        end = _both(model, optimizer, full_state_dict=True)
+        if rank == 0:
+            torch.save({"half": half, "end": end}, path.with_suffix(".pt"))
+        other, resumed = _flattenable(name, _mesh(), form)
+        _train(other, resumed, range(1), world, rank, dtype)
+        _load_flattened(other, resumed, path)
+        _train(other, resumed, range(HALF, STEPS), world, rank, dtype)
+        mine = _tensors(_both(other, resumed, full_state_dict=True))
+        for which, value in _tensors(end).items():
+            assert torch.equal(mine[which], value), (name, which)
+
+
+@case(1)
+def flattened_on_fewer(folder: Path) -> None:
+    """What two processes saved flattened goes on on one."""
+    for name in FLATTENED:
+        path = folder / f"flattened {name} fsdp"
+        kept = torch.load(path.with_suffix(".pt"), weights_only=True)
+        model, optimizer = _flattenable(name, _mesh())
+        _load_flattened(model, optimizer, path)
+        _check_rounded_once(_both(model, optimizer, full_state_dict=True), kept["half"])
+        _check_goes_on(model, optimizer, kept, 1, FLATTENED[name][1])
+
+
+@case(4)
+def flattened_on_more(folder: Path) -> None:
+    """What two processes saved flattened goes on on four."""
+    half = DeviceMesh("cpu", [0, 1], mesh_dim_names=("dp",))
+    for name, (_, dtype) in FLATTENED.items():
+        path, rank = folder / f"flattened {name} of two", dist.get_rank()
+        if rank < 2:
+            model, optimizer = _flattenable(name, half)
+            _train(model, optimizer, range(HALF), 2, rank, dtype)
+            kept = copy.deepcopy(_both(model, optimizer, full_state_dict=True))
+            _save_flattened(model, optimizer, path, process_group=half.get_group())
+            _train(model, optimizer, range(HALF, STEPS), 2, rank, dtype)
+            end = _both(model, optimizer, full_state_dict=True)
+            if rank == 0:
+                torch.save({"half": kept, "end": end}, path.with_suffix(".pt"))
+        dist.barrier()
+        saved = torch.load(path.with_suffix(".pt"), weights_only=True)
+        model, optimizer = _flattenable(name, _mesh())
+        _load_flattened(model, optimizer, path)
+        _check_rounded_once(_both(model, optimizer, full_state_dict=True), saved["half"])
+        _check_goes_on(model, optimizer, saved, 4, dtype)
+
+
+@case(2)
+def every_way_to_set_a_state_dict(_: Path) -> None:
+    """Whole, broadcast and offloaded state dicts go on with the same bits, by groups."""
+    ways: tuple[dict[str, bool], ...] = (
+        {"cpu_offload": True},
+        {"full_state_dict": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": True},
+    )
+    rank = dist.get_rank()
+    for name, (_, dtype) in FLATTENED.items():
+        for way in ways:
+            model, optimizer = _flattenable(name, _mesh())
+            _train(model, optimizer, range(HALF), 2, rank, dtype)
+            how = {key: value for key, value in way.items() if key != "broadcast_from_rank0"}
+            state: Any = copy.deepcopy(_both(model, optimizer, **how))
+            if way.get("broadcast_from_rank0") and rank > 0:
+                state = {"model": {}, "optimizer": {}}
+            _train(model, optimizer, range(HALF, STEPS), 2, rank, dtype)
+            other, resumed = _flattenable(name, _mesh())
+            _set_both(other, resumed, state, **way)
+            _train(other, resumed, range(HALF, STEPS), 2, rank, dtype)
+            for param, twin in zip(other.parameters(), model.parameters(), strict=True):
+                assert torch.equal(param.full_tensor(), twin.full_tensor()), (name, way)
 
 
 @case(2)
