@@ -709,7 +709,7 @@ def optimizers_in_backward(_: Path) -> None:
 
     Scope "group" silently was scope "tensor", and `max_grad_norm` bounded each parameter's norm.
     """
-    from torch.distributed.optim import _apply_optimizer_in_backward
+    from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 
     model, twin = _model(), _model()
     options = {**OPTIONS, "priority_scope": "tensor"}
@@ -731,16 +731,18 @@ def optimizers_in_backward(_: Path) -> None:
 @case(1)
 def optimizers_of_shares(_: Path) -> None:
     """What gives an optimizer one worker's parameters, or local shards, is told from others."""
-    from torch.distributed._shard.sharded_optim import ShardedOptimizer
-    from torch.distributed.optim.optimizer import _LocalOptimizer
+    from torch.distributed._shard.sharded_optim.api import ShardedOptimizer
+    from torch.distributed.optim import optimizer
+
+    local_optimizer: Any = optimizer._LocalOptimizer
 
     class Reference:
         def local_value(self) -> Tensor:
             return nn.Parameter(torch.ones(2))
 
     with pytest.raises(ValueError, match="priority_scope must be 'tensor' under Distributed"):
-        _LocalOptimizer(AdamCM, [Reference()])
-    _LocalOptimizer(AdamCM, [Reference()], priority_scope="tensor")
+        local_optimizer(AdamCM, [Reference()])
+    local_optimizer(AdamCM, [Reference()], priority_scope="tensor")
     for scope in ("group", "tensor"):
         with pytest.raises(ValueError, match="local shards of ShardedOptimizer"):
             ShardedOptimizer(dict(_model().named_parameters()), AdamCM, priority_scope=scope)
@@ -1101,20 +1103,20 @@ def every_way_to_set_a_state_dict(_: Path) -> None:
         {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": True},
     )
     rank = dist.get_rank()
-    for name, (_, dtype) in FLATTENED.items():
-        for way in ways:
-            model, optimizer = _flattenable(name, _mesh())
-            _train(model, optimizer, range(HALF), 2, rank, dtype)
-            how = {key: value for key, value in way.items() if key != "broadcast_from_rank0"}
-            state: Any = copy.deepcopy(_both(model, optimizer, **how))
-            if way.get("broadcast_from_rank0") and rank > 0:
-                state = {"model": {}, "optimizer": {}}
-            _train(model, optimizer, range(HALF, STEPS), 2, rank, dtype)
-            other, resumed = _flattenable(name, _mesh())
-            _set_both(other, resumed, state, **way)
-            _train(other, resumed, range(HALF, STEPS), 2, rank, dtype)
-            for param, twin in zip(other.parameters(), model.parameters(), strict=True):
-                assert torch.equal(param.full_tensor(), twin.full_tensor()), (name, way)
+    for name, way in itertools.product(FLATTENED, ways):
+        dtype = FLATTENED[name][1]
+        model, optimizer = _flattenable(name, _mesh())
+        _train(model, optimizer, range(HALF), 2, rank, dtype)
+        how = {key: value for key, value in way.items() if key != "broadcast_from_rank0"}
+        state: Any = copy.deepcopy(_both(model, optimizer, **how))
+        if way.get("broadcast_from_rank0") and rank > 0:
+            state = {"model": {}, "optimizer": {}}
+        _train(model, optimizer, range(HALF, STEPS), 2, rank, dtype)
+        other, resumed = _flattenable(name, _mesh())
+        _set_both(other, resumed, state, **way)
+        _train(other, resumed, range(HALF, STEPS), 2, rank, dtype)
+        for param, twin in zip(other.parameters(), model.parameters(), strict=True):
+            assert torch.equal(param.full_tensor(), twin.full_tensor()), (name, way)
 
 
 @case(2)
