@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cm_fused._backend import NAMES
-from cm_fused._sharding import is_made_by_zero, is_sharded
+from cm_fused._sharding import is_flattened, is_sharded, partitioner
 from cm_fused._state import refused_precision
 
 PRIORITY_SCOPES = ("group", "tensor")
@@ -115,28 +115,62 @@ def check_optimizer_option(
     )
 
 
-def check_zero(groups: list[dict[str, Any]]) -> None:
-    """Check that an optimizer needs no norm over parameters that it is not given.
+def check_partitioner(options: Mapping[str, Any]) -> None:
+    """Check that a group needs no norm over parameters that its optimizer is not given.
+
+    Args:
+        options: Those of the group.
 
     Raises:
-        ValueError: It is made by `ZeroRedundancyOptimizer`, and needs one.
+        ValueError: The optimizer is made by something that gives it a part of the parameters, and
+            the group needs one; or a part of each parameter.
     """
-    if not is_made_by_zero():
+    name = partitioner()
+    if name is None:
         return
-    for group in groups:
-        scope = group["priority_scope"]
-        _require(
-            scope == "tensor",
-            "priority_scope must be 'tensor' under ZeroRedundancyOptimizer, whose processes do not "
-            "have the gradients of a group; pass priority_scope='tensor', or use fully_shard",
-            scope,
+    if name == "ShardedOptimizer":
+        raise ValueError(
+            "params must be whole parameters, got the local shards of ShardedOptimizer, whose "
+            "norms are not the parameters'; shard with fully_shard or parallelize_module"
         )
-        for name, off in (("max_grad_norm", None), ("skip_nonfinite", False)):
-            _require(
-                group[name] == off,
-                f"{name} must be {off} under ZeroRedundancyOptimizer, whose processes do not have "
-                "all gradients; use torch.nn.utils.clip_grad_norm_",
-                group[name],
+    scope = options["priority_scope"]
+    _require(
+        scope == "tensor",
+        f"priority_scope must be 'tensor' under {name}, whose optimizers do not have all gradients "
+        "of a group; pass priority_scope='tensor', or give all parameters to one optimizer "
+        "(fully_shard shards them)",
+        scope,
+    )
+    for option, off in (("max_grad_norm", None), ("skip_nonfinite", False)):
+        _require(
+            options[option] == off,
+            f"{option} must be {off} under {name}, whose optimizers do not have all gradients; use "
+            "torch.nn.utils.clip_grad_norm_",
+            options[option],
+        )
+
+
+def check_not_flattened(
+    index: int, group: Mapping[str, Any], error: type[Exception] = RuntimeError
+) -> None:
+    """Check that no parameter of a group is a shard of FSDP1, whose norm is not the parameter's.
+
+    Args:
+        index: Names the group, for messages.
+        group: The group.
+        error: What is raised.
+
+    Raises:
+        error: One may be.
+    """
+    for i, param in enumerate(group["params"]):
+        if is_flattened(param):
+            name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+            raise error(
+                f"{name} of group {index} must be a whole parameter or a DTensor, got one of "
+                f"FullyShardedDataParallel (FSDP1) of shape {tuple(param.shape)}: norms over its "
+                "shards would be those of one process; use fully_shard (FSDP2), or "
+                "DistributedDataParallel in place of NO_SHARD"
             )
 
 

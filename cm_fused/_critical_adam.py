@@ -21,9 +21,10 @@ from cm_fused._checks import (
     check_gradients,
     check_low_precision,
     check_no_duplicates,
+    check_not_flattened,
     check_optimizer_option,
     check_options,
-    check_zero,
+    check_partitioner,
     plain_options,
 )
 from cm_fused._counted import OptimizerState
@@ -123,7 +124,6 @@ class CriticalAdam(CheckpointedOptimizer):
         defaults = plain_options(defaults)
         check_options(defaults)
         super().__init__(params, defaults)
-        check_zero(self.param_groups)
         self.state = OptimizerState()
         self._forget_plans()
 
@@ -154,7 +154,7 @@ class CriticalAdam(CheckpointedOptimizer):
 
         Raises:
             ValueError: An option is out of its range, or asks for low-precision state of float64 or
-                complex parameters; nothing is added.
+                complex parameters, or a parameter is a shard of FSDP1; nothing is added.
             RuntimeError: The requested backend, or gradient release, cannot serve the parameters;
                 nothing is added.
         """
@@ -163,11 +163,13 @@ class CriticalAdam(CheckpointedOptimizer):
                 {name: value for name, value in param_group.items() if name != "params"}
             )
             check_options({**self.defaults, **options})
+            check_partitioner({**self.defaults, **options})
             check_optimizer_option("amp_scaling", options, self.defaults)
             param_group.update(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_not_flattened(len(self.param_groups) - 1, group, ValueError)
             check_low_precision(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
@@ -196,7 +198,7 @@ class CriticalAdam(CheckpointedOptimizer):
 
         Raises:
             RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype or
-                device. Nothing has been changed then.
+                device, or a parameter is a shard of FSDP1. Nothing has been changed then.
         """
         _check_graph_capture(self)
         loss = None
@@ -355,6 +357,8 @@ class CriticalAdam(CheckpointedOptimizer):
     def _check(self, plans: list[Plan | None]) -> None:
         """Check all gradients, and parameters against the state of plans that serve again."""
         for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            # A model may have been wrapped since the group was added.
+            check_not_flattened(i, group)
             check_gradients(i, group["params"])
             if plan is not None:
                 for param in self._participants(group):

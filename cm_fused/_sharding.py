@@ -7,6 +7,7 @@ step counts are the same on every process and plain tensors.
 
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -299,17 +300,38 @@ def _is_cut(placement: Any) -> bool:
     return hasattr(placement, "dim")
 
 
-_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+# What makes an optimizer of a part of the parameters. It tells the optimizer nothing of the others,
+# so that who calls is all there is to go by.
+_PARTITIONERS = {
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+    "torch.distributed.optim.optimizer": "DistributedOptimizer",
+    "torch.distributed.optim.apply_optimizer_in_backward": "_apply_optimizer_in_backward",
+    "torch.distributed._shard.sharded_optim.api": "ShardedOptimizer",
+}
 
 
-def is_made_by_zero() -> bool:
-    """Return whether `ZeroRedundancyOptimizer` is making an optimizer of its share of parameters.
-
-    It tells the optimizer nothing of the others, so that who calls is all there is to go by.
-    """
-    frame = sys._getframe() if _ZERO in sys.modules else None
+def partitioner() -> str | None:
+    """Return what is making an optimizer of its share of the parameters; None if nothing is."""
+    if not any(name in sys.modules for name in _PARTITIONERS):
+        return None
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__") == _ZERO:
-            return True
+        name = _PARTITIONERS.get(frame.f_globals.get("__name__", ""))
+        if name is not None:
+            return name
         frame = frame.f_back
-    return False
+    return None
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Return whether FSDP1 (`FullyShardedDataParallel`) may have cut a parameter into shards.
+
+    It marks every parameter that it manages, its flat ones and, with `use_orig_params=True`, the
+    model's own, and shards none where there is one process. Whether it shards them otherwise
+    (`NO_SHARD`), the model's own do not tell.
+    """
+    if not getattr(param, "_fsdp_flattened", False):
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

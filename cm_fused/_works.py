@@ -24,7 +24,7 @@ _NUM_HELD = 16
 # At exit, for a sum that a process which has died does not take part in.
 _LONGEST_WAIT = timedelta(seconds=10)
 # In which the threads that have finished a work free it; they take microseconds.
-_PAUSE_SECONDS = 0.05
+_PAUSE_SECONDS = 0.1
 
 _works: deque[Any] = deque()
 

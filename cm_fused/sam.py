@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cm_fused._capture import is_capturing
+from cm_fused._checks import check_not_flattened
 from cm_fused._closures import Found, Marks, any_of, are_nan, reset
 from cm_fused._sharding import Processes, is_sharded, local, local_grad
 
@@ -67,7 +68,7 @@ class SAM(Optimizer):
 
     Raises:
         TypeError: `optimizer` is not a `torch.optim.Optimizer`.
-        ValueError: `rho` is negative or not finite.
+        ValueError: `rho` is negative or not finite, or a parameter is a shard of FSDP1.
 
     Example:
         >>> import torch
@@ -90,6 +91,8 @@ class SAM(Optimizer):
             )
         if not 0.0 <= rho < float("inf"):
             raise ValueError(f"rho must be finite and >= 0, got {rho}")
+        for i, group in enumerate(optimizer.param_groups):
+            check_not_flattened(i, group, ValueError)
         self.optimizer = optimizer
         self.rho = rho
         self.adaptive = adaptive
@@ -263,11 +266,15 @@ class SAM(Optimizer):
             zero_grad: Reset the gradients afterwards.
 
         Raises:
-            RuntimeError: The parameters are there already, or a gradient is sparse, or a plain
-                tensor for a DTensor or the reverse. Nothing has been changed then.
+            RuntimeError: The parameters are there already, a gradient is sparse, or a plain tensor
+                for a DTensor or the reverse, or a parameter is a shard of FSDP1. Nothing has been
+                changed then.
         """
         if self._originals is not None:
             raise RuntimeError("first_step was called twice; call second_step before the next one")
+        for i, group in enumerate(self.param_groups):
+            # A model may have been wrapped since the optimizer was built.
+            check_not_flattened(i, group)
         params = self._participants()
         grads = [local_grad(param) for param in params]
         targets = [local(param) for param in params]

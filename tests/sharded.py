@@ -5,6 +5,7 @@ Run as a module it starts the processes, and writes what became of every case as
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -50,6 +53,7 @@ from cm_fused import (
     diagnostics,
     enable_gradient_release,
 )
+from cm_fused.compat.cmoptimizer import Adam_CM
 
 # A hang is a failure within this time.
 TIMEOUT = timedelta(seconds=60)
@@ -496,11 +500,18 @@ def _batch(t: int) -> Tensor:
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(100 + t)) * (1 + t % 3)
 
 
-def _train(model: nn.Module, optimizer: Any, steps: range, share: int = 1, index: int = 0) -> None:
+def _train(
+    model: nn.Module,
+    optimizer: Any,
+    steps: range,
+    share: int = 1,
+    index: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Take steps on this process's share of every batch."""
     for t in steps:
         optimizer.zero_grad()
-        part = _batch(t).chunk(share)[index]
+        part = _batch(t).chunk(share)[index].to(dtype)
         (model(part) - 1).pow(2).mean().backward()
         optimizer.step()
 
@@ -881,6 +892,195 @@ def sam_in_distributed_checkpoints(_: Path) -> None:
             assert torch.equal(param.full_tensor(), twin.full_tensor()), form
 
 
+@case(2)
+def zero_redundancy_groups_added_later(_: Path) -> None:
+    """ZeRO passes added groups on, which are checked as the first ones are.
+
+    Older tests built the optimizer alone: a group added with scope "group" had a process's norm.
+    """
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    optimizer = ZeroRedundancyOptimizer(
+        _model().parameters(), AdamCM, **OPTIONS, priority_scope="tensor"
+    )
+    added = {"params": [nn.Parameter(torch.ones(3))], "priority_scope": "group"}
+    with pytest.raises(ValueError, match="priority_scope must be 'tensor' under ZeroRedundancy"):
+        optimizer.add_param_group(added)
+
+
+# FSDP1, whose shards are plain tensors
+
+
+def _fsdp1(module: nn.Module, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        # That it is deprecated, and that it shards nothing with one process or NO_SHARD.
+        warnings.simplefilter("ignore")
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
+
+
+FSDP1_OPTIMIZERS: tuple[Callable[[Any], Any], ...] = (
+    AdamCM,
+    lambda params: AdamWCM(params, priority_scope="tensor"),
+    AdamCG,
+    lambda params: Adam_CM(params, synced=False),
+    lambda params: SAM(torch.optim.Adam(params)),
+)
+
+
+@case(2)
+def fsdp1_is_refused(_: Path) -> None:
+    """FSDP1's shards are refused in every scope: norms over them are those of one process.
+
+    No older test had FSDP1: it trained, with keys that differed between the processes and
+    `max_grad_norm` off by a factor.
+    """
+    for use_orig_params in (True, False):
+        for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
+            model = _fsdp1(_model(), use_orig_params=use_orig_params, sharding_strategy=strategy)
+            for make in FSDP1_OPTIMIZERS:
+                with pytest.raises(ValueError, match=r"parameter 0 of group 0 .*fully_shard"):
+                    make(model.parameters())
+            name = "0.weight" if use_orig_params else "_flat_param"
+            with pytest.raises(ValueError, match=rf"{name} of group 0 .*\(FSDP1\)"):
+                AdamCM(model.named_parameters())
+            optimizer = AdamCM([nn.Parameter(torch.ones(2))])
+            with pytest.raises(ValueError, match="parameter 0 of group 1"):
+                optimizer.add_param_group({"params": list(model.parameters())})
+            assert len(optimizer.param_groups) == 1
+
+
+@case(2)
+def fsdp1_around_a_model_in_training(_: Path) -> None:
+    """A model that is wrapped after the optimizer was built is refused at the step, unchanged.
+
+    Its parameters become shards in place, so that nothing was added that could be checked.
+    """
+    for steps_before in (0, 2):
+        for backend in ("cpu", "eager"):
+            model = _model()
+            optimizer = AdamCM(model.parameters(), **OPTIONS, backend=backend)
+            sam = SAM(torch.optim.Adam(model.parameters()))
+            released = AdamCM(model.parameters(), priority_scope="tensor")
+            _train(model, optimizer, range(steps_before))
+            optimizer.zero_grad()
+            wrapped = _fsdp1(model, use_orig_params=True)
+            (wrapped(_batch(0)) - 1).pow(2).mean().backward()
+            kept = [param.detach().clone() for param in model.parameters()]
+            state = copy.deepcopy(optimizer.state_dict()["state"])
+            for step in (optimizer.step, sam.first_step, optimizer.step):
+                with pytest.raises(RuntimeError, match=r"parameter \d of group 0 .*\(FSDP1\)"):
+                    step()
+            with pytest.raises(RuntimeError, match=r"\(FSDP1\)"):
+                enable_gradient_release(model, released)
+            assert all(map(torch.equal, kept, model.parameters()))
+            after = optimizer.state_dict()["state"]
+            assert after.keys() == state.keys()
+            for i, values in state.items():
+                assert all(torch.equal(after[i][key], value) for key, value in values.items())
+
+
+@case(1)
+def fsdp1_of_one_process(_: Path) -> None:
+    """FSDP1 shards nothing among one process, and trains as the model alone does."""
+    for scope in ("group", "tensor"):
+        model = _fsdp1(_model(), use_orig_params=True)
+        optimizer = AdamCM(model.parameters(), priority_scope=scope, **OPTIONS)
+        _train(model, optimizer, range(STEPS))
+        _compare(model, _expected(AdamCM, STEPS, priority_scope=scope)[0])
+
+
+# Other wrappers of torch's
+
+
+@case(1)
+def optimizers_in_backward(_: Path) -> None:
+    """`_apply_optimizer_in_backward` makes an optimizer a parameter: scope "tensor" is right.
+
+    Scope "group" silently was scope "tensor", and `max_grad_norm` bounded each parameter's norm.
+    """
+    from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
+
+    model, twin = _model(), _model()
+    options = {**OPTIONS, "priority_scope": "tensor"}
+    _apply_optimizer_in_backward(AdamCM, model.parameters(), options)
+    optimizer = AdamCM(twin.parameters(), **options)
+    for t in range(STEPS):
+        (model(_batch(t)) - 1).pow(2).mean().backward()
+    _train(twin, optimizer, range(STEPS))
+    _compare(model, twin)
+    for options, name in (
+        ({}, "priority_scope"),
+        ({"priority_scope": "tensor", "max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"priority_scope": "tensor", "skip_nonfinite": True}, "skip_nonfinite"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .* _apply_optimizer_in_backward"):
+            _apply_optimizer_in_backward(AdamCM, _model().parameters(), options)
+
+
+@case(1)
+def optimizers_of_shares(_: Path) -> None:
+    """What gives an optimizer one worker's parameters, or local shards, is told from others."""
+    from torch.distributed._shard.sharded_optim.api import ShardedOptimizer
+    from torch.distributed.optim import optimizer
+
+    local_optimizer: Any = optimizer._LocalOptimizer
+
+    class Reference:
+        def local_value(self) -> Tensor:
+            return nn.Parameter(torch.ones(2))
+
+    with pytest.raises(ValueError, match="priority_scope must be 'tensor' under Distributed"):
+        local_optimizer(AdamCM, [Reference()])
+    local_optimizer(AdamCM, [Reference()], priority_scope="tensor")
+    for scope in ("group", "tensor"):
+        with pytest.raises(ValueError, match="local shards of ShardedOptimizer"):
+            ShardedOptimizer(dict(_model().named_parameters()), AdamCM, priority_scope=scope)
+
+
+@case(2)
+def local_sgd(_: Path) -> None:
+    """PostLocalSGDOptimizer: each process trains a model of its own between averages."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    models = [_model() for _ in range(3)]
+    optimizers: list[Any] = [AdamCM(model.parameters(), **OPTIONS) for model in models]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    averager = PeriodicModelAverager(period=2, warmup_steps=0)
+    _train(models[2], PostLocalSGDOptimizer(optimizers[2], averager), range(5), world, rank)
+    # The same in one process.
+    for t in range(5):
+        for i in range(world):
+            _train(models[i], optimizers[i], range(t, t + 1), world, i)
+        if t % 2 == 0:
+            for pair in zip(*(model.parameters() for model in models[:2]), strict=True):
+                mean = (pair[0] + pair[1]).detach() / 2
+                for param in pair:
+                    param.data.copy_(mean)
+    _compare(models[2], models[rank])
+
+
+@case(2)
+def uneven_inputs(_: Path) -> None:
+    """`Join` lets processes have fewer batches; DDP then gives all the parameters of the last."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for zero in (False, True):
+        model = DistributedDataParallel(_model())
+        params: Any = list(model.parameters())
+        optimizer: Any = AdamCM(params, **OPTIONS, priority_scope="tensor")
+        joined: list[Any] = [model]
+        if zero:
+            optimizer = ZeroRedundancyOptimizer(params, AdamCM, **OPTIONS, priority_scope="tensor")
+            joined.append(optimizer)
+        with Join(joined):
+            _train(model, optimizer, range(3 + 2 * dist.get_rank()), 2, dist.get_rank())
+        for param in model.parameters():
+            parts = [torch.empty_like(param) for _ in range(2)]
+            dist.all_gather(parts, param.detach())
+            assert torch.equal(*parts)
+
+
 # Checkpoints
 
 HALF = STEPS // 2
@@ -1019,9 +1219,15 @@ def _check_rounded_once(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
         assert apart <= bounds.get(key, 0) * value.abs().max(), (name, key)
 
 
-def _check_goes_on(model: Any, optimizer: Any, kept: dict[str, Any], world: int) -> None:
+def _check_goes_on(
+    model: Any,
+    optimizer: Any,
+    kept: dict[str, Any],
+    world: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Check that the rest of a training gets where it got without an interruption."""
-    _train(model, optimizer, range(HALF, STEPS), world, dist.get_rank())
+    _train(model, optimizer, range(HALF, STEPS), world, dist.get_rank(), dtype)
     end = _tensors(_both(model, optimizer, full_state_dict=True))
     for (name, key), value in _tensors(kept["end"]).items():
         if key == "param":
@@ -1081,6 +1287,125 @@ def codes_are_not_taken_for_values(folder: Path) -> None:
                 assert "Size mismatch" in str(error)  # noqa: PT017
             else:
                 raise AssertionError("not refused")
+
+
+# Flattened state dicts: options, and the dtype of the parameters.
+FLATTENED: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "float32": ({}, torch.float32),
+    "amsgrad": ({"amsgrad": True, "skip_nonfinite": True, "max_grad_norm": 1.0}, torch.float32),
+    "bfloat16 slots": ({"buffer_dtype": torch.bfloat16}, torch.float32),
+    "kahan": ({"low_precision_update": "kahan"}, torch.bfloat16),
+    "stochastic": ({"low_precision_update": "stochastic", "seed": 5}, torch.bfloat16),
+    **{name: (options, torch.float32) for name, options in SCALED.items()},
+}
+
+
+def _flattenable(name: str, mesh: DeviceMesh, form: str = "fsdp") -> tuple[Any, Any]:
+    options, dtype = FLATTENED[name]
+    model = _wide_model().to(dtype)
+    if form == "fsdp":
+        model = _fsdp(mesh, model)
+    elif form == "ddp":
+        model = DistributedDataParallel(model)
+    return model, AdamCM(model.parameters(), **{**OPTIONS, **options})
+
+
+def _save_flattened(model: Any, optimizer: Any, path: Path, **how: Any) -> None:
+    state = _both(model, optimizer, flatten_optimizer_state_dict=True)
+    save_checkpoint(state, checkpoint_id=path, **how)
+
+
+def _load_flattened(model: Any, optimizer: Any, path: Path) -> None:
+    state = _both(model, optimizer, flatten_optimizer_state_dict=True)
+    load_checkpoint(state, checkpoint_id=path)
+    _set_both(model, optimizer, state, flatten_optimizer_state_dict=True)
+
+
+@case(2, 1)
+def flattened(folder: Path) -> None:
+    """A flattened checkpoint goes on with the same bits, sharded and not, in every precision.
+
+    Older tests saved by groups alone: torch reads flattened state dicts by the loader's own keys.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for name, form in itertools.product(FLATTENED, ("fsdp", "ddp") if world > 1 else ("plain",)):
+        dtype, path = FLATTENED[name][1], folder / f"flattened {name} {form}"
+        model, optimizer = _flattenable(name, _mesh(), form)
+        _train(model, optimizer, range(HALF), world, rank, dtype)
+        _save_flattened(model, optimizer, path)
+        half = copy.deepcopy(_both(model, optimizer, full_state_dict=True))
+        _train(model, optimizer, range(HALF, STEPS), world, rank, dtype)
+        end = _both(model, optimizer, full_state_dict=True)
+        if rank == 0:
+            torch.save({"half": half, "end": end}, path.with_suffix(".pt"))
+        other, resumed = _flattenable(name, _mesh(), form)
+        _train(other, resumed, range(1), world, rank, dtype)
+        _load_flattened(other, resumed, path)
+        _train(other, resumed, range(HALF, STEPS), world, rank, dtype)
+        mine = _tensors(_both(other, resumed, full_state_dict=True))
+        for which, value in _tensors(end).items():
+            assert torch.equal(mine[which], value), (name, which)
+
+
+@case(1)
+def flattened_on_fewer(folder: Path) -> None:
+    """What two processes saved flattened goes on on one."""
+    for name in FLATTENED:
+        path = folder / f"flattened {name} fsdp"
+        kept = torch.load(path.with_suffix(".pt"), weights_only=True)
+        model, optimizer = _flattenable(name, _mesh())
+        _load_flattened(model, optimizer, path)
+        _check_rounded_once(_both(model, optimizer, full_state_dict=True), kept["half"])
+        _check_goes_on(model, optimizer, kept, 1, FLATTENED[name][1])
+
+
+@case(4)
+def flattened_on_more(folder: Path) -> None:
+    """What two processes saved flattened goes on on four."""
+    half = DeviceMesh("cpu", [0, 1], mesh_dim_names=("dp",))
+    for name, (_, dtype) in FLATTENED.items():
+        path, rank = folder / f"flattened {name} of two", dist.get_rank()
+        if rank < 2:
+            model, optimizer = _flattenable(name, half)
+            _train(model, optimizer, range(HALF), 2, rank, dtype)
+            kept = copy.deepcopy(_both(model, optimizer, full_state_dict=True))
+            _save_flattened(model, optimizer, path, process_group=half.get_group())
+            _train(model, optimizer, range(HALF, STEPS), 2, rank, dtype)
+            end = _both(model, optimizer, full_state_dict=True)
+            if rank == 0:
+                torch.save({"half": kept, "end": end}, path.with_suffix(".pt"))
+        dist.barrier()
+        saved = torch.load(path.with_suffix(".pt"), weights_only=True)
+        model, optimizer = _flattenable(name, _mesh())
+        _load_flattened(model, optimizer, path)
+        _check_rounded_once(_both(model, optimizer, full_state_dict=True), saved["half"])
+        _check_goes_on(model, optimizer, saved, 4, dtype)
+
+
+@case(2)
+def every_way_to_set_a_state_dict(_: Path) -> None:
+    """Whole, broadcast and offloaded state dicts go on with the same bits, by groups."""
+    ways: tuple[dict[str, bool], ...] = (
+        {"cpu_offload": True},
+        {"full_state_dict": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": True},
+    )
+    rank = dist.get_rank()
+    for name, way in itertools.product(FLATTENED, ways):
+        dtype = FLATTENED[name][1]
+        model, optimizer = _flattenable(name, _mesh())
+        _train(model, optimizer, range(HALF), 2, rank, dtype)
+        how = {key: value for key, value in way.items() if key != "broadcast_from_rank0"}
+        state: Any = copy.deepcopy(_both(model, optimizer, **how))
+        if way.get("broadcast_from_rank0") and rank > 0:
+            state = {"model": {}, "optimizer": {}}
+        _train(model, optimizer, range(HALF, STEPS), 2, rank, dtype)
+        other, resumed = _flattenable(name, _mesh())
+        _set_both(other, resumed, state, **way)
+        _train(other, resumed, range(HALF, STEPS), 2, rank, dtype)
+        for param, twin in zip(other.parameters(), model.parameters(), strict=True):
+            assert torch.equal(param.full_tensor(), twin.full_tensor()), (name, way)
 
 
 @case(2)
@@ -1276,7 +1601,7 @@ def _run(rank: int, world: int, store: str, folder: Path, out: Path) -> None:
             torch.manual_seed(0)
             this.function(folder)
             failure = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failure = traceback.format_exc()
         failures: list[str] = [""] * world
         dist.all_gather_object(failures, failure)
