@@ -395,7 +395,7 @@ def test_conversion(saved: Precision) -> None:
 def test_conversion_of_adams_moments() -> None:
     """A torch Adam checkpoint is rounded too, with the warning, and the buffer starts empty."""
     params = _params(torch.float32)
-    adam = torch.optim.Adam(params)
+    adam = torch.optim.Adam(params, betas=(0.9, 0.99))
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator(1))
     adam.step()
