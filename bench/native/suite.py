@@ -12,6 +12,8 @@ LEFT_OUT = {
     "tests/test_compile.py": "inductor compiles, under the preloaded sanitizer, with another g++",
     "tests/test_cuda_sources.py": _NO_CPP,
     "tests/test_diagnosis.py": "subprocesses of `python -m cm_fused` without the preload",
+    "tests/test_exits.py": "starts processes that end while gloo's threads, which are not "
+    "instrumented, go on",
     "tests/test_gpu.py": "needs a GPU",
     "tests/test_launch.py": _NO_CPP,
     "tests/test_memory.py": "measures memory, of which a sanitizer takes as much again",
@@ -39,6 +41,7 @@ UNDER_THREAD = {
     "starts threads",
     "tests/test_determinism.py::test_threads[2]": "torch's own copies in libgomp's threads, "
     "neither of which is instrumented, are races to it",
+    "tests/test_flattened_state_dict.py": "as tests/test_sharding.py",
     "tests/test_sharding.py": "gloo's threads, which are not instrumented, are races to it; the "
     "library is called from one thread of each process",
 }
