@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from cm_fused import SAM, AdamCG, AdamCM, _checkpoint, _loading
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
-from tests.cases import backend_params
-from tests.training import assert_same, new_optimizer, params_of, train, trained
+from tests.training import BACKENDS, assert_same, new_optimizer, params_of, train, trained
 
 LOW: dict[str, Any] = {"buffer_dtype": torch.int8, "moment_dtype": torch.bfloat16}
 
@@ -28,19 +27,12 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "cg": lambda: new_optimizer(AdamCG, amsgrad=True),
     "low": lambda: new_optimizer(AdamCM, **LOW),
     "eager": lambda: new_optimizer(AdamCM, backend="eager"),
-    "triton": lambda: new_optimizer(AdamCM, backend="triton"),
     "compat-cm": _compat(Adam_CM),
     "compat-cg": _compat(Adam_C),
 }
-of_each_optimizer = pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, id=name, marks=backend_params([name])[0].marks)
-        if name == "triton"
-        else pytest.param(make, id=name)
-        for name, make in MAKERS.items()
-    ],
-)
+if "triton" in BACKENDS:
+    MAKERS["triton"] = lambda: new_optimizer(AdamCM, backend="triton")
+of_each_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def _pair(make: Callable[[], Any]) -> tuple[Any, Any]:
@@ -214,7 +206,7 @@ def test_a_load_that_fails_leaves_whole_states() -> None:
     train(optimizer, range(3))
 
 
-@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_parameter_put_before_others(backend: str) -> None:
     """Parameters that move among the optimizer's get the random bits of their new places.
 

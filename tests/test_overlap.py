@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM
 from cm_fused._critical_adam import CriticalAdam
-from tests.cases import CHUNK, backend_params, generator
+from tests.cases import CHUNK, backend_params, device_of, generator
 from tests.training import assert_same
 
 # Two chunks of the C++ step for each of two threads.
@@ -44,12 +44,14 @@ LAYOUTS = (_same, _transposed, _partly, _interleaved, _side_by_side)
 def _give_gradients(params: list[Tensor], t: int) -> None:
     source = generator(t)
     for param in params:
-        param.grad = (1 + t) * torch.randn(param.shape, generator=source)
+        grad = (1 + t) * torch.randn(param.shape, generator=source)
+        param.grad = grad.to(param.device)
 
 
 def _memory(backend: str) -> Tensor:
     # Only the C++ step has threads that could race.
-    return torch.randn(NUMEL if backend == "cpu" else 600, generator=generator(99))
+    memory = torch.randn(NUMEL if backend == "cpu" else 600, generator=generator(99))
+    return memory.to(device_of(backend))
 
 
 def _optimizer(cls: type[CriticalAdam], params: Any, backend: str) -> CriticalAdam:
