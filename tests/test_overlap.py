@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM
+from cm_fused._bucket import Bucket
 from cm_fused._critical_adam import CriticalAdam
+from cm_fused.ops.tables import lies_as
 from tests.cases import CHUNK, backend_params, device_of, generator
 from tests.training import assert_same
 
@@ -119,3 +121,41 @@ def test_as_in_the_reference(
             optimizer.step()
         results.append(memory)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", backend_params(("triton",)))
+@pytest.mark.parametrize("cls", [AdamCM, AdamCG])
+def test_a_copy_where_the_parameter_was(
+    cls: type[CriticalAdam], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter that has moved is noticed where the copy of it gets the memory that it left.
+
+    Situation: `b.data = a.data.t()` gives up b's memory, and the allocator hands it out for the
+    copy that the launch needs, as a caching one does. No address in the table changed, so that both
+    were stepped at once. Older tests move both parameters, or have memory that stays.
+    """
+    made = [torch.randn(shape, generator=generator(3)) for shape in ((4, 150), (150, 4))]
+    params, twins = ([param.to(device_of(backend), copy=True) for param in made] for _ in range(2))
+    # Gradients that stay where they are: the optimizer's copies are all that could have moved.
+    _give_gradients(params, 0)
+    _give_gradients(twins, 0)
+    left = params[1].data
+
+    def laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:
+        pairs = zip(tensors, bucket.exp_avgs, strict=True)
+        return [
+            tensor if lies_as(tensor, exp_avg) else left.copy_(tensor) for tensor, exp_avg in pairs
+        ]
+
+    optimizer = _optimizer(cls, params, backend)
+    alone = [_optimizer(cls, [param], backend) for param in twins]
+    for t in range(STEPS):
+        if t == 2:
+            for first, second in (params, twins):
+                second.data = first.data.t()
+        with monkeypatch.context() as patch:
+            patch.setattr("cm_fused.ops.triton._laid_out", laid_out)
+            optimizer.step()
+        for one in alone:
+            one.step()
+    assert_same(params, twins)
