@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from cm_fused._checks import check_options, plain_options
 from cm_fused._loading import loaded_param_state, loaded_state_of, write_into
-from cm_fused._state import LIST_NAMES, State, unscaled
+from cm_fused._state import LIST_NAMES, State, missing_state_of, unscaled
 from cm_fused._warnings import warn
 
 FLOAT8 = torch.float8_e4m3fn
@@ -193,12 +193,15 @@ def take_over_state(
         own: The optimizer's state. Its parameters are removed as theirs are loaded; after an error,
             which only an allocation can raise, it has what was loaded.
         in_place: Write into the optimizer's tensors where there are such, for a captured CUDA
-            graph. Nobody else may have them: see `copied`.
+            graph: into all that it has. Nobody else may have them: see `copied`.
     """
     state: dict[Any, State] = defaultdict(dict)
     params = list(chain.from_iterable(group["params"] for group in groups))
+    entries = _states_with_owners(groups, state_dict)
+    if in_place:
+        entries = chain(entries, _states_left(groups, own))
     try:
-        for index, param, saved, group in _states_with_owners(groups, state_dict):
+        for index, param, saved, group in entries:
             if param is None:
                 state[index] = copied(saved, params)
                 continue
@@ -207,14 +210,40 @@ def take_over_state(
                 if value is saved.get(key):
                     new[key] = copied(value, params)
             if in_place:
-                old = own.get(param, {})
-                new = {key: write_into(old.get(key), value) for key, value in new.items()}
+                new = _written_into(own.get(param, {}), new, param, group)
             state[param] = new
             own.pop(param, None)
     except BaseException:
         own.update(state)
         raise
     return state
+
+
+def _states_left(
+    groups: list[dict[str, Any]], own: Mapping[Any, State]
+) -> Iterator[tuple[Any, Tensor | None, Any, dict[str, Any]]]:
+    """Yield an empty entry for each parameter that still has a state, as `_states_with_owners`."""
+    for group in groups:
+        for param in group["params"]:
+            if param in own:
+                yield None, param, {}, group
+
+
+def _written_into(old: State, new: State, param: Tensor, group: dict[str, Any]) -> State:
+    """Return a loaded state in the tensors that a captured graph goes on with.
+
+    What the graph has and a state dict need not have starts anew with what was loaded: no commit
+    is pending, and the running sum is that of the loaded slots.
+
+    Args:
+        old: The parameter's state. Its tensors are changed.
+        new: What was loaded.
+        param: The parameter.
+        group: The options of its group.
+    """
+    of_graph = tuple(key for key in LIST_NAMES if key in old)
+    whole = new | missing_state_of(param, new, of_graph, group)
+    return {key: write_into(old.get(key), value) for key, value in whole.items()}
 
 
 def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:

@@ -72,7 +72,8 @@ class CheckpointedOptimizer(Optimizer):
         named in a warning. The values are copied into new tensors, so
         that neither `state_dict` nor any state dict taken before changes; besides the two states,
         memory is needed for that of one parameter at a time. Once a step of this optimizer was
-        captured in a CUDA graph they are copied into the tensors that the graph uses.
+        captured in a CUDA graph they are copied into the tensors that the graph uses; what the
+        graph uses and `state_dict` lacks starts anew there.
 
         Args:
             state_dict: What `state_dict()` returned.

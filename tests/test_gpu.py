@@ -1,14 +1,18 @@
 """What only a CUDA device can show: graphs, synchronizations, launches, memory, two devices."""
 
+import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import eq
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils._pytree import tree_leaves
 
+from cm_fused import SAM, AdamCM
 from cm_fused._critical_adam import CriticalAdam
 from cm_fused.ops import library
 from cm_fused.ops.table import CHUNK_SIZE
@@ -25,6 +29,7 @@ from tests.cases import (
 )
 from tests.compare import saved
 from tests.oracle import Options
+from tests.training import assert_same
 
 pytestmark = [pytest.mark.gpu, skip_if(skip_reason(gpu=True))]
 
@@ -150,6 +155,257 @@ def test_state_is_not_made_in_a_graph() -> None:
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         optimizer.step()
+
+
+def _give(grads: list[Tensor], *optimizers: CriticalAdam) -> None:
+    """Write gradients where those of the last step are, which is where a graph reads them."""
+    for optimizer in optimizers:
+        for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            if param.grad is None:
+                param.grad = torch.empty_like(param)
+            param.grad.copy_(grad)
+
+
+def _captured_step(optimizer: CriticalAdam) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph
+
+
+def _with_options_on_the_device(options: Options, backend: str, lr: float) -> CriticalAdam:
+    """Return an optimizer whose learning rate and count of skipped steps are on the device."""
+    optimizer = make_optimizer(_cuda_params(), options, backend)
+    (group,) = optimizer.param_groups
+    group.update(capturable=True, skip_nonfinite=True, lr=torch.tensor(lr, device="cuda"))
+    return optimizer
+
+
+def _addresses(optimizer: CriticalAdam) -> dict[Any, int]:
+    """Return where the state and the options are."""
+    (group,) = optimizer.param_groups
+    named = {key: value for key, value in group.items() if isinstance(value, Tensor)}
+    for i, param in enumerate(group["params"]):
+        named |= {f"{i}: {key}": value for key, value in optimizer.state[param].items()}
+    return {key: value.data_ptr() for key, value in named.items()}
+
+
+def _untouched(state_dict: dict[str, Any]) -> Callable[[], None]:
+    """Return a check that a state dict is still what it is now."""
+    expected = copy.deepcopy(state_dict)
+    return lambda: assert_same(state_dict, expected)
+
+
+def _loaded_twin(optimizer: CriticalAdam, options: Options, state_dict: Any) -> CriticalAdam:
+    """Return an optimizer without a graph at the same parameters that loaded a state dict."""
+    twin = _with_options_on_the_device(options, "triton", 0.0)
+    groups = twin.param_groups[0], optimizer.param_groups[0]
+    for mine, theirs in zip(*(group["params"] for group in groups), strict=True):
+        mine.copy_(theirs)
+    twin.load_state_dict(state_dict)
+    return twin
+
+
+@pytest.mark.parametrize("source", ["triton", "eager", "untrained"])
+@pytest.mark.parametrize("capacity", [3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_replays_go_on_from_a_loaded_state(kind: Kind, capacity: int, source: str) -> None:
+    """They have the bits of an eager optimizer that loaded the same, and no state dict changes.
+
+    Situation: a captured run goes back to a checkpoint, with a commit that is pending; the state
+    dict of another backend has no running sum, that of a new optimizer no state at all. Graphs were
+    tested without loads, and loads with a stand-in for the graph.
+    """
+    options = Options(kind, capacity=capacity)
+    captured = _with_options_on_the_device(options, "triton", 0.05)
+    other = _with_options_on_the_device(options, "eager" if source == "eager" else "triton", 0.02)
+    gradients = list(_gradients())
+    _give(gradients[0], captured)
+    captured.step()
+    graph = _captured_step(captured)
+    backup = captured.state_dict()
+    checks = [_untouched(backup)]
+    graph.replay()
+    steps = () if source == "untrained" else (gradients[3], [grad / 0 for grad in gradients[4]])
+    for grads in steps:
+        _give(grads, other)
+        other.step()
+    addresses = _addresses(captured)
+    for state_dict in (other.state_dict(), backup):
+        twin = _loaded_twin(captured, options, state_dict)
+        captured.load_state_dict(state_dict)
+        assert _addresses(captured) == addresses
+        checks.append(_untouched(captured.state_dict()))
+        for t, grads in enumerate(gradients[5:]):
+            _give(grads, captured, twin)
+            twin.step()
+            # An eager step between replays leaves its commit to the next replay.
+            if t == 2:
+                captured.step()
+            else:
+                graph.replay()
+        _assert_same_training(captured, twin)
+        for name in ("lr", "skipped_steps"):
+            assert torch.equal(captured.param_groups[0][name], twin.param_groups[0][name])
+    for check in checks:
+        check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_without_a_graph_gives_new_tensors(kind: Kind) -> None:
+    """Neither the state dict that was loaded nor one that was taken before changes.
+
+    Situation: a backup is restored after a candidate's state was tried, with a learning rate on the
+    device. As for the CPU in test_aliasing.py.
+    """
+    options = Options(kind, capacity=3)
+    optimizer, other = (_with_options_on_the_device(options, "triton", lr) for lr in (0.05, 0.02))
+    gradients = list(_gradients())
+    for trained, steps in ((optimizer, gradients[:4]), (other, gradients[4:6])):
+        for grads in steps:
+            _give(grads, trained)
+            trained.step()
+    backup, candidate = optimizer.state_dict(), other.state_dict()
+    checks = [_untouched(backup), _untouched(candidate)]
+    leaves = tree_leaves([backup, candidate])
+    used = {leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor)}
+    for state_dict in (candidate, backup):
+        optimizer.load_state_dict(state_dict)
+        assert_same(optimizer.state_dict(), state_dict)
+        assert not used & set(_addresses(optimizer).values())
+        for grads in gradients[6:8]:
+            _give(grads, optimizer)
+            optimizer.step()
+    for check in checks:
+        check()
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("tied_after", [0, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_with_memory_in_common(
+    kind: Kind, transposed: bool, tied_after: int, in_graph: bool
+) -> None:
+    """The bits are those of an optimizer for each parameter, stepped in their order.
+
+    Situation: weights tied by `b.data = a.data`, whose old memory the allocator hands out again.
+    As test_overlap.py, with a real allocator and graphs.
+    """
+    options = Options(
+        kind, lr=0.05, capacity=3, priority_scope="tensor", weight_decay=0.1,
+        decoupled_weight_decay=True,
+    )  # fmt: skip
+    shapes: list[tuple[int, ...]] = [(24, 70), (70, 24) if transposed else (24, 70)]
+    params, twins = ([param.cuda() for param in make_params(shapes)] for _ in range(2))
+    together = _optimizer(params, options, capturable=True)
+    alone = [_optimizer([param], options) for param in twins]
+    graph = None
+
+    def tie(first: Tensor, second: Tensor) -> None:
+        second.data = first.data.t() if transposed else first.data
+
+    for t, made in enumerate(make_gradients(make_params(shapes), EVENTS[:8])):
+        grads = [grad.cuda() for grad in made if grad is not None]
+        _give(grads, together)
+        for optimizer, grad in zip(alone, grads, strict=True):
+            _give([grad], optimizer)
+        if t == tied_after:
+            tie(*params)
+        if in_graph and t > tied_after:
+            graph = graph or _captured_step(together)
+            graph.replay()
+        else:
+            together.step()
+        if t == tied_after:
+            tie(*twins)
+        for optimizer in alone:
+            optimizer.step()
+        assert_same(params, twins)
+
+
+# SAM
+
+
+def _sam(
+    adaptive: bool, dtype: torch.dtype = torch.float32, capturable: bool = False
+) -> tuple[SAM, Callable[[], Tensor]]:
+    """Return an optimizer, and a closure that sets gradients to None before it computes them."""
+    params = [param.to(dtype).requires_grad_() for param in _cuda_params()]
+    optimizer = SAM(AdamCM(params, lr=0.01, capturable=capturable), rho=0.5, adaptive=adaptive)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.stack([(param.float() - 0.5).square().sum() for param in params]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    return optimizer, closure
+
+
+def _values(optimizer: SAM) -> list[Tensor]:
+    return [param.detach().clone() for param in optimizer.param_groups[0]["params"]]
+
+
+with_and_without_adaptive = pytest.mark.parametrize("adaptive", [False, True])
+
+
+@with_and_without_adaptive
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sam_does_not_synchronize(dtype: torch.dtype, adaptive: bool) -> None:
+    """No step with a closure that sets gradients to None waits for the device, nor the first."""
+    optimizer, closure = _sam(adaptive, dtype)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@with_and_without_adaptive
+def test_sam_restores_and_copies(adaptive: bool) -> None:
+    """Parameters are put back to the bit; a copy between the half-steps goes on as its original."""
+    optimizer, closure = _sam(adaptive)
+    optimizer.step(closure)
+    closure()
+    before = _values(optimizer)
+    optimizer.first_step()
+    perturbed = _values(optimizer)
+    assert not any(map(torch.equal, perturbed, before))
+    copied = copy.deepcopy(optimizer)
+    assert_same(_values(copied), perturbed)
+    for each in (optimizer, copied):
+        for param in each.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        each.second_step()
+    assert_same(_values(copied), _values(optimizer))
+    still = SAM(SGD(optimizer.param_groups[0]["params"], lr=0.0), rho=0.5, adaptive=adaptive)
+    before = _values(still)
+    still.step(closure)
+    assert_same(_values(still), before)
+
+
+@with_and_without_adaptive
+def test_sam_in_a_graph(adaptive: bool) -> None:
+    """Replays of both half-steps have the bits of eager ones."""
+    optimizer, closure = _sam(adaptive, capturable=True)
+    twin, its_closure = _sam(adaptive, capturable=True)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step(closure)
+    torch.cuda.current_stream().wait_stream(stream)
+    twin.step(its_closure)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        optimizer.step(closure)
+    for _ in range(5):
+        graph.replay()
+        twin.step(its_closure)
+    assert_same(_values(optimizer), _values(twin))
 
 
 # What a step costs

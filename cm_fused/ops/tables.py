@@ -56,7 +56,8 @@ class Tables:
         made_in_capture: Whether what these tables need was uploaded by a graph's capture.
         by_fours: Whether each four elements of every parameter are four of the whole parameter's
             with one counter of random words.
-        changed: Whether the last refresh found an address changed.
+        changed: Whether a refresh found an address changed, until parameters that overlap were
+            looked for.
         one_by_one: Whether parameters of the step overlap, to be launched one after the other.
     """
 
@@ -149,7 +150,7 @@ class Tables:
         refreshed = self._refresh(params, grads, host)
         if refreshed == _NEEDS_COPIES:
             return None
-        self.changed = refreshed == _CHANGED
+        self.changed |= refreshed == _CHANGED
         if refreshed == _UNCHANGED and self._table is not None:
             self.last = self._table
             return self._table

@@ -89,11 +89,12 @@ def prepare(steps: list[BucketStep]) -> Callable[[], None]:
 def _launchers(steps: list[BucketStep]) -> list["_Launcher"]:
     """Prepare the launches of some buckets; find parameters that overlap where one has moved."""
     launchers = [_Launcher(step.bucket, step.options) for step in steps]
-    if any(launcher.tables.changed for launcher in launchers):
+    if any(launcher.may_have_moved() for launcher in launchers):
         params = chain.from_iterable(step.bucket.params for step in steps)
         one_by_one = have_overlap(params)
         for launcher in launchers:
             launcher.tables.one_by_one = one_by_one
+            launcher.tables.changed = False
     return launchers
 
 
@@ -235,6 +236,13 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         self._param_copies = [] if params is bucket.params else params
         # The table has their addresses alone: they live until the step is over.
         self._grads = grads
+
+    def may_have_moved(self) -> bool:
+        """Return whether a parameter may lie elsewhere than at the last step.
+
+        The table knows a copy's address alone, which may be the one that its parameter left.
+        """
+        return self.tables.changed or bool(self._param_copies)
 
     def __enter__(self) -> "_Launcher":
         self._guard = _device_guard(self._device)

@@ -83,7 +83,7 @@ void describe_tensor(size_t i, const StateTensors& state, const Tensor& param, c
   const ParamViews views = describe_param(i, state, param, grad, tensor);
   check_device("params", i, views.param.device, cpu_device());
   const char* const end = end_of(views.param);
-  tensor.param_moved = tensor.param != before || tensor.param_end != end;
+  tensor.param_moved |= tensor.param != before || tensor.param_end != end;
   tensor.param_end = end;
   describe_layouts(views, tensor);
   tensor.slot = kNoSlot;

@@ -51,7 +51,7 @@ void adam_cm_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
           l2_in_aggregate, sum_of_norms},
       bucket);
-  step.take_(local_sq_norms_data(local_sq_norms, params.size()), step.has_overlap());
+  step.take_(local_sq_norms_data(local_sq_norms, params.size()), step.find_overlap());
 }
 
 void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -75,7 +75,7 @@ void adam_cg_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
           eps_inside_sqrt, maximize, decoupled_weight_decay, stochastic_update, seed,
           l2_in_aggregate, sum_of_norms},
       bucket);
-  step.take_(nullptr, step.has_overlap());
+  step.take_(nullptr, step.find_overlap());
 }
 
 // The states that an operator works on, in the order given, for as long as this lives.
@@ -168,7 +168,7 @@ void step_held_(std::vector<int64_t> held, Tensors params, Tensors grads, Tensor
   }
   auto& known = locked.states()[0]->knowledge<KnownOverlap>();
   if (steps.has_moved() || known.held != held) {
-    known.has_overlap = steps.has_overlap();
+    known.has_overlap = steps.find_overlap();
     known.held = held;
   }
   steps.take_(sq_norms_data, known.has_overlap);

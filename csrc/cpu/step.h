@@ -59,7 +59,7 @@ struct TensorStep : ParamData {
 
   // Behind the parameter's last element in memory.
   const char* param_end;
-  // Whether it does not lie where it did when this was last described.
+  // Whether it has moved since parameters that overlap were last looked for.
   bool param_moved;
 
   // Critical momenta: the slot last step's exp_avg goes to. Critical gradients: the slot this

@@ -72,10 +72,11 @@ bool Steps::has_moved() const {
   });
 }
 
-bool Steps::has_overlap() const {
+bool Steps::find_overlap() {
   std::vector<std::pair<const char*, const char*>> extents;
   for (const auto& part : parts_) {
-    for (const auto& tensor : *part.bucket) {
+    for (auto& tensor : *part.bucket) {
+      tensor.param_moved = false;
       if (tensor.numel > 0) {
         extents.emplace_back(static_cast<const char*>(tensor.param), tensor.param_end);
       }

@@ -39,11 +39,11 @@ class Steps {
       std::span<const Tensor> grads, const ScalarTensors& scalars,
       const StepOptions& hyperparameters, BucketStep& bucket);
 
-  // Whether a parameter does not lie where it did when its bucket was last described.
+  // Whether a parameter has moved since parameters that overlap were last looked for.
   [[nodiscard]] bool has_moved() const;
 
-  // Whether two parameters have memory in common, or lie between each other's elements.
-  [[nodiscard]] bool has_overlap() const;
+  // Looks whether two parameters have memory in common, or lie between each other's elements.
+  [[nodiscard]] bool find_overlap();
 
   // Takes the steps, but for those that are to be skipped. With local_sq_norms, which has a number
   // for each parameter in the order they were added, the sums of squares go there and the books are
