@@ -329,7 +329,7 @@ def test_parameters_with_memory_in_common(
 
 def _sam(
     adaptive: bool, dtype: torch.dtype = torch.float32, capturable: bool = False
-) -> tuple[SAM, Callable[[], Tensor]]:
+) -> tuple[SAM, Callable[[], Any]]:
     """Return an optimizer, and a closure that sets gradients to None before it computes them."""
     params = [param.to(dtype).requires_grad_() for param in _cuda_params()]
     optimizer = SAM(AdamCM(params, lr=0.01, capturable=capturable), rho=0.5, adaptive=adaptive)

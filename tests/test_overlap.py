@@ -165,8 +165,8 @@ def test_a_copy_where_the_parameter_was(
 def test_found_after_a_step_that_failed(cls: type[CriticalAdam]) -> None:
     """What a step that failed has seen of the parameters is not taken for looked through.
 
-    Situation: weights are tied, and the first step after that has a gradient of another shape. The
-    first group's parameters had not moved since, and the other's had not either.
+    Situation: weights are tied, and the first step after that fails in another group. At the next
+    one no parameter had moved since the last look at it.
     """
     torch.set_num_threads(2)
     memory, twin = _memory("cpu"), _memory("cpu")
@@ -184,11 +184,10 @@ def test_found_after_a_step_that_failed(cls: type[CriticalAdam]) -> None:
             for each, shared in ((params, memory), (twins, twin)):
                 for param, view in zip(each, _same(shared), strict=True):
                     param.data = view
-            last.grad = torch.ones(3)
-            last.data = torch.ones(4)
+            last.grad, data, last.data = torch.ones(3), last.data, torch.ones(4)
             with pytest.raises(RuntimeError):
                 optimizer.step()
-            last.data = torch.ones(3)
+            last.data = data
         last.grad = torch.ones(3)
         optimizer.step()
         for one in alone:
