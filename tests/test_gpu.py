@@ -334,7 +334,7 @@ def _sam(
     params = [param.to(dtype).requires_grad_() for param in _cuda_params()]
     optimizer = SAM(AdamCM(params, lr=0.01, capturable=capturable), rho=0.5, adaptive=adaptive)
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         optimizer.zero_grad(set_to_none=True)
         loss = torch.stack([(param.float() - 0.5).square().sum() for param in params]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
