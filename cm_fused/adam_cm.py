@@ -30,6 +30,9 @@ class AdamCM(CriticalAdam):
     bytes from 6 and 7 on, of 1 byte from 10 and 11 on). A parameter without a gradient takes no
     part in a step.
 
+    Critical momenta are copied to their slot at the next step (`pending_slot`, -1 for none).
+    `state_dict()` makes that copy: call it before `exp_avg` is changed by hand.
+
     `buffer_dtype` and `moment_dtype` keep the state in lower precision; it is read and computed
     with in float32. int8 and float8_e4m3fn have one float32 scale for each 256 elements, in memory
     order: `critical_scales` ((C, blocks)), `exp_avg_scales` and `exp_avg_sq_scales` ((blocks,)).
