@@ -297,6 +297,16 @@ def test_sharpness_of_a_model() -> None:
     assert not sharpness(loss, params, tolerance=1e-12, max_iterations=2).converged
 
 
+def test_sharpness_with_a_tensor_given_twice() -> None:
+    """A tensor counts once: x**2 in two variables has eigenvalue 2, not 4.
+
+    Situation: parameters chained from modules that are tied. The older tests give each one once.
+    """
+    param = torch.ones(2, requires_grad=True)
+    found = sharpness(param.square().sum(), [param, param])
+    assert found.eigenvalue == pytest.approx(2.0, rel=1e-4)
+
+
 def test_sharpness_of_a_linear_loss() -> None:
     """No curvature, also where a parameter is not used."""
     x, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)

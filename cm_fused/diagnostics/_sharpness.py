@@ -64,7 +64,8 @@ def sharpness(
         ValueError: There are no parameters or elements, a parameter is complex, or a number is out
             of its range.
     """
-    params = list(params)
+    # A parameter of two modules is one.
+    params = list({id(param): param for param in params}.values())
     _check(params, tolerance, max_iterations)
     with _without_autocast([loss, *params]):
         slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
