@@ -69,6 +69,7 @@ class SAM(Optimizer):
     Raises:
         TypeError: `optimizer` is not a `torch.optim.Optimizer`.
         ValueError: `rho` is negative or not finite, or a parameter is a shard of FSDP1.
+        RuntimeError: Gradient release is enabled for `optimizer`; steps raise it too.
 
     Example:
         >>> import torch
@@ -91,6 +92,7 @@ class SAM(Optimizer):
             )
         if not 0.0 <= rho < float("inf"):
             raise ValueError(f"rho must be finite and >= 0, got {rho}")
+        _check_not_released(optimizer)
         for i, group in enumerate(optimizer.param_groups):
             check_not_flattened(i, group, ValueError)
         self.optimizer = optimizer
@@ -155,6 +157,7 @@ class SAM(Optimizer):
                 gradients that were there before, which its second call would not compute again.
                 The parameters are then what they were, and the wrapped optimizer did not step.
         """
+        _check_not_released(self.optimizer)
         if closure is None:
             self._step_of_zero_gradients()
             return None
@@ -272,6 +275,7 @@ class SAM(Optimizer):
         """
         if self._originals is not None:
             raise RuntimeError("first_step was called twice; call second_step before the next one")
+        _check_not_released(self.optimizer)
         for i, group in enumerate(self.param_groups):
             # A model may have been wrapped since the optimizer was built.
             check_not_flattened(i, group)
@@ -399,6 +403,15 @@ class SAM(Optimizer):
 
     def __repr__(self) -> str:
         return f"SAM(rho={self.rho}, adaptive={self.adaptive}) of {self.optimizer!r}"
+
+
+def _check_not_released(optimizer: Optimizer) -> None:
+    if getattr(optimizer, "_release", None) is not None:
+        raise RuntimeError(
+            "SAM needs an optimizer that steps in step(), got one with gradient release, which "
+            "steps in each of the two backward passes; call remove() of what "
+            "enable_gradient_release returned"
+        )
 
 
 def _as_real(tensor: Tensor) -> Tensor:

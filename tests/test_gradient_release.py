@@ -474,3 +474,36 @@ def test_compiled_models(order: str) -> None:
             optimizer.zero_grad()
         runs.append(trained(optimizer))
     assert_same(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("released", ["before", "after"])
+def test_sam_around_a_released_optimizer(released: str) -> None:
+    """SAM refuses it, whichever comes first: both backward passes of a step would step.
+
+    The test of `enable_gradient_release(model, SAM(...))` passes the SAM itself.
+    """
+    model = nn.Linear(2, 1)
+    optimizer = AdamCM(model.parameters(), priority_scope="tensor")
+    message = "SAM needs an optimizer that steps in step"
+    if released == "before":
+        handle = enable_gradient_release(model, optimizer)
+        with pytest.raises(RuntimeError, match=message):
+            SAM(optimizer)
+        handle.remove()
+    sam = SAM(optimizer)
+    handle = enable_gradient_release(model, optimizer)
+
+    def closure() -> float:
+        sam.zero_grad()
+        loss = model(torch.ones(2)).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    before = model.weight.detach().clone()
+    for call in (lambda: sam.step(closure), sam.first_step):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    assert torch.equal(model.weight, before)
+    handle.remove()
+    sam.step(closure)
+    assert optimizer.state[model.weight]["step"] == 1
