@@ -174,20 +174,21 @@ def check_not_flattened(
             )
 
 
-def check_no_duplicates(group_index: int, params: list[Tensor]) -> None:
-    """Check that a group has every parameter once; torch warns of it where groups are made.
+def check_no_duplicates(groups: list[dict[str, Any]]) -> None:
+    """Check that the groups have every parameter once; torch checks it where groups are added.
 
     Raises:
-        RuntimeError: It has one twice, whose one state two steps would change.
+        RuntimeError: They have one twice, whose one state two steps would change.
     """
-    places: dict[int, int] = {}
-    for i, param in enumerate(params):
-        first = places.setdefault(id(param), i)
-        if first != i:
-            raise RuntimeError(
-                f"group {group_index} must have every parameter once, got parameter {first} again "
-                f"as parameter {i}; build it of list(dict.fromkeys(params))"
-            )
+    places: dict[int, tuple[int, int]] = {}
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            first = places.setdefault(id(param), (i, j))
+            if first != (i, j):
+                raise RuntimeError(
+                    f"the groups must have every parameter once, got parameter {first[1]} of group "
+                    f"{first[0]} again as parameter {j} of group {i}; remove one of the two"
+                )
 
 
 def check_low_precision(group: Mapping[str, Any]) -> None:

@@ -62,6 +62,8 @@ class CriticalAdam(CheckpointedOptimizer):
         if "__init__" in cls.__dict__:
             return
         base = cls.__init__
+        if not isinstance(base, FunctionType):  # of a base that is not Python's
+            return
         own = FunctionType(
             base.__code__, base.__globals__, "__init__", base.__defaults__, base.__closure__
         )
@@ -249,8 +251,7 @@ class CriticalAdam(CheckpointedOptimizer):
         first = position + sum(len(group["params"]) for group in self.param_groups[:index])
         plan = self._plans_alone.get(id(param))
         if plan is not None and plan.holds_for(self.state, alone, first, self._participants(alone)):
-            with self._naming(param):
-                _state.check_param(local(param), _state.local_state(self.state[param]))
+            self._check_state(param)
             plan.take_gradients()
         else:
             plan = None
@@ -362,12 +363,21 @@ class CriticalAdam(CheckpointedOptimizer):
             check_gradients(i, group["params"])
             if plan is not None:
                 for param in self._participants(group):
-                    with self._naming(param):
-                        _state.check_param(local(param), _state.local_state(self.state[param]))
-                continue
-            check_no_duplicates(i, group["params"])
-            if group["capturable"]:
+                    self._check_state(param)
+            elif group["capturable"]:
                 check_capturable(self._participants(group))
+        if None in plans:
+            check_no_duplicates(self.param_groups)
+
+    def _check_states(self) -> None:
+        """Check that the state of every parameter fits it."""
+        for param in self.state:
+            if isinstance(param, Tensor):
+                self._check_state(param)
+
+    def _check_state(self, param: Tensor) -> None:
+        with self._naming(param):
+            _state.check_param(local(param), _state.local_state(self.state[param]))
 
     def _make_state(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, _state.State]]:
         """Make the state that the participants of these groups lack, all of it or none.
