@@ -29,6 +29,10 @@ class CheckpointedOptimizer(Optimizer):
         """Have nothing prepared for the next step."""
 
     @abstractmethod
+    def _check_states(self) -> None:
+        """Check that the state of every parameter fits it."""
+
+    @abstractmethod
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         """Check that the parameters can be stepped with the options of these groups."""
 
@@ -60,7 +64,11 @@ class CheckpointedOptimizer(Optimizer):
     def _commit_pending(self) -> None:
         """Have in the state what Algorithm 1 has in it after the last step."""
         self._finish_step()
-        _state.commit_pending(_state.param_states(self.state))
+        try:
+            _state.commit_pending(_state.param_states(self.state))
+        except RuntimeError:
+            self._check_states()  # which names the group and the parameter
+            raise
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:

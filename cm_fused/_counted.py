@@ -1,11 +1,14 @@
 """An optimizer's state that counts its changes, so that a step need not look for them."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from cm_fused import _state
 
 
 class Changes:
@@ -79,6 +82,29 @@ class ParamState(_Counted):
         super().__init__(values)
         self.changes = changes
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._commit_before(key)
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._commit_before(key)
+        super().__delitem__(key)
+
+    def pop(self, *arguments: Any) -> Any:
+        """Count, and pop."""
+        self._commit_before(*arguments[:1])
+        return super().pop(*arguments)
+
+    def update(self, *arguments: Any, **items: Any) -> None:
+        """Count, and update."""
+        self._commit_before(*dict(*arguments, **items))
+        super().update(*arguments, **items)
+
+    def _commit_before(self, *keys: Any) -> None:
+        """Commit the momentum that waits in `exp_avg` before that is replaced."""
+        if "exp_avg" in keys and "exp_avg" in self and "pending_slot" in self:
+            _state.commit_where_it_fits(self)
+
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
         return dict, (dict(self),)
 
@@ -86,17 +112,19 @@ class ParamState(_Counted):
 class OptimizerState(_Counted, defaultdict[Any, Any]):
     """The state of an optimizer, parameter to `ParamState`; counts changes of both.
 
-    Made as a defaultdict is, since that is how a defaultdict copies itself, or of a mapping alone,
-    as a dict is.
+    Made as a defaultdict is, since that is how a defaultdict copies itself, or as a dict is, of a
+    mapping or of pairs alone.
     """
 
     def __init__(
-        self, default_factory: type[Any] | Mapping[Any, Any] = dict, values: Mapping[Any, Any] = {}
+        self,
+        default_factory: Callable[[], Any] | Mapping[Any, Any] | Iterable[Any] | None = dict,
+        values: Mapping[Any, Any] = {},
     ) -> None:
         super().__init__(dict)
         self.changes = Changes()
-        if isinstance(default_factory, Mapping):
-            values = default_factory
+        if default_factory is not None and not callable(default_factory):
+            values = dict(default_factory)
         for key, value in values.items():
             self[key] = ParamState(value, self.changes) if isinstance(key, Tensor) else value
 
@@ -122,14 +150,19 @@ def _flatten(state: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
     return list(state.values()), list(state)
 
 
+def _unflatten(kind: type[Any], values: Iterable[Any], keys: list[Any]) -> Any:
+    return kind(dict(zip(keys, values, strict=True)))
+
+
+def _flatten_with_keys(state: dict[Any, Any]) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    return [(pytree.MappingKey(key), value) for key, value in state.items()], list(state)
+
+
 # A pytree walks only what it knows by its exact type.
-pytree.register_pytree_node(
-    ParamState,
-    _flatten,
-    lambda values, keys: ParamState(dict(zip(keys, values, strict=True))),
-)
-pytree.register_pytree_node(
-    OptimizerState,
-    _flatten,
-    lambda values, keys: OptimizerState(dict(zip(keys, values, strict=True))),
-)
+for _kind in (ParamState, OptimizerState):
+    pytree.register_pytree_node(
+        _kind,
+        _flatten,
+        partial(_unflatten, _kind),
+        flatten_with_keys_fn=_flatten_with_keys,
+    )

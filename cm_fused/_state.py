@@ -354,7 +354,7 @@ def commit_pending(states: list[State]) -> None:
     """Make the deferred commits of these states, so that their slots are as Algorithm 1's."""
     for_the_extension = []
     for state in states:
-        if "pending_slot" not in state or "critical_buffer" not in state:
+        if not {"pending_slot", "critical_buffer", "exp_avg"}.issubset(state):
             continue
         if state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None:
             for_the_extension.append(state)
@@ -368,6 +368,16 @@ def commit_pending(states: list[State]) -> None:
                 state.get("exp_avg_scales"),
             )
     _commit_in_the_extension(for_the_extension)
+
+
+def commit_where_it_fits(state: State) -> None:
+    """Make the deferred commit of a state, unless its buffer already has another shape.
+
+    The buffer may have been changed before the momentum; its slot is then for the changed one.
+    """
+    buffer, exp_avg = state.get("critical_buffer"), state["exp_avg"]
+    if isinstance(buffer, Tensor) and buffer.shape[1:] == exp_avg.shape:
+        commit_pending([local_state(state)])
 
 
 def _commit_in_the_extension(states: list[State]) -> None:

@@ -31,7 +31,8 @@ class AdamCM(CriticalAdam):
     part in a step.
 
     Critical momenta are copied to their slot at the next step (`pending_slot`, -1 for none).
-    `state_dict()` makes that copy: call it before `exp_avg` is changed by hand.
+    Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`: call it
+    before `exp_avg` is changed in place.
 
     `buffer_dtype` and `moment_dtype` keep the state in lower precision; it is read and computed
     with in float32. int8 and float8_e4m3fn have one float32 scale for each 256 elements, in memory

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only, tree_map_with_path
 
 from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM, _backend
 from cm_fused._critical_adam import CriticalAdam
@@ -238,6 +238,69 @@ def test_surgery_that_is_complete(backend: str) -> None:
     assert_same([p.detach() for p in params[0][1:]], [p.detach() for p in params[1][1:]])
 
 
+@pytest.mark.parametrize("how", ["set", "update", "pop", "del", "after_buffer"])
+@pytest.mark.parametrize("cls", [AdamCM, AdamCG])
+def test_moments_that_are_replaced_between_steps(cls: type[CriticalAdam], how: str) -> None:
+    """The last step's momentum gets its slot, not what replaces it: backends agree.
+
+    Situation: 3D Gaussian splatting resets the opacities' moments (`reset_opacity`). The fused
+    backends let a momentum wait in `exp_avg` for the next step, which took the zeros for it. The
+    older tests compare surgery within one backend, and grow the momentum with its buffer.
+    """
+    results = []
+    for backend in BACKENDS:
+        optimizer = cls(new_params(), backend=backend)
+        train(optimizer, range(5))  # the last of which a slot waits for
+        for param in params_of(optimizer):
+            state = optimizer.state[param]
+            zeros = torch.zeros_like(state["exp_avg"])
+            if how == "after_buffer":
+                state["critical_buffer"] = state["critical_buffer"].clone()
+            if how in ("set", "after_buffer"):
+                state["exp_avg"] = zeros
+            elif how == "update":
+                state.update(exp_avg=zeros)
+            elif how == "pop":
+                state.pop("exp_avg")
+            else:
+                del state["exp_avg"]
+        train(optimizer, range(5, 7))
+        state_dict = optimizer.state_dict()["state"]
+        keys = ("exp_avg", "critical_buffer", "priorities")
+        results.append(
+            [
+                [param.detach() for param in params_of(optimizer)],
+                [[state[key] for key in keys] for state in state_dict.values()],
+            ]
+        )
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-6)
+
+
+@on_each_backend
+@pytest.mark.parametrize("use", ["state_dict", "deepcopy", "resize_buffer"])
+def test_surgery_seen_outside_a_step(backend: str, use: str) -> None:
+    """What commits before it reads the state names the parameter too.
+
+    Situation: as in the first test of surgery, but a checkpoint is saved before the next step. The
+    extension raised with the names of its own lists.
+    """
+    optimizer = AdamCM([{"params": new_params()[:2], "name": "xyz"}], backend=backend)
+    train(optimizer, range(6))
+    _grow(optimizer, ("critical_buffer",))
+    if backend == "eager":  # which has nothing to commit
+        give_gradients(optimizer, 6)
+        uses: dict[str, Callable[[], Any]] = dict.fromkeys([use], optimizer.step)
+    else:
+        uses = {
+            "state_dict": optimizer.state_dict,
+            "deepcopy": lambda: copy.deepcopy(optimizer),
+            "resize_buffer": lambda: optimizer.resize_buffer(2),
+        }
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 \('xyz'\): .* must have"):
+        uses[use]()
+
+
 class _WithAverages(AdamWCM):
     """A subclass that keeps a state of its own, by parameter."""
 
@@ -284,7 +347,23 @@ def _copy_by_pytree(state: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, state)
 
 
-@pytest.mark.parametrize("copied", [_copy_by_accelerate, _copy_by_lightning, _copy_by_pytree])
+def _copy_by_paths(state: Any) -> Any:
+    return tree_map_with_path(lambda _, x: x.clone() if isinstance(x, Tensor) else x, state)
+
+
+def _copy_by_pairs(state: Any) -> Any:
+    if isinstance(state, dict):
+        return type(state)((key, _copy_by_pairs(value)) for key, value in state.items())
+    return state.clone()
+
+
+COPIES = [
+    *(_copy_by_accelerate, _copy_by_lightning, _copy_by_pytree),
+    *(_copy_by_paths, _copy_by_pairs),
+]
+
+
+@pytest.mark.parametrize("copied", COPIES)
 @on_each_backend
 def test_the_state_can_be_walked(copied: Callable[[Any], Any], backend: str) -> None:
     """What moves or copies nested data does so with the whole state and with each parameter's.
