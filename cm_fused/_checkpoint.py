@@ -23,8 +23,12 @@ FLOAT8 = torch.float8_e4m3fn
 LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
 # Options that stay the optimizer's own; the state is converted to them.
 PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
-# Options of Adam's, whose best values are not those of an update with critical momenta.
-ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad")
+# Options of Adam's, whose best values are not those of an update with critical momenta, and those
+# that would change a run unnoticed.
+ADAM_OPTIONS = (
+    *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad"),
+    *("maximize", "capturable"),
+)
 
 
 def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:

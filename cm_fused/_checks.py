@@ -1,7 +1,8 @@
 """What users pass in: hyperparameters and gradients. Every message names the argument or tensor."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeGuard
 
 import torch
@@ -28,8 +29,9 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     plain = {name: _python_number(value) for name, value in options.items()}
     betas = plain.get("betas")
-    if isinstance(betas, Iterable) and not isinstance(betas, (str, bytes, Mapping, Set)):
-        plain["betas"] = tuple(map(_python_number, betas))
+    if not isinstance(betas, (str, bytes, Mapping, Set)):
+        with contextlib.suppress(TypeError):  # a single number, say, which the check refuses
+            plain["betas"] = tuple(map(_python_number, betas))  # type: ignore[arg-type]
     return plain
 
 

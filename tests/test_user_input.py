@@ -44,7 +44,20 @@ def _read_back(state_dict: dict[str, Any]) -> Any:
 # Forms of options
 
 
-@pytest.mark.parametrize("form", [list, np.array, UserList])
+class _Indexed:
+    """A pair that has items and a length alone, as some configurations' lists."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = list(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.values[i]
+
+
+@pytest.mark.parametrize("form", [list, np.array, UserList, _Indexed])
 @pytest.mark.parametrize("cls", [*CLASSES, Adam_CM])
 def test_any_pair_of_betas(cls: Any, form: Callable[[Any], Any]) -> None:
     """A list, an array or a configuration's list is a pair as a tuple is.
@@ -483,21 +496,21 @@ def test_options_of_another_optimizer_are_named() -> None:
     Situation: a run is switched from AdamW and resumed: its learning rate, betas and weight decay
     came along in silence. Older tests look at the options, not at what the user is told.
     """
-    adam = torch.optim.AdamW(new_params(), lr=0.5, betas=(0.9, 0.99))
+    adam = torch.optim.AdamW(new_params(), lr=0.5, betas=(0.9, 0.99), maximize=True)
     train(adam, range(2))
     optimizer = AdamWCM(new_params(), lr=torch.tensor(0.25))
     with pytest.warns(UserWarning, match="of another optimizer") as warned:
         optimizer.load_state_dict(adam.state_dict())
     (warning,) = warned
     message = str(warning.message)
-    assert "(group 0: lr=0.5 instead of 0.25)" in message
+    assert "(group 0: lr=0.5 instead of 0.25, maximize=True instead of False)" in message
     assert "delete them from the groups of state_dict['param_groups']" in message
     # None of these warns, or it would be an error here.
     optimizer.load_state_dict(adam.state_dict())
     AdamWCM(new_params(), lr=0.1).load_state_dict(optimizer.state_dict())
     state_dict = adam.state_dict()
     for group in state_dict["param_groups"]:
-        del group["lr"]
+        del group["lr"], group["maximize"]
     own = AdamWCM(new_params(), lr=0.25)
     own.load_state_dict(state_dict)
     assert own.param_groups[0]["lr"] == 0.25
