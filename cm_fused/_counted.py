@@ -18,7 +18,7 @@ class Changes:
         self.count = 0
 
 
-# Of dicts that are no optimizer's.
+# The counter of dicts that belong to no optimizer.
 _NOBODYS = Changes()
 
 

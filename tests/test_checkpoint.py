@@ -45,7 +45,7 @@ def _save_at(*backends: str) -> tuple[int, ...]:
     return (5,) if "triton" in backends else SAVE_AT
 
 
-# Of torch's optimizers: other ones than ours are warned of when they are loaded.
+# torch's optimizers get these: loading other betas than ours warns.
 BETAS = (0.9, 0.99)
 STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities"}
 

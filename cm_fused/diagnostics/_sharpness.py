@@ -219,7 +219,7 @@ def _scaled(vector: Vector, factor: float) -> Vector:
     return list(torch._foreach_mul(vector, factor))
 
 
-# Of a unit vector, what is left is rounding errors below it.
+# What is left of a unit vector below it is rounding errors.
 _NOTHING = 1e-3
 
 
