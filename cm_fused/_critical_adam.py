@@ -414,7 +414,7 @@ class CriticalAdam(CheckpointedOptimizer):
         for i, group in enumerate(self.param_groups):
             for j, member in enumerate(group["params"]):
                 if member is param:
-                    names = [group[key] for key in ("name",) if key in group]
+                    names = [group["name"]] if "name" in group else []
                     names += group.get("param_names", [])[j : j + 1]
                     name = f" ({', '.join(map(repr, names))})" if names else ""
                     return f"parameter {j} of group {i}{name}"
