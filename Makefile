@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
-CPP_SOURCES := $(wildcard $(foreach type,cpp h cu cuh,csrc/*.$(type) csrc/*/*.$(type)))
+CPP_SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 ARM64_CXX := aarch64-linux-gnu-g++
 NVCC := nvcc
 # For compilers that setup.py does not run here.
@@ -62,13 +62,13 @@ check: $(VENV)/lint
 	CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=-Werror $(BIN)/python setup.py --quiet build_ext \
 	    --build-temp build/werror --build-lib build/werror
 	@if command -v $(ARM64_CXX) >/dev/null; then \
-	    for source in csrc/*.cpp csrc/cpu/*.cpp; do \
+	    for source in $(filter %.cpp,$(CPP_SOURCES)); do \
 	        echo "arm64: $$source"; \
 	        $(ARM64_CXX) -fsyntax-only -fvisibility=hidden -Wall -Wextra -Werror $(STRICT) $$source || exit 1; \
 	    done; \
 	else echo "arm64: not compiled, $(ARM64_CXX) is not installed"; fi
 	@if command -v $(NVCC) >/dev/null; then \
-	    for source in csrc/cuda/*.cu; do \
+	    for source in $(filter %.cu,$(CPP_SOURCES)); do \
 	        echo "cuda: $$source"; \
 	        $(NVCC) -c -o /dev/null -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror $(STRICT) \
 	            $$source || exit 1; \
@@ -103,12 +103,12 @@ package: $(VENV)/lint
 	CM_FUSED_BUILD=cpu $(BIN)/python -m build --no-isolation
 	$(CHECK_PACKAGES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
-	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/train_installed.py
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/packaging/train_installed.py
 	@if [ -n "$(OTHER_TORCH)" ]; then \
 	    $(PYTHON) -m venv build/other && \
 	    build/other/bin/pip install --quiet --disable-pip-version-check "$(OTHER_TORCH)" numpy && \
 	    build/other/bin/pip install --quiet --disable-pip-version-check --no-deps dist/*.whl && \
-	    build/other/bin/python -W error tests/train_installed.py && \
+	    build/other/bin/python -W error tests/packaging/train_installed.py && \
 	    build/other/bin/python -m cm_fused; \
 	else echo "not installed beside another torch: make package OTHER_TORCH=torch==2.11.0"; fi
 

@@ -23,18 +23,18 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 
 SOURCES = [
     "csrc/library.cpp",
-    "csrc/state.cpp",
-    "csrc/describe.cpp",
-    "csrc/table.cpp",
+    "csrc/core/state.cpp",
+    "csrc/core/describe.cpp",
+    "csrc/priority/table.cpp",
     "csrc/cpu/capability.cpp",
     "csrc/cpu/describe.cpp",
     "csrc/cpu/ops.cpp",
     "csrc/cpu/pass.cpp",
     "csrc/cpu/steps.cpp",
     "csrc/cpu/update_priorities.cpp",
-    "csrc/cpu/step_default.cpp",
-    "csrc/cpu/step_avx2.cpp",
-    "csrc/cpu/step_avx512.cpp",
+    "csrc/cpu/kernels/step_default.cpp",
+    "csrc/cpu/kernels/step_avx2.cpp",
+    "csrc/cpu/kernels/step_avx512.cpp",
 ]
 COMPILE_ARGS = [
     "-O3",

@@ -7,8 +7,8 @@ slots. Where a step is limited by memory its time is in proportion to these byte
 
 from dataclasses import dataclass
 
-from cm_fused.ops.cpu import RUNNING_SUM_MIN_CAPACITY
-from cm_fused.ops.table import running_sum_min_capacity
+from cm_fused._backends.cpu import RUNNING_SUM_MIN_CAPACITY
+from cm_fused._backends.triton.columns import running_sum_min_capacity
 
 _FLOAT = 4
 _DOUBLE = 8
@@ -45,7 +45,7 @@ def adamw_foreach() -> Bytes:
 
 
 def _buffer(capacity: int, admits: bool) -> Bytes:
-    """The buffer's part of a fused step (csrc/cpu/slots_kernel.h).
+    """The buffer's part of a fused step (csrc/cpu/kernels/slots.h).
 
     The commit of an admission is deferred to the next step's pass, which holds m anyway: in a
     steady state each step pays for one, the last step's, with the slot alone.

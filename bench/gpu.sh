@@ -113,8 +113,8 @@ fi
 pytest=("$python" -m pytest -q --continue-on-collection-errors -p no:cacheprovider -m gpu)
 
 tests() {
-    stage tests-gpu 80 "${pytest[@]}" tests/test_gpu.py
-    stage tests-parity 110 "${pytest[@]}" "${parallel[@]}" tests --ignore=tests/test_gpu.py
+    stage tests-gpu 80 "${pytest[@]}" tests/backends/test_gpu.py
+    stage tests-parity 110 "${pytest[@]}" "${parallel[@]}" tests --ignore=tests/backends/test_gpu.py
 }
 
 sanitizers() {

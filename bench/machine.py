@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cm_fused import AdamCM
-from cm_fused.ops import cpu
+from cm_fused._backends import cpu
 
 DEVICES = ("cpu", "cuda")
 Description = dict[str, str | int | float]

@@ -14,8 +14,9 @@ from torch.optim import AdamW, Optimizer
 from bench import bytes as byte_model
 from bench.bytes import Bytes
 from bench.workloads import Shapes
-from cm_fused import AdamCG, AdamCM, _state, reference
+from cm_fused import AdamCG, AdamCM, reference
 from cm_fused._bucket import Bucket, step_options
+from cm_fused._state import making as _state
 
 _DRAWN = 2**20
 _STEPS_BEFORE_CAPTURE = 3

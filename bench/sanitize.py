@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from bench import machine
 from bench.parity import fused_backend
 from cm_fused import AdamCG, AdamCM
-from cm_fused.ops.table import CHUNK_SIZE
+from cm_fused._backends.triton.columns import CHUNK_SIZE
 
 _STEPS = 7
 _CLASSES: tuple[type[AdamCM | AdamCG], ...] = (AdamCM, AdamCG)

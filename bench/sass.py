@@ -28,9 +28,11 @@ from triton.compiler import ASTSource
 
 from bench import bytes as byte_model
 from bench.bytes import Bytes
-from cm_fused.ops import triton as backend
-from cm_fused.ops import triton_common, triton_kernels, triton_rounding
-from cm_fused.ops.table import running_sum_min_capacity
+from cm_fused._backends.triton import common as triton_common
+from cm_fused._backends.triton import kernels as triton_kernels
+from cm_fused._backends.triton import launch as backend
+from cm_fused._backends.triton import rounding as triton_rounding
+from cm_fused._backends.triton.columns import running_sum_min_capacity
 
 ARCHITECTURES = (80, 90, 100)
 

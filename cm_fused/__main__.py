@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM
-from cm_fused._backend import NAMES, select
-from cm_fused.ops import cpu, library
+from cm_fused._backends import cpu, library
+from cm_fused._backends.select import NAMES, select
 
 _SHAPES = ((300, 70), (5,), ())
 _STEPS = 12

@@ -24,7 +24,7 @@ class Bucket:
     """The tensors of one param group that share a device and take part in a step.
 
     Item i of every list belongs to parameter i. Real dtypes only: complex tensors come as views of
-    pairs. State tensors have the dtypes that `cm_fused._state` says.
+    pairs. State tensors have the dtypes that `cm_fused._state.making` says.
 
     Attributes:
         params: Changed by the step. Any strides.

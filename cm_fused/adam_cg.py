@@ -1,7 +1,7 @@
 """Adam with critical gradients, the paper's baseline."""
 
-from cm_fused._critical_adam import CriticalAdam
-from cm_fused._decoupled import DecoupledCriticalAdam
+from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._optimizer.decoupled import DecoupledCriticalAdam
 
 
 class AdamCG(CriticalAdam):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from cm_fused._backward_pass import BackwardPasses, is_outermost_forward
-from cm_fused._critical_adam import CriticalAdam
-from cm_fused._sharding import is_sharded
+from cm_fused._distributed import is_sharded
+from cm_fused._optimizer.backward_pass import BackwardPasses, is_outermost_forward
+from cm_fused._optimizer.base import CriticalAdam
 from cm_fused.sam import SAM
 
 _DDP_REMEDY = (

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused._capture import is_capturing
-from cm_fused._checks import check_not_flattened
-from cm_fused._closures import Found, Marks, any_of, are_nan, reset
-from cm_fused._sharding import Processes, is_sharded, local, local_grad
+from cm_fused._backends.capture import is_capturing
+from cm_fused._distributed import Processes, is_sharded, local, local_grad
+from cm_fused._optimizer.checks import check_not_flattened
+from cm_fused._optimizer.closures import Found, Marks, any_of, are_nan, reset
 
 # Keeps the perturbation of a zero gradient zero.
 _TINY = 1e-12

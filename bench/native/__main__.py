@@ -1,7 +1,7 @@
 """Run the C++ code under sanitizers and valgrind; write bench/results/sanitizers.json.
 
 `python -m bench.native [address] [thread] [valgrind]`, all of them where none is named;
-`--only tests/test_ops.py` runs that file alone under the two sanitizers. What is run replaces what
+`--only tests/operators/test_ops.py` runs that file alone under the two sanitizers. What is run replaces what
 the file says of it. Needs g++ with its sanitizers' libraries, and valgrind.
 """
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM
-from cm_fused._critical_adam import CriticalAdam
-from cm_fused.ops import cpu
+from cm_fused._backends import cpu
+from cm_fused._optimizer.base import CriticalAdam
 
 CHUNK = 16384
 PRECISIONS: tuple[dict[str, Any], ...] = (

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM
-from cm_fused._checks import BUFFER_DTYPES, MOMENT_DTYPES
-from cm_fused._critical_adam import CriticalAdam
-from cm_fused._loading import OPTIONAL_KEYS
+from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._optimizer.checks import BUFFER_DTYPES, MOMENT_DTYPES
+from cm_fused._state.loading import OPTIONAL_KEYS
 
 Damage = tuple[str, dict[str, Any]]
 Stepped = tuple[list[Tensor], CriticalAdam]

@@ -6,7 +6,7 @@ is one float32 product on both sides. The recurrence takes float32's betas, as t
 moment the roundings die out as it does: with u = 2^-24, m has three in a step that are worth
 1 / (1 - beta1) steps, and v the aggregate's C + 8, doubled by the square, and three of its own that
 are worth 1 / (1 - beta2). Sizes are those of the last 2,000 steps, before which nothing is left.
-The running sum is rebuilt once in 4 C steps: 8 C u of the slots' size (`tests/test_drift.py`).
+The running sum is rebuilt once in 4 C steps: 8 C u of the slots' size (`tests/optimizer/test_drift.py`).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM
 from cm_fused._bucket import BucketStep, step_options
-from cm_fused._critical_adam import CriticalAdam
+from cm_fused._optimizer.base import CriticalAdam
 
 Array = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM, AdamWCM
-from cm_fused._critical_adam import CriticalAdam
+from cm_fused._optimizer.base import CriticalAdam
 
 MIB = 2**20
 # Of the parameters; the first is several chunks, which threads share.

@@ -11,7 +11,7 @@ from bench.torture.finding import Finding, require
 from bench.torture.machine import ApiMachine, options_of_a_group, seeds
 from bench.torture.states import require_close, require_same_bits, views
 from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
-from cm_fused._critical_adam import CriticalAdam
+from cm_fused._optimizer.base import CriticalAdam
 
 STEPS_OF_A_RUN = 50
 KINDS: tuple[type[CriticalAdam], ...] = (AdamCM, AdamWCM, AdamCG, AdamWCG)

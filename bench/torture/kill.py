@@ -17,7 +17,7 @@ from torch import nn
 
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCM
-from cm_fused._checks import BUFFER_DTYPES, MOMENT_DTYPES
+from cm_fused._optimizer.checks import BUFFER_DTYPES, MOMENT_DTYPES
 
 STEPS_BETWEEN_CHECKPOINTS = 20
 # A run is killed within so many seconds: it gets through some checkpoints, or none.

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.torture.finding import require
 from bench.torture.gradients import gradient, new_param, poison
 from bench.torture.states import require_same_bits, views
-from cm_fused._critical_adam import CriticalAdam
+from cm_fused._optimizer.base import CriticalAdam
 
 SHAPES = ((), (0,), (3,), (4, 5), (2, 3, 2), (300,))
 MAX_GROUPS = 3

@@ -16,8 +16,9 @@ from torch import Tensor
 from bench.torture.arguments import ROLES, SCALARS, STATE, Arguments, damage, valid
 from bench.torture.finding import Finding, require
 from cm_fused import reference
+from cm_fused._backends import cpu
+from cm_fused._backends.triton import columns as table
 from cm_fused._bucket import Bucket, StepOptions
-from cm_fused.ops import cpu, table
 
 ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
 CASES_OF_A_CHILD = 1_000

@@ -28,7 +28,7 @@ def report(findings: list[Finding]) -> str:
             "| --- | ---: | --- | --- |",
             *rows,
             "",
-            "`tests/test_faults.py` fails a step at every operator call (the reference's at every",
+            "`tests/backends/test_faults.py` fails a step at every operator call (the reference's at every",
             "eleventh, the research package's at every third) and at every allocation within the",
             "C++ operator: nothing is changed.",
             "",

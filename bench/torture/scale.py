@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.torture.finding import Finding, require
 from cm_fused import AdamCG, AdamCM
-from cm_fused._critical_adam import CriticalAdam
+from cm_fused._optimizer.base import CriticalAdam
 
 STEPS = 3
 # Of the large tensor: parameter, both moments and one slot, its gradient being one number.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bench.torture.finding import require
 from cm_fused import reference
-from cm_fused._critical_adam import CriticalAdam
+from cm_fused._optimizer.base import CriticalAdam
 
 View = dict[str, Tensor]
 

@@ -27,15 +27,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from cm_fused import _state, reference
-from cm_fused._backend import Backend, select
+from cm_fused import reference
+from cm_fused._backends.select import Backend, select
 from cm_fused._bucket import Bucket, BucketStep, StepOptions
-from cm_fused._checks import check_number
-from cm_fused._counted import OptimizerState
-from cm_fused._critical_adam import CriticalAdam
-from cm_fused._norms import GroupStep, step_all_
-from cm_fused._sharding import Processes, is_sharded
-from cm_fused._undo import Undo
+from cm_fused._distributed import Processes, is_sharded
+from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._optimizer.checks import check_number
+from cm_fused._optimizer.norms import GroupStep, step_all_
+from cm_fused._optimizer.undo import Undo
+from cm_fused._state import making as _state
+from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused import _state
-from cm_fused._critical_adam import CriticalAdam
-from cm_fused._sharding import whole_state
+from cm_fused._distributed import whole_state
+from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._state import making as _state
 from cm_fused.sam import SAM
 
 

@@ -6,7 +6,7 @@
 #include <memory>
 #include <utility>
 
-#include "../parallel.h"
+#include "../core/parallel.h"
 
 namespace cm_fused {
 

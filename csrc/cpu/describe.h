@@ -5,7 +5,7 @@
 #include <span>
 #include <vector>
 
-#include "../describe.h"
+#include "../core/describe.h"
 #include "step.h"
 
 namespace cm_fused {

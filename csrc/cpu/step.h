@@ -21,8 +21,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../param_data.h"
-#include "../priority.h"
+#include "../core/param_data.h"
+#include "../priority/priority.h"
 
 namespace cm_fused {
 

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <utility>
 
-#include "../bookkeeping.h"
+#include "../priority/bookkeeping.h"
 
 namespace cm_fused {
 

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../priority_update.h"
+#include "../priority/priority_update.h"
 
 namespace cm_fused {
 

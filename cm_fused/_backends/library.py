@@ -1,0 +1,92 @@
+"""The C++ libraries: loading them, the fake kernels of their operators, the state they hold."""
+
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cm_fused._bucket import Bucket
+
+_PACKAGE = Path(__file__).parents[1]
+_LIBRARY = _PACKAGE / "_C.abi3.so"
+_CUDA_LIBRARY = _PACKAGE / "_C_cuda.abi3.so"
+
+
+def _load(library: Path, what: str) -> str | None:
+    """Load a library; return None, or why it cannot be used."""
+    if not library.exists():
+        return f"{what} was not built when cm_fused was installed"
+    try:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{what} does not load: {error}"
+    return None
+
+
+def _load_extension() -> str | None:
+    """Load the library of schemas and CPU kernels; return None, or why it cannot be used."""
+    reason = _load(_LIBRARY, "the C++ extension")
+    if reason is not None:
+        return reason
+    try:
+        for name in ("adam_cm_", "adam_cg_", "keep_books_", "commit_", "update_priorities_"):
+            torch.library.register_fake(f"cm_fused::{name}", _fake_in_place)
+        torch.library.register_fake("cm_fused::sq_norms", _fake_sq_norms)
+    except RuntimeError as error:
+        return f"the C++ extension is another version's, reinstall cm_fused: {error}"
+    return None
+
+
+def _load_cuda() -> str | None:
+    """Load the library of CUDA kernels; return None, or why it cannot be used."""
+    if unavailable_reason is not None:
+        return unavailable_reason
+    # A ROCm build of torch names its devices "cuda" too.
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    return _load(_CUDA_LIBRARY, "the CUDA library")
+
+
+def _fake_in_place(*args: object, **kwargs: object) -> None:
+    """Every output is an argument changed in place."""
+    _check_devices(args)
+
+
+def _check_devices(args: tuple[object, ...]) -> None:
+    """Refuse tensors on the meta device among others, which would be a step that does nothing."""
+    lists = (arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+    devices = {t.device for tensors in lists for t in tensors if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
+def _fake_sq_norms(
+    params: list[Tensor],
+    grads: list[Tensor],
+    grad_factor: Tensor | None,
+    *,
+    weight_decay: float,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+) -> Tensor:
+    _check_devices((params, grads, grad_factor))
+    return torch.empty(len(params), dtype=torch.float64, device="cpu")
+
+
+unavailable_reason = _load_extension()
+cuda_unavailable_reason = _load_cuda()
+
+
+class Held:
+    """A bucket's state, handed to the library once instead of at every step.
+
+    The library keeps the tensors, not their addresses, until this object dies.
+
+    Attributes:
+        id: What the library's operators know it by.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.id: int = torch.ops.cm_fused.hold_state(*bucket.state())
+        weakref.finalize(self, torch.ops.cm_fused.release_state, self.id)

@@ -1,0 +1,243 @@
+"""The tables of a bucket: built once, checked at every step, uploaded when an address changed.
+
+NOTE: [Tables and graph capture]
+What was uploaded is never written again: a change makes a new table. So a captured graph can share
+the table of the steps before it, and keeps its own where its gradients are new. An upload during
+capture takes place when the graph is replayed, from host memory that must then still be there, and
+no eager step may use it before: it is kept for the graph alone, for as long as these tables live.
+The optimizer keeps the plan of a captured step for as long as it lives itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm_fused._backends import library
+from cm_fused._backends.capture import is_capturing
+from cm_fused._backends.triton.columns import CHUNK_SIZE, PARAM_DTYPES, WIDTH, Column
+from cm_fused._bucket import Bucket
+from cm_fused.philox import WORDS, Places
+
+# What cm_fused::refresh_table_ returns.
+_UNCHANGED, _CHANGED, _NEEDS_COPIES = range(3)
+_INT64_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The consecutive chunks of the parameters of one dtype.
+
+    Attributes:
+        param_dtype: Of these parameters.
+        chunks: int32 (chunks, 2) on the device: each chunk's tensor and number within it.
+        sq_norms: float64 (chunks,) on the device, for the kernels to write.
+    """
+
+    param_dtype: torch.dtype
+    chunks: Tensor
+    sq_norms: Tensor
+
+
+class OutdatedTablesError(Exception):
+    """The tables were made for parameters of other dtypes."""
+
+
+class Tables:
+    """Where the kernels find a bucket's tensors.
+
+    Attributes:
+        checks_lists: Whether `refresh` raises for tensors that do not fit each other.
+        chunk_sq_norms: float64 (chunks,) on the device: all chunks' sums of g^2.
+        launches: The chunks by dtype of the parameters.
+        last: The table of the last refresh.
+        made_in_capture: Whether what these tables need was uploaded by a graph's capture.
+        by_fours: Whether each four elements of every parameter are four of the whole parameter's
+            with one counter of random words.
+        changed: Whether a refresh found an address changed, until parameters that overlap were
+            looked for.
+        one_by_one: Whether parameters of the step overlap, to be launched one after the other.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._device = bucket.exp_avgs[0].device
+        self.checks_lists = library.unavailable_reason is None
+        self.made_in_capture = is_capturing(self._device)
+        self._held = library.Held(bucket) if self.checks_lists else None
+        self._state = bucket.state()
+        self.by_fours = all(
+            places.length == places.stride and places.offset % WORDS == 0
+            for places in map(bucket.places_of, range(len(bucket.params)))
+        )
+        self._host = torch.zeros((len(bucket.params), WIDTH), dtype=torch.int64, device="cpu")
+        # The tensors of uploads that a capture recorded, on the device and on the host.
+        self._of_captures: list[tuple[Tensor, Tensor]] = []
+        self._table: Tensor | None = None
+        self.last: Tensor | None = None
+        self.changed = True
+        self.one_by_one = False
+        self._lay_out_chunks(bucket.params)
+        self._scratch = self._lay_out_scratch(bucket)
+
+    def _lay_out_chunks(self, params: list[Tensor]) -> None:
+        """Number the chunks, dtype by dtype and parameter by parameter."""
+        dtypes = list(dict.fromkeys(param.dtype for param in params))
+        order = sorted(range(len(params)), key=lambda i: dtypes.index(params[i].dtype))
+        num_chunks = _on_host([-(-params[i].numel() // CHUNK_SIZE) for i in order])
+        first_chunks = num_chunks.cumsum(0) - num_chunks
+        self._dtypes = _dtype_codes(params)
+        self._host[:, Column.PARAM_DTYPE] = self._dtypes
+        self._host[order, Column.NUM_CHUNKS] = num_chunks
+        self._host[order, Column.FIRST_CHUNK] = first_chunks
+        tensors = _on_host(order).repeat_interleave(num_chunks)
+        within = torch.arange(len(tensors), device="cpu") - first_chunks.repeat_interleave(
+            num_chunks
+        )
+        table = torch.stack([tensors, within], dim=1).to(torch.int32)
+        chunks, self._host_chunks = _upload(table, self._device)
+        self._order, self._chunks = order, chunks
+        self.chunk_sq_norms = torch.empty(len(chunks), dtype=torch.float64, device=self._device)
+        counts = [
+            sum(-(-param.numel() // CHUNK_SIZE) for param in params if param.dtype == dtype)
+            for dtype in dtypes
+        ]
+        self.launches = [
+            Chunks(*of_dtype)
+            for of_dtype in zip(
+                dtypes,
+                torch.split(chunks, counts),
+                torch.split(self.chunk_sq_norms, counts),
+                strict=True,
+            )
+        ]
+
+    def launches_one_by_one(self) -> list[tuple[int, Chunks]]:
+        """Return the number and the chunks of each parameter, in the order of `launches`."""
+        counts = [int(self._host[i, Column.NUM_CHUNKS]) for i in self._order]
+        split = zip(
+            [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order],
+            torch.split(self._chunks, counts),
+            torch.split(self.chunk_sq_norms, counts),
+            strict=True,
+        )
+        return [(i, Chunks(*of_param)) for i, of_param in zip(self._order, split, strict=True)]
+
+    def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
+        """Give critical gradients a place for this step's slots and counts of filled ones."""
+        if bucket.pending_slots:
+            return None
+        scratch = torch.zeros((2, len(bucket.params)), dtype=torch.int64, device=self._device)
+        for row, column in zip(scratch, (Column.SLOT, Column.FILLED), strict=True):
+            offsets = _INT64_BYTES * torch.arange(len(bucket.params), device="cpu")
+            self._host[:, column] = row.data_ptr() + offsets
+        return scratch
+
+    def refresh(self, params: list[Tensor], grads: list[Tensor]) -> Tensor | None:
+        """Return the table of these tensors, int64 (params, `WIDTH`) on the device.
+
+        Returns:
+            None where a tensor does not lie in memory as its exp_avg does, so that a copy is to be
+            passed in its place.
+
+        Raises:
+            RuntimeError: The lists do not fit each other.
+            OutdatedTablesError: A parameter has another dtype than when these tables were made.
+        """
+        capturing = is_capturing(self._device)
+        host = self._host.clone() if capturing else self._host
+        refreshed = self._refresh(params, grads, host)
+        if refreshed == _NEEDS_COPIES:
+            return None
+        self.changed |= refreshed == _CHANGED
+        if refreshed == _UNCHANGED and self._table is not None:
+            self.last = self._table
+            return self._table
+        if not torch.equal(host[:, Column.PARAM_DTYPE], self._dtypes):
+            raise OutdatedTablesError
+        table, uploaded_from = _upload(host, self._device)
+        if capturing:
+            self._of_captures.append((table, uploaded_from))
+        else:
+            self._table = table
+        self.last = table
+        return table
+
+    def replaces(self, tables: "Tables") -> None:
+        """Keep for as long as these live what a capture made, for its graph goes on using it."""
+        self._replaced = tables
+
+    def _refresh(self, params: list[Tensor], grads: list[Tensor], host: Tensor) -> int:
+        if any(map(Tensor.is_neg, params)):
+            raise RuntimeError("a parameter must not be a lazy negative")  # which the step names
+        if self._held is not None:
+            # The operator would be given copies of lazy negatives, which end with its call.
+            if any(map(Tensor.is_neg, grads)):
+                return _NEEDS_COPIES
+            refreshed: int = torch.ops.cm_fused.refresh_table_(self._held.id, params, grads, host)
+            return refreshed
+        return _refresh_in_python(params, grads, self._state, host)
+
+
+def _on_host(numbers: Sequence[int]) -> Tensor:
+    """Return int64 (numbers,), on the CPU whatever torch's default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _dtype_codes(params: list[Tensor]) -> Tensor:
+    return _on_host([PARAM_DTYPES.index(param.dtype) for param in params])
+
+
+def lies_as(tensor: Tensor, order: Tensor) -> bool:
+    """Return whether a tensor's memory holds its elements in the places of another's."""
+    strides = zip(tensor.shape, tensor.stride(), order.stride(), strict=True)
+    return not tensor.is_neg() and all(size <= 1 or a == b for size, a, b in strides)
+
+
+def _upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copy to a device without waiting; return the copy, and the memory it comes from."""
+    if device.type == "cpu":
+        return host.clone(), host
+    pinned = host.pin_memory()
+    # Without a capture the allocator knows when the copy is through, and keeps the memory until
+    # then.
+    return pinned.to(device, non_blocking=True), pinned
+
+
+def _refresh_in_python(
+    params: list[Tensor], grads: list[Tensor], state: tuple[Any, ...], host: Tensor
+) -> int:
+    """Do what cm_fused::refresh_table_ does, but for its checks, without the C++ extension."""
+    exp_avgs, exp_avg_sqs, max_exp_avg_sqs, buffers, sums, priorities, slots, steps = state[:8]
+    critical_scales, exp_avg_scales, exp_avg_sq_scales, compensations = state[8:12]
+    param_indices, element_places = state[12:]
+    for listed in (params, grads):
+        if not all(map(lies_as, listed, exp_avgs)):
+            return _NEEDS_COPIES
+    columns = {
+        Column.PARAM: params,
+        Column.GRAD: grads,
+        Column.EXP_AVG: exp_avgs,
+        Column.EXP_AVG_SQ: exp_avg_sqs,
+        Column.MAX_EXP_AVG_SQ: max_exp_avg_sqs,
+        Column.CRITICAL_BUFFER: buffers,
+        Column.CRITICAL_SUM: sums,
+        Column.PRIORITIES: priorities,
+        Column.SLOT: slots,
+        Column.STEP: steps,
+        Column.COMPENSATION: compensations,
+        Column.CRITICAL_SCALES: critical_scales,
+        Column.EXP_AVG_SCALES: exp_avg_scales,
+        Column.EXP_AVG_SQ_SCALES: exp_avg_sq_scales,
+    }
+    before = host.clone()
+    for column, tensors in columns.items():
+        if tensors:
+            host[:, column] = _on_host([tensor.data_ptr() for tensor in tensors])
+    host[:, Column.PARAM_DTYPE] = _dtype_codes(params)
+    host[:, Column.PARAM_INDEX] = _on_host(param_indices or range(len(params)))
+    first, last = Column.PLACES_OFFSET, Column.PLACES_STRIDE
+    host[:, first : last + 1] = _on_host(element_places or Places()).reshape(-1, len(Places()))
+    host[:, Column.NUMEL] = _on_host([param.numel() for param in params])
+    return _UNCHANGED if torch.equal(before, host) else _CHANGED

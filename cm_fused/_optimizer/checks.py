@@ -1,0 +1,291 @@
+"""What users pass in: hyperparameters and gradients. Every message names the argument or tensor."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Set
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from cm_fused._backends.select import NAMES
+from cm_fused._distributed import is_flattened, is_sharded, partitioner
+from cm_fused._state.making import refused_precision
+
+PRIORITY_SCOPES = ("group", "tensor")
+BUFFER_MEANS = ("capacity", "size")
+BUFFER_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16),
+    *(torch.float8_e4m3fn, torch.int8),
+)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+LOW_PRECISION_UPDATES = ("nearest", "stochastic", "kahan")
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as checkpoints can have them: Python's numbers for NumPy's, betas as a tuple.
+
+    Configuration files and schedulers give NumPy's scalars, lists, arrays and OmegaConf's lists.
+    """
+    plain = {name: _python_number(value) for name, value in options.items()}
+    betas = plain.get("betas")
+    if not isinstance(betas, (str, bytes, Mapping, Set)):
+        with contextlib.suppress(TypeError):  # a single number, say, which the check refuses
+            plain["betas"] = tuple(map(_python_number, betas))  # type: ignore[arg-type]
+    return plain
+
+
+def _python_number(value: Any) -> Any:
+    """Return a scalar of NumPy's, which is not imported for it, as Python's; others as they are."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> None:
+    """Check the hyperparameters of a param group, or the defaults of an optimizer.
+
+    Args:
+        options: As `plain_options` returns them.
+        in_training: They are those of a run, where a scheduler may have made the learning rate or
+            the weight decay negative: a checkpoint of what trains can be loaded.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        _require(lr.numel() == 1, "Tensor lr must be 1-element", tuple(lr.shape))
+    betas = options["betas"]
+    _require(isinstance(betas, tuple) and len(betas) == 2, "betas must be a pair of floats", betas)
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
+    for name in ("lr", "eps", "weight_decay"):
+        if in_training and name != "eps":
+            check_number(name, options[name], "finite", math.isfinite)
+        else:
+            check_number(name, options[name], "finite and >= 0", _is_finite_and_not_negative)
+    check_number("priority_decay", options["priority_decay"], "in [0, 1]", lambda x: 0 <= x <= 1)
+    check_capacity(options["capacity"])
+    _require_choice("priority_scope", options["priority_scope"], PRIORITY_SCOPES)
+    _require_choice("buffer_mean", options["buffer_mean"], BUFFER_MEANS)
+    if options["backend"] is not None:
+        _require_choice("backend", options["backend"], NAMES)
+    _require_choice("buffer_dtype", options["buffer_dtype"], (None, *BUFFER_DTYPES))
+    _require_choice("moment_dtype", options["moment_dtype"], (None, *MOMENT_DTYPES))
+    _require_choice("low_precision_update", options["low_precision_update"], LOW_PRECISION_UPDATES)
+    max_grad_norm = options["max_grad_norm"]
+    if max_grad_norm is not None:
+        rule = "None or finite and > 0"
+        check_number("max_grad_norm", max_grad_norm, rule, lambda x: math.isfinite(x) and x > 0)
+    for name in ("skip_nonfinite", "amp_scaling"):
+        _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
+    seed = options["seed"]
+    _require(_is_int(seed) and 0 <= seed < 2**63, "seed must be an int in [0, 2^63)", seed)
+
+
+def check_capacity(capacity: object) -> None:
+    """Check the number of slots.
+
+    Raises:
+        ValueError: It is not an int >= 1.
+    """
+    _require(_is_int(capacity) and capacity >= 1, "capacity must be an int >= 1", capacity)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite_and_not_negative(number: float) -> bool:
+    return math.isfinite(number) and number >= 0
+
+
+def check_optimizer_option(
+    name: str, param_group: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Check that a group does not change an option of the whole optimizer.
+
+    Raises:
+        ValueError: It has another value.
+    """
+    value = param_group.get(name, defaults[name])
+    _require(
+        value == defaults[name],
+        f"{name} must be the same for all param groups, {defaults[name]}",
+        value,
+    )
+
+
+def check_partitioner(options: Mapping[str, Any]) -> None:
+    """Check that a group needs no norm over parameters that its optimizer is not given.
+
+    Args:
+        options: Those of the group.
+
+    Raises:
+        ValueError: The optimizer is made by something that gives it a part of the parameters, and
+            the group needs one; or a part of each parameter.
+    """
+    name = partitioner()
+    if name is None:
+        return
+    if name == "ShardedOptimizer":
+        raise ValueError(
+            "params must be whole parameters, got the local shards of ShardedOptimizer, whose "
+            "norms are not the parameters'; shard with fully_shard or parallelize_module"
+        )
+    scope = options["priority_scope"]
+    _require(
+        scope == "tensor",
+        f"priority_scope must be 'tensor' under {name}, whose optimizers do not have all gradients "
+        "of a group; pass priority_scope='tensor', or give all parameters to one optimizer "
+        "(fully_shard shards them)",
+        scope,
+    )
+    for option, off in (("max_grad_norm", None), ("skip_nonfinite", False)):
+        _require(
+            options[option] == off,
+            f"{option} must be {off} under {name}, whose optimizers do not have all gradients; use "
+            "torch.nn.utils.clip_grad_norm_",
+            options[option],
+        )
+
+
+def check_not_flattened(
+    index: int, group: Mapping[str, Any], error: type[Exception] = RuntimeError
+) -> None:
+    """Check that no parameter of a group is a shard of FSDP1, whose norm is not the parameter's.
+
+    Args:
+        index: Names the group, for messages.
+        group: The group.
+        error: What is raised.
+
+    Raises:
+        error: One may be.
+    """
+    for i, param in enumerate(group["params"]):
+        if is_flattened(param):
+            name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+            raise error(
+                f"{name} of group {index} must be a whole parameter or a DTensor, got one of "
+                f"FullyShardedDataParallel (FSDP1) of shape {tuple(param.shape)}: norms over its "
+                "shards would be those of one process; use fully_shard (FSDP2), or "
+                "DistributedDataParallel in place of NO_SHARD"
+            )
+
+
+def check_no_duplicates(groups: list[dict[str, Any]]) -> None:
+    """Check that the groups have every parameter once; torch checks it where groups are added.
+
+    Raises:
+        RuntimeError: They have one twice, whose one state two steps would change.
+    """
+    places: dict[int, tuple[int, int]] = {}
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            first = places.setdefault(id(param), (i, j))
+            if first != (i, j):
+                raise RuntimeError(
+                    f"the groups must have every parameter once, got parameter {first[1]} of group "
+                    f"{first[0]} again as parameter {j} of group {i}; remove one of the two"
+                )
+
+
+def check_low_precision(group: Mapping[str, Any]) -> None:
+    """Check that the parameters of a group can have the state that its options ask for.
+
+    A parameter that is frozen may be any: it is checked when it takes part in a step.
+
+    Raises:
+        ValueError: One that is trained is float64 or complex, and buffer_dtype or moment_dtype is
+            not None.
+    """
+    for i, param in enumerate(group["params"]):
+        if not param.requires_grad:
+            continue
+        name = refused_precision(param, group)
+        if name is not None:
+            raise ValueError(
+                f"{name} must be None for float64 and complex parameters; put them into a group of "
+                f"their own: params[{i}] is {param.dtype}, got {group[name]!r}"
+            )
+
+
+def _require(condition: bool, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{rule}, got {value!r}")
+
+
+def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    """Check that an argument is a number for which a rule holds.
+
+    Raises:
+        ValueError: It is not.
+    """
+    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    _require(number and holds(float(value)), f"{name} must be {rule}", value)  # type: ignore[arg-type]
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}", value)
+
+
+def check_capturable(params: list[Tensor]) -> None:
+    """Check that a CUDA graph could hold a step of these parameters.
+
+    Raises:
+        RuntimeError: One is not on a CUDA device.
+    """
+    for i, param in enumerate(params):
+        if not param.is_cuda and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"capturable=True needs parameters on a CUDA device, got params[{i}] on "
+                f"{param.device}; use capturable=False"
+            )
+
+
+def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> None:
+    """Check that every gradient fits its parameter; strides may differ.
+
+    Args:
+        group_index: Names the group, for messages.
+        params: Parameters of a group; those without a gradient are passed over.
+        first: The position in the group of the first of them, for messages.
+
+    Raises:
+        RuntimeError: A gradient is sparse or integer, or its dtype, shape or device is not its
+            parameter's.
+    """
+    for i, param in enumerate(params, first):
+        grad = param.grad
+        if grad is None:
+            continue
+        where = f"the gradient of parameter {i} of group {group_index}"
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{where} must be dense, got layout {grad.layout}; for an embedding, use "
+                "sparse=False"
+            )
+        if is_sharded(grad) != is_sharded(param):
+            raise RuntimeError(
+                f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "
+                f"{type(param)}"
+            )
+        for name, value, expected in (
+            ("dtype", grad.dtype, param.dtype),
+            ("shape", grad.shape, param.shape),
+            ("device", grad.device, param.device),
+        ):
+            if value != expected:
+                raise RuntimeError(
+                    f"{where} must have the {name} {_plain(expected)} of its parameter, got "
+                    f"{_plain(value)}"
+                )
+        if not (grad.is_floating_point() or grad.is_complex()):
+            raise RuntimeError(f"{where} must be floating point or complex, got {grad.dtype}")
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value

@@ -1,0 +1,360 @@
+"""The form of state dicts: what is saved, and what is checked before an optimizer changes."""
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
+from torch.utils._pytree import tree_map_only
+
+from cm_fused._optimizer.checks import check_options, plain_options
+from cm_fused._state.loading import loaded_param_state, loaded_state_of, write_into
+from cm_fused._state.making import LIST_NAMES, State, missing_state_of, unscaled
+from cm_fused._warnings import warn
+
+FLOAT8 = torch.float8_e4m3fn
+# Options of the process, not of the training run: saved as these values, never loaded. They are
+# saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
+LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
+# Options that stay the optimizer's own; the state is converted to them.
+PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
+# Options of Adam's, whose best values are not those of an update with critical momenta, and those
+# that would change a run unnoticed.
+ADAM_OPTIONS = (
+    *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad"),
+    *("maximize", "capturable"),
+)
+
+
+def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return an optimizer's state, its commits made, in plain dicts without what is not saved."""
+    return {
+        key: {name: entry for name, entry in value.items() if name != "pending_slot"}
+        if isinstance(value, dict)
+        else value
+        for key, value in state.items()
+    }
+
+
+def picklable(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a state, as `saved_state`, whose 8-bit floats are bytes: torch pickles none."""
+    return {key: _with_viewed(value, FLOAT8, torch.uint8) for key, value in state.items()}
+
+
+def unpickled(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the state that `picklable` was given."""
+    return {key: _with_viewed(value, torch.uint8, FLOAT8) for key, value in state.items()}
+
+
+def _with_viewed(state: Any, held: torch.dtype, viewed: torch.dtype) -> Any:
+    buffer = state.get("critical_buffer") if isinstance(state, dict) else None
+    if not isinstance(buffer, Tensor) or buffer.dtype != held:
+        return state
+    return {**state, "critical_buffer": buffer.view(viewed)}
+
+
+def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
+    """Return a state dict, its commits made, without what is not saved; a post hook.
+
+    Args:
+        optimizer: Whose it is.
+        state_dict: What torch returns.
+        copies: Whether its tensors are to be copies.
+    """
+    state = saved_state(state_dict["state"])
+    saved = {
+        **state_dict,
+        "state": {
+            key: unscaled(value) if isinstance(value, dict) else value
+            for key, value in state.items()
+        },
+        "param_groups": [_saved_group(group) for group in state_dict["param_groups"]],
+    }
+    return tree_map_only(Tensor, torch.clone, saved) if copies else saved
+
+
+def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group as it is saved: with every key that any optimizer's group can have.
+
+    Those include the count of skipped steps, which a group has from its first step with
+    `skip_nonfinite` on.
+    """
+    named = {
+        # torch.distributed.checkpoint cannot gather dtypes.
+        name: str(value) if isinstance(value, torch.dtype) else value
+        for name, value in plain_options(group).items()
+    }
+    count = torch.zeros((), dtype=torch.int64, device="cpu")
+    return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
+
+
+def check_form(state_dict: Any) -> None:
+    """Check that a state dict has the parts that all have.
+
+    Raises:
+        ValueError: It has not.
+    """
+    parts = {"state": dict, "param_groups": list}
+    for name, expected in parts.items():
+        found = state_dict.get(name) if isinstance(state_dict, Mapping) else None
+        if not isinstance(found, expected):
+            raise ValueError(
+                f"state_dict[{name!r}] must be a {expected.__name__}, got {type(found).__name__}; "
+                "is it what optimizer.state_dict() returned?"
+            )
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError(
+                f"group {i} of the state dict must be a dict with a list 'params', got "
+                f"{type(group).__name__}"
+            )
+    for index, state in state_dict["state"].items():
+        if isinstance(index, int) and not isinstance(state, Mapping):
+            raise ValueError(
+                f"the state of parameter {index} must be a dict, got {type(state).__name__}"
+            )
+
+
+def loaded_groups(
+    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the param groups with saved options over their own; changes neither.
+
+    Raises:
+        ValueError: Numbers of groups or parameters differ, or a saved option is out of range.
+    """
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"the state dict must have {len(groups)} param groups, got {len(saved_groups)}"
+        )
+    loaded = []
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"group {i} of the state dict must have {len(group['params'])} parameters, got "
+                f"{len(saved['params'])}"
+            )
+        options = {
+            name: copied(value, group["params"])
+            for name, value in saved.items()
+            if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
+        }
+        merged = {**group, **plain_options(options)}
+        if merged["capacity"] != group["capacity"]:
+            raise ValueError(
+                f"the state dict must have the capacity {group['capacity']} of group {i}, got "
+                f"{merged['capacity']}; load it into an optimizer of that capacity, whose "
+                "resize_buffer() changes it"
+            )
+        check_options(merged, in_training=True)
+        loaded.append(merged)
+    return loaded
+
+
+def check_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Check that the state of a state dict fits the parameters of `groups`; allocates nothing.
+
+    Raises:
+        ValueError: The state of a parameter does not fit it.
+    """
+    for index, param, saved, group in _states_with_owners(groups, state_dict):
+        if param is not None:
+            where = f"parameter {index}"
+            shapes = {key: _on_meta(value) for key, value in saved.items()}
+            loaded_param_state(where, _on_meta(param), shapes, group)
+            _check_step(where, saved.get("step", 0))
+
+
+def _check_step(where: str, step: Any) -> None:
+    try:
+        count = float(step)
+    except RuntimeError:  # a tensor without values, of an estimate of a run's memory
+        return
+    if not 0 <= count < math.inf:
+        raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
+
+
+def take_over_state(
+    groups: list[dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    own: MutableMapping[Any, State],
+    *,
+    in_place: bool,
+) -> dict[Any, State]:
+    """Return the state of a state dict for the parameters of `groups`, in new tensors.
+
+    Besides the state dict and the optimizer's state, one parameter's is needed at a time: what it
+    replaces is given up parameter by parameter. Entries that belong to no parameter are copied.
+
+    Args:
+        groups: The param groups.
+        state_dict: What `check_state` has passed; not changed.
+        own: The optimizer's state. Its parameters are removed as theirs are loaded; after an error,
+            which only an allocation can raise, it has what was loaded.
+        in_place: Write into the optimizer's tensors where there are such, for a captured CUDA
+            graph: into all that it has. Nobody else may have them: see `copied`.
+    """
+    state: dict[Any, State] = defaultdict(dict)
+    params = list(chain.from_iterable(group["params"] for group in groups))
+    entries = _states_with_owners(groups, state_dict)
+    if in_place:
+        entries = chain(entries, _states_left(groups, own))
+    try:
+        for index, param, saved, group in entries:
+            if param is None:
+                state[index] = copied(saved, params)
+                continue
+            new = loaded_state_of(f"parameter {index}", param, saved, group)
+            for key, value in new.items():
+                if value is saved.get(key):
+                    new[key] = copied(value, params)
+            if in_place:
+                new = _written_into(own.get(param, {}), new, param, group)
+            state[param] = new
+            own.pop(param, None)
+    except BaseException:
+        own.update(state)
+        raise
+    return state
+
+
+def _states_left(
+    groups: list[dict[str, Any]], own: Mapping[Any, State]
+) -> Iterator[tuple[Any, Tensor | None, Any, dict[str, Any]]]:
+    """Yield an empty entry for each parameter that still has a state, as `_states_with_owners`."""
+    for group in groups:
+        for param in group["params"]:
+            if param in own:
+                yield None, param, {}, group
+
+
+def _written_into(old: State, new: State, param: Tensor, group: dict[str, Any]) -> State:
+    """Return a loaded state in the tensors that a captured graph goes on with.
+
+    What the graph has and a state dict need not have starts anew with what was loaded: no commit
+    is pending, and the running sum is that of the loaded slots.
+
+    Args:
+        old: The parameter's state. Its tensors are changed.
+        new: What was loaded.
+        param: The parameter.
+        group: The options of its group.
+    """
+    of_graph = tuple(key for key in LIST_NAMES if key in old)
+    whole = new | missing_state_of(param, new, of_graph, group)
+    return {key: write_into(old.get(key), value) for key, value in whole.items()}
+
+
+def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Keep the tensors among the groups' options, with their loaded values, for a captured graph.
+
+    Args:
+        groups: The param groups. Their tensors are changed.
+        loaded: The loaded ones, which get these tensors.
+    """
+    for group, new in zip(groups, loaded, strict=True):
+        for name, own in group.items():
+            if isinstance(own, Tensor) and isinstance(new[name], (int, float, Tensor)):
+                new[name] = own.copy_(torch.as_tensor(new[name]).reshape(own.shape))
+
+
+def copied(value: Any, params: Iterable[Tensor]) -> Any:
+    """Return a deep copy of what a subclass keeps, in which these parameters are themselves."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return copy.deepcopy(value, {id(param): param for param in params})
+
+
+def _states_with_owners(
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> Iterator[tuple[Any, Tensor | None, Any, dict[str, Any]]]:
+    """Yield each entry's index, its parameter or None, the entry, and the parameter's group."""
+    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    members = [(param, group) for group in groups for param in group["params"]]
+    owners = dict(zip(indices, members, strict=True))
+    for index, saved in state_dict["state"].items():
+        param, group = owners.get(index, (None, {}))
+        yield index, param, saved if param is None else _without_placeholders(saved), group
+
+
+def _without_placeholders(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state without the empty dicts that stand for tensors that were not saved.
+
+    torch puts them there when it reads a flattened state dict: one for each key of the optimizer's
+    own state that the state dict does not have.
+    """
+    return {
+        key: value
+        for key, value in saved.items()
+        if not (key in LIST_NAMES and isinstance(value, dict) and not value)
+    }
+
+
+def _on_meta(value: Any) -> Any:
+    """Return a tensor without its values, whole, and any other value as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    """Say which groups' state was saved in another precision than they keep it in."""
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        # A checkpoint of torch.optim has no buffer.
+        names = PRECISION_OPTIONS if "capacity" in saved else ("moment_dtype",)
+        for name in names:
+            # Saved by its name, in older state dicts by itself.
+            own, other = (str(options.get(name) or torch.float32) for options in (group, saved))
+            if own != other:
+                warn(
+                    f"the state of group {i} was saved with {name}={other} and is converted to "
+                    f"this optimizer's {name}={own}"
+                )
+
+
+def warn_of_another_kind(
+    groups: list[dict[str, Any]], loaded: list[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Say which options the state dict of another kind of optimizer brings.
+
+    Args:
+        groups: The optimizer's.
+        loaded: The same with the options of the state dict.
+        state_dict: torch.optim's have neither a capacity nor buffers.
+    """
+    saved_groups = state_dict["param_groups"]
+    states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))
+    if any("capacity" in saved for saved in saved_groups):
+        return
+    if any("critical_buffer" in state for state in states):
+        return
+    taken = [
+        f"group {i}: {changes}"
+        for i, (group, new, saved) in enumerate(zip(groups, loaded, saved_groups, strict=True))
+        if (changes := _changes(group, new, saved))
+    ]
+    if taken:
+        warn(
+            "the state dict is of another optimizer and brings options that were chosen for its "
+            f"update, not for this one's ({'; '.join(taken)}). To keep this optimizer's own, "
+            "delete them from the groups of state_dict['param_groups'] before it is loaded, or set "
+            "them in optimizer.param_groups afterwards"
+        )
+
+
+def _changes(group: dict[str, Any], new: dict[str, Any], saved: Mapping[str, Any]) -> str:
+    """Return which of Adam's options change, with their values."""
+    return ", ".join(
+        f"{name}={_number(new[name])!r} instead of {_number(group[name])!r}"
+        for name in ADAM_OPTIONS
+        if name in saved and _number(new[name]) != _number(group[name])
+    )
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

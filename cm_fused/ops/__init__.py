@@ -1,1 +1,0 @@
-"""The implementations of the step, one module per backend library."""

@@ -1,0 +1,267 @@
+// The CPU step over one chunk of one tensor, written once and compiled once per instruction set:
+// each including file sets the target and names the namespace CM_FUSED_ISA. No operation may be
+// contracted or reordered, so every instruction set gives the same bits.
+//
+// No include guard: it is meant to be included once per translation unit, after step.h.
+#include "vector.h"
+
+// This uses it.
+#include "element.h"
+
+// This uses both.
+#include "conversion.h"
+
+// These use them.
+#include "block.h"
+#include "gradient.h"
+#include "philox.h"
+#include "prefetch.h"
+#include "update.h"
+
+// These use prefetch.h too.
+#include "moments.h"
+#include "slots.h"
+
+// These use all of these.
+#include "copies.h"
+#include "range.h"
+
+namespace cm_fused::CM_FUSED_ISA {
+
+// One chunk's step: all of it at once where the tensors are as the step computes, else a block at a
+// time, of which copies are made.
+template <bool kCriticalGradients, typename state_t, typename SlotCode, typename MomentCode>
+class ChunkStep {
+ public:
+  ChunkStep(const TensorStep& tensor, const StepOptions& options, int64_t chunk)
+      : tensor_(tensor),
+        options_(options),
+        chunk_(chunk),
+        rebuilds_sum_(rebuilds_sum(tensor, chunk)),
+        scalars_(tensor, options),
+        gradients_(options),
+        copies_(tensor, options) {}
+
+  // Returns the sum of g^2, of critical momenta.
+  double run() {
+    const int64_t size = range_size();
+    const int64_t end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
+    for (int64_t begin = chunk_ * kChunkSize; begin < end; begin += size) {
+      step(begin, std::min(size, end - begin));
+    }
+    return squares_.total();
+  }
+
+ private:
+  using moment_t = typename MomentCode::stored_t;
+  using DataRange = Range<state_t, moment_t>;
+
+  bool has_int8_moments() const {
+    return tensor_.moment_dtype == StoredDtype::kInt8;
+  }
+
+  bool makes_words_by_tiles() const {
+    return !has_int8_moments() && has_own_counters(tensor_.places, chunk_ * kChunkSize, kChunkSize);
+  }
+
+  // A block at a time of what is copied, or has its words made elsewhere.
+  int64_t range_size() const {
+    const bool rounds_moments = tensor_.moment_dtype != StoredDtype::kUnchanged;
+    return copies_.are_needed() || (rounds_moments && !makes_words_by_tiles()) ? kLargestBlock
+                                                                               : kChunkSize;
+  }
+
+  void step(int64_t begin, int64_t n) {
+    DataRange range{};
+    range.begin = begin;
+    range.n = n;
+    range.rebuilds_sum = rebuilds_sum_;
+    set_data(range);
+    set_moments(range);
+    step_range<kCriticalGradients, SlotCode, MomentCode>(
+        tensor_, options_, scalars_, gradients_, range, squares_);
+    if (has_int8_moments()) {
+      store_int8_moments(range);
+    }
+    if (copies_.are_needed()) {
+      copies_.store(begin, n);
+    }
+  }
+
+  void set_data(DataRange& range) {
+    if (copies_.are_needed()) {
+      copies_.load(range.begin, range.n);
+      range.param = copies_.param();
+      range.stored_g = copies_.stored_g();
+      range.update_g = copies_.update_g();
+    } else {
+      range.param = static_cast<state_t*>(tensor_.param) + range.begin;
+      range.grad = static_cast<const state_t*>(tensor_.grad) + range.begin;
+    }
+  }
+
+  // And the words for them that tiles don't make.
+  void set_moments(DataRange& range) {
+    if (tensor_.max_exp_avg_sq != nullptr) {
+      range.max_exp_avg_sq = static_cast<state_t*>(tensor_.max_exp_avg_sq) + range.begin;
+    }
+    if constexpr (std::is_same_v<moment_t, float>) {
+      if (has_int8_moments()) {
+        load_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n,
+            exp_avg_scratch_);
+        load_moment<false>(tensor_, tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, range.begin,
+            range.n, exp_avg_sq_scratch_);
+        range.copies_moments = true;
+        range.exp_avg = exp_avg_scratch_;
+        range.exp_avg_sq = exp_avg_sq_scratch_;
+        return;
+      }
+    }
+    range.exp_avg = static_cast<moment_t*>(tensor_.exp_avg) + range.begin;
+    range.exp_avg_sq = static_cast<moment_t*>(tensor_.exp_avg_sq) + range.begin;
+    if (tensor_.moment_dtype == StoredDtype::kBFloat16 && !makes_words_by_tiles()) {
+      random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
+      range.words = words_;
+    }
+  }
+
+  void store_int8_moments(const DataRange& range) {
+    if constexpr (std::is_same_v<moment_t, float>) {
+      random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
+      store_moment<true>(
+          tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n, range.exp_avg, words_);
+      store_moment<false>(tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, range.begin, range.n,
+          range.exp_avg_sq, words_);
+    }
+  }
+
+  const TensorStep& tensor_;
+  const StepOptions& options_;
+  const int64_t chunk_;
+  const bool rebuilds_sum_;
+  const Scalars<Vector<state_t>> scalars_;
+  const Gradients<state_t> gradients_;
+  Copies<state_t> copies_;
+  SquareSum squares_;
+  alignas(64) state_t exp_avg_scratch_[kLargestBlock];
+  alignas(64) state_t exp_avg_sq_scratch_[kLargestBlock];
+  alignas(64) uint32_t words_[kLargestBlock];
+};
+
+template <typename state_t, typename param_t>
+double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
+  alignas(64) state_t grad_scratch[kBlockSize];
+  alignas(64) state_t param_scratch[kBlockSize];
+  const Gradients<state_t> gradients(options);
+  SquareSum squares;
+  const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
+  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
+    const int64_t n = std::min(kBlockSize, chunk_end - begin);
+    const state_t* param = nullptr;
+    if (gradients.adds_l2_term()) {
+      param = load_block(static_cast<const param_t*>(tensor.param), tensor.param_layout.get(),
+          begin, n, param_scratch);
+    }
+    const state_t* g = load_block(
+        static_cast<const param_t*>(tensor.grad), tensor.grad_layout.get(), begin, n, grad_scratch);
+    squares.add(gradients.effective(g, param, n, grad_scratch), n);
+  }
+  return squares.total();
+}
+
+// Only the deferred commit of a chunk.
+template <typename state_t, typename SlotCode>
+class ChunkCommit {
+ public:
+  ChunkCommit(const TensorStep& tensor, int64_t chunk) : tensor_(tensor), chunk_(chunk) {}
+
+  void run() {
+    const int64_t chunk_end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
+    for (int64_t begin = chunk_ * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
+      commit(begin, std::min(kLargestBlock, chunk_end - begin));
+    }
+  }
+
+ private:
+  void commit(int64_t begin, int64_t n) {
+    const state_t* const item = as_state(begin, n);
+    Buffer<state_t, SlotCode> buffer(tensor_, rebuilds_sum(tensor_, chunk_), begin);
+    buffer.find_scale(item, n);
+    buffer.set_scale();
+    int64_t at = 0;
+    for (; at + kWidth<Vector<state_t>> <= n; at += kWidth<Vector<state_t>>) {
+      const Vector<state_t> values[] = {load_vector<Vector<state_t>>(item + at)};
+      buffer.put(at, values);
+    }
+    for (; at < n; ++at) {
+      const state_t values[] = {item[at]};
+      buffer.put(at, values);
+    }
+  }
+
+  // exp_avg in the update's type.
+  const state_t* as_state(int64_t begin, int64_t n) {
+    if constexpr (std::is_same_v<state_t, float>) {
+      if (tensor_.moment_dtype == StoredDtype::kInt8) {
+        load_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, begin, n, scratch_);
+        return scratch_;
+      }
+      if (tensor_.moment_dtype == StoredDtype::kBFloat16) {
+        return load_block(
+            static_cast<const c10::BFloat16*>(tensor_.exp_avg), nullptr, begin, n, scratch_);
+      }
+    }
+    return static_cast<const state_t*>(tensor_.exp_avg) + begin;
+  }
+
+  const TensorStep& tensor_;
+  const int64_t chunk_;
+  alignas(64) state_t scratch_[kLargestBlock];
+};
+
+// Calls visit with a value of the state's type.
+template <typename Visit>
+inline double with_state_type(ParamDtype dtype, Visit visit) {
+  return dtype == ParamDtype::kFloat64 ? visit(double{}) : visit(float{});
+}
+
+template <bool kCriticalGradients>
+double step(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
+  return with_state_type(tensor.dtype, [&](auto state) {
+    using state_t = decltype(state);
+    return with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
+      return with_moment_code<state_t>(tensor.moment_dtype, [&](auto moment_code) {
+        return ChunkStep<kCriticalGradients, state_t, decltype(slot_code), decltype(moment_code)>(
+            tensor, options, chunk)
+            .run();
+      });
+    });
+  });
+}
+
+double sq_norm(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
+  return with_state_type(tensor.dtype, [&](auto state) {
+    using state_t = decltype(state);
+    return with_param_type<state_t>(tensor.dtype, [&](auto param) {
+      return sq_norm_chunk<state_t, decltype(param)>(tensor, options, chunk);
+    });
+  });
+}
+
+double commit(const TensorStep& tensor, const StepOptions&, int64_t chunk) {
+  return with_state_type(tensor.dtype, [&](auto state) {
+    return with_slot_code<decltype(state)>(tensor.slot_dtype, [&](auto slot_code) {
+      ChunkCommit<decltype(state), decltype(slot_code)>(tensor, chunk).run();
+      return 0.0;
+    });
+  });
+}
+
+}  // namespace cm_fused::CM_FUSED_ISA
+
+namespace cm_fused {
+
+const Kernels CM_FUSED_KERNELS = {CM_FUSED_ISA_NAME, &CM_FUSED_ISA::step<false>,
+    &CM_FUSED_ISA::step<true>, &CM_FUSED_ISA::sq_norm, &CM_FUSED_ISA::commit};
+
+}  // namespace cm_fused

@@ -1,0 +1,148 @@
+"""The reference is the oracle's algorithm, under every combination of options, and compiles."""
+
+from collections.abc import Callable
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cm_fused import reference
+from cm_fused._bucket import Bucket
+from tests.support.cases import (
+    KINDS,
+    MIXED,
+    REGIMES,
+    Kind,
+    Regime,
+    make_bucket,
+    make_gradients,
+    make_params,
+    name_of,
+    option_matrix,
+    step_options,
+    to_array,
+)
+from tests.support.compare import OracleRun, Seen, check_state, relative
+from tests.support.oracle import Options
+
+SHAPES: list[tuple[int, ...]] = [(7,), (3, 4), ()]
+Step = Callable[[Bucket], None]
+STEPS = {"cm": reference.adam_cm_, "cg": reference.adam_cg_}
+
+# float64: each value to 1e-12, and where terms cancel to some forty ulps of the tensor's largest
+# value. Parameters start, and gradients are mostly, of size 1.
+CLOSE = relative(1e-12, 1e-14, size=1.0)
+
+
+def _taking_part(bucket: Bucket, grads: list[Tensor | None]) -> Bucket:
+    """Return the bucket of the parameters that have a gradient."""
+    chosen = [i for i, grad in enumerate(grads) if grad is not None]
+
+    def pick(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[i] for i in chosen] if tensors else []
+
+    return Bucket(
+        params=pick(bucket.params),
+        grads=[grad for grad in grads if grad is not None],
+        exp_avgs=pick(bucket.exp_avgs),
+        exp_avg_sqs=pick(bucket.exp_avg_sqs),
+        critical_buffers=pick(bucket.critical_buffers),
+        priorities=pick(bucket.priorities),
+        steps=pick(bucket.steps),
+        max_exp_avg_sqs=pick(bucket.max_exp_avg_sqs),
+    )
+
+
+def _seen(bucket: Bucket, i: int) -> Seen:
+    return Seen(
+        step=int(bucket.steps[i]),
+        exp_avg=bucket.exp_avgs[i],
+        exp_avg_sq=bucket.exp_avg_sqs[i],
+        max_exp_avg_sq=bucket.max_exp_avg_sqs[i] if bucket.max_exp_avg_sqs else None,
+        critical_buffer=bucket.critical_buffers[i],
+        priorities=bucket.priorities[i],
+        critical_sum=None,
+    )
+
+
+def _check_run(options: Options, regime: Regime) -> None:
+    bucket = make_bucket(make_params(SHAPES, torch.float64), options, fused=False)
+    oracle = OracleRun(bucket.params)
+    step_ = STEPS[options.kind]
+    events = regime.events(options.capacity)
+    for t, grads in enumerate(make_gradients(bucket.params, events)):
+        step_(_taking_part(bucket, grads), step_options(options))
+        oracle.step(grads, options)
+        for i, (param, state) in enumerate(zip(oracle.params, oracle.states, strict=True)):
+            where = f"step {t + 1}, params[{i}]"
+            CLOSE(to_array(bucket.params[i]), param, where)
+            seen = _seen(bucket, i)
+            check_state(seen, state, options.capacity, CLOSE, where, amsgrad=options.amsgrad)
+
+
+@pytest.mark.parametrize("options", option_matrix((1, 3, 5, 20)), ids=name_of)
+def test_options(options: Options) -> None:
+    """Parameters and state after every step of a run that fills, replaces, skips and ties."""
+    _check_run(options, MIXED)
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
+@pytest.mark.parametrize("capacity", [1, 3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_regimes(kind: Kind, capacity: int, regime: Regime) -> None:
+    """The same for the runs in which one thing happens to the buffer again and again."""
+    decay = regime.priority_decay
+    _check_run(Options(kind, lr=0.05, capacity=capacity, priority_decay=decay), regime)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options("cg", buffer_mean="size", eps_inside_sqrt=False),
+        Options(amsgrad=True, maximize=True, weight_decay=0.1, priority_scope="tensor"),
+        Options("cg", weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+    ids=name_of,
+)
+def test_compiles_whole(options: Options) -> None:
+    """`torch.compile` takes a step without a graph break, and it computes the same bits."""
+    chosen = step_options(options)
+
+    def take_step(bucket: Bucket) -> None:
+        STEPS[options.kind](bucket, chosen)
+
+    compiled: Step = torch.compile(take_step, fullgraph=True, backend="aot_eager")
+
+    buckets = [make_bucket(make_params(SHAPES), options, fused=False) for _ in range(2)]
+    for grads in make_gradients(buckets[0].params, MIXED.events(options.capacity)):
+        present = [torch.zeros(()) if grad is None else grad for grad in grads]
+        for bucket, step_ in zip(buckets, (take_step, compiled), strict=True):
+            for target, grad in zip(bucket.grads, present, strict=True):
+                target.copy_(grad)
+            step_(bucket)
+        expected, actual = (
+            [*bucket.params, *(t for t in chain(*bucket.state()) if isinstance(t, Tensor))]
+            for bucket in buckets
+        )
+        for mine, eager in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(mine.numpy(), eager.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("capacity", [1, 2, 5, 8])
+def test_slots_are_summed_in_their_order(capacity: int, dtype: torch.dtype) -> None:
+    """The sum's bits are not the strides': `Tensor.sum`'s are, of five slots and more.
+
+    The older tests compare layouts to a bound. State machines found a step that was another after
+    a buffer's memory order had changed.
+    """
+    slots = torch.randn(capacity, 30, 50, dtype=dtype)
+    expected = torch.zeros(30, 50, dtype=dtype)
+    for slot in slots.unbind():
+        expected = expected + slot
+    transposed = slots.mT.contiguous().mT
+    for layout in (slots, transposed):
+        assert torch.equal(reference.sum_slots(layout), expected)
