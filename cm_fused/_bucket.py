@@ -1,131 +1,20 @@
-"""What one call of a backend works on: the tensors of a bucket and its hyperparameters."""
+"""What backends work on: buckets of tensors with their hyperparameters, in batches."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cm_fused.philox import Places
+from cm_fused._state.table import KEYS
+from cm_fused.philox import ShardLayout
+
+# The keys that a step of the reference changes: it commits at once and sums the slots.
+_CHANGED = tuple(key for key in KEYS if key not in ("critical_sum", "pending_slot"))
 
 
-class Handle(Protocol):
-    """What a backend keeps for further steps of the same tensors.
-
-    Attributes:
-        checks_lists: Whether a step with it checks the lists before it changes anything.
-    """
-
-    checks_lists: bool
-
-
-@dataclass(slots=True)
-class Bucket:
-    """The tensors of one param group that share a device and take part in a step.
-
-    Item i of every list belongs to parameter i. Real dtypes only: complex tensors come as views of
-    pairs. State tensors have the dtypes that `cm_fused._state.making` says.
-
-    Attributes:
-        params: Changed by the step. Any strides.
-        grads: Never changed. Shape and dtype of their parameter, any strides.
-        exp_avgs: m, shape of the parameter. Changed.
-        exp_avg_sqs: v, shape of the parameter. Changed.
-        critical_buffers: The slots, (C, *shape). Changed.
-        priorities: The keys, float32 (C,), -inf where a slot is unfilled. Changed.
-        steps: Steps taken so far, float32 (). Changed.
-        max_exp_avg_sqs: Running maximum of v; empty without amsgrad. Changed.
-        critical_sums: Running sum of the slots, shape of the parameter; empty where a backend
-            keeps none. Changed.
-        pending_slots: The slot that exp_avg is still to be copied to, or -1, int64 (); empty where
-            a backend commits at once. Changed.
-        critical_scales: Scales of the slots, float32 (C, blocks); empty where their dtype has none.
-            Changed.
-        exp_avg_scales: Scales of m, float32 (blocks,); empty where its dtype has none. Changed.
-        exp_avg_sq_scales: Scales of v, likewise.
-        compensations: What rounding took from a half-precision parameter, shape and dtype of the
-            parameter, (0,) for others; empty unless `low_precision_update="kahan"`. Changed.
-        param_indices: The place of each parameter among the optimizer's, the key of its random
-            words; empty where the bucket is all there is.
-        element_places: Where each parameter's elements lie in the whole parameter, which keys their
-            random words: the three numbers of `cm_fused.philox.Places` for each; empty where all
-            are whole.
-    """
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    critical_buffers: list[Tensor]
-    priorities: list[Tensor]
-    steps: list[Tensor]
-    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    critical_sums: list[Tensor] = field(default_factory=list)
-    pending_slots: list[Tensor] = field(default_factory=list)
-    critical_scales: list[Tensor] = field(default_factory=list)
-    exp_avg_scales: list[Tensor] = field(default_factory=list)
-    exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
-    compensations: list[Tensor] = field(default_factory=list)
-    param_indices: list[int] = field(default_factory=list)
-    element_places: list[int] = field(default_factory=list)
-    # What a backend prepared for further steps of these tensors.
-    handle: Handle | None = field(default=None, init=False)
-    _places: Tensor | None = field(default=None, init=False)
-
-    def places(self, device: torch.device) -> Tensor:
-        """Return `param_indices` on a device; copied there once, and not waited for."""
-        if self._places is None or self._places.device != device:
-            places = torch.tensor(self.param_indices, device="cpu")
-            if device.type == "cuda":
-                places = places.pin_memory()
-            self._places = places.to(device, non_blocking=True)
-        return self._places
-
-    def places_of(self, i: int) -> Places:
-        """Return where the elements of parameter i lie in the whole parameter."""
-        if not self.element_places:
-            return Places()
-        numbers = len(Places._fields)
-        return Places(*self.element_places[numbers * i : numbers * (i + 1)])
-
-    def changed(self, i: int) -> list[Tensor]:
-        """Return what a step of the reference changes of parameter i."""
-        lists = (
-            *(self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs),
-            *(self.critical_buffers, self.priorities, self.steps),
-            *(self.critical_scales, self.exp_avg_scales, self.exp_avg_sq_scales),
-            self.compensations,
-        )
-        return [tensors[i] for tensors in lists if tensors]
-
-    def low_precision_state(self) -> tuple[Any, ...]:
-        """Return the lists that only low precision needs, in the order of the operators."""
-        return (
-            self.critical_scales,
-            self.exp_avg_scales,
-            self.exp_avg_sq_scales,
-            self.compensations,
-            self.param_indices,
-            self.element_places,
-        )
-
-    def state(self) -> tuple[Any, ...]:
-        """Return the lists of the state, in the order of `cm_fused::hold_state`."""
-        return (
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.max_exp_avg_sqs,
-            self.critical_buffers,
-            self.critical_sums,
-            self.priorities,
-            self.pending_slots,
-            self.steps,
-            *self.low_precision_state(),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class StepOptions:
+class StepOptions(NamedTuple):
     """The hyperparameters of one step of one param group, as the optimizers' docstrings define.
 
     Attributes:
@@ -156,38 +45,131 @@ class StepOptions:
     found_inf: Tensor | None = None
 
 
-class BucketStep(NamedTuple):
-    """The step of one bucket, which a backend takes with those of others.
-
-    Attributes:
-        bucket: What is stepped.
-        options: The hyperparameters.
-        critical_gradients: Whether the buffers hold gradients, else momenta.
-        sq_norm: The sum of g^2 over the priority scope, float64 () or (params,), where the bucket
-            is not all of it.
-    """
-
-    bucket: Bucket
-    options: StepOptions
-    critical_gradients: bool
-    sq_norm: Tensor | None = None
-
-
-def step_options(group: dict[str, Any]) -> StepOptions:
+def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Return the hyperparameters of a step of a group."""
     beta1, beta2 = group["betas"]
     return StepOptions(
         lr=group["lr"],
         beta1=float(beta1),
         beta2=float(beta2),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        priority_decay=group["priority_decay"],
-        priority_scope=group["priority_scope"],
-        buffer_mean=group["buffer_mean"],
-        eps_inside_sqrt=group["eps_inside_sqrt"],
-        maximize=group["maximize"],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
-        low_precision_update=group["low_precision_update"],
-        seed=group["seed"],
+        **{name: group[name] for name in _OF_GROUP},
     )
+
+
+_OF_GROUP = StepOptions._fields[3:13]
+
+
+@dataclass(slots=True, eq=False)
+class Bucket:
+    """The tensors of one param group that share a device and take part in a step.
+
+    Item i of every list belongs to parameter i. Real dtypes only: complex tensors come as views of
+    pairs. `bucket[key]` is the list of a state key.
+
+    Attributes:
+        params: Changed by the step. Any strides.
+        grads: Never changed. Shape and dtype of their parameter, any strides.
+        state: The lists of the state tensors there are, by key, as `cm_fused._state.table`
+            describes them. Changed.
+        param_indices: The index of each parameter among the optimizer's, the key of its random
+            bits; empty where the bucket is all there is.
+        shard_layouts: Where each parameter's elements lie in the full parameter, which keys their
+            random bits: the three numbers of `cm_fused.philox.ShardLayout` for each; empty where
+            all are full.
+        critical_gradients: Whether the buffers hold gradients, else momenta.
+        options: This step's hyperparameters.
+        sq_norm: This step's sum of g^2 over the priority scope, float64 () or (params,), where the
+            bucket is not all of the scope; else None.
+        group: The index of its param group.
+        registered: What its backend prepared for all steps of these tensors.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: dict[str, list[Tensor]]
+    param_indices: list[int] = field(default_factory=list)
+    shard_layouts: list[int] = field(default_factory=list)
+    critical_gradients: bool = False
+    options: StepOptions = field(default=None)  # type: ignore[assignment]
+    sq_norm: Tensor | None = None
+    group: int = 0
+    registered: Any = None
+    _indices: Tensor | None = None
+
+    def __getitem__(self, key: str) -> list[Tensor]:
+        """Return the list of a state key, empty where there is no such tensor."""
+        return self.state.get(key, [])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the state and the step."""
+        return self.state["exp_avg"][0].device
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots of each buffer."""
+        return self.state["priorities"][0].numel()
+
+    def indices_on(self, device: torch.device) -> Tensor:
+        """Return `param_indices` on a device; copied there once, without waiting."""
+        if self._indices is None or self._indices.device != device:
+            indices = torch.tensor(self.param_indices, device="cpu")
+            if device.type == "cuda":
+                indices = indices.pin_memory()
+            self._indices = indices.to(device, non_blocking=True)
+        return self._indices
+
+    def shard_layout(self, i: int) -> ShardLayout:
+        """Return where the elements of parameter i lie in the full parameter."""
+        if not self.shard_layouts:
+            return ShardLayout()
+        numbers = len(ShardLayout._fields)
+        return ShardLayout(*self.shard_layouts[numbers * i : numbers * (i + 1)])
+
+    def changed(self, i: int) -> list[Tensor]:
+        """Return what a step of the reference changes of parameter i."""
+        lists = (self.params, *(self[key] for key in _CHANGED))
+        return [tensors[i] for tensors in lists if tensors]
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The buckets of a step that one backend steps in one call.
+
+    Attributes:
+        buckets: In the order of their param groups.
+        params: The parameters of all of them, one bucket after the other.
+        grads: Their gradients.
+        registered: What the backend prepared for all steps of these buckets.
+    """
+
+    buckets: list[Bucket]
+    params: list[Tensor]
+    grads: list[Tensor] = field(default_factory=list)
+    registered: Any = None
+
+    def split_gradients(self) -> None:
+        """Give the buckets their gradients."""
+        first = 0
+        for bucket in self.buckets:
+            bucket.grads = self.grads[first : first + len(bucket.params)]
+            first += len(bucket.params)
+
+    def drop_gradients(self) -> None:
+        """Keep no gradient alive."""
+        self.grads = []
+        if self.buckets[0].grads:
+            for bucket in self.buckets:
+                bucket.grads = []
+
+
+def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
+    """Return the sums of squares over the priority scope, where there is no more to the group.
+
+    Args:
+        sq_norms: Those of each parameter, float64 (params,).
+        options: The hyperparameters.
+    """
+    if options.priority_scope == "tensor":
+        return sq_norms
+    return sq_norms.sqrt().sum().square() if options.sum_of_norms else sq_norms.sum()

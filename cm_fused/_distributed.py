@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cm_fused._works import hold
-from cm_fused.philox import Places
+from cm_fused.philox import ShardLayout
 
 # Not to import torch.distributed.tensor, half a second, for those who do without.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -31,6 +31,15 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     held: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return held
+
+
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the local tensors of its DTensors."""
+    if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+        return state
+    return {
+        key: local(value) if isinstance(value, Tensor) else value for key, value in state.items()
+    }
 
 
 def local_grad(param: Tensor) -> Tensor:
@@ -129,7 +138,7 @@ def local_as(value: Any, param: Tensor, leading: int = 0) -> Any:
     return local(placed.redistribute(spec.device_mesh, placements))
 
 
-def places_of(param: Tensor, order: Tensor) -> Places:
+def shard_layout_of(param: Tensor, order: Tensor) -> ShardLayout:
     """Return where the elements that this process holds of a parameter lie in the whole one.
 
     Known where they are runs of one length, evenly apart, in the order in which the whole parameter
@@ -141,7 +150,7 @@ def places_of(param: Tensor, order: Tensor) -> Places:
         order: A dense tensor of the local tensor's shape, in whose memory order it is counted.
     """
     if not is_sharded(param) or not order.numel():
-        return Places()
+        return ShardLayout()
     dims = [dim for dim in range(param.ndim) if param.shape[dim] > 1]
     firsts = {dim: _first_index(param, dim) for dim in dims}
     # From the innermost dimension on: how many elements, how far apart in the whole parameter.
@@ -151,7 +160,7 @@ def places_of(param: Tensor, order: Tensor) -> Places:
         first, size, stride = firsts[dim], order.shape[dim], param.stride(dim)
         in_order = stride == whole and (size == 1 or order.stride(dim) == held)
         if first is None or not in_order:
-            return Places()
+            return ShardLayout()
         offset, held, whole = offset + first * stride, held * size, whole * param.shape[dim]
         length, apart = runs[-1]
         if size > 1 and stride == length * apart:
@@ -159,8 +168,8 @@ def places_of(param: Tensor, order: Tensor) -> Places:
         elif size > 1:
             runs.append((size, stride))
     if len(runs) == 1:
-        return Places(offset)
-    return Places(offset, runs[0][0], runs[1][1]) if len(runs) == 2 else Places()
+        return ShardLayout(offset)
+    return ShardLayout(offset, runs[0][0], runs[1][1]) if len(runs) == 2 else ShardLayout()
 
 
 def _first_index(param: Tensor, dim: int) -> int | None:
@@ -198,12 +207,16 @@ class Processes:
         counted = [float(_counts(param, mesh)) for param in params]
         self.counted = torch.tensor(counted, dtype=torch.float64, device=self.device)
 
-    def start_sum(self, values: Tensor) -> "Summing":
-        """Start to add up a tensor on `device` over the processes, in place."""
+    def start_sum(self, values: Tensor) -> Any:
+        """Start to add up a tensor on `device` over the processes, in place.
+
+        Returns:
+            A work whose `wait()` has an accelerator's stream wait for the sum, the host not.
+        """
         *first, last = self._groups
         for group in first:
             self._start(values, group).wait()
-        return Summing(values, self._start(values, last))
+        return self._start(values, last)
 
     def _start(self, values: Tensor, group: Any) -> Any:
         import torch.distributed as dist
@@ -212,19 +225,6 @@ class Processes:
         if values.device.type == "cpu":
             hold(work)
         return work
-
-
-class Summing:
-    """A sum over processes that is under way."""
-
-    def __init__(self, values: Tensor, work: Any) -> None:
-        self._values = values
-        self._work = work
-
-    def wait(self) -> Tensor:
-        """Return the sum; an accelerator's stream waits for it, the host does not."""
-        self._work.wait()
-        return self._values
 
 
 def processes(params: list[Tensor]) -> Processes | None:

@@ -56,7 +56,7 @@ class GradientRelease:
         self._passes.forget()
         if self._optimizer._release is self:
             self._optimizer._release = None
-            self._optimizer._plans_alone = {}
+            self._optimizer._single_plans = {}
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         """Check that these groups, which are to be the optimizer's, can be stepped in backward.

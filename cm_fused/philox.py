@@ -30,17 +30,17 @@ class Stream(IntEnum):
     PARAM = 1
 
 
-class Places(NamedTuple):
-    """Where the elements that a process holds of a parameter lie in the whole of it.
+class ShardLayout(NamedTuple):
+    """Where a parameter's local elements lie in the full parameter.
 
-    Both are counted in memory order: element e is the whole's element
-    `offset + (e div length) * stride + e mod length`. The default is the whole itself.
+    Both are counted in memory order: element e is the full parameter's element
+    `offset + (e div length) * stride + e mod length`. The default is the full parameter.
 
     Attributes:
         offset: Of the first element.
         length: Of the runs of consecutive elements, >= 1.
-        stride: From the start of one run to that of the next; equal to `length` where all that is
-            held is one run.
+        stride: From the start of one run to that of the next; equal to `length` where all local
+            elements are one run.
     """
 
     offset: int = 0
@@ -48,7 +48,7 @@ class Places(NamedTuple):
     stride: int = 1
 
 
-WHOLE = Places()
+FULL = ShardLayout()
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
@@ -83,7 +83,7 @@ def random_words(
     step: Tensor,
     numel: int,
     stream: Stream,
-    places: Places = WHOLE,
+    layout: ShardLayout = FULL,
 ) -> Tensor:
     """Return one word for each element of a parameter, in the state's memory order.
 
@@ -96,20 +96,20 @@ def random_words(
         step: The step, counted from 1; any dtype, ().
         numel: Elements of the parameter that this process holds.
         stream: What the words are for.
-        places: Where they lie in the whole parameter.
+        layout: Where they lie in the whole parameter.
 
     Returns:
         int64 (numel,) with values in [0, 2^32).
     """
-    if places.length != places.stride:
+    if layout.length != layout.stride:
         elements = torch.arange(numel, dtype=torch.int64, device=step.device)
-        runs = torch.div(elements, places.length, rounding_mode="floor")
-        whole = elements + (places.offset + runs * (places.stride - places.length))
+        runs = torch.div(elements, layout.length, rounding_mode="floor")
+        whole = elements + (layout.offset + runs * (layout.stride - layout.length))
         words = _words_of(
             seed, param_index, step, torch.div(whole, WORDS, rounding_mode="floor"), stream
         )
         return words.gather(1, (whole % WORDS).unsqueeze(1)).squeeze(1)
-    first, skipped = divmod(places.offset, WORDS)
+    first, skipped = divmod(layout.offset, WORDS)
     quads = torch.arange(-(-(skipped + numel) // WORDS), dtype=torch.int64, device=step.device)
     words = _words_of(seed, param_index, step, first + quads, stream)
     return words.flatten()[skipped : skipped + numel]

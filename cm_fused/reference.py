@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import rounding
-from cm_fused._bucket import Bucket, StepOptions
+from cm_fused._bucket import Bucket, StepOptions, over_scope
 from cm_fused.philox import Stream, random_words
 
 
@@ -29,11 +29,13 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
             for each parameter, (params,). None: the bucket is the whole group.
     """
     sq_norms = update_cm_(bucket, options)
-    keep_books_(bucket, options, over_scope(sq_norms, options) if sq_norm is None else sq_norm)
+    update_priorities_(
+        bucket, options, over_scope(sq_norms, options) if sq_norm is None else sq_norm
+    )
 
 
 def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
-    """Take the step of `adam_cm_` but for the books, which `keep_books_` is to keep.
+    """Take the step of `adam_cm_` except for the priorities, which `update_priorities_` updates.
 
     Returns:
         The sum of the squares of each gradient, float64 (params,).
@@ -45,7 +47,7 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
         sq_norms.append(_sq_norm(g))
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
-        mean = buffer_mean(load_buffer(bucket, i), bucket.priorities[i], options)
+        mean = buffer_mean(load_buffer(bucket, i), bucket["priorities"][i], options)
         m.mul_(options.beta1).add_(g, alpha=1 - options.beta1)  # Eq. (4)
         aggregate = m + mean  # Eq. (5)
         _update_(bucket, i, v, aggregate, numerator=aggregate, options=options)
@@ -54,7 +56,7 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
     return torch.stack(sq_norms)
 
 
-def keep_books_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
+def update_priorities_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
     """Admit the momenta that `update_cm_` left, by the norms, and count its step.
 
     Args:
@@ -82,7 +84,7 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         g = effective_gradient(bucket, i, options)
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
-        mean = buffer_mean(load_buffer(bucket, i), bucket.priorities[i], options)
+        mean = buffer_mean(load_buffer(bucket, i), bucket["priorities"][i], options)
         late = _with_l2_term(g, bucket.params[i], options) if options.l2_in_aggregate else g
         aggregate = late + mean  # Eq. (3)
         m.mul_(options.beta1).add_(aggregate, alpha=1 - options.beta1)
@@ -107,9 +109,7 @@ def _undo_where_skipped_(bucket: Bucket, i: int, kept: list[Tensor], options: St
     if options.found_inf is None:
         return
     for tensor, before in zip(bucket.changed(i), kept, strict=True):
-        after = tensor
-        if tensor.dtype == torch.float8_e4m3fn:
-            before, after = _bytes(before), _bytes(after)
+        before, after = rounding.as_bytes(before), rounding.as_bytes(tensor)
         after.copy_(torch.where(options.found_inf.to(after.device) != 0, before, after))
 
 
@@ -151,18 +151,6 @@ def _with_l2_term(g: Tensor, param: Tensor, options: StepOptions) -> Tensor:
     return g + options.weight_decay * param.to(g.dtype)
 
 
-def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
-    """Return the sums of squares over the priority scope, where there is no more to the group.
-
-    Args:
-        sq_norms: Those of each parameter, float64 (params,).
-        options: The hyperparameters.
-    """
-    if options.priority_scope == "tensor":
-        return sq_norms
-    return sq_norms.sqrt().sum().square() if options.sum_of_norms else sq_norms.sum()
-
-
 def priority_keys(sq_norm: Tensor, count: int) -> list[Tensor]:
     """Return each parameter's kappa, float32 (): the L2 norm over the priority scope."""
     return list(sq_norm.sqrt().to(torch.float32).expand(count).unbind())
@@ -171,20 +159,9 @@ def priority_keys(sq_norm: Tensor, count: int) -> list[Tensor]:
 def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Tensor:
     """Return (1/C) times the sum of the slots, or the mean of the filled ones; 0 when empty."""
     if options.buffer_mean == "capacity":
-        return (1 / buffer.shape[0]) * sum_slots(buffer)  # Eq. (6)
+        return (1 / buffer.shape[0]) * rounding.sum_slots(buffer)  # Eq. (6)
     filled = (priorities > -torch.inf).sum().clamp(min=1)
-    return (1 / filled.to(torch.float64)).to(buffer.dtype) * sum_slots(buffer)
-
-
-def sum_slots(slots: Tensor) -> Tensor:
-    """Return the sum over slots, (C, *shape), added in their order as the fused backends add them.
-
-    `Tensor.sum` adds five and more in another order, which goes by their strides.
-    """
-    total = slots[0].clone()
-    for slot in slots[1:]:
-        total.add_(slot)
-    return total
+    return (1 / filled.to(torch.float64)).to(buffer.dtype) * rounding.sum_slots(buffer)
 
 
 def admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions) -> None:
@@ -192,104 +169,18 @@ def admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptio
 
     The step is counted here, in all backends: with this it is over.
     """
-    priorities = bucket.priorities[i]
+    priorities = bucket["priorities"][i]
     slot = priorities.argmin(keepdim=True)  # the lowest index on a tie
     smallest = priorities.index_select(0, slot)
     admitted = torch.isfinite(key) & (key > smallest)
-    _put_in_slot_(
-        bucket.critical_buffers[i], _item(bucket.critical_scales, i), slot, admitted, item
+    rounding.store_slot_(
+        bucket["critical_buffer"][i], _item(bucket["critical_scales"], i), slot, admitted, item
     )
     priorities.index_copy_(0, slot, torch.where(admitted, key, smallest))
     # An unfilled slot keeps its key: -inf times a decay of 0 would be NaN.
     unfilled = priorities == -torch.inf
     priorities.copy_(torch.where(unfilled, priorities, priorities * options.priority_decay))
-    bucket.steps[i].add_(1)
-
-
-def _put_in_slot_(
-    buffer: Tensor, scales: Tensor | None, slot: Tensor, admitted: Tensor, item: Tensor
-) -> None:
-    """Round an item to its slot's dtype and store it, where it is admitted.
-
-    Args:
-        buffer: The slots, (C, *shape). Changed.
-        scales: Their scales, or None. Changed.
-        slot: Which one, int64 (1,).
-        admitted: Whether to, bool () or (1,).
-        item: (*shape).
-    """
-    values = item if item.dtype == buffer.dtype else rounding.flat_as(item, buffer[0])
-    stored, new_scales = rounding.quantize(values, buffer.dtype)
-    slots = buffer if item.dtype == buffer.dtype else rounding.as_flat(buffer, leading=1)
-    # Not every operator takes 8-bit floats: a copy is one of bytes.
-    slots, stored = (_bytes(t) if t.dtype == torch.float8_e4m3fn else t for t in (slots, stored))
-    kept = torch.where(admitted, stored.unsqueeze(0), slots.index_select(0, slot))
-    slots.index_copy_(0, slot, kept)
-    if scales is not None and new_scales is not None:
-        kept = torch.where(admitted, new_scales.unsqueeze(0), scales.index_select(0, slot))
-        scales.index_copy_(0, slot, kept)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int8)
-
-
-def commit_(
-    exp_avg: Tensor,
-    buffer: Tensor,
-    critical_sum: Tensor | None,
-    pending_slot: Tensor,
-    critical_scales: Tensor | None = None,
-    exp_avg_scales: Tensor | None = None,
-) -> None:
-    """Copy a momentum to its pending slot, where it has one, and follow with the running sum.
-
-    The form of `cm_fused::commit_` for any device and dtype, with the same bits.
-
-    Args:
-        exp_avg: The momentum; not changed.
-        buffer: The slots, (C, *shape). Changed.
-        critical_sum: The running sum, or None. Changed.
-        pending_slot: The slot to copy to, int64 (). Changed to -1.
-        critical_scales: The scales of the slots, or None. Changed.
-        exp_avg_scales: The scales of the momentum, or None.
-    """
-    slot = pending_slot.clamp(min=0).reshape(1)
-    item = load_moment(exp_avg, exp_avg_scales, signed=True)
-
-    def content() -> Tensor:
-        scales = None if critical_scales is None else critical_scales.index_select(0, slot)[0]
-        return _load_slot(buffer, scales, slot)
-
-    evicted = content()
-    _put_in_slot_(buffer, critical_scales, slot, pending_slot >= 0, item)
-    if critical_sum is not None:
-        critical_sum.add_(content() - evicted)
-    pending_slot.fill_(-1)
-
-
-def load_slots(buffer: Tensor, scales: Tensor | None) -> Tensor:
-    """Return the values of a buffer's slots, in their dtype or float32, (C, *shape)."""
-    if scales is None:
-        return rounding.dequantize(buffer, None)
-    values = rounding.dequantize(rounding.as_flat(buffer, leading=1), scales)
-    return values.as_strided(buffer.shape, buffer.stride())
-
-
-def load_moment(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
-    """Return the values of a moment, in its dtype or float32, (*shape)."""
-    if scales is None:
-        return rounding.dequantize(stored, None)
-    values = rounding.dequantize_moment(rounding.as_flat(stored), scales, signed=signed)
-    return rounding.shaped_as(values, stored)
-
-
-def _load_slot(buffer: Tensor, scales: Tensor | None, slot: Tensor) -> Tensor:
-    """Return the values of one slot, in the buffer's dtype or float32, (*shape)."""
-    slots = rounding.as_flat(buffer, leading=1)
-    raw = _bytes(slots) if buffer.dtype == torch.float8_e4m3fn else slots
-    stored = raw.index_select(0, slot)[0].view(buffer.dtype)
-    return rounding.shaped_as(rounding.dequantize(stored, scales), buffer[0])
+    bucket["step"][i].add_(1)
 
 
 def _item(tensors: list[Tensor], i: int) -> Tensor | None:
@@ -298,14 +189,16 @@ def _item(tensors: list[Tensor], i: int) -> Tensor | None:
 
 def load_buffer(bucket: Bucket, i: int) -> Tensor:
     """Return the slots of parameter i, (C, *shape)."""
-    return load_slots(bucket.critical_buffers[i], _item(bucket.critical_scales, i))
+    return rounding.load_slots(bucket["critical_buffer"][i], _item(bucket["critical_scales"], i))
 
 
 def _load_moments(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:
     """Return m and v of parameter i: the state itself where it is of the update's dtype."""
     return (
-        load_moment(bucket.exp_avgs[i], _item(bucket.exp_avg_scales, i), signed=True),
-        load_moment(bucket.exp_avg_sqs[i], _item(bucket.exp_avg_sq_scales, i), signed=False),
+        rounding.load_moment(bucket["exp_avg"][i], _item(bucket["exp_avg_scales"], i), signed=True),
+        rounding.load_moment(
+            bucket["exp_avg_sq"][i], _item(bucket["exp_avg_sq_scales"], i), signed=False
+        ),
     )
 
 
@@ -314,12 +207,12 @@ def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepO
 
     Of an element's word, m takes the upper half and v the lower.
     """
-    stored = bucket.exp_avgs[i], bucket.exp_avg_sqs[i]
+    stored = bucket["exp_avg"][i], bucket["exp_avg_sq"][i]
     if m is stored[0]:
         return
     words = _words(bucket, i, Stream.MOMENTS, options)
     all_bits = words >> rounding.RANDOM_BITS, words & (2**rounding.RANDOM_BITS - 1)
-    all_scales = _item(bucket.exp_avg_scales, i), _item(bucket.exp_avg_sq_scales, i)
+    all_scales = _item(bucket["exp_avg_scales"], i), _item(bucket["exp_avg_sq_scales"], i)
     for state, values, scales, bits, signed in zip(
         stored, (m, v), all_scales, all_bits, (True, False), strict=True
     ):
@@ -333,9 +226,9 @@ def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepO
 
 
 def _words(bucket: Bucket, i: int, stream: Stream, options: StepOptions) -> Tensor:
-    index, step = (bucket.param_indices or range(len(bucket.params)))[i], bucket.steps[i] + 1
+    index, step = (bucket.param_indices or range(len(bucket.params)))[i], bucket["step"][i] + 1
     numel = bucket.params[i].numel()
-    return random_words(options.seed, index, step, numel, stream, bucket.places_of(i))
+    return random_words(options.seed, index, step, numel, stream, bucket.shard_layout(i))
 
 
 def _update_(
@@ -347,7 +240,7 @@ def _update_(
     options: StepOptions,
 ) -> None:
     """Update second moment v and parameter i."""
-    param, step = bucket.params[i], bucket.steps[i] + 1
+    param, step = bucket.params[i], bucket["step"][i] + 1
     t = step.to(torch.float64)
     bias_correction1 = 1 - options.beta1**t
     # Its inverse: a product is cheaper than a quotient.
@@ -358,8 +251,8 @@ def _update_(
 
     v.mul_(options.beta2).add_(aggregate * aggregate, alpha=1 - options.beta2)  # Eq. (5)
     second_moment = v
-    if bucket.max_exp_avg_sqs:
-        second_moment = bucket.max_exp_avg_sqs[i]
+    if bucket["max_exp_avg_sq"]:
+        second_moment = bucket["max_exp_avg_sq"][i]
         torch.maximum(second_moment, v, out=second_moment)
     corrected = inverse_bias_correction2 * second_moment
     if options.eps_inside_sqrt:
@@ -370,7 +263,7 @@ def _update_(
     half = param.dtype in (torch.bfloat16, torch.float16)
     theta = param.to(v.dtype)
     if half and options.low_precision_update == "kahan":
-        theta = theta + bucket.compensations[i].to(v.dtype)
+        theta = theta + bucket["compensation"][i].to(v.dtype)
     if options.decoupled_weight_decay:
         decay_factor = 1 - lr * options.weight_decay
         if isinstance(decay_factor, Tensor):
@@ -380,8 +273,8 @@ def _update_(
     step_size = (lr / bias_correction1).to(v.dtype)
     theta = theta - step_size * (numerator / denominator)  # Eq. (7)
     if half and options.low_precision_update == "stochastic":
-        words = rounding.shaped_as(_words(bucket, i, Stream.PARAM, options), bucket.exp_avgs[i])
+        words = rounding.shaped_as(_words(bucket, i, Stream.PARAM, options), bucket["exp_avg"][i])
         theta = rounding.round_stochastically(theta, param.dtype, words >> rounding.RANDOM_BITS)
     param.copy_(theta)
     if half and options.low_precision_update == "kahan":
-        bucket.compensations[i].copy_(theta - param.to(v.dtype))
+        bucket["compensation"][i].copy_(theta - param.to(v.dtype))

@@ -519,4 +519,6 @@ class _Shards:
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of a value over the processes, all of which must call this."""
-        return self._processes.start_sum(value.to(self._processes.device, copy=True)).wait()
+        total = value.to(self._processes.device, copy=True)
+        self._processes.start_sum(total).wait()
+        return total

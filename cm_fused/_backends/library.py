@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm_fused._bucket import Bucket
-
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARY = _PACKAGE / "_C.abi3.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.abi3.so"
@@ -78,7 +76,7 @@ unavailable_reason = _load_extension()
 cuda_unavailable_reason = _load_cuda()
 
 
-class Held:
+class RegisteredState:
     """A bucket's state, handed to the library once instead of at every step.
 
     The library keeps the tensors, not their addresses, until this object dies.
@@ -87,6 +85,8 @@ class Held:
         id: What the library's operators know it by.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
-        self.id: int = torch.ops.cm_fused.hold_state(*bucket.state())
+    def __init__(
+        self, state: list[Tensor], mask: int, param_indices: list[int], shard_layouts: list[int]
+    ) -> None:
+        self.id: int = torch.ops.cm_fused.register_state(state, mask, param_indices, shard_layouts)
         weakref.finalize(self, torch.ops.cm_fused.release_state, self.id)

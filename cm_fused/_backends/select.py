@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._backends import cpu
-from cm_fused._bucket import Bucket, BucketStep, Handle, StepOptions
+from cm_fused._backends import cpu, eager, library
+from cm_fused._bucket import Batch, Bucket, StepOptions
 from cm_fused._warnings import warn
 
 
@@ -18,75 +19,50 @@ from cm_fused._warnings import warn
 class Backend:
     """One implementation of the steps that `cm_fused.reference` defines.
 
-    What takes several steps takes all of them or, where it raises, none: with the reference this is
-    `cm_fused._optimizer.undo`'s doing.
+    A batch's step is taken whole or, where it raises, not at all: with the reference this is
+    `cm_fused._backends.eager.Undo`'s doing.
 
     Attributes:
         name: The value of the `backend` option that asks for it.
-        prepare: Prepares some buckets' steps without changing anything; returns what takes them.
-        update_cm_: Some steps with critical momenta but for the priority buffers' books; returns
-            for each bucket what `sq_norms` does.
-        keep_books_: The books, once the norms are known.
+        register: Prepares all steps of a batch.
+        prepare: Prepares one step of a batch without changing anything; returns what takes it.
+        update_: Steps critical momenta without their priorities; returns for each bucket what
+            `sq_norms` does.
+        update_priorities_: Updates the priorities, once the norms are known.
         sq_norms: The sum of the squares of each of a bucket's gradients.
-        state_keys: What it keeps in a parameter's state besides the reference's keys.
-        hold: Makes a bucket's `handle`, which speeds up further steps of the same tensors.
         describe: What of it is at work on a device, for `repr`.
+        is_fused: Whether it keeps the state of `cm_fused._state.table.fused_keys`.
+        checks_lists: Whether a registered step checks the lists before it changes anything.
     """
 
     name: str
-    prepare: Callable[[list[BucketStep]], Callable[[], None]]
-    update_cm_: Callable[[list[BucketStep]], list[Tensor]]
-    keep_books_: Callable[[list[BucketStep]], None]
+    register: Callable[[Batch], None]
+    prepare: Callable[[Batch], Callable[[], None]]
+    update_: Callable[[Batch], list[Tensor]]
+    update_priorities_: Callable[[Batch], None]
     sq_norms: Callable[[Bucket, StepOptions], Tensor]
-    state_keys: Callable[[bool, int, int], tuple[str, ...]]
-    hold: Callable[[Bucket], Handle | None]
     describe: Callable[[torch.device], str]
+    is_fused: bool
+    checks_lists: bool
 
 
-def _no_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
-    return ()
+def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
+    """Return the backend that a module implements."""
+    return Backend(
+        name,
+        module.register,
+        module.prepare,
+        module.update_,
+        module.update_priorities_,
+        getattr(module, "sq_norms", reference.sq_norms),
+        module.describe,
+        is_fused=is_fused,
+        checks_lists=is_fused and library.unavailable_reason is None,
+    )
 
 
-def _no_handle(bucket: Bucket) -> None:
-    return None
-
-
-def _eager_step_(steps: list[BucketStep]) -> None:
-    for bucket, options, critical_gradients, sq_norm in steps:
-        step_ = reference.adam_cg_ if critical_gradients else reference.adam_cm_
-        step_(bucket, options, sq_norm)
-
-
-def _eager_update_cm_(steps: list[BucketStep]) -> list[Tensor]:
-    return [reference.update_cm_(step.bucket, step.options) for step in steps]
-
-
-def _eager_keep_books_(steps: list[BucketStep]) -> None:
-    for bucket, options, _, sq_norm in steps:
-        assert sq_norm is not None
-        reference.keep_books_(bucket, options, sq_norm)
-
-
-EAGER = Backend(
-    "eager",
-    prepare=lambda steps: partial(_eager_step_, steps),
-    update_cm_=_eager_update_cm_,
-    keep_books_=_eager_keep_books_,
-    sq_norms=reference.sq_norms,
-    state_keys=_no_keys,
-    hold=_no_handle,
-    describe=lambda device: f"eager on {device.type}",
-)
-CPU = Backend(
-    "cpu",
-    prepare=lambda steps: partial(cpu.step_, steps),
-    update_cm_=cpu.update_cm_,
-    keep_books_=cpu.keep_books_,
-    sq_norms=cpu.sq_norms,
-    state_keys=cpu.state_keys,
-    hold=cpu.HeldState,
-    describe=lambda device: f"cpu on {device.type}",
-)
+EAGER = _backend("eager", eager, is_fused=False)
+CPU = _backend("cpu", cpu, is_fused=True)
 NAMES = ("eager", "cpu", "triton")
 
 
@@ -96,22 +72,10 @@ def _triton() -> "Backend | str":
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     try:
-        from cm_fused._backends import traced as triton_ops
-        from cm_fused._backends.triton import launch as triton
+        from cm_fused._backends.triton import launch
     except ImportError as error:
         return f"triton does not import: {error}"
-    return Backend(
-        "triton",
-        prepare=triton_ops.prepare,
-        update_cm_=triton_ops.update_cm_,
-        keep_books_=triton_ops.keep_books_,
-        sq_norms=triton_ops.sq_norms,
-        state_keys=triton.state_keys,
-        hold=triton.hold,
-        describe=lambda device: (
-            f"triton on {device.type} with the {triton.priority_kernel(device)} priority kernel"
-        ),
-    )
+    return _backend("triton", launch, is_fused=True)
 
 
 def _triton_on(device: torch.device) -> "Backend | str":
@@ -119,9 +83,9 @@ def _triton_on(device: torch.device) -> "Backend | str":
     backend = _triton()
     if isinstance(backend, str):
         return backend
-    from cm_fused._backends.triton import launch as triton
+    from cm_fused._backends.triton import launch
 
-    return triton.unavailable_reason(device) or backend
+    return launch.unavailable_reason(device) or backend
 
 
 def select(requested: str | None, device: torch.device) -> Backend:

@@ -1,116 +1,116 @@
-"""The Triton step as operators, for `torch.compile`, which cannot trace what prepares its launches.
+"""The step of the fused backends as one operator, for `torch.compile`.
 
-Called eagerly the step goes past them: they make the tables of a bucket anew at every call.
+It cannot trace what prepares launches or registers state. Called eagerly the step goes past this:
+the operator registers a bucket anew at every call.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._backends import cpu
-from cm_fused._backends.triton import launch as triton
-from cm_fused._bucket import Bucket, BucketStep, StepOptions
+from cm_fused._backends.select import select
+from cm_fused._bucket import Batch, Bucket, StepOptions
+from cm_fused._state.table import KEYS, keys_of, mask_of
 
-keep_books_ = triton.keep_books_
-update_cm_ = triton.update_cm_
+# These options come to the operator by themselves, as tensors.
+_TENSORS = ("lr", "grad_factor", "found_inf")
+_TYPES = {float: "float", bool: "bool", str: "str", int: "SymInt"}
+PLAIN_OPTIONS = tuple(name for name in StepOptions._fields if name not in _TENSORS)
+_SCHEMA = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, SymInt mask, "
+    "SymInt[] param_indices, SymInt[] shard_layouts, Tensor? sq_norm, Tensor lr, "
+    "Tensor? grad_factor, Tensor? found_inf, *, str backend, bool critical_gradients, "
+    + ", ".join(f"{_TYPES[StepOptions.__annotations__[name]]} {name}" for name in PLAIN_OPTIONS)
+    + ") -> ()"
+)
 
 
-def prepare(steps: list[BucketStep]) -> Callable[[], None]:
-    """Prepare the steps of some buckets: see `cm_fused._backends.triton.launch.prepare`."""
-    if torch.compiler.is_compiling():
-        return partial(_traced_steps_, steps)
-    return triton.prepare(steps)
+def prepare(backend: str, batch: Batch) -> Callable[[], None]:
+    """Return what takes the step of a batch, one operator for each bucket."""
+    batch.split_gradients()
+    return partial(_step_, backend, batch)
 
 
-def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
+def _step_(backend: str, batch: Batch) -> None:
+    for bucket in batch.buckets:
+        options = bucket.options
+        lr = options.lr
+        if not isinstance(lr, Tensor):
+            lr = as_tensor(lr, bucket.device)
+        step_op(
+            bucket.params,
+            bucket.grads,
+            list(chain.from_iterable(bucket[key] for key in KEYS)),
+            mask_of(bucket.state),
+            bucket.param_indices,
+            bucket.shard_layouts,
+            bucket.sq_norm,
+            lr,
+            options.grad_factor,
+            options.found_inf,
+            backend=backend,
+            critical_gradients=bucket.critical_gradients,
+            **{name: getattr(options, name) for name in PLAIN_OPTIONS},
+        )
+
+
+def as_tensor(number: float, device: torch.device) -> Tensor:
+    """Return a number in a tensor that torch.compile keeps a number: it traces products of such."""
+    return torch.ones((), dtype=torch.float64, device=device) * number
+
+
+def sq_norms(backend: str, bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
-    if not torch.compiler.is_compiling():
-        return triton.sq_norms(bucket, options)
+    if backend == "cpu":
+        return select(backend, bucket.device).sq_norms(bucket, options)
     return reference.sq_norms(bucket, options)
 
 
-# The lists of a bucket that a step changes.
-CHANGED = (
-    *("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "critical_buffers", "critical_sums"),
-    *("priorities", "pending_slots", "steps"),
-    *("critical_scales", "exp_avg_scales", "exp_avg_sq_scales", "compensations"),
-)
-# Those that come to the operators by themselves, as tensors.
-_TENSORS = ("lr", "grad_factor", "found_inf")
-_OPTIONS = tuple(field.name for field in fields(StepOptions))
-PLAIN_OPTIONS = tuple(name for name in _OPTIONS if name not in _TENSORS)
-
-
-def _traced_steps_(steps: list[BucketStep]) -> None:
-    for step in steps:
-        _traced_step_(step)
-
-
-def _traced_step_(step: BucketStep) -> None:
-    bucket, options, critical_gradients, sq_norm = step
-    lr = options.lr
-    if not isinstance(lr, Tensor):
-        lr = cpu.lr_as_tensor(lr, bucket.params[0].device)
-    step_op(
-        *[getattr(bucket, name) for name in CHANGED],
-        bucket.grads,
-        bucket.param_indices,
-        bucket.element_places,
-        sq_norm,
-        lr,
-        options.grad_factor,
-        options.found_inf,
-        critical_gradients=critical_gradients,
-        **{name: getattr(options, name) for name in PLAIN_OPTIONS},
-    )
-
-
-@torch.library.custom_op("cm_fused_triton::step_", mutates_args=CHANGED)
+@torch.library.custom_op("cm_fused::step_", mutates_args=("params", "state"), schema=_SCHEMA)
 def step_op(
     params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    critical_buffers: list[Tensor],
-    critical_sums: list[Tensor],
-    priorities: list[Tensor],
-    pending_slots: list[Tensor],
-    steps: list[Tensor],
-    critical_scales: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    compensations: list[Tensor],
     grads: list[Tensor],
+    state: list[Tensor],
+    mask: int,
     param_indices: list[int],
-    element_places: list[int],
+    shard_layouts: list[int],
     sq_norm: Tensor | None,
     lr: Tensor,
     grad_factor: Tensor | None,
     found_inf: Tensor | None,
     *,
+    backend: str,
     critical_gradients: bool,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    priority_decay: float,
-    priority_scope: str,
-    buffer_mean: str,
-    eps_inside_sqrt: bool,
-    maximize: bool,
-    decoupled_weight_decay: bool,
-    low_precision_update: str,
-    seed: int,
-    l2_in_aggregate: bool,
-    sum_of_norms: bool,
+    **options: Any,
 ) -> None:
-    """Take a step of either kind, its arguments those of `Bucket` and `StepOptions`."""
-    given = locals()
-    numbers = ("param_indices", "element_places")
-    bucket = Bucket(**{name: given[name] for name in (*CHANGED, "grads", *numbers)})
-    options = StepOptions(**{name: given[name] for name in _OPTIONS})
-    triton.prepare([BucketStep(bucket, options, critical_gradients, sq_norm)])()
+    """Take a step of either kind, its arguments those of `Bucket` and `StepOptions`.
+
+    Args:
+        params: Changed.
+        grads: Not changed.
+        state: The tensors of each state key of the mask, row by row. Changed.
+        mask: Which rows of the STATE table there are.
+        param_indices: As of `Bucket`.
+        shard_layouts: As of `Bucket`.
+        sq_norm: As of `Bucket`.
+        lr: The learning rate, one element.
+        grad_factor: As of `StepOptions`.
+        found_inf: As of `StepOptions`.
+        backend: The name of the backend that takes it.
+        critical_gradients: Whether the buffers hold gradients, else momenta.
+        options: The other fields of `StepOptions`.
+    """
+    count = len(params)
+    lists = {key: list(state[i * count : (i + 1) * count]) for i, key in enumerate(keys_of(mask))}
+    bucket = Bucket(list(params), list(grads), lists, list(param_indices), list(shard_layouts))
+    bucket.critical_gradients, bucket.sq_norm = critical_gradients, sq_norm
+    bucket.options = StepOptions(lr=lr, grad_factor=grad_factor, found_inf=found_inf, **options)
+    batch = Batch([bucket], bucket.params, bucket.grads)
+    chosen = select(backend, bucket.device)
+    chosen.register(batch)
+    chosen.prepare(batch)()

@@ -1,9 +1,8 @@
 """What AdamCM and AdamCG share: options, state and the dispatch of a step."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import chain
-from operator import is_
 from types import FunctionType
 from typing import Any, ClassVar, Protocol, overload
 
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing, is_capturing
-from cm_fused._backends.select import EAGER, Backend, select
-from cm_fused._bucket import Bucket, BucketStep, step_options
-from cm_fused._distributed import (
-    Processes,
-    is_sharded,
-    local,
-    local_grad,
-    places_of,
-    processes,
+from cm_fused._backends.capture import (
+    check_not_captured_sharded,
+    check_not_capturing,
+    is_capturing,
 )
+from cm_fused._backends.eager import Undo
+from cm_fused._backends.flush import drop_derived
+from cm_fused._backends.select import Backend, select
+from cm_fused._bucket import Bucket
+from cm_fused._distributed import Processes, is_sharded, local, local_state, shard_layout_of
 from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
 from cm_fused._optimizer.checks import (
     check_capturable,
@@ -34,10 +32,19 @@ from cm_fused._optimizer.checks import (
     check_partitioner,
     plain_options,
 )
-from cm_fused._optimizer.norms import GroupStep, Norms, PendingBooks, scaled, step_all_
-from cm_fused._optimizer.plan import Plan, one_call_checks
-from cm_fused._optimizer.undo import Undo
-from cm_fused._state import making as _state
+from cm_fused._optimizer.norms import (
+    SkippedSteps,
+    clear_sq_norms,
+    gathered,
+    scale_,
+    set_scope_norms,
+    set_sq_norms,
+    step_all_,
+    update_all_,
+)
+from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
+from cm_fused._state.making import check_param, missing_state_of
+from cm_fused._state.table import State, fused_keys, required_keys
 from cm_fused._state.tracking import OptimizerState
 
 
@@ -55,6 +62,8 @@ class CriticalAdam(CheckpointedOptimizer):
     _critical_gradients: ClassVar[bool]
     # What steps the parameters inside backward: belongs to the process, never copied.
     _release: Release | None = None
+    # The ids of parameters that take no part in a step although they have gradients.
+    _waiting: Set[int] = frozenset()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Give the class a constructor of its own, whose errors name it and not its base."""
@@ -131,16 +140,13 @@ class CriticalAdam(CheckpointedOptimizer):
 
     def _forget_plans(self) -> None:
         """Have nothing prepared for the next step."""
-        # The last step's plan for each group.
-        self._plans: dict[int, Plan] = {}
-        # The plans of captured graphs, which go on using what their buckets hold.
+        self._plans = Plans()
+        # The plans of captured graphs, which go on using what their buckets have.
         self._captured_plans: list[Plan] = []
-        # Of a step whose norms other processes are still adding to.
-        self._pending_books: PendingBooks | None = None
-        # The parameters when it was last asked what processes they are sharded among, and those.
-        self._processes: tuple[list[Tensor], Processes | None] = ([], None)
+        # Of a step whose norms other processes are still adding to: its plan, the norms, the work.
+        self._pending: tuple[Plan, Tensor, Any] | None = None
         # The plans of parameters that are stepped inside backward, by parameter.
-        self._plans_alone: dict[int, Plan] = {}
+        self._single_plans: dict[int, tuple[Plans, int]] = {}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -188,7 +194,6 @@ class CriticalAdam(CheckpointedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step for every parameter that has a gradient.
 
@@ -202,172 +207,155 @@ class CriticalAdam(CheckpointedOptimizer):
             RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype or
                 device, or a parameter is a shard of FSDP1. Nothing has been changed then.
         """
-        _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._release is not None:
             return loss
-        self._finish_step()
-        # All that can fail comes first, for every group.
-        kept = self._kept_plans()
-        lacking = [g for g, plan in zip(self.param_groups, kept, strict=True) if plan is None]
-        made = self._make_state(lacking) if lacking else []
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                self._traced_step()
+            return loss
+        # As torch.no_grad, which is five calls.
+        grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
         try:
-            plans = [
-                plan or self._new_plan(group, first)
-                for (group, first), plan in zip(self._groups_and_firsts(), kept, strict=True)
-            ]
-            self._take_steps(plans)
+            self._finish_step()
+            self._take_step(self._plans, self.param_groups)
+        finally:
+            torch._C._set_grad_enabled(grad_enabled)
+        return loss
+
+    def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
+        """Validate the cached plan or make a new one, and run it.
+
+        Args:
+            plans: Those of these groups.
+            groups: The param groups, or one with a parameter that is stepped alone.
+            first: The index of their first parameter among the optimizer's.
+        """
+        plan = cached = plans.find(groups, self.state, self._waiting)
+        if plans.on_gpu:
+            _check_graph_capture(self)
+        made: list[tuple[Tensor, State]] = []
+        try:
+            if plan is None:
+                plan = self._new_plan(plans, groups, first, made)
+            elif not plan.checks_itself:
+                self._check(groups, plan)
+            self._run(plan, plans, groups)
         except BaseException as error:
             self._unmake_state(made)
-            if isinstance(error, RuntimeError):
-                self._check(kept)  # which names the group and the parameter
+            if isinstance(error, RuntimeError) and groups is self.param_groups:
+                self._check(groups, cached)  # which names the group and the parameter
             raise
-        self._plans = dict(enumerate(plans))
-        for plan in plans:
-            plan.drop_gradients()
-        for group, plan in zip(self.param_groups, plans, strict=True):
-            if group["capturable"] and any(
-                is_capturing(bucket.params[0].device) for _, bucket in plan.buckets
-            ):
-                self._captured_plans.append(plan)
-        return loss
+        if cached is None:
+            plans.add(plan, self.state)
+        plan.drop_gradients()
+        if plans.on_gpu and any(is_capturing(bucket.device) for bucket in plan.buckets):
+            self._captured_plans.append(plan)
+
+    def _traced_step(self) -> None:
+        """Take a step that torch.compile traces; no plan is kept."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        is_eager = all(group["backend"] == "eager" for group in self.param_groups)
+        if any(map(is_sharded, params)) or (not is_eager and any(map(torch.is_complex, params))):
+            # A graph has no sum over processes that ends in the next step, and cannot give an
+            # operator that changes it a complex input as pairs of reals.
+            self._untraced_step()
+            return
+        plans = Plans()
+        plans.find(self.param_groups, self.state, self._waiting)
+        plan = self._new_plan(plans, self.param_groups, 0, [])
+        self._run(plan, plans, self.param_groups)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _untraced_step(self) -> None:
+        with torch.no_grad():
+            self._finish_step()
+            self._take_step(self._plans, self.param_groups)
 
     @torch.no_grad()
     def _step_alone(self, index: int, position: int) -> None:
         """Step one parameter, which is a priority scope of its own, if it has a gradient.
 
         Args:
-            index: Of its group.
-            position: Of the parameter in the group.
+            index: The index of its group.
+            position: The index of the parameter in the group.
         """
         group = self.param_groups[index]
         param = group["params"][position]
-        alone = {**group, "params": [param]}
         check_gradients(index, [param], position)
-        made = []
-        first = position + sum(len(group["params"]) for group in self.param_groups[:index])
-        plan = self._plans_alone.get(id(param))
-        if plan is not None and plan.holds_for(self.state, alone, first, self._participants(alone)):
+        if param in self.state:
             self._check_state(param)
-            plan.take_gradients()
-        else:
-            plan = None
-            made = self._make_state([alone])
-        try:
-            plan = plan or self._new_plan(alone, first)
-            with Undo([], plan.buckets):
-                self._step_groups([self._group_step(alone, plan, first=0)], None)
-        except BaseException:
-            self._unmake_state(made)
-            raise
-        self._plans_alone[id(param)] = plan
-        plan.drop_gradients()
+        first = position + sum(len(group["params"]) for group in self.param_groups[:index])
+        plans, known_first = self._single_plans.get(id(param), (Plans(), first))
+        if known_first != first:
+            plans = Plans()
+        self._single_plans[id(param)] = plans, first
+        self._take_step(plans, [{**group, "params": [param]}], first)
 
-    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+    def _check_groups(self, groups: Groups) -> None:
         if self._release is not None:
             self._release._check_groups(groups)
 
     def _finish_step(self) -> None:
-        """Keep the books of the last step, where they were left for the norms' sum."""
-        if self._pending_books is not None:
-            self._pending_books.keep_()
-            self._pending_books = None
-
-    def _take_steps(self, plans: list[Plan]) -> None:
-        """Take the steps of all groups, all of them or none."""
-        if torch.compiler.is_compiling():
-            self._step_groups(*self._prepared_steps(plans))
+        """Update the priorities of the last step, where that waits for the norms' sum."""
+        if self._pending is None:
             return
-        with Undo(self.param_groups, chain.from_iterable(plan.buckets for plan in plans)):
-            self._step_groups(*self._prepared_steps(plans))
+        plan, sums, work = self._pending
+        work.wait()
+        set_sq_norms(plan, sums)
+        for backend, batch in plan.batches:
+            backend.update_priorities_(batch)
+        clear_sq_norms(plan)
+        self._pending = None
 
-    def _prepared_steps(self, plans: list[Plan]) -> tuple[list[GroupStep], Processes | None]:
-        """Return each group's step and the processes it is sharded among."""
-        steps = [
-            self._group_step(group, plan, first)
-            for (group, first), plan in zip(self._groups_and_firsts(), plans, strict=True)
-        ]
-        among = self._sharded_among()
+    def _run(self, plan: Plan, plans: Plans, groups: Groups) -> None:
+        """Take a plan's step in all groups, or in none."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        skipped: list[SkippedSteps] = []
+        if plans.needs_norm or grad_scale is not None or found_inf is not None:
+            skipped = scale_(plan, groups, plans.processes, grad_scale, found_inf)
+        try:
+            self._run_buckets(plan, plans.processes)
+        except BaseException:
+            for count in skipped:
+                count.restore()
+            raise
+
+    def _run_buckets(self, plan: Plan, among: Processes | None) -> None:
+        if not plan.has_eager or torch.compiler.is_compiling():
+            self._step_buckets(plan, among)
+            return
+        with Undo(plan.eager_buckets()):
+            self._step_buckets(plan, among)
+
+    def _step_buckets(self, plan: Plan, among: Processes | None) -> None:
         if among is not None:
             check_not_captured_sharded(among.device)
-        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        return scaled(steps, among, grad_scale, found_inf), among
+            if not self._critical_gradients:
+                # While the norms are added up over processes the next backward may begin.
+                sums = gathered(plan, update_all_(plan), among)
+                self._pending = plan, sums, among.start_sum(sums)
+                return
+        set_scope_norms(plan, among)
+        step_all_(plan)
 
-    def _groups_and_firsts(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield every param group, and its first parameter's place among the optimizer's."""
-        first = 0
-        for group in self.param_groups:
-            yield group, first
-            first += len(group["params"])
-
-    def _group_step(self, group: dict[str, Any], plan: Plan, first: int) -> GroupStep:
-        critical_gradients = self._stores_gradients(group)
-        count = len(group["params"])
-        return GroupStep(group, step_options(group), critical_gradients, plan.buckets, first, count)
-
-    def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
-        """Take the steps of all groups: the first change, after all that can be wrong."""
-        if among is not None and not self._critical_gradients:
-            # While the norms are added up over processes the next backward may begin.
-            summing = Norms(steps, among, _update_cm_)
-            self._pending_books = PendingBooks(steps, summing)
-            return
-        norms: Norms | None = None
-        if among is not None or not all(map(GroupStep.is_alone, steps)):
-            norms = Norms(steps, among, _sq_norms)
-        step_all_(chain.from_iterable(step.on_buckets(norms) for step in steps))
-
-    def _sharded_among(self) -> Processes | None:
-        params = [param for group in self.param_groups for param in group["params"]]
-        if torch.compiler.is_compiling():
-            return processes(params)
-        known, found = self._processes
-        if len(known) != len(params) or not all(map(is_, known, params)):
-            found = processes(params)
-            self._processes = params, found
-        return found
-
-    def _kept_plans(self) -> list[Plan | None]:
-        """Check all gradients; return the last step's plan of each group, where it serves again."""
-        plans = [
-            self._kept_plan(i, group, first)
-            for i, (group, first) in enumerate(self._groups_and_firsts())
-        ]
-        if not one_call_checks(plans):
-            self._check(plans)
-        for plan in plans:
-            if plan is not None:
-                plan.take_gradients()
-        return plans
-
-    def _kept_plan(self, index: int, group: dict[str, Any], first: int) -> Plan | None:
-        # A plan may end in an operator whose schema does not name all it changes.
-        plan = None if torch.compiler.is_compiling() else self._plans.get(index)
-        if plan is None:
-            return None
-        if not plan.holds_for(self.state, group, first, self._participants(group)):
-            return None
-        for backend, bucket in plan.buckets:
-            if bucket.handle is None:
-                bucket.handle = backend.hold(bucket)
-        return plan
-
-    def _check(self, plans: list[Plan | None]) -> None:
-        """Check all gradients, and parameters against the state of plans that serve again."""
-        for i, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+    def _check(self, groups: Groups, cached: Plan | None) -> None:
+        """Check all gradients, and parameters against the state of a cached plan."""
+        for i, group in enumerate(groups):
             # A model may have been wrapped since the group was added.
             check_not_flattened(i, group)
             check_gradients(i, group["params"])
-            if plan is not None:
-                for param in self._participants(group):
-                    self._check_state(param)
-            elif group["capturable"]:
-                check_capturable(self._participants(group))
-        if None in plans:
-            check_no_duplicates(self.param_groups)
+            if cached is None and group["capturable"]:
+                check_capturable(_with_gradients(group["params"]))
+        if cached is None:
+            check_no_duplicates(groups)
+        else:
+            for param in cached.params:
+                self._check_state(param)
 
     def _check_states(self) -> None:
         """Check that the state of every parameter fits it."""
@@ -377,24 +365,42 @@ class CriticalAdam(CheckpointedOptimizer):
 
     def _check_state(self, param: Tensor) -> None:
         with self._naming(param):
-            _state.check_param(local(param), _state.local_state(self.state[param]))
+            check_param(local(param), local_state(self.state[param]))
 
-    def _make_state(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, _state.State]]:
-        """Make the state that the participants of these groups lack, all of it or none.
+    def _new_plan(
+        self, plans: Plans, groups: Groups, first: int, made: list[tuple[Tensor, State]]
+    ) -> Plan:
+        """Return a plan of the step that was looked for, with its gradients and options.
+
+        Args:
+            plans: Those of the groups.
+            groups: The param groups.
+            first: The index of their first parameter among the optimizer's.
+            made: The state that is made is added, for `_unmake_state`.
+        """
+        self._check(groups, None)
+        members = plans.members(groups, first)
+        made.extend(self._make_state(members, groups))
+        buckets = [self._bucket(member, groups[member.group]) for member in members]
+        return plans.new_plan(members, buckets, groups, first)
+
+    def _make_state(self, members: list[Member], groups: Groups) -> list[tuple[Tensor, State]]:
+        """Make the state that parameters which take part do not have, all of it or none.
 
         Returns:
             What was made, for `_unmake_state`.
         """
         missing = []
-        for group in groups:
-            for param, keys in self._participants_and_keys(group):
+        for member in members:
+            group = groups[member.group]
+            keys = self._state_keys(group, member.backend)
+            for param in member.params:
                 with self._naming(param):
                     state = self.state.get(param, {})
-                    missing.append((param, _state.missing_state_of(param, state, keys, group)))
-        for param, tensors in missing:
-            if tensors:
-                check_not_capturing(param.device)
+                    missing.append((param, missing_state_of(param, state, keys, group)))
         made = [(param, tensors) for param, tensors in missing if tensors]
+        for param, _ in made:
+            check_not_capturing(param.device)
         for param, tensors in made:
             self.state[param].update(tensors)
         return made
@@ -420,8 +426,8 @@ class CriticalAdam(CheckpointedOptimizer):
                     return f"parameter {j} of group {i}{name}"
         return "a parameter of no group"
 
-    def _unmake_state(self, made: list[tuple[Tensor, _state.State]]) -> None:
-        """Take away what `_make_state` made and no step has used, after one that failed."""
+    def _unmake_state(self, made: list[tuple[Tensor, State]]) -> None:
+        """Remove what `_make_state` made and no step has used, after one that failed."""
         for param, tensors in made:
             if "step" not in tensors or local(tensors["step"]) > 0:
                 continue
@@ -434,62 +440,31 @@ class CriticalAdam(CheckpointedOptimizer):
         if not self.state[param]:
             del self.state[param]
 
-    def _participants(self, group: dict[str, Any]) -> list[Tensor]:
-        """Return the parameters of a group that this step is to step."""
-        return [param for param in group["params"] if param.grad is not None]
-
     def _stores_gradients(self, group: dict[str, Any]) -> bool:
-        """Return whether the buffers of a group hold gradients, else momenta."""
+        """Return whether the buffers of a group have gradients, else momenta."""
         return self._critical_gradients
 
-    def _participants_and_keys(
-        self, group: dict[str, Any]
-    ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-        for param in self._participants(group):
-            yield param, self._state_keys(group, select(group["backend"], param.device))
-
     def _state_keys(self, group: dict[str, Any], backend: Backend) -> tuple[str, ...]:
-        slot_bytes = (group["buffer_dtype"] or torch.float32).itemsize
-        extra_keys = backend.state_keys(
-            self._stores_gradients(group), group["capacity"], slot_bytes
-        )
-        return (*_state.required_keys(group), *extra_keys)
+        keys = required_keys(group)
+        if backend.is_fused:
+            keys += fused_keys(group, critical_gradients=self._stores_gradients(group))
+        return keys
 
-    def _new_plan(self, group: dict[str, Any], first: int) -> Plan:
-        params = self._participants(group)
-        buckets = []
-        for device in dict.fromkeys(param.device for param in params):
-            backend = select(group["backend"], device)
-            on_device = [param for param in params if param.device == device]
-            buckets.append((backend, self._bucket(group, backend, on_device)))
-        buckets.sort(key=lambda pair: pair[0] is not EAGER)
-        return Plan(buckets, params, group, first, self.state)
-
-    def _bucket(self, group: dict[str, Any], backend: Backend, params: list[Tensor]) -> Bucket:
+    def _bucket(self, member: Member, group: dict[str, Any]) -> Bucket:
         """Gather the tensors of one bucket, whose state is there."""
-        grads = [local_grad(param) for param in params]
-        states = [_state.local_state(self.state[param]) for param in params]
-        keys = self._state_keys(group, backend)
-        _state.drop_derived([self.state[param] for param in params], keys)
-        lists = _state.lists(states, keys)
-        indices = self._indices(params)
-        places = _element_places(params, lists["exp_avgs"], group)
-        params = [local(param) for param in params]
-        if any(map(torch.is_complex, params)):
-            if torch.compiler.is_compiling() and backend is not EAGER:
-                # A graph cannot give an operator that changes it a complex input as pairs of reals.
-                torch._dynamo.graph_break("complex parameters are compiled by backend='eager'")
-            params = [_state.as_real(param) for param in params]
-            # Autograd leaves the conjugation of a complex gradient to whoever reads it.
-            grads = [_state.as_real(grad.resolve_conj()) for grad in grads]
-            lists = {name: [_state.as_real(t) for t in tensors] for name, tensors in lists.items()}
-        return Bucket(params, grads, **lists, param_indices=indices, element_places=places)
-
-    def _indices(self, params: list[Tensor]) -> list[int]:
-        """Return the places of parameters among all of the optimizer's."""
-        all_params = chain.from_iterable(group["params"] for group in self.param_groups)
-        places = {id(param): index for index, param in enumerate(all_params)}
-        return [places[id(param)] for param in params]
+        keys = self._state_keys(group, member.backend)
+        drop_derived([self.state[param] for param in member.params], keys)
+        states = [local_state(self.state[param]) for param in member.params]
+        lists = {key: [state[key] for state in states] for key in keys}
+        return Bucket(
+            [local(param) for param in member.params],
+            [],
+            lists,
+            member.indices,
+            _shard_layouts(member.params, lists["exp_avg"], group),
+            self._stores_gradients(group),
+            group=member.group,
+        )
 
     def __repr__(self) -> str:
         active = ", ".join(
@@ -502,24 +477,20 @@ class CriticalAdam(CheckpointedOptimizer):
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
 
 
-def _update_cm_(backend: Backend, steps: list[BucketStep]) -> list[Tensor]:
-    return backend.update_cm_(steps)
+def _with_gradients(params: list[Tensor]) -> list[Tensor]:
+    return [param for param in params if param.grad is not None]
 
 
-def _sq_norms(backend: Backend, steps: list[BucketStep]) -> list[Tensor]:
-    return [backend.sq_norms(step.bucket, step.options) for step in steps]
-
-
-def _element_places(
+def _shard_layouts(
     params: list[Tensor], exp_avgs: list[Tensor], group: dict[str, Any]
 ) -> list[int]:
-    """Return the `element_places` of a bucket, which only random words need."""
+    """Return the `shard_layouts` of a bucket, which only random bits need."""
     rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
     if not (rounds or group["low_precision_update"] == "stochastic"):
         return []
     if not any(map(is_sharded, params)):
         return []
-    return list(chain.from_iterable(map(places_of, params, exp_avgs)))
+    return list(chain.from_iterable(map(shard_layout_of, params, exp_avgs)))
 
 
 def _active_backend(requested: str | None, device: torch.device) -> str:

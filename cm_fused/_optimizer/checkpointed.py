@@ -1,4 +1,4 @@
-"""An optimizer's state on its way in and out, its commits made before it is seen."""
+"""Saving, loading, copying and resizing an optimizer's state, flushed before it is seen."""
 
 import copy
 from abc import abstractmethod
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
 
-from cm_fused._optimizer import state_dict as _checkpoint
+from cm_fused._backends.flush import flush_all_
+from cm_fused._optimizer import state_dict as checkpoint
 from cm_fused._optimizer.checks import check_capacity, plain_options
 from cm_fused._optimizer.plan import Plan
-from cm_fused._state import making as _state
+from cm_fused._state.making import param_states, resize_buffer
 from cm_fused._state.tracking import OptimizerState
 
 
@@ -23,7 +24,7 @@ class CheckpointedOptimizer(Optimizer):
 
     @abstractmethod
     def _finish_step(self) -> None:
-        """Keep the books of the last step, where they were left for the norms' sum."""
+        """Update the priorities of the last step, where that waits for the norms' sum."""
 
     @abstractmethod
     def _forget_plans(self) -> None:
@@ -53,20 +54,20 @@ class CheckpointedOptimizer(Optimizer):
         it is one of such an optimizer, on any mesh; for plain parameters gather it
         (`StateDictOptions(full_state_dict=True)`).
         """
-        self._commit_pending()
+        self._flush()
         # The first of the hooks, so that all others see what the caller gets.
-        hook = partial(_checkpoint.saved_form, copies=bool(self._captured_plans))
+        hook = partial(checkpoint.saved_form, copies=bool(self._captured_plans))
         saved_form = self.register_state_dict_post_hook(hook, prepend=True)
         try:
             return super().state_dict()
         finally:
             saved_form.remove()
 
-    def _commit_pending(self) -> None:
+    def _flush(self) -> None:
         """Have in the state what Algorithm 1 has in it after the last step."""
         self._finish_step()
         try:
-            _state.commit_pending(_state.param_states(self.state))
+            flush_all_(param_states(self.state))
         except RuntimeError:
             self._check_states()  # which names the group and the parameter
             raise
@@ -97,21 +98,21 @@ class CheckpointedOptimizer(Optimizer):
             hooked = pre_hook(self, state_dict)
             if hooked is not None:
                 state_dict = hooked
-        _checkpoint.check_form(state_dict)
+        checkpoint.check_form(state_dict)
         saved_groups = state_dict["param_groups"]
-        groups = _checkpoint.loaded_groups(self.param_groups, saved_groups)
+        groups = checkpoint.loaded_groups(self.param_groups, saved_groups)
         self._check_groups(groups)
-        _checkpoint.check_state(groups, state_dict)
-        _checkpoint.warn_of_conversion(groups, saved_groups)
-        _checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
+        checkpoint.check_state(groups, state_dict)
+        checkpoint.warn_of_conversion(groups, saved_groups)
+        checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
         self._finish_step()
         captured = self._captured_plans
         self._forget_plans()  # which have the tensors that are given up
         self._captured_plans = captured
         in_place = bool(captured)
-        state = _checkpoint.take_over_state(groups, state_dict, self.state, in_place=in_place)
+        state = checkpoint.take_over_state(groups, state_dict, self.state, in_place=in_place)
         if in_place:
-            _checkpoint.write_options_into_(self.param_groups, groups)
+            checkpoint.write_options_into_(self.param_groups, groups)
         self.__setstate__({"state": state, "param_groups": groups})
         self._captured_plans = captured
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -132,25 +133,25 @@ class CheckpointedOptimizer(Optimizer):
         """
         (capacity,) = plain_options({"capacity": capacity}).values()
         check_capacity(capacity)
-        self._commit_pending()
+        self._flush()
         for group in self.param_groups:
             group["capacity"] = capacity
             for param in group["params"]:
                 if "priorities" in self.state.get(param, {}):
-                    _state.resize_buffer(param, self.state[param], group)
+                    resize_buffer(param, self.state[param], group)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._commit_pending()
+        self._flush()
         state = super().__getstate__()
         # `pending_slot` travels too: processes that share the state share what is pending.
-        return {**state, "state": _checkpoint.picklable(state["state"])}
+        return {**state, "state": checkpoint.picklable(state["state"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
         self._forget_plans()
-        self.state = OptimizerState(dict, _checkpoint.unpickled(self.state))
+        self.state = OptimizerState(dict, checkpoint.unpickled(self.state))
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -1,118 +1,39 @@
-"""Norms over priority scopes and for clipping, across the devices and processes of a step."""
+"""Norms over priority scopes and for clipping, across the devices and processes of a step.
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
+One small sum whatever the number of groups and tensors: a float64 for each parameter of the
+optimizer.
+"""
+
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cm_fused import reference
-from cm_fused._backends.select import CPU, EAGER, Backend
-from cm_fused._bucket import Bucket, BucketStep, StepOptions
-from cm_fused._distributed import Processes, Summing
+from cm_fused._backends import traced
+from cm_fused._backends.select import Backend
+from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
+from cm_fused._distributed import Processes
+from cm_fused._optimizer.plan import Groups, Plan, needs_norm
 
 
-@dataclass(frozen=True)
-class GroupStep:
-    """The step of one param group.
+def gathered(
+    plan: Plan, of_buckets: Iterable[tuple[Bucket, Tensor]], among: Processes | None
+) -> Tensor:
+    """Return the sums of squares of all of the optimizer's parameters, float64 (params,).
 
-    Attributes:
-        group: The param group; with one parameter where that is stepped alone.
-        options: The hyperparameters.
-        critical_gradients: Whether the buffers hold gradients, else momenta.
-        buckets: The tensors of each device, with the backend that steps them.
-        first: The place of the group's first parameter among the optimizer's.
-        count: How many parameters the group has, with those that take no part.
+    Args:
+        plan: The plan of the step.
+        of_buckets: Those of each bucket's parameters, float64 (params,).
+        among: The processes that parameters are sharded among; what another process counts is 0.
     """
-
-    group: dict[str, Any]
-    options: StepOptions
-    critical_gradients: bool
-    buckets: list[tuple[Backend, Bucket]]
-    first: int
-    count: int
-
-    def is_alone(self) -> bool:
-        """Return whether every priority scope lies within one bucket."""
-        return len(self.buckets) < 2 or self.options.priority_scope == "tensor"
-
-    def on_buckets(self, norms: "Norms | None" = None) -> Iterator[tuple[Backend, BucketStep]]:
-        """Yield the steps of the buckets, with the norms over their priority scopes if given."""
-        for backend, bucket in self.buckets:
-            sq_norm = None if norms is None else norms.over_scope(self, bucket)
-            yield backend, BucketStep(bucket, self.options, self.critical_gradients, sq_norm)
-
-
-def by_backend(
-    steps: Iterable[tuple[Backend, BucketStep]],
-) -> list[tuple[Backend, list[BucketStep]]]:
-    """Return what each backend is to do, the reference first, whose steps can be taken back."""
-    lists: dict[Backend, list[BucketStep]] = {}
-    for backend, step in steps:
-        lists.setdefault(backend, []).append(step)
-    # The C++ operator may yet fail, with nothing changed; launches that were prepared do not.
-    return sorted(lists.items(), key=lambda item: (item[0] is not EAGER, item[0] is not CPU))
-
-
-def step_all_(steps: Iterable[tuple[Backend, BucketStep]]) -> None:
-    """Take the steps of buckets, all of them or none: all is prepared before the first change."""
-    prepared = [backend.prepare(of_backend) for backend, of_backend in by_backend(steps)]
-    for take_ in prepared:
-        take_()
-
-
-class Norms:
-    """The sums of squares of all parameters of an optimizer, added up over processes.
-
-    One small sum whatever the number of groups and tensors: a float64 for each parameter.
-    """
-
-    def __init__(
-        self,
-        steps: list[GroupStep],
-        processes: Processes | None,
-        sq_norms: Callable[[Backend, list[BucketStep]], list[Tensor]],
-    ) -> None:
-        """Take the sums of squares of every bucket, and start to add them up.
-
-        Args:
-            steps: Those of all groups.
-            processes: Where the parameters are sharded.
-            sq_norms: Returns those of each bucket's parameters, float64 (params,).
-        """
-        buckets = chain.from_iterable(step.on_buckets() for step in steps)
-        taken = [
-            (step.bucket, values)
-            for backend, of_backend in by_backend(buckets)
-            for step, values in zip(of_backend, sq_norms(backend, of_backend), strict=True)
-        ]
-        device = processes.device if processes else _home([values.device for _, values in taken])
-        total = sum(step.count for step in steps)
-        self._values = torch.zeros(total, dtype=torch.float64, device=device)
-        for bucket, values in taken:
-            self._values.index_copy_(0, bucket.places(device), values.to(device, non_blocking=True))
-        self._summing: Summing | None = None
-        if processes is not None:
-            self._summing = processes.start_sum(self._values.mul_(processes.counted))
-
-    def all(self) -> Tensor:
-        """Return them, float64 (params,)."""
-        if self._summing is not None:
-            self._summing.wait()
-            self._summing = None
-        return self._values
-
-    def over_scope(self, step: GroupStep, bucket: Bucket) -> Tensor:
-        """Return the sums over the priority scopes of a bucket, on its device."""
-        values = self.all()
-        if step.options.priority_scope == "group":
-            values = values[step.first : step.first + step.count]
-        else:
-            values = values.index_select(0, bucket.places(values.device))
-        sq_norm = reference.over_scope(values, step.options)
-        return sq_norm.to(bucket.steps[0].device, non_blocking=True)
+    pairs = list(of_buckets)
+    device = among.device if among is not None else _home([values.device for _, values in pairs])
+    total = sum(count for _, count in plan.spans)
+    sums = torch.zeros(total, dtype=torch.float64, device=device)
+    for bucket, values in pairs:
+        sums.index_copy_(0, bucket.indices_on(device), values.to(device, non_blocking=True))
+    return sums if among is None else sums.mul_(among.counted)
 
 
 def _home(devices: list[torch.device]) -> torch.device:
@@ -124,44 +45,130 @@ def _home(devices: list[torch.device]) -> torch.device:
     return next((device for device in devices if device.type == "cpu"), (devices or [cpu])[0])
 
 
-class PendingBooks:
-    """The books of a step whose norms are being added up."""
-
-    def __init__(self, steps: list[GroupStep], norms: Norms) -> None:
-        self._steps = steps
-        self._norms = norms
-
-    def keep_(self) -> None:
-        """Keep them: admit, decay and count the step."""
-        buckets = chain.from_iterable(step.on_buckets(self._norms) for step in self._steps)
-        for backend, of_backend in by_backend(buckets):
-            backend.keep_books_(of_backend)
-
-
-def scaled(
-    steps: list[GroupStep],
-    processes: Processes | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> list[GroupStep]:
-    """Return steps that unscale and clip their gradients, and those that are to be skipped marked.
+def set_sq_norms(plan: Plan, sums: Tensor) -> None:
+    """Give every bucket the sums over its priority scopes, on its device.
 
     Args:
-        steps: Those of all groups, whose `skipped_steps` are changed.
-        processes: Where the parameters are sharded.
+        plan: The plan of the step.
+        sums: As of `gathered`, added up over processes.
+    """
+    for bucket in plan.buckets:
+        first, count = plan.spans[bucket.group]
+        if bucket.options.priority_scope == "group":
+            values = sums[first : first + count]
+        else:
+            values = sums.index_select(0, bucket.indices_on(sums.device))
+        sq_norm = over_scope(values, bucket.options)
+        bucket.sq_norm = sq_norm.to(bucket.device, non_blocking=True)
+
+
+def clear_sq_norms(plan: Plan) -> None:
+    """Leave the sums over the priority scopes to the backends."""
+    for bucket in plan.buckets:
+        bucket.sq_norm = None
+
+
+def set_scope_norms(plan: Plan, among: Processes | None) -> None:
+    """Give the buckets the sums over their priority scopes, where those have more than a bucket."""
+    if among is None and not any(b.options.priority_scope == "group" for b in plan.divided):
+        if plan.divided:
+            clear_sq_norms(plan)
+        return
+
+    def options_of(bucket: Bucket) -> StepOptions:
+        return bucket.options
+
+    sums = gathered(plan, sq_norms_of_buckets(plan, options_of), among)
+    if among is not None:
+        among.start_sum(sums).wait()
+    set_sq_norms(plan, sums)
+
+
+def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
+    """Step critical momenta without their priorities; return the buckets with their norms' parts.
+
+    Returns:
+        Each bucket with the sum of squares of each of its gradients, float64 (params,).
+    """
+    pairs: list[tuple[Bucket, Tensor]] = []
+    for backend, batch in plan.batches:
+        pairs += zip(batch.buckets, backend.update_(batch), strict=True)
+    return pairs
+
+
+def step_all_(plan: Plan) -> None:
+    """Take the steps of all batches: all is prepared before the first change."""
+    if torch.compiler.is_compiling():
+        prepared = [_traced(backend, batch) for backend, batch in plan.batches]
+    else:
+        prepared = [backend.prepare(batch) for backend, batch in plan.batches]
+    for take_ in prepared:
+        take_()
+
+
+def _traced(backend: Backend, batch: Batch) -> Callable[[], None]:
+    batch.split_gradients()
+    return traced.prepare(backend.name, batch) if backend.is_fused else backend.prepare(batch)
+
+
+def sq_norms_of_buckets(
+    plan: Plan, options_of: Callable[[Bucket], StepOptions], group: int | None = None
+) -> list[tuple[Bucket, Tensor]]:
+    """Return the sums of squares of each bucket's gradients, float64 (params,) of each.
+
+    Args:
+        plan: The plan of the step.
+        options_of: The hyperparameters by which a bucket's gradients are read.
+        group: The index of the group whose buckets they are; None: of all groups.
+    """
+    pairs = []
+    for backend, batch in plan.batches:
+        batch.split_gradients()
+        for bucket in batch.buckets:
+            if group is None or bucket.group == group:
+                pairs.append((bucket, _sq_norms(backend, bucket, options_of(bucket))))
+    return pairs
+
+
+def _sq_norms(backend: Backend, bucket: Bucket, options: StepOptions) -> Tensor:
+    if torch.compiler.is_compiling():
+        return traced.sq_norms(backend.name, bucket, options)
+    return backend.sq_norms(bucket, options)
+
+
+def scale_(
+    plan: Plan,
+    groups: Groups,
+    among: Processes | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> list["SkippedSteps"]:
+    """Unscale and clip the gradients of a step by its buckets' options, and mark what is skipped.
+
+    Args:
+        plan: The plan of the step. The options of its buckets are replaced.
+        groups: The param groups. Their `skipped_steps` are changed.
+        among: The processes that parameters are sharded among.
         grad_scale: What the gradients were multiplied by (`torch.amp.GradScaler`), or None.
         found_inf: Not 0 where one of them is not finite, or None.
+
+    Returns:
+        The counts of skipped steps as they were, to restore them after an error.
     """
-    factor = None if grad_scale is None else _reciprocal(grad_scale)
-    steps = [_with_scalars(step, factor, found_inf) for step in steps]
-    if not any(map(_needs_norm, steps)):
-        return steps
-    norm = Norms(steps, processes, _plain_sq_norms).all().sum().sqrt()
-    return [_clipped(step, norm, factor, found_inf) for step in steps]
-
-
-def _needs_norm(step: GroupStep) -> bool:
-    return step.group["max_grad_norm"] is not None or bool(step.group["skip_nonfinite"])
+    unscale = None if grad_scale is None else _reciprocal(grad_scale)
+    scalars = [(unscale, found_inf)] * len(groups)
+    counts: list[SkippedSteps] = []
+    if any(map(needs_norm, groups)):
+        norm = _total_norm(plan, among, unscale)
+        counts = [SkippedSteps(group) for group in groups if group["skip_nonfinite"]]
+        scalars = [_clip_(group, norm, unscale, found_inf) for group in groups]
+    plan.options, plan.scalars = None, scalars
+    for bucket in plan.buckets:
+        factor, found = scalars[bucket.group]
+        if found is not None:
+            found = found.to(torch.float64).reshape(())
+        bucket.options = bucket.options._replace(grad_factor=factor, found_inf=found)
+    return counts
 
 
 def _reciprocal(grad_scale: Tensor) -> Tensor:
@@ -169,23 +176,27 @@ def _reciprocal(grad_scale: Tensor) -> Tensor:
     return grad_scale.to(torch.float64).reciprocal().to(torch.float32).to(torch.float64).reshape(())
 
 
-def _plain_sq_norms(backend: Backend, steps: list[BucketStep]) -> list[Tensor]:
-    """Return the sums of squares of the gradients themselves, unscaled."""
-    return [
-        backend.sq_norms(step.bucket, replace(step.options, weight_decay=0.0, maximize=False))
-        for step in steps
-    ]
+def _total_norm(plan: Plan, among: Processes | None, unscale: Tensor | None) -> Tensor:
+    """Return the norm of all gradients, unscaled, float64 ()."""
+
+    def plain(bucket: Bucket) -> StepOptions:
+        return bucket.options._replace(weight_decay=0.0, maximize=False, grad_factor=unscale)
+
+    sums = gathered(plan, sq_norms_of_buckets(plan, plain), among)
+    if among is not None:
+        among.start_sum(sums).wait()
+    return sums.sum().sqrt()
 
 
-def _clipped(
-    step: GroupStep, norm: Tensor, factor: Tensor | None, found_inf: Tensor | None
-) -> GroupStep:
-    group = step.group
-    max_grad_norm = group["max_grad_norm"]
+def _clip_(
+    group: dict[str, Any], norm: Tensor, unscale: Tensor | None, found_inf: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return a group's factor and mark, and count the step where it is to be skipped."""
+    factor, max_grad_norm = unscale, group["max_grad_norm"]
     if max_grad_norm is not None:
         # As torch.nn.utils.clip_grad_norm_.
         coefficient = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        factor = coefficient if factor is None else factor.to(norm.device) * coefficient
+        factor = coefficient if unscale is None else unscale.to(norm.device) * coefficient
     if group["skip_nonfinite"]:
         skipped = (~torch.isfinite(norm)).to(torch.float64)
         # One tensor for good: a captured graph goes on adding to it.
@@ -197,13 +208,22 @@ def _clipped(
         count = count.to(norm.device)
         group["skipped_steps"] = count.add_(skipped.to(count.dtype))
         found_inf = skipped if found_inf is None else found_inf.to(norm.device) + skipped
-    return _with_scalars(step, factor, found_inf)
+    return factor, found_inf
 
 
-def _with_scalars(step: GroupStep, factor: Tensor | None, found_inf: Tensor | None) -> GroupStep:
-    if factor is None and found_inf is None:
-        return step
-    if found_inf is not None:
-        found_inf = found_inf.to(torch.float64).reshape(())
-    options = replace(step.options, grad_factor=factor, found_inf=found_inf)
-    return replace(step, options=options)
+class SkippedSteps:
+    """A group's count of skipped steps before a step."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self._group = group
+        self._count = group.get("skipped_steps")
+        self._before = self._count.clone() if isinstance(self._count, Tensor) else self._count
+
+    def restore(self) -> None:
+        """Give the group the count it had; allocates nothing."""
+        if self._count is None:
+            self._group.pop("skipped_steps", None)
+        elif isinstance(self._count, Tensor):
+            self._group["skipped_steps"] = self._count.copy_(self._before)
+        else:
+            self._group["skipped_steps"] = self._count

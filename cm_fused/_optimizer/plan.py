@@ -1,118 +1,321 @@
-"""What a step of a param group does, kept for the next step of the same tensors."""
+"""What a step does, cached by which parameters have gradients."""
 
-from operator import is_
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cm_fused._backends.select import Backend
-from cm_fused._bucket import Bucket
-from cm_fused._distributed import is_sharded, local, local_grad
+from cm_fused._backends.flush import as_real
+from cm_fused._backends.select import CPU, EAGER, Backend, select
+from cm_fused._bucket import Batch, Bucket, StepOptions, step_options
+from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
 from cm_fused._state.tracking import OptimizerState
 
+Groups = list[dict[str, Any]]
+# First the options that decide which tensors a step needs and who steps them.
+_STRUCTURE = (
+    *("amsgrad", "capacity", "backend", "capturable"),
+    *("buffer_dtype", "moment_dtype", "low_precision_update"),
+)
+_options_of = itemgetter(
+    *_STRUCTURE,
+    *("betas", "eps", "weight_decay", "priority_decay", "priority_scope", "buffer_mean"),
+    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "seed"),
+    *("max_grad_norm", "skip_nonfinite"),
+)
+_lr_of = itemgetter("lr")
+_params_of = itemgetter("params")
+# As many sets of parameters with gradients are remembered: those of the experts of a mixture, of
+# two networks that are trained in turn. More cost memory for lists alone.
+_MAX_PLANS = 16
 
-class Plan:
-    """The buckets of a group's step, and when they may serve again.
+
+def needs_norm(group: Mapping[str, Any]) -> bool:
+    """Return whether a step of a group needs the norm of all gradients."""
+    return group["max_grad_norm"] is not None or bool(group["skip_nonfinite"])
+
+
+class Member(NamedTuple):
+    """The parameters of one group and device that take part in a step.
 
     Attributes:
-        buckets: Those of each device, with the backend that steps it.
+        group: The index of the group.
+        backend: Who steps them.
+        params: The parameters.
+        indices: Their indices among the optimizer's.
     """
 
-    def __init__(
-        self,
-        buckets: list[tuple[Backend, Bucket]],
-        params: list[Tensor],
-        group: dict[str, Any],
-        first: int,
-        state: Any,
-    ) -> None:
-        self.buckets = buckets
-        self._params = params
-        # The buckets have the places of their parameters among all of the optimizer's.
-        self._first = first
-        self._group_params = list(group["params"])
-        self._options = _deciding_options(group)
-        # A compensation is one of the parameter's dtype, which a cast of the model changes.
-        compensates = group["low_precision_update"] == "kahan"
-        self._dtypes = [param.dtype for param in params] if compensates else None
-        self._state = state
-        # What this process holds of them, where they are DTensors.
-        sharded = any(map(is_sharded, params))
-        self._locals = [local(param) for param in params] if sharded else None
-        # A complex bucket holds views, which do not follow a replaced `p.data`. A state that is not
-        # ours does not count its changes.
-        self._lasting = (
-            not any(map(torch.is_complex, params))
-            and isinstance(state, OptimizerState)
-            and all(map(state.counts, params))
-        )
-        self._changes = state.changes.count if isinstance(state, OptimizerState) else -1
+    group: int
+    backend: Backend
+    params: list[Tensor]
+    indices: list[int]
 
-    def holds_for(
-        self, state: Any, group: dict[str, Any], first: int, params: list[Tensor]
-    ) -> bool:
-        """Return whether the plan serves a step.
 
-        Args:
-            state: The optimizer's state.
-            group: The param group.
-            first: The place of its first parameter among the optimizer's.
-            params: Its parameters that take part.
-        """
-        return (
-            self._lasting
-            and state is self._state
-            and state.changes.count == self._changes
-            and _deciding_options(group) == self._options
-            and first == self._first
-            and _same(group["params"], self._group_params)
-            # Where all of the group take part, as then, they have been compared.
-            and (
-                len(params) == len(self._params) == len(self._group_params)
-                or _same(params, self._params)
-            )
-            and (self._locals is None or all(map(is_, map(local, params), self._locals)))
-            and (self._dtypes is None or self._dtypes == [param.dtype for param in params])
+@dataclass(eq=False)
+class Plan:
+    """The buckets of a step, with the backends that step them.
+
+    Attributes:
+        params: The parameters that take part, in the order of the groups.
+        buckets: Of every group and device, in the order of the groups.
+        batches: The same buckets by backend: the reference first, whose steps can be undone, then
+            the C++ operator, which may yet fail with nothing changed.
+        orders: For each batch the places of its parameters in `params`; None: all, in their order.
+        spans: For each group its first parameter's index among the optimizer's, and their number.
+        divided: The buckets of groups that have several, whose norms are added up.
+        local_params: The local tensors of `params`, where some are DTensors.
+        dtypes: The dtypes of `params`, where the state depends on them besides the gradients.
+        views: Complex tensors with their views as pairs of reals, which do not follow a replaced
+            `.data`.
+        options: The options by group that the buckets have; None: they have others.
+        scalars: This step's factor of the gradients and mark of a skipped step, by group.
+    """
+
+    params: list[Tensor]
+    buckets: list[Bucket]
+    batches: list[tuple[Backend, Batch]]
+    orders: list[list[int] | None]
+    spans: list[tuple[int, int]]
+    divided: list[Bucket]
+    local_params: list[Tensor] | None = None
+    dtypes: list[torch.dtype] | None = None
+    views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    options: list[StepOptions] | None = None
+    scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
+
+    def __post_init__(self) -> None:
+        self._is_plain = self.local_params is None and self.dtypes is None and not self.views
+        # One call takes the step, and checks all lists before it.
+        self.checks_itself = len(self.batches) <= 1 and all(
+            backend.checks_lists for backend, _ in self.batches
         )
 
-    def take_gradients(self) -> None:
-        """Give the buckets this step's gradients."""
-        if self._locals is not None:
-            grads = {
-                id(held): local_grad(p) for p, held in zip(self._params, self._locals, strict=True)
-            }
-            for _, bucket in self.buckets:
-                bucket.grads = [grads[id(param)] for param in bucket.params]
+        self.has_eager = any(backend is EAGER for backend, _ in self.batches)
+
+    def eager_buckets(self) -> list[Bucket]:
+        """Return the buckets that the reference steps."""
+        batches = [batch for backend, batch in self.batches if backend is EAGER]
+        return [bucket for batch in batches for bucket in batch.buckets]
+
+    def is_current(self) -> bool:
+        """Return whether the plan's tensors are still those of the parameters."""
+        return self._is_plain or (
+            (self.local_params is None or all(map(is_, map(local, self.params), self.local_params)))
+            and (self.dtypes is None or self.dtypes == [param.dtype for param in self.params])
+            and all(source.data_ptr() == view.data_ptr() for source, view in self.views)
+        )
+
+    def take_gradients(self, grads: list[Tensor]) -> None:
+        """Give the batches this step's gradients, those of `params`."""
+        if self.local_params is not None:
+            grads = list(map(local_grad, self.params))
+        if self.views:
+            # Autograd leaves the conjugation of a complex gradient to whoever reads it.
+            grads = [as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
+        for (_, batch), order in zip(self.batches, self.orders, strict=True):
+            batch.grads = grads if order is None else [grads[i] for i in order]
+
+    def take_options(self, options: list[StepOptions]) -> None:
+        """Give the buckets this step's options, by group."""
+        if options is self.options:
             return
-        for _, bucket in self.buckets:
-            bucket.grads = [cast(Tensor, param.grad) for param in bucket.params]
+        for bucket in self.buckets:
+            bucket.options = options[bucket.group]
+        self.options, self.scalars = options, None
 
     def drop_gradients(self) -> None:
         """Keep no gradient alive."""
-        for _, bucket in self.buckets:
-            bucket.grads = []
+        for _, batch in self.batches:
+            batch.drop_gradients()
 
 
-def _same(params: list[Tensor], others: list[Tensor]) -> bool:
-    return len(params) == len(others) and all(map(is_, params, others))
+class Plans:
+    """The plans of an optimizer's last steps, and what they were made for.
+
+    Attributes:
+        params: The parameters of all groups at the last step.
+        grads: Their gradients, None where a parameter takes no part.
+        sizes: The number of parameters of each group.
+        options: The hyperparameters of each group.
+        needs_norm: Whether a step needs the norm of all gradients.
+        processes: The processes that the parameters are sharded among, or None.
+        on_gpu: Whether a parameter is on a CUDA device.
+    """
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor | None] = []
+        self.sizes: list[int] = []
+        self.options: list[StepOptions] = []
+        self.needs_norm = False
+        self.processes: Processes | None = None
+        self.on_gpu = False
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._values: list[tuple[Any, ...]] = []
+        self._lrs: list[float | Tensor] = []
+        self._state: Any = None
+        self._changes = -1
+        self._key: tuple[bool, ...] = ()
+
+    def find(self, groups: Groups, state: Any, waiting: Set[int] = frozenset()) -> Plan | None:
+        """Return the cached plan of this step, with its gradients and options, or None.
+
+        Args:
+            groups: The param groups.
+            state: The optimizer's state.
+            waiting: The ids of parameters that take no part although they have gradients.
+        """
+        params = [param for group in groups for param in group["params"]]
+        self.grads = [param.grad for param in params]
+        if waiting:
+            pairs = zip(params, self.grads, strict=True)
+            self.grads = [None if id(param) in waiting else grad for param, grad in pairs]
+        self._read_params(params, list(map(len, map(_params_of, groups))))
+        self._read_options(groups)
+        if state is not self._state or state.changes.count != self._changes:
+            self._plans.clear()
+        self._key = tuple([grad is not None for grad in self.grads])
+        plan = self._plans.get(self._key)
+        if plan is None or not plan.is_current():
+            return None
+        self._begin(plan)
+        return plan
+
+    def _begin(self, plan: Plan) -> None:
+        """Give a plan this step's gradients and options."""
+        plan.take_gradients([grad for grad in self.grads if grad is not None])
+        plan.take_options(self.options)
+
+    def members(self, groups: Groups, first: int) -> list[Member]:
+        """Return the parameters that take part, by group and device.
+
+        Args:
+            groups: The param groups.
+            first: The index of their first parameter among the optimizer's.
+        """
+        members = []
+        pairs = list(zip(self.params, self.grads, strict=True))
+        start = 0
+        for index, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
+            present = [
+                (first + i, pairs[i][0])
+                for i in range(start, start + size)
+                if pairs[i][1] is not None
+            ]
+            start += size
+            for device in dict.fromkeys(param.device for _, param in present):
+                chosen = [(i, param) for i, param in present if param.device == device]
+                indices, params = [i for i, _ in chosen], [param for _, param in chosen]
+                backend = select(group["backend"], device)
+                members.append(Member(index, backend, params, indices))
+        return members
+
+    def new_plan(
+        self, members: list[Member], buckets: list[Bucket], groups: Groups, first: int
+    ) -> Plan:
+        """Return a plan of these buckets, registered, with this step's gradients and options.
+
+        Args:
+            members: As `members` returned them.
+            buckets: Their buckets, of local tensors.
+            groups: The param groups.
+            first: The index of their first parameter among the optimizer's.
+        """
+        params = [param for member in members for param in member.params]
+        # In the order of the groups, whatever their devices.
+        indices = [i for member in members for i in member.indices]
+        places = {index: place for place, index in enumerate(sorted(indices))}
+        params = [param for _, param in sorted(zip(indices, params, strict=True), key=_index_of)]
+        views = view_as_real_(buckets)
+        batches, orders = [], []
+        for backend in sorted({m.backend for m in members}, key=_rank_of):
+            chosen = [b for m, b in zip(members, buckets, strict=True) if m.backend is backend]
+            order = [places[i] for bucket in chosen for i in bucket.param_indices]
+            batches.append((backend, Batch(chosen, [p for b in chosen for p in b.params])))
+            orders.append(None if order == list(range(len(params))) else order)
+        counts = Counter(bucket.group for bucket in buckets)
+        compensates = any(group["low_precision_update"] == "kahan" for group in groups)
+        plan = Plan(
+            params,
+            buckets,
+            batches,
+            orders,
+            list(zip(accumulate(self.sizes[:-1], initial=0), self.sizes, strict=True)),
+            divided=[bucket for bucket in buckets if counts[bucket.group] > 1],
+            local_params=list(map(local, params)) if any(map(is_sharded, params)) else None,
+            dtypes=[param.dtype for param in params] if compensates else None,
+            views=views,
+        )
+        self._begin(plan)
+        if not torch.compiler.is_compiling():
+            for backend, batch in batches:
+                backend.register(batch)
+        return plan
+
+    def add(self, plan: Plan, state: Any) -> None:
+        """Keep the plan of the step that was looked for.
+
+        Args:
+            plan: The plan.
+            state: The optimizer's state. One that does not count its changes keeps none.
+        """
+        if not isinstance(state, OptimizerState) or not all(map(state.counts, plan.params)):
+            self._state = None
+            return
+        if state is not self._state or state.changes.count != self._changes:
+            self._plans.clear()
+            self._state, self._changes = state, state.changes.count
+        self._plans.pop(self._key, None)
+        while len(self._plans) >= _MAX_PLANS:
+            del self._plans[next(iter(self._plans))]
+        self._plans[self._key] = plan
+
+    def _read_params(self, params: list[Tensor], sizes: list[int]) -> None:
+        known = self.params
+        if len(params) == len(known) and sizes == self.sizes and all(map(is_, params, known)):
+            return
+        self._plans.clear()
+        self.params, self.sizes = params, sizes
+        self.processes = processes(params)
+        self.on_gpu = any(param.is_cuda for param in params)
+
+    def _read_options(self, groups: Groups) -> None:
+        values, lrs = list(map(_options_of, groups)), list(map(_lr_of, groups))
+        if values == self._values:
+            # A tensor is compared by its identity: its value may be on a device.
+            if all(map(is_, lrs, self._lrs)):
+                return
+        else:
+            count = len(_STRUCTURE)
+            if [each[:count] for each in values] != [each[:count] for each in self._values]:
+                self._plans.clear()
+            self._values = values
+        self._lrs = lrs
+        self.options = list(map(step_options, groups))
+        self.needs_norm = any(map(needs_norm, groups))
 
 
-def one_call_checks(plans: list[Plan | None]) -> bool:
-    """Return whether one call takes the steps of all plans, and checks all lists before them."""
-    backends = set()
-    for plan in plans:
-        if plan is None:
-            return False
-        for backend, bucket in plan.buckets:
-            if bucket.handle is None or not bucket.handle.checks_lists:
-                return False
-            backends.add(backend.name)
-    return len(backends) <= 1
+def _index_of(pair: tuple[int, Tensor]) -> int:
+    return pair[0]
 
 
-def _deciding_options(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the options that decide which tensors a step needs and who steps them."""
-    names = ("amsgrad", "capacity", "backend", "capturable")
-    precisions = ("buffer_dtype", "moment_dtype", "low_precision_update")
-    return tuple(group[name] for name in (*names, *precisions))
+def _rank_of(backend: Backend) -> tuple[bool, bool]:
+    """Return what sorts backends as `Plan.batches` has them."""
+    return backend is not EAGER, backend is not CPU
+
+
+def view_as_real_(buckets: list[Bucket]) -> list[tuple[Tensor, Tensor]]:
+    """Put views as pairs of reals in the place of a bucket's complex tensors; return both."""
+    views = []
+    for bucket in buckets:
+        for tensors in (bucket.params, *bucket.state.values()):
+            for i, tensor in enumerate(tensors):
+                if tensor.is_complex():
+                    tensors[i] = as_real(tensor)
+                    views.append((tensor, tensors[i]))
+    return views

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import loaded_param_state, loaded_state_of, write_into
-from cm_fused._state.making import LIST_NAMES, State, missing_state_of, unscaled
+from cm_fused._state.making import missing_state_of, unscaled
+from cm_fused._state.table import KEYS, UNSAVED_KEYS, State
 from cm_fused._warnings import warn
 
 FLOAT8 = torch.float8_e4m3fn
@@ -34,7 +35,7 @@ ADAM_OPTIONS = (
 def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return an optimizer's state, its commits made, in plain dicts without what is not saved."""
     return {
-        key: {name: entry for name, entry in value.items() if name != "pending_slot"}
+        key: {name: entry for name, entry in value.items() if name not in UNSAVED_KEYS}
         if isinstance(value, dict)
         else value
         for key, value in state.items()
@@ -245,7 +246,7 @@ def _written_into(old: State, new: State, param: Tensor, group: dict[str, Any]) 
         param: The parameter.
         group: The options of its group.
     """
-    of_graph = tuple(key for key in LIST_NAMES if key in old)
+    of_graph = tuple(key for key in KEYS if key in old)
     whole = new | missing_state_of(param, new, of_graph, group)
     return {key: write_into(old.get(key), value) for key, value in whole.items()}
 
@@ -291,7 +292,7 @@ def _without_placeholders(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in saved.items()
-        if not (key in LIST_NAMES and isinstance(value, dict) and not value)
+        if not (key in KEYS and isinstance(value, dict) and not value)
     }
 
 

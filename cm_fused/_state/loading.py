@@ -6,19 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm_fused import reference
 from cm_fused._distributed import is_sharded, local, local_as
-from cm_fused._state.making import (
-    SCALES,
-    SHAPED_KEYS,
-    State,
-    dequantized,
-    missing_state,
-    new_tensor,
-    placed_as,
-    required_keys,
-)
-from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_moment
+from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
+from cm_fused._state.table import LEADING, SCALES, State, required_keys
+from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_moment, sum_slots
 
 # Keys that are loaded where the state dict has them, whatever the options.
 OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
@@ -35,7 +26,7 @@ def loaded_state_of(
     if is_sharded(param):
         saved = _without_scales(saved)
     held = {
-        key: local_as(value, param, SHAPED_KEYS[key]) if key in SHAPED_KEYS else value
+        key: local_as(value, param, LEADING[key]) if key in LEADING else value
         for key, value in saved.items()
     }
     return placed_as(param, loaded_param_state(where, local(param), held, group))
@@ -104,7 +95,7 @@ def loaded_param_state(
             f"the state of {where} must have both of {BUFFER_KEYS} or neither, got {sorted(saved)}"
         )
     slots = (capacity,)
-    shapes = {key: (*slots[:n], *param.shape) for key, n in SHAPED_KEYS.items()}
+    shapes = {key: (*slots[:n], *param.shape) for key, n in LEADING.items()}
     shapes |= {"priorities": slots}
     not_copied = {*known, *SCALES.values()}
     state = {key: value for key, value in saved.items() if key not in not_copied}
@@ -148,7 +139,7 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
     """Sum the slots anew where they are not the values that were saved but rounded otherwise."""
     slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
     same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
-    critical_sum.copy_(torch.where(same, critical_sum, reference.sum_slots(slots)))
+    critical_sum.copy_(torch.where(same, critical_sum, sum_slots(slots)))
 
 
 def _loaded_in_precision(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cm_fused._state import making as _state
+from cm_fused._state.flush import flush_where_it_fits_
 
 
 class Changes:
@@ -83,27 +83,27 @@ class ParamState(_Counted):
         self.changes = changes
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._commit_before(key)
+        self._flush_before(key)
         super().__setitem__(key, value)
 
     def __delitem__(self, key: Any) -> None:
-        self._commit_before(key)
+        self._flush_before(key)
         super().__delitem__(key)
 
     def pop(self, *arguments: Any) -> Any:
         """Count, and pop."""
-        self._commit_before(*arguments[:1])
+        self._flush_before(*arguments[:1])
         return super().pop(*arguments)
 
     def update(self, *arguments: Any, **items: Any) -> None:
         """Count, and update."""
-        self._commit_before(*dict(*arguments, **items))
+        self._flush_before(*dict(*arguments, **items))
         super().update(*arguments, **items)
 
-    def _commit_before(self, *keys: Any) -> None:
-        """Commit the momentum that waits in `exp_avg` before that is replaced."""
+    def _flush_before(self, *keys: Any) -> None:
+        """Make the deferred commit of `exp_avg` before that is replaced."""
         if "exp_avg" in keys and "exp_avg" in self and "pending_slot" in self:
-            _state.commit_where_it_fits(self)
+            flush_where_it_fits_(self)
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
         return dict, (dict(self),)

@@ -20,22 +20,22 @@ not take it, and of several slots of key 0 the first one goes.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from cm_fused import reference
-from cm_fused._backends.select import Backend, select
-from cm_fused._bucket import Bucket, BucketStep, StepOptions
-from cm_fused._distributed import Processes, is_sharded
+from cm_fused import reference, rounding
+from cm_fused._backends.eager import Undo
+from cm_fused._backends.flush import as_real
+from cm_fused._backends.select import select
+from cm_fused._bucket import Bucket, StepOptions, step_options
+from cm_fused._distributed import Processes, is_sharded, local_grad
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import check_number
-from cm_fused._optimizer.norms import GroupStep, step_all_
-from cm_fused._optimizer.undo import Undo
-from cm_fused._state import making as _state
+from cm_fused._optimizer.norms import sq_norms_of_buckets, step_all_
+from cm_fused._optimizer.plan import Member, Plan, view_as_real_
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
@@ -127,69 +127,78 @@ class _ResearchAdam(CriticalAdam):
         """Return whether a parameter's first step only stores its gradient."""
         return not self._stores_gradients(group)
 
-    def _participants(self, group: dict[str, Any]) -> list[Tensor]:
-        params = super()._participants(group)
-        if not self._stores_first(group):
-            return params
+    @property
+    def _waiting(self) -> set[int]:  # type: ignore[override]
+        """The ids of parameters whose first step only stores their gradient."""
         started = self._started()
-        return [param for param in params if id(param) in started]
+        return {
+            id(param)
+            for group in self.param_groups
+            if self._stores_first(group)
+            for param in group["params"]
+            if id(param) not in started
+        }
 
-    def _step_groups(self, steps: list[GroupStep], among: Processes | None) -> None:
-        # What is prepared here is little, and taken back where it or the steps fail.
+    def _step_buckets(self, plan: Plan, among: Processes | None) -> None:
+        if any(map(self._first_timers, self.param_groups)):
+            self._check(self.param_groups, None)
+        # What is prepared here is little, and undone where it or the steps fail.
         made: list[tuple[Tensor, Iterable[str]]] = []
         try:
-            with Undo([], []) as undo:
-                prepared = [
-                    bucket_step
-                    for step in steps
-                    for bucket_step in self._prepare_(step, undo, made)
-                ]
+            with Undo([]) as undo:
+                self._prepare_(plan, undo, made)
                 # Which slot changes is chosen now.
-                with Undo([], [(backend, step.bucket) for backend, step in prepared]):
-                    step_all_(prepared)
+                with Undo(plan.eager_buckets()):
+                    step_all_(plan)
         except BaseException:
             for param, keys in made:
                 self._drop_state(param, keys)
             raise
 
-    def _prepare_(
-        self, step: GroupStep, undo: Undo, made: list[tuple[Tensor, Iterable[str]]]
-    ) -> list[tuple[Backend, BucketStep]]:
-        """Choose slots by chance and take first steps; return the steps of a group's buckets.
+    def _prepare_(self, plan: Plan, undo: Undo, made: list[tuple[Tensor, Iterable[str]]]) -> None:
+        """Choose slots by chance and take first steps; give the buckets their options and norms.
 
         Args:
-            step: The step of a group.
+            plan: The plan of the step.
             undo: Keeps what is changed.
             made: The parameters whose state is made are added, with its keys.
         """
-        group = step.group
-        options = replace(step.options, l2_in_aggregate=self._critical_gradients, sum_of_norms=True)
-        first = self._first_timers(group)
-        keys = [_norm(param) for param in first]
-        total: Tensor | None = None
-        if options.priority_scope == "group" and (first or not step.is_alone()):
-            total = _total([*_norms(step.buckets, options), *keys])
-            keys = [total] * len(first)
-        prepared = []
-        for backend, bucket in step.buckets:
-            self._choose_slots_(group, bucket, options, undo, made)
-            device = bucket.steps[0].device
-            sq_norm = None if total is None else total.square().to(device, non_blocking=True)
-            if not group["kappa"]:
-                # Which is never admitted.
-                sq_norm = torch.full((), math.nan, dtype=torch.float64, device=device)
-            kind = step.critical_gradients
-            prepared.append((backend, BucketStep(bucket, options, kind, sq_norm)))
-        for param, key in zip(first, keys, strict=True):
-            undo.keep(param)
-            self._store_first_(group, param, options, key, made)
-        return prepared
+        plan.options = None
+        for index, group in enumerate(self.param_groups):
+            grad_factor, found_inf = plan.scalars[index] if plan.scalars else (None, None)
+            options = step_options(group)._replace(
+                l2_in_aggregate=self._critical_gradients,
+                sum_of_norms=True,
+                grad_factor=grad_factor,
+                found_inf=found_inf,
+            )
+            buckets = [bucket for bucket in plan.buckets if bucket.group == index]
+            for bucket in buckets:
+                bucket.options, bucket.sq_norm = options, None
+            first = self._first_timers(group)
+            keys = [_norm(param) for param in first]
+            if options.priority_scope == "group" and (first or len(buckets) > 1):
+                pairs = sq_norms_of_buckets(plan, _options_of, index)
+                total = _total([*(sums.sqrt() for _, sums in pairs), *keys])
+                keys = [total] * len(first)
+                for bucket in buckets:
+                    bucket.sq_norm = total.square().to(bucket.device, non_blocking=True)
+            for bucket in buckets:
+                self._choose_slots_(group, bucket, options, undo, made)
+                if not group["kappa"]:
+                    # Which is never admitted.
+                    bucket.sq_norm = torch.full(
+                        (), math.nan, dtype=torch.float64, device=bucket.device
+                    )
+            for param, key in zip(first, keys, strict=True):
+                undo.keep(param)
+                self._store_first_(index, param, options, key, made)
 
     def _first_timers(self, group: dict[str, Any]) -> list[Tensor]:
         if not self._stores_first(group):
             return []
         started = self._started()
-        return [param for param in super()._participants(group) if id(param) not in started]
+        return [p for p in group["params"] if p.grad is not None and id(p) not in started]
 
     def _forget_plans(self) -> None:
         super()._forget_plans()
@@ -223,16 +232,16 @@ class _ResearchAdam(CriticalAdam):
         if not chance:
             return
         params = [param for group in self.param_groups for param in group["params"]]
-        for i, place in enumerate(bucket.param_indices):
-            state, keys = self.state[params[place]], bucket.priorities[i]
+        for i, index in enumerate(bucket.param_indices):
+            state, keys = self.state[params[index]], bucket["priorities"][i]
             if "smallest" not in state:
                 state["smallest"] = torch.zeros((), dtype=torch.int64, device=keys.device)
-                made.append((params[place], ["smallest"]))
+                made.append((params[index], ["smallest"]))
             smallest: Tensor = state["smallest"]
             undo.keep(keys)
             undo.keep(smallest)
             # No moment is rounded here, so that this stream is free.
-            word = random_words(options.seed, place, bucket.steps[i], 1, Stream.MOMENTS)[0]
+            word = random_words(options.seed, index, bucket["step"][i], 1, Stream.MOMENTS)[0]
             chosen = word.to(torch.float64) < chance * 2.0**32
             full = (keys > -torch.inf).all()
             smallest.copy_(torch.where(full & ~chosen, keys.argmin(), smallest))
@@ -242,27 +251,32 @@ class _ResearchAdam(CriticalAdam):
 
     def _store_first_(
         self,
-        group: dict[str, Any],
+        index: int,
         param: Tensor,
         options: StepOptions,
         key: Tensor,
         made: list[tuple[Tensor, Iterable[str]]],
     ) -> None:
         """Take a parameter's first step: its gradient goes into the buffer."""
-        backend = select(group["backend"], param.device)
-        keys = self._state_keys(group, backend)
-        state = _state.missing_state_of(param, self.state.get(param, {}), keys, group)
-        made.append((param, state))
-        self.state[param].update(state)
-        bucket = self._bucket(group, backend, [param])
+        group = self.param_groups[index]
+        member = Member(index, select(group["backend"], param.device), [param], [0])
+        made += self._make_state([member], self.param_groups)
+        bucket = self._bucket(member, group)
+        view_as_real_([bucket])
+        grad = local_grad(param)
+        bucket.grads = [as_real(grad.resolve_conj())]
         g = reference.effective_gradient(bucket, 0, options)
         reference.admit_(bucket, 0, key.to(param.device, torch.float32), g, options)
-        for critical_sum in bucket.critical_sums:
-            critical_sum.copy_(reference.sum_slots(reference.load_buffer(bucket, 0)))
+        for critical_sum in bucket["critical_sum"]:
+            critical_sum.copy_(rounding.sum_slots(reference.load_buffer(bucket, 0)))
         lr = options.lr
         if isinstance(lr, Tensor):
             lr = lr.to(param.device).reshape(())
         param.mul_(1 - lr * options.weight_decay)
+
+
+def _options_of(bucket: Bucket) -> StepOptions:
+    return bucket.options
 
 
 def _check(kappa: object, critical_test: object) -> None:
@@ -276,11 +290,6 @@ def _norm(param: Tensor) -> Tensor:
     dtype = torch.complex128 if param.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(param.grad, dtype=dtype)
     return norm.double()
-
-
-def _norms(buckets: list[tuple[Backend, Bucket]], options: StepOptions) -> list[Tensor]:
-    """Return the norms of the gradients of some buckets, float64 (params,) of each."""
-    return [backend.sq_norms(bucket, options).sqrt() for backend, bucket in buckets]
 
 
 def _total(norms: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from cm_fused._distributed import whole_state
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._state import making as _state
+from cm_fused._state.making import dequantized, unscaled
 from cm_fused.sam import SAM
 
 
@@ -51,9 +51,9 @@ def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
         TypeError: It is another optimizer.
     """
     base = critical(optimizer)
-    base._commit_pending()
+    base._flush()
     return {
-        param: _reading(base, group, whole_state(_state.unscaled(base.state[param])))
+        param: _reading(base, group, whole_state(unscaled(base.state[param])))
         for group in base.param_groups
         for param in group["params"]
         if "critical_buffer" in base.state.get(param, {})
@@ -92,8 +92,8 @@ def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
 
 def _reading(base: CriticalAdam, group: Mapping[str, Any], state: Mapping[str, Any]) -> Reading:
     keys = state["priorities"]
-    momentum = flat(_state.dequantized(state, "exp_avg"), 0)
-    slots = flat(_state.dequantized(state, "critical_buffer"), 1)[keys > -torch.inf]
+    momentum = flat(dequantized(state, "exp_avg"), 0)
+    slots = flat(dequantized(state, "critical_buffer"), 1)[keys > -torch.inf]
     filled = len(slots)
     divisor = group["capacity"] if group["buffer_mean"] == "capacity" else max(filled, 1)
     mean = slots.sum(0) / divisor

@@ -296,7 +296,7 @@ def test_offsets_beyond_31_bits(kind: Kind, capacity: int, numel: int) -> None:
     for name in ("params", "exp_avgs", "exp_avg_sqs", "critical_buffers", "critical_sums"):
         for actual, expected in zip(getattr(huge, name), getattr(small, name), strict=True):
             torch.testing.assert_close(actual[..., begin:], expected, msg=name)
-    assert torch.equal(huge.priorities[0], small.priorities[0])
+    assert torch.equal(huge["priorities"][0], small.priorities[0])
 
 
 def _bucket_in_training(options: Options, numel: int, make: Any, begin: int = 0) -> Bucket:

@@ -718,7 +718,7 @@ def hold(case: Sample, op: str = "adam_cm_") -> int:
     """Hand over the state for steps of one kind."""
     bucket = _bucket(case)
     if op == "adam_cg_":
-        bucket.pending_slots = []
+        bucket["pending_slot"] = []
     held: int = torch.ops.cm_fused.hold_state(*bucket.state())
     return held
 

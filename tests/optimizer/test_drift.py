@@ -60,7 +60,7 @@ def _joined(buckets: list[Bucket]) -> Bucket:
     """Return one bucket of the tensors of several: a step of many costs little more than one's."""
     for bucket in buckets:
         # A list has an item for each tensor. Where there are no scales, it is not looked at.
-        bucket.critical_scales = bucket.critical_scales or [torch.empty(0)]
+        bucket["critical_scales"] = bucket["critical_scales"] or [torch.empty(0)]
     lists = {
         field.name: [tensor for bucket in buckets for tensor in getattr(bucket, field.name)]
         for field in fields(Bucket)
@@ -100,12 +100,12 @@ class _Run:
 
     def slots(self, i: int = 0) -> tuple[Tensor, Tensor]:
         """Return copies of tensor i's slots and running sum, with what is pending committed."""
-        slots = self.bucket.critical_buffers[i].clone()
-        scales = self.bucket.critical_scales[i].clone() if slots.dtype in LARGEST else None
-        running_sum = self.bucket.critical_sums[i].clone()
-        if self.bucket.pending_slots:
-            pending = self.bucket.pending_slots[i].clone()
-            reference.commit_(self.bucket.exp_avgs[i], slots, running_sum, pending, scales)
+        slots = self.bucket["critical_buffer"][i].clone()
+        scales = self.bucket["critical_scales"][i].clone() if slots.dtype in LARGEST else None
+        running_sum = self.bucket["critical_sum"][i].clone()
+        if self.bucket["pending_slot"]:
+            pending = self.bucket["pending_slot"][i].clone()
+            reference.commit_(self.bucket["exp_avg"][i], slots, running_sum, pending, scales)
         return reference.load_slots(slots, scales), running_sum
 
     def error(self) -> float:
@@ -132,7 +132,7 @@ def test_long_run(kind: Kind, capacity: int, buffer_dtypes: tuple[torch.dtype, .
     What is stored is what is summed: slots of low precision add nothing to the sum's error.
     """
     run = _Run(SIZE, Options(kind, capacity=capacity), buffer_dtypes)
-    assert len(run.bucket.critical_sums) == len(buffer_dtypes)
+    assert len(run.bucket["critical_sum"]) == len(buffer_dtypes)
     for part in np.split(_scales(), CHECKS):
         for scale in part.tolist():
             run.step(scale)

@@ -16,7 +16,7 @@ from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer import base as _critical_adam
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state import making as _state
-from cm_fused.philox import Places
+from cm_fused.philox import ShardLayout
 from cm_fused.rounding import LARGEST, num_blocks
 from tests.support.cases import (
     CHUNK,
@@ -594,7 +594,7 @@ def test_pieces_have_the_bits_of_the_whole(
     whole = normal_like(torch.empty(shape, dtype=torch.bfloat16), 1.0, generator(0)).to(device)
     parts = [whole[piece].contiguous() for piece in pieces]
     firsts = [211 * (rows.start or 0) + (columns.start or 0) for rows, columns in pieces]
-    places = [Places(first, part.shape[1], 211) for first, part in zip(firsts, parts, strict=True)]
+    places = [ShardLayout(first, part.shape[1], 211) for first, part in zip(firsts, parts, strict=True)]
     # All is admitted: the norms of pieces are not those of the whole.
     options: Precision = {
         "capacity": 4,
@@ -625,9 +625,9 @@ def test_pieces_have_the_bits_of_the_whole(
 
 @pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
 @pytest.mark.parametrize(
-    "places", [Places(2**34 - 300), Places(2**34 - 512), Places(2**40 + 6, 100, 2**33)]
+    "places", [ShardLayout(2**34 - 300), ShardLayout(2**34 - 512), ShardLayout(2**40 + 6, 100, 2**33)]
 )
-def test_words_far_into_a_parameter(backend: str, places: Places) -> None:
+def test_words_far_into_a_parameter(backend: str, places: ShardLayout) -> None:
     """Counters of more than 32 bits have the words that the definition gives them."""
     results = []
     for name in ("eager", backend):

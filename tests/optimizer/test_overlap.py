@@ -142,7 +142,7 @@ def test_a_copy_where_the_parameter_was(
     left = params[1].data
 
     def laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:
-        pairs = zip(tensors, bucket.exp_avgs, strict=True)
+        pairs = zip(tensors, bucket["exp_avg"], strict=True)
         return [
             tensor if lies_as(tensor, exp_avg) else left.copy_(tensor) for tensor, exp_avg in pairs
         ]

@@ -46,23 +46,23 @@ def _taking_part(bucket: Bucket, grads: list[Tensor | None]) -> Bucket:
     return Bucket(
         params=pick(bucket.params),
         grads=[grad for grad in grads if grad is not None],
-        exp_avgs=pick(bucket.exp_avgs),
-        exp_avg_sqs=pick(bucket.exp_avg_sqs),
-        critical_buffers=pick(bucket.critical_buffers),
-        priorities=pick(bucket.priorities),
-        steps=pick(bucket.steps),
-        max_exp_avg_sqs=pick(bucket.max_exp_avg_sqs),
+        exp_avgs=pick(bucket["exp_avg"]),
+        exp_avg_sqs=pick(bucket["exp_avg_sq"]),
+        critical_buffers=pick(bucket["critical_buffer"]),
+        priorities=pick(bucket["priorities"]),
+        steps=pick(bucket["step"]),
+        max_exp_avg_sqs=pick(bucket["max_exp_avg_sq"]),
     )
 
 
 def _seen(bucket: Bucket, i: int) -> Seen:
     return Seen(
-        step=int(bucket.steps[i]),
-        exp_avg=bucket.exp_avgs[i],
-        exp_avg_sq=bucket.exp_avg_sqs[i],
-        max_exp_avg_sq=bucket.max_exp_avg_sqs[i] if bucket.max_exp_avg_sqs else None,
-        critical_buffer=bucket.critical_buffers[i],
-        priorities=bucket.priorities[i],
+        step=int(bucket["step"][i]),
+        exp_avg=bucket["exp_avg"][i],
+        exp_avg_sq=bucket["exp_avg_sq"][i],
+        max_exp_avg_sq=bucket["max_exp_avg_sq"][i] if bucket["max_exp_avg_sq"] else None,
+        critical_buffer=bucket["critical_buffer"][i],
+        priorities=bucket["priorities"][i],
         critical_sum=None,
     )
 

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as npst
 from torch import Tensor
 
 from cm_fused import rounding
-from cm_fused.philox import Places, Stream, philox, random_words
+from cm_fused.philox import ShardLayout, Stream, philox, random_words
 from tests.support.cases import generator
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -63,9 +63,9 @@ def test_words_have_keys_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "places", [Places(), Places(4), Places(7), Places(5, 3, 10), Places(2**34 - 7), Places(8, 1, 3)]
+    "places", [ShardLayout(), ShardLayout(4), ShardLayout(7), ShardLayout(5, 3, 10), ShardLayout(2**34 - 7), ShardLayout(8, 1, 3)]
 )
-def test_words_are_those_of_the_places(places: Places) -> None:
+def test_words_are_those_of_the_places(places: ShardLayout) -> None:
     """An element that lies somewhere in a larger parameter has the word of that place."""
     words = random_words(5, 1, torch.tensor(2.0), 25, Stream.PARAM, places).tolist()
     for element, word in enumerate(words):

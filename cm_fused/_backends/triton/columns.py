@@ -1,70 +1,44 @@
-"""The Triton step's division of work: chunks, a table's columns, what the state has.
+"""The Triton step's division of work: chunks, and the columns of the address table.
 
 A table has a row of int64 for each parameter, so that one launch serves any number of tensors.
-`csrc/priority/table.h` holds the same columns for C++.
+`csrc/priority/table.h` has the same columns for C++.
 """
 
 from enum import IntEnum
+from typing import Any
 
 import torch
+
+from cm_fused._state.table import KEYS
 
 # Elements of the chunks that the work is cut into: one program and one partial norm for each.
 # 4096 float32 parameters are 180 kB of traffic: enough to hide the three dependent loads that find
 # them, and few enough that 25 M parameters (ResNet-50) are six waves of an H200's programs.
 CHUNK_SIZE = 4096
 
-
-class Column(IntEnum):
-    """Column of a table: an address, 0 where there is no such tensor, a count or a dtype."""
-
-    PARAM = 0
-    GRAD = 1
-    EXP_AVG = 2
-    EXP_AVG_SQ = 3
-    MAX_EXP_AVG_SQ = 4
-    CRITICAL_BUFFER = 5
-    CRITICAL_SUM = 6
-    COMPENSATION = 7
-    CRITICAL_SCALES = 8
-    EXP_AVG_SCALES = 9
-    EXP_AVG_SQ_SCALES = 10
-    PRIORITIES = 11
-    # int64 (): the slot that the momentum of the last step, or the gradient of this, is to take.
-    SLOT = 12
-    STEP = 13
-    NUMEL = 14
-    # The parameter's place in PARAM_DTYPES.
-    PARAM_DTYPE = 15
-    # Its place among the optimizer's parameters, which keys its random numbers.
-    PARAM_INDEX = 16
-    # Where its elements lie in the whole parameter (`cm_fused.philox.Places`), which keys them too.
-    PLACES_OFFSET = 17
-    PLACES_LENGTH = 18
-    PLACES_STRIDE = 19
+# Addresses, 0 where there is no such tensor: of the parameter, its gradient and its state. Without
+# a pending slot, that column has the place for the slot of this step's gradient.
+_ADDRESSES = ("param", "grad", *KEYS)
+_NUMBERS = (
+    "numel",
+    # Its index in PARAM_DTYPES.
+    "param_dtype",
+    # The key of its random bits, and where its elements lie in the full parameter.
+    "param_index",
+    "layout_offset",
+    "layout_length",
+    "layout_stride",
     # The parameter's chunks, consecutive in the order of the partial norms.
-    FIRST_CHUNK = 20
-    NUM_CHUNKS = 21
-    # int64 (): the number of filled slots before this step's admission.
-    FILLED = 22
-
+    "first_chunk",
+    "num_chunks",
+    # The address of an int64 (), or 0: the number of filled slots before this step's admission.
+    "filled",
+)
+# mypy knows no members of an enum that is computed.
+Column: Any = IntEnum("Column", [name.upper() for name in (*_ADDRESSES, *_NUMBERS)], start=0)
 
 # In the order of csrc/core/param_data.h.
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # A row fills whole cache lines.
 WIDTH = 24
-
-
-def running_sum_min_capacity(critical_gradients: bool, slot_bytes: int) -> int:
-    """Return the capacity from which on keeping the slots' sum takes fewer bytes than reading them.
-
-    With b bytes an element of a slot, besides what both move: C b to read the slots but the one
-    that is replaced and to write that one, against 8 to read and write the sum and 2 b to read and
-    write one slot; critical gradients read all slots before one is replaced.
-
-    Args:
-        critical_gradients: Whether the buffer holds gradients.
-        slot_bytes: b.
-    """
-    reads_all = 1 if critical_gradients else 0
-    return 8 // slot_bytes + 3 - reads_all

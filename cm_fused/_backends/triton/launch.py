@@ -22,10 +22,8 @@ from cm_fused._backends.overlap import have_overlap
 from cm_fused._backends.triton import common as triton_common
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import norms as triton_norms
-from cm_fused._backends.triton.columns import running_sum_min_capacity
 from cm_fused._backends.triton.tables import Chunks, OutdatedTablesError, Tables, lies_as
-from cm_fused._bucket import Bucket, BucketStep, StepOptions
-from cm_fused.reference import over_scope
+from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -60,40 +58,32 @@ def priority_kernel(device: torch.device) -> str:
     return "Triton"
 
 
-def state_keys(critical_gradients: bool, capacity: int, slot_bytes: int) -> tuple[str, ...]:
-    """Return the keys this backend keeps in a parameter's state besides the reference's.
-
-    Args:
-        critical_gradients: Whether the buffer holds gradients.
-        capacity: Slots of the buffer.
-        slot_bytes: Of one element of a slot.
-    """
-    sums = capacity >= running_sum_min_capacity(critical_gradients, slot_bytes)
-    running_sum = ("critical_sum",) if sums else ()
-    return running_sum if critical_gradients else (*running_sum, "pending_slot")
+def describe(device: torch.device) -> str:
+    """Return what is at work on a device."""
+    return f"triton on {device.type} with the {priority_kernel(device)} priority kernel"
 
 
-def hold(bucket: Bucket) -> Tables:
-    """Return the bucket's tables, for its handle."""
-    return Tables(bucket)
+def register(batch: Batch) -> None:
+    """Prepare nothing: tables are made at a bucket's first launch."""
 
 
-def prepare(steps: list[BucketStep]) -> Callable[[], None]:
-    """Prepare the steps of some buckets, and return what launches them.
+def prepare(batch: Batch) -> Callable[[], None]:
+    """Prepare the step of a batch, and return what launches it.
 
-    Each is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next.
+    It is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next.
     What can fail, allocations included, comes before the first launch.
     """
-    steps = [_with_sum_of_norms(step) for step in steps]
-    launchers = _launchers(steps)
-    return partial(_launch_, list(zip(steps, launchers, strict=True)))
+    batch.split_gradients()
+    sq_norms = [_sq_norm_of(bucket) for bucket in batch.buckets]
+    launchers = _launchers(batch.buckets)
+    return partial(_launch_, list(zip(launchers, sq_norms, strict=True)))
 
 
-def _launchers(steps: list[BucketStep]) -> list["_Launcher"]:
+def _launchers(buckets: list[Bucket]) -> list["_Launcher"]:
     """Prepare the launches of some buckets; find parameters that overlap where one has moved."""
-    launchers = [_Launcher(step.bucket, step.options) for step in steps]
+    launchers = [_Launcher(bucket, bucket.options) for bucket in buckets]
     if any(launcher.may_have_moved() for launcher in launchers):
-        params = chain.from_iterable(step.bucket.params for step in steps)
+        params = chain.from_iterable(bucket.params for bucket in buckets)
         one_by_one = have_overlap(params)
         for launcher in launchers:
             launcher.tables.one_by_one = one_by_one
@@ -101,61 +91,58 @@ def _launchers(steps: list[BucketStep]) -> list["_Launcher"]:
     return launchers
 
 
-def _with_sum_of_norms(step: BucketStep) -> BucketStep:
-    """Return a step with its sum of norms, where it has one: the kernels add up squares."""
-    options = step.options
-    if step.sq_norm is not None or not options.sum_of_norms or options.priority_scope != "group":
-        return step
-    return step._replace(sq_norm=over_scope(sq_norms(step.bucket, options), options))
+def _sq_norm_of(bucket: Bucket) -> Tensor | None:
+    """Return the sum over the priority scope where it is given, or is one of norms.
+
+    The kernels add up squares.
+    """
+    options = bucket.options
+    if bucket.sq_norm is None and options.sum_of_norms and options.priority_scope == "group":
+        return over_scope(sq_norms(bucket, options), options)
+    return bucket.sq_norm
 
 
-def _launch_(prepared: list[tuple[BucketStep, "_Launcher"]]) -> None:
-    for step, launcher in prepared:
-        if step.critical_gradients and step.sq_norm is None:
+def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
+    for launcher, sq_norm in prepared:
+        if launcher.bucket.critical_gradients and sq_norm is None:
             # The gradient is gone by the next step: its norm comes first, so that it can be stored
             # at once.
-            with _device_guard(step.bucket.exp_avgs[0].device):
+            with launcher:
                 launcher.sq_norms()
-    for step, launcher in prepared:
+    for launcher, sq_norm in prepared:
         with launcher:
-            if step.critical_gradients:
-                launcher.update_priorities(step.sq_norm)
-                launcher.update(critical_gradients=True)
+            if launcher.bucket.critical_gradients:
+                launcher.update_priorities(sq_norm)
+                launcher.update()
             else:
-                launcher.update(critical_gradients=False)
-                launcher.update_priorities(step.sq_norm)
+                launcher.update()
+                launcher.update_priorities(sq_norm)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def update_cm_(steps: list[BucketStep]) -> list[Tensor]:
-    """Take steps of critical momenta but for the books; return each gradient's sum of squares.
+def update_(batch: Batch) -> list[Tensor]:
+    """Step critical momenta without their priorities; return each gradient's sum of squares.
 
     Returns:
         Of each bucket, float64 (params,).
     """
-    launchers = _launchers(steps)
+    batch.split_gradients()
+    launchers = _launchers(batch.buckets)
     sq_norms = []
     for launcher in launchers:
         with launcher:
-            launcher.update(critical_gradients=False)
+            launcher.update()
             sq_norms.append(launcher.tensor_sq_norms())
     return sq_norms
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def keep_books_(steps: list[BucketStep]) -> None:
-    """Keep the books of `cm_fused.reference.keep_books_`, after `update_cm_` of the same buckets.
-
-    The commit is deferred to the next step.
-    """
-    for bucket, options, _, sq_norm in steps:
-        tables = bucket.handle
-        assert isinstance(tables, Tables)
+def update_priorities_(batch: Batch) -> None:
+    """Update the priorities that `update_` left; the commit is deferred to the next step."""
+    for bucket in batch.buckets:
+        tables: Tables = bucket.registered
         assert tables.last is not None
-        device = bucket.exp_avgs[0].device
-        found_inf = _on_device(options.found_inf, device)
-        with _device_guard(device):
-            _keep_books(tables, tables.last, bucket, options, sq_norm, found_inf)
+        found_inf = _on_device(bucket.options.found_inf, bucket.device)
+        with _device_guard(bucket.device):
+            _update_priorities(tables, tables.last, bucket, bucket.sq_norm, found_inf)
 
 
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
@@ -165,7 +152,7 @@ def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
         return launcher.tensor_sq_norms()
 
 
-def update_priorities_(
+def update_priorities_of_table_(
     table: Tensor,
     chunk_sq_norms: Tensor,
     sq_norm: Tensor | None,
@@ -175,7 +162,7 @@ def update_priorities_(
     priority_decay: float,
     group_scope: bool,
 ) -> None:
-    """Keep the priority buffers' books: cm_fused::update_priorities_ where its kernel is not built.
+    """Update the priorities: cm_fused::update_priorities_ where its kernel is not built.
 
     Args:
         table: The bucket's table, int64 (params, `WIDTH`). What it names of keys, slots, steps and
@@ -213,10 +200,10 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
     """
 
     def __init__(self, bucket: Bucket, options: StepOptions) -> None:
-        self._bucket = bucket
+        self.bucket = bucket
         self._options = options
-        self._device = bucket.exp_avgs[0].device
-        self._capacity = bucket.priorities[0].numel()
+        self._device = bucket.device
+        self._capacity = bucket.capacity
         self._lr_ptr, self._lr = _lr(options, self._device)
         self._grad_factor = _on_device(options.grad_factor, self._device)
         self._found_inf = _on_device(options.found_inf, self._device)
@@ -228,7 +215,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             self._refresh_table()
 
     def _refresh_table(self) -> None:
-        bucket = self._bucket
+        bucket = self.bucket
         params, grads = bucket.params, bucket.grads
         table = self.tables.refresh(params, grads)
         if table is None:
@@ -255,26 +242,26 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
     def __exit__(self, *exception: Any) -> None:
         self._guard.__exit__(*exception)
 
-    def update(self, *, critical_gradients: bool) -> None:
+    def update(self) -> None:
         """Launch the pass that changes moments, buffers and parameters."""
-        params, copies = self._bucket.params, self._param_copies
+        params, copies = self.bucket.params, self._param_copies
         if self.tables.one_by_one:
             for i, chunks in self.tables.launches_one_by_one():
                 # Another parameter's step may have changed this one.
                 _copy_(copies[i : i + 1], params[i : i + 1])
-                self._update_chunks([chunks], critical_gradients=critical_gradients)
+                self._update_chunks([chunks])
                 _copy_(params[i : i + 1], copies[i : i + 1])
         else:
-            self._update_chunks(self.tables.launches, critical_gradients=critical_gradients)
+            self._update_chunks(self.tables.launches)
             _copy_(params, copies)
         torch.autograd.graph.increment_version(params)
 
-    def _update_chunks(self, launches: list[Chunks], *, critical_gradients: bool) -> None:
+    def _update_chunks(self, launches: list[Chunks]) -> None:
         options = self._options
-        amsgrad = bool(self._bucket.max_exp_avg_sqs)
-        summed_slots = 0 if self._bucket.critical_sums else self._capacity
+        amsgrad = bool(self.bucket["max_exp_avg_sq"])
+        summed_slots = 0 if self.bucket["critical_sum"] else self._capacity
         l2, late_l2, decoupled = _weight_decays(options)
-        stored = self._bucket.exp_avgs[0].dtype, self._bucket.critical_buffers[0].dtype
+        stored = self.bucket["exp_avg"][0].dtype, self.bucket["critical_buffer"][0].dtype
         for chunks in launches:
             dtypes = precision(chunks.param_dtype, *stored, options.low_precision_update)
             self._launch(
@@ -294,7 +281,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 self._capacity,
                 int(options.buffer_mean == "capacity"),
                 options.seed,
-                CRITICAL_GRADIENTS=critical_gradients,
+                CRITICAL_GRADIENTS=self.bucket.critical_gradients,
                 AMSGRAD=amsgrad,
                 SUMMED_SLOTS=summed_slots,
                 BY_FOURS=self.tables.by_fours,
@@ -332,7 +319,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
             sq_norm: The sum of the squares over the priority scope, where the bucket is not all
                 of it.
         """
-        _keep_books(self.tables, self._table, self._bucket, self._options, sq_norm, self._found_inf)
+        _update_priorities(self.tables, self._table, self.bucket, sq_norm, self._found_inf)
 
     def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
         if not len(chunks.chunks):
@@ -368,25 +355,19 @@ def _lr(options: StepOptions, device: torch.device) -> tuple[Tensor | None, floa
     return None, float(lr)
 
 
-def _keep_books(
-    tables: Tables,
-    table: Tensor,
-    bucket: Bucket,
-    options: StepOptions,
-    sq_norm: Tensor | None,
-    found_inf: Tensor | None,
+def _update_priorities(
+    tables: Tables, table: Tensor, bucket: Bucket, sq_norm: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    device = bucket.exp_avgs[0].device
-    in_triton = priority_kernel(device) == "Triton"
-    kernel = update_priorities_ if in_triton else torch.ops.cm_fused.update_priorities_
+    in_triton = priority_kernel(bucket.device) == "Triton"
+    kernel = update_priorities_of_table_ if in_triton else torch.ops.cm_fused.update_priorities_
     kernel(
         table,
         tables.chunk_sq_norms,
         sq_norm,
         found_inf,
-        capacity=bucket.priorities[0].numel(),
-        priority_decay=options.priority_decay,
-        group_scope=options.priority_scope == "group",
+        capacity=bucket.capacity,
+        priority_decay=bucket.options.priority_decay,
+        group_scope=bucket.options.priority_scope == "group",
     )
 
 
@@ -439,19 +420,17 @@ def _sign(options: StepOptions) -> float:
 
 def _tables_of(bucket: Bucket) -> Tables:
     """Return the bucket's tables from its handle, or make them."""
-    tables = bucket.handle
-    if isinstance(tables, Tables) and (
-        not tables.made_in_capture or is_capturing(bucket.exp_avgs[0].device)
-    ):
+    tables = bucket.registered
+    if isinstance(tables, Tables) and (not tables.made_in_capture or is_capturing(bucket.device)):
         return tables
     return _remake_tables(bucket)
 
 
 def _remake_tables(bucket: Bucket) -> Tables:
     made = Tables(bucket)
-    if isinstance(bucket.handle, Tables):
-        made.replaces(bucket.handle)
-    bucket.handle = made
+    if isinstance(bucket.registered, Tables):
+        made.replaces(bucket.registered)
+    bucket.registered = made
     return made
 
 
@@ -467,7 +446,7 @@ def _laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:
         tensor
         if lies_as(tensor, exp_avg)
         else torch.empty_like(exp_avg, dtype=tensor.dtype).copy_(tensor)
-        for tensor, exp_avg in zip(tensors, bucket.exp_avgs, strict=True)
+        for tensor, exp_avg in zip(tensors, bucket["exp_avg"], strict=True)
     ]
 
 

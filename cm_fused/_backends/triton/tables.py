@@ -10,7 +10,6 @@ The optimizer keeps the plan of a captured step for as long as it lives itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from cm_fused._backends import library
 from cm_fused._backends.capture import is_capturing
 from cm_fused._backends.triton.columns import CHUNK_SIZE, PARAM_DTYPES, WIDTH, Column
 from cm_fused._bucket import Bucket
-from cm_fused.philox import WORDS, Places
+from cm_fused._state.table import KEYS, mask_of
+from cm_fused.philox import WORDS, ShardLayout
 
 # What cm_fused::refresh_table_ returns.
 _UNCHANGED, _CHANGED, _NEEDS_COPIES = range(3)
@@ -49,7 +49,6 @@ class Tables:
     """Where the kernels find a bucket's tensors.
 
     Attributes:
-        checks_lists: Whether `refresh` raises for tensors that do not fit each other.
         chunk_sq_norms: float64 (chunks,) on the device: all chunks' sums of g^2.
         launches: The chunks by dtype of the parameters.
         last: The table of the last refresh.
@@ -62,14 +61,13 @@ class Tables:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._device = bucket.exp_avgs[0].device
-        self.checks_lists = library.unavailable_reason is None
+        self._device = bucket.device
         self.made_in_capture = is_capturing(self._device)
-        self._held = library.Held(bucket) if self.checks_lists else None
-        self._state = bucket.state()
+        self._registered = _registered(bucket) if library.unavailable_reason is None else None
+        self._bucket = bucket
         self.by_fours = all(
-            places.length == places.stride and places.offset % WORDS == 0
-            for places in map(bucket.places_of, range(len(bucket.params)))
+            layout.length == layout.stride and layout.offset % WORDS == 0
+            for layout in map(bucket.shard_layout, range(len(bucket.params)))
         )
         self._host = torch.zeros((len(bucket.params), WIDTH), dtype=torch.int64, device="cpu")
         # The tensors of uploads that a capture recorded, on the device and on the host.
@@ -126,10 +124,10 @@ class Tables:
 
     def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
         """Give critical gradients a place for this step's slots and counts of filled ones."""
-        if bucket.pending_slots:
+        if bucket["pending_slot"]:
             return None
         scratch = torch.zeros((2, len(bucket.params)), dtype=torch.int64, device=self._device)
-        for row, column in zip(scratch, (Column.SLOT, Column.FILLED), strict=True):
+        for row, column in zip(scratch, (Column.PENDING_SLOT, Column.FILLED), strict=True):
             offsets = _INT64_BYTES * torch.arange(len(bucket.params), device="cpu")
             self._host[:, column] = row.data_ptr() + offsets
         return scratch
@@ -171,13 +169,25 @@ class Tables:
     def _refresh(self, params: list[Tensor], grads: list[Tensor], host: Tensor) -> int:
         if any(map(Tensor.is_neg, params)):
             raise RuntimeError("a parameter must not be a lazy negative")  # which the step names
-        if self._held is not None:
+        if self._registered is not None:
             # The operator would be given copies of lazy negatives, which end with its call.
             if any(map(Tensor.is_neg, grads)):
                 return _NEEDS_COPIES
-            refreshed: int = torch.ops.cm_fused.refresh_table_(self._held.id, params, grads, host)
+            refreshed: int = torch.ops.cm_fused.refresh_table_(
+                self._registered.id, params, grads, host
+            )
             return refreshed
-        return _refresh_in_python(params, grads, self._state, host)
+        return _refresh_in_python(params, grads, self._bucket, host)
+
+
+def _registered(bucket: Bucket) -> library.RegisteredState:
+    """Register the state, whose tensors the table's refreshing checks."""
+    return library.RegisteredState(
+        [tensor for key in KEYS for tensor in bucket[key]],
+        mask_of(bucket.state),
+        bucket.param_indices,
+        bucket.shard_layouts,
+    )
 
 
 def _on_host(numbers: Sequence[int]) -> Tensor:
@@ -200,44 +210,26 @@ def _upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     if device.type == "cpu":
         return host.clone(), host
     pinned = host.pin_memory()
-    # Without a capture the allocator knows when the copy is through, and keeps the memory until
+    # Without a capture the allocator knows when the copy has finished, and keeps the memory until
     # then.
     return pinned.to(device, non_blocking=True), pinned
 
 
 def _refresh_in_python(
-    params: list[Tensor], grads: list[Tensor], state: tuple[Any, ...], host: Tensor
+    params: list[Tensor], grads: list[Tensor], bucket: Bucket, host: Tensor
 ) -> int:
-    """Do what cm_fused::refresh_table_ does, but for its checks, without the C++ extension."""
-    exp_avgs, exp_avg_sqs, max_exp_avg_sqs, buffers, sums, priorities, slots, steps = state[:8]
-    critical_scales, exp_avg_scales, exp_avg_sq_scales, compensations = state[8:12]
-    param_indices, element_places = state[12:]
-    for listed in (params, grads):
-        if not all(map(lies_as, listed, exp_avgs)):
+    """Do what cm_fused::refresh_table_ does, without its checks and the C++ extension."""
+    for tensors in (params, grads):
+        if not all(map(lies_as, tensors, bucket["exp_avg"])):
             return _NEEDS_COPIES
-    columns = {
-        Column.PARAM: params,
-        Column.GRAD: grads,
-        Column.EXP_AVG: exp_avgs,
-        Column.EXP_AVG_SQ: exp_avg_sqs,
-        Column.MAX_EXP_AVG_SQ: max_exp_avg_sqs,
-        Column.CRITICAL_BUFFER: buffers,
-        Column.CRITICAL_SUM: sums,
-        Column.PRIORITIES: priorities,
-        Column.SLOT: slots,
-        Column.STEP: steps,
-        Column.COMPENSATION: compensations,
-        Column.CRITICAL_SCALES: critical_scales,
-        Column.EXP_AVG_SCALES: exp_avg_scales,
-        Column.EXP_AVG_SQ_SCALES: exp_avg_sq_scales,
-    }
     before = host.clone()
-    for column, tensors in columns.items():
+    for name, tensors in {"param": params, "grad": grads, **bucket.state}.items():
         if tensors:
-            host[:, column] = _on_host([tensor.data_ptr() for tensor in tensors])
+            host[:, Column[name.upper()]] = _on_host([tensor.data_ptr() for tensor in tensors])
     host[:, Column.PARAM_DTYPE] = _dtype_codes(params)
-    host[:, Column.PARAM_INDEX] = _on_host(param_indices or range(len(params)))
-    first, last = Column.PLACES_OFFSET, Column.PLACES_STRIDE
-    host[:, first : last + 1] = _on_host(element_places or Places()).reshape(-1, len(Places()))
+    host[:, Column.PARAM_INDEX] = _on_host(bucket.param_indices or range(len(params)))
+    first, last = Column.LAYOUT_OFFSET, Column.LAYOUT_STRIDE
+    layouts = bucket.shard_layouts or ShardLayout()
+    host[:, first : last + 1] = _on_host(layouts).reshape(-1, len(ShardLayout._fields))
     host[:, Column.NUMEL] = _on_host([param.numel() for param in params])
     return _UNCHANGED if torch.equal(before, host) else _CHANGED
