@@ -1,21 +1,17 @@
 """What a step costs the host, beside torch's fused AdamW: ``python -m bench.host_time``.
 
-The tensors are so small that the arithmetic costs nothing. Both optimizers step in turns in one
-process, on one thread; a ratio is that of the medians of the rounds' medians. ``--out FILE`` writes
-the figures as JSON, ``--calls`` counts Python's calls of a step and of load_state_dict instead.
+Both optimizers step in turns, on one thread; a ratio is that of the medians of rounds' medians.
 """
 
 import argparse
 import json
-import os
-import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,70 +19,57 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
+from torch.optim import AdamW, Optimizer
 
+import cm_fused
 from bench import machine
-from cm_fused import AdamCM
 
-Seconds = dict[str, float]
-# Steps before the timed ones: they fill the buffer, and what is prepared once is ready.
-WARM_UP = 12
-ROUNDS = 15
+PACKAGE = str(Path(cm_fused.__file__).parent)
+# The first of which is left out: it fills the buffers, and prepares what is prepared once.
+ROUNDS = 16
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "AdamCM": lambda groups: cm_fused.AdamCM(groups),
+    "AdamW": lambda groups: AdamW(groups, fused=True),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is stepped.
-
-    Attributes:
-        name: For the table.
-        groups: Param groups.
-        tensors: Of each group.
-        target: The largest ratio that is good enough.
-        numel: Of each tensor.
-        alternating: Tensors of even and of odd position have gradients in turns.
-        sharded: With fully_shard, on two processes.
-        steps: Of a round.
-    """
+    """What is stepped. If `alternating`, every other tensor has a gradient, in turns."""
 
     name: str
     groups: int
     tensors: int
     target: float
+    steps: int = 20
     numel: int = 64
     alternating: bool = False
     sharded: bool = False
-    steps: int = 20
 
 
 CASES = (
-    Case("1 tensor of 16", 1, 1, 0.9, numel=16, steps=200),
-    Case("2 groups of 10 tensors", 2, 10, 0.4, steps=100),
+    Case("1 tensor of 16", 1, 1, 0.9, 200, numel=16),
+    Case("2 groups of 10 tensors", 2, 10, 0.4, 100),
     Case("100 tensors", 1, 100, 0.3),
     Case("100 groups of 1 tensor", 100, 1, 0.2),
-    Case("200 tensors, half with gradients in turns", 1, 200, 0.6, alternating=True),
-    Case("100 groups of 2, half with gradients in turns", 100, 2, 0.6, alternating=True),
-    Case("24 tensors, fully_shard, 2 processes", 1, 24, 1.0, sharded=True),
+    Case("200 tensors, every other one in turns", 1, 200, 0.6, alternating=True),
+    Case("100 groups of 2, every other tensor in turns", 100, 2, 0.6, alternating=True),
+    Case("24 tensors, fully_shard on 2 processes", 1, 24, 1.0, sharded=True),
 )
 
 
-def _params(case: Case) -> list[nn.Parameter]:
-    count = case.groups * case.tensors
-    if not case.sharded:
-        return [nn.Parameter(torch.randn(case.numel)) for _ in range(count)]
-    layers = (nn.Linear(case.numel, 2, bias=False) for _ in range(count))
-    return list(fully_shard(nn.Sequential(*layers)).parameters())
-
-
 class Stepped:
-    """An optimizer and the gradients of its steps."""
+    """An optimizer with the gradients of its steps."""
 
-    def __init__(self, case: Case, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]):
-        self.params = _params(case)
-        size = case.tensors
-        starts = range(0, len(self.params), size)
-        self.optimizer = make([{"params": self.params[start : start + size]} for start in starts])
-        self.grads = [torch.randn_like(param).detach() for param in self.params]
-        self.alternating = case.alternating
+    def __init__(self, case: Case, name: str) -> None:
+        self.alternating, size = case.alternating, case.tensors
+        layers = [nn.Linear(case.numel // 2, 2, bias=False) for _ in range(case.groups * size)]
+        if case.sharded:
+            fully_shard(nn.Sequential(*layers))
+        self.params = [layer.weight for layer in layers]
+        self.grads = [param.detach().clone() for param in self.params]
+        starts = range(0, len(layers), size)
+        self.optimizer = OPTIMIZERS[name]([{"params": self.params[i : i + size]} for i in starts])
 
     def timed_step(self, turn: int) -> float:
         """Set the gradients of a turn, then step; return the step's seconds."""
@@ -97,95 +80,70 @@ class Stepped:
         return time.perf_counter() - start
 
 
-def measure(case: Case) -> Seconds:
-    """Return the seconds of a step of each optimizer."""
+def measure(case: Case) -> list[float]:
+    """Return the microseconds of a step of each of `OPTIMIZERS`."""
     torch.set_num_threads(1)
-    both = {
-        "AdamCM": Stepped(case, lambda groups: AdamCM(groups)),
-        "AdamW": Stepped(case, lambda groups: torch.optim.AdamW(groups, fused=True)),
-    }
-    medians: dict[str, list[float]] = {name: [] for name in both}
-    for turn in range(WARM_UP):
-        for stepped in both.values():
-            stepped.timed_step(turn)
+    both = [Stepped(case, name) for name in OPTIMIZERS]
+    rounds = []
     for _ in range(ROUNDS):
-        times: dict[str, list[float]] = {name: [] for name in both}
-        for turn in range(case.steps):
-            for name, stepped in both.items():
-                times[name].append(stepped.timed_step(turn))
-        for name, of_name in times.items():
-            medians[name].append(median(of_name))
-    return {name: median(of_name) for name, of_name in medians.items()}
+        turns = [[stepped.timed_step(turn) for stepped in both] for turn in range(case.steps)]
+        rounds.append([median(times) for times in zip(*turns, strict=True)])
+    return [1e6 * median(medians) for medians in zip(*rounds[1:], strict=True)]
 
 
-def _measure_sharded(rank: int, case: Case, port: int, results: Any) -> None:
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    seconds = measure(case)
-    if rank == 0:
-        results.put(seconds)
-    dist.barrier()
+def _measure_rank(rank: int, case: Case, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps(measure(case)))
     dist.destroy_process_group()
 
 
-def _measure_on_two(case: Case) -> Seconds:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    spawn(_measure_sharded, (case, port, results), nprocs=2)
-    seconds: Seconds = results.get()
-    return seconds
+def _measure_on_two(case: Case) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_measure_rank, (case, Path(folder)), nprocs=2)  # type: ignore[no-untyped-call]
+        return json.loads((Path(folder) / "0.json").read_text())
 
 
-def calls(work: Callable[[], object]) -> tuple[int, int]:
-    """Return how many Python functions a piece of work calls, and in how many files."""
-    files: list[str] = []
+def _calls(work: Callable[[], object]) -> str:
+    """Return the number of Python calls of a piece of work; cm_fused's without comprehensions."""
+    called: list[tuple[str, str]] = []
 
-    def note(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call":
-            files.append(frame.f_code.co_filename)
+    def note(frame: Any, event: str, argument: object) -> None:
+        called.extend([(frame.f_code.co_filename, frame.f_code.co_name)] * (event == "call"))
 
     sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return len(files), len(set(files))
+    work()
+    sys.setprofile(None)
+    own = [file for file, name in called if file.startswith(PACKAGE) and name[0] != "<"]
+    counts = len(called), len(dict(called)), len(own), len(set(own))
+    return "{} in {} files, {} of cm_fused's in {}".format(*counts)
 
 
 def _print_calls() -> None:
-    stepped = Stepped(Case("", 1, 2, 0.0), lambda groups: AdamCM(groups))
-    for turn in range(WARM_UP):
+    stepped = Stepped(Case("", 1, 2, 0), "AdamCM")
+    for turn in range(12):
         stepped.timed_step(turn)
+    print("step() of two parameters:", _calls(stepped.optimizer.step))
     saved = stepped.optimizer.state_dict()
-    works = {
-        "step() of two parameters": stepped.optimizer.step,
-        "load_state_dict()": lambda: stepped.optimizer.load_state_dict(saved),
-    }
-    for name, work in works.items():
-        print("{}: {} Python calls in {} files".format(name, *calls(work)))
+    print("load_state_dict():", _calls(lambda: stepped.optimizer.load_state_dict(saved)))
 
 
 def main() -> None:
-    """Measure all cases; print a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.host_time", description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    """Print a table of all cases, or the calls."""
+    parser = argparse.ArgumentParser(prog="python -m bench.host_time")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--calls", action="store_true", help="count Python's calls instead")
     arguments = parser.parse_args()
     if arguments.calls:
-        _print_calls()
-        return
+        return _print_calls()
     rows = []
     print(f"{'microseconds a step':47} AdamCM   AdamW  ratio  target")
     for case in CASES:
-        seconds = _measure_on_two(case) if case.sharded else measure(case)
-        ours, theirs = seconds["AdamCM"] * 1e6, seconds["AdamW"] * 1e6
+        ours, theirs = _measure_on_two(case) if case.sharded else measure(case)
         rows.append({**asdict(case), "microseconds": [ours, theirs], "ratio": ours / theirs})
         print(f"{case.name:47} {ours:6.0f} {theirs:7.0f} {ours / theirs:6.2f} {case.target:7.1f}")
     if arguments.out:
-        described = {"machine": machine.describe("cpu"), "versions": machine.versions()}
-        arguments.out.write_text(json.dumps({**described, "cases": rows}, indent=1) + "\n")
+        of = {"machine": machine.describe("cpu"), "versions": machine.versions(), "cases": rows}
+        arguments.out.write_text(json.dumps(of, indent=1) + "\n")
 
 
 if __name__ == "__main__":
