@@ -2,8 +2,8 @@
 
 Only the public classes are used, so that nothing here changes when the code behind them does.
 
-    python -m tests.frozen --write     run every backend anew and store the hashes
-    python -m tests.frozen --compare   say which cases cpu and triton leave with other bits
+    python -m tests.support.frozen --write     run every backend anew and store the hashes
+    python -m tests.support.frozen --compare   say which cases cpu and triton leave with other bits
 
 Data come from a generator's integers and powers of two: no machine rounds them. The eager backend
 adds in the order of torch's vector instructions, so its hashes are stored for each instruction set
@@ -30,7 +30,7 @@ from torch import Tensor
 from cm_fused import SAM, AdamCG, AdamCM, AdamWCG, AdamWCM
 from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
 
-STORED = Path(__file__).parent / "data" / "frozen_bits.json"
+STORED = Path(__file__).parents[1] / "data" / "frozen_bits.json"
 BACKENDS = ("eager", "cpu", "triton")
 CAPABILITIES = ("default", "avx2", "avx512")
 CLASSES: dict[str, Any] = {
@@ -359,7 +359,7 @@ def _run_apart(backend: str, capability: str) -> dict[str, dict[str, Hashes]]:
     """Run a backend in a process of its own: instruction set and interpreter are chosen there."""
     chosen = {"ATEN_CPU_CAPABILITY": capability, "TRITON_INTERPRET": "1"}
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.frozen", "--run", backend],
+        [sys.executable, "-W", "ignore", "-m", "tests.support.frozen", "--run", backend],
         env={**os.environ, **chosen},
         stdout=subprocess.PIPE,
         text=True,
@@ -403,7 +403,7 @@ def _compare() -> None:
 
 def main() -> None:
     """Do what the module's docstring says."""
-    parser = argparse.ArgumentParser(prog="python -m tests.frozen")
+    parser = argparse.ArgumentParser(prog="python -m tests.support.frozen")
     parser.add_argument("--write", action="store_true", help="store the hashes anew")
     parser.add_argument("--compare", action="store_true", help="compare cpu and triton")
     parser.add_argument("--run", choices=BACKENDS, help="print a backend's hashes as JSON")

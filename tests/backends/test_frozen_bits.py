@@ -1,11 +1,11 @@
-"""Every option leaves the bits that it left when they were stored; see `tests.frozen`."""
+"""Every option leaves the bits that it left when they were stored; see `tests.support.frozen`."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from tests.frozen import BACKENDS, CASES, PARTS, Case, Run, place_of, stored, unavailable_reason
+from tests.support.frozen import BACKENDS, CASES, PARTS, Case, Run, place_of, stored, unavailable_reason
 
 STORED = stored()
 

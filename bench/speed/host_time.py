@@ -1,4 +1,4 @@
-"""What a step costs the host, beside torch's fused AdamW: ``python -m bench.host_time``.
+"""What a step costs the host, beside torch's fused AdamW: ``python -m bench.speed.host_time``.
 
 Both optimizers step in turns, on one thread; a ratio is that of the medians of rounds' medians.
 """
@@ -129,7 +129,7 @@ def _print_calls() -> None:
 
 def main() -> None:
     """Print a table of all cases, or the calls."""
-    parser = argparse.ArgumentParser(prog="python -m bench.host_time")
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.host_time")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--calls", action="store_true", help="count Python's calls instead")
     arguments = parser.parse_args()
