@@ -250,9 +250,10 @@ class CriticalAdam(CheckpointedOptimizer):
             if isinstance(error, RuntimeError) and groups is self.param_groups:
                 self._check(groups, cached)  # which names the group and the parameter
             raise
+        finally:
+            plans.drop_gradients(plan)
         if cached is None:
             plans.add(plan, self.state)
-        plan.drop_gradients()
         if plans.on_gpu and any(is_capturing(bucket.device) for bucket in plan.buckets):
             self._captured_plans.append(plan)
 
@@ -382,7 +383,7 @@ class CriticalAdam(CheckpointedOptimizer):
         members = plans.members(groups, first)
         made.extend(self._make_state(members, groups))
         buckets = [self._bucket(member, groups[member.group]) for member in members]
-        return plans.new_plan(members, buckets, groups, first)
+        return plans.new_plan(members, buckets, groups)
 
     def _make_state(self, members: list[Member], groups: Groups) -> list[tuple[Tensor, State]]:
         """Make the state that parameters which take part do not have, all of it or none.

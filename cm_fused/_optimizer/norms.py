@@ -216,8 +216,8 @@ class SkippedSteps:
 
     def __init__(self, group: dict[str, Any]) -> None:
         self._group = group
-        self._count = group.get("skipped_steps")
-        self._before = self._count.clone() if isinstance(self._count, Tensor) else self._count
+        self._count: Any = group.get("skipped_steps")
+        self._before: Any = self._count.clone() if isinstance(self._count, Tensor) else self._count
 
     def restore(self) -> None:
         """Give the group the count it had; allocates nothing."""

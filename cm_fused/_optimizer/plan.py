@@ -128,11 +128,6 @@ class Plan:
             bucket.options = options[bucket.group]
         self.options, self.scalars = options, None
 
-    def drop_gradients(self) -> None:
-        """Keep no gradient alive."""
-        for _, batch in self.batches:
-            batch.drop_gradients()
-
 
 class Plans:
     """The plans of an optimizer's last steps, and what they were made for.
@@ -191,6 +186,13 @@ class Plans:
         plan.take_gradients([grad for grad in self.grads if grad is not None])
         plan.take_options(self.options)
 
+    def drop_gradients(self, plan: Plan | None) -> None:
+        """Keep no gradient alive."""
+        self.grads = []
+        if plan is not None:
+            for _, batch in plan.batches:
+                batch.drop_gradients()
+
     def members(self, groups: Groups, first: int) -> list[Member]:
         """Return the parameters that take part, by group and device.
 
@@ -215,16 +217,13 @@ class Plans:
                 members.append(Member(index, backend, params, indices))
         return members
 
-    def new_plan(
-        self, members: list[Member], buckets: list[Bucket], groups: Groups, first: int
-    ) -> Plan:
+    def new_plan(self, members: list[Member], buckets: list[Bucket], groups: Groups) -> Plan:
         """Return a plan of these buckets, registered, with this step's gradients and options.
 
         Args:
             members: As `members` returned them.
             buckets: Their buckets, of local tensors.
             groups: The param groups.
-            first: The index of their first parameter among the optimizer's.
         """
         params = [param for member in members for param in member.params]
         # In the order of the groups, whatever their devices.

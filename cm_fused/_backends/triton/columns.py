@@ -4,9 +4,6 @@ A table has a row of int64 for each parameter, so that one launch serves any num
 `csrc/priority/table.h` has the same columns for C++.
 """
 
-from enum import IntEnum
-from typing import Any
-
 import torch
 
 from cm_fused._state.table import KEYS
@@ -34,8 +31,8 @@ _NUMBERS = (
     # The address of an int64 (), or 0: the number of filled slots before this step's admission.
     "filled",
 )
-# mypy knows no members of an enum that is computed.
-Column: Any = IntEnum("Column", [name.upper() for name in (*_ADDRESSES, *_NUMBERS)], start=0)
+# The column of each.
+COLUMNS = {name: column for column, name in enumerate((*_ADDRESSES, *_NUMBERS))}
 
 # In the order of csrc/core/param_data.h.
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
