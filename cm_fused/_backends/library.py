@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cm_fused._bucket import HYPERPARAMETERS
+from cm_fused._state.table import KEYS
+
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARY = _PACKAGE / "_C.abi3.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.abi3.so"
@@ -32,17 +35,13 @@ def _load_extension() -> str | None:
         torch.library.register_fake("cm_fused::sq_norms", _fake_sq_norms)
     except RuntimeError as error:
         return _another_version(error)
-    return None
+    return _check_names()
 
 
-def check_names(state_keys: tuple[str, ...], hyperparameters: tuple[str, ...]) -> str | None:
-    """Return why the library does not fit this package, or None.
-
-    Args:
-        state_keys: The keys of the state's rows, in order.
-        hyperparameters: The names of the numbers that each step is given, in order.
-    """
-    for operator, names in (("state_keys", state_keys), ("hyperparameter_names", hyperparameters)):
+def _check_names() -> str | None:
+    """Return why the library's tables are not this package's, or None."""
+    own = {"state_keys": KEYS, "hyperparameter_names": HYPERPARAMETERS}
+    for operator, names in own.items():
         try:
             of_library = getattr(torch.ops.cm_fused, operator)()
         except AttributeError as error:

@@ -39,7 +39,6 @@ from cm_fused._optimizer.norms import (
     scale_,
     set_scope_norms,
     set_sq_norms,
-    step_all_,
     update_all_,
 )
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
@@ -221,7 +220,8 @@ class CriticalAdam(CheckpointedOptimizer):
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            self._finish_step()
+            if self._pending is not None:
+                self._finish_step()
             self._take_step(self._plans, self.param_groups)
         finally:
             torch._C._set_grad_enabled(grad_enabled)
@@ -320,20 +320,17 @@ class CriticalAdam(CheckpointedOptimizer):
         if plans.needs_norm or grad_scale is not None or found_inf is not None:
             skipped = scale_(plan, groups, plans.processes, grad_scale, found_inf)
         try:
-            self._run_buckets(plan, plans.processes)
+            if plan.has_eager and not torch.compiler.is_compiling():
+                with Undo(plan.eager_buckets()):
+                    self._run_buckets(plan, plans.processes)
+            else:
+                self._run_buckets(plan, plans.processes)
         except BaseException:
             for count in skipped:
                 count.restore()
             raise
 
     def _run_buckets(self, plan: Plan, among: Processes | None) -> None:
-        if not plan.has_eager or torch.compiler.is_compiling():
-            self._step_buckets(plan, among)
-            return
-        with Undo(plan.eager_buckets()):
-            self._step_buckets(plan, among)
-
-    def _step_buckets(self, plan: Plan, among: Processes | None) -> None:
         if among is not None:
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:
@@ -341,8 +338,9 @@ class CriticalAdam(CheckpointedOptimizer):
                 sums = gathered(plan, update_all_(plan), among)
                 self._pending = plan, sums, among.start_sum(sums)
                 return
-        set_scope_norms(plan, among)
-        step_all_(plan)
+        if among is not None or plan.divided:
+            set_scope_norms(plan, among)
+        plan.run_()
 
     def _check(self, groups: Groups, cached: Plan | None) -> None:
         """Check all gradients, and parameters against the state of a cached plan."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cm_fused._backends import traced
 from cm_fused._backends.flush import as_real
 from cm_fused._backends.select import CPU, EAGER, Backend, select
 from cm_fused._bucket import Batch, Bucket, StepOptions, step_options
@@ -89,7 +90,7 @@ class Plan:
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
 
     def __post_init__(self) -> None:
-        self._is_plain = self.local_params is None and self.dtypes is None and not self.views
+        self.is_plain = self.local_params is None and self.dtypes is None and not self.views
         # One call takes the step, and checks all lists before it.
         self.checks_itself = len(self.batches) <= 1 and all(
             backend.checks_lists for backend, _ in self.batches
@@ -104,11 +105,20 @@ class Plan:
 
     def is_current(self) -> bool:
         """Return whether the plan's tensors are still those of the parameters."""
-        return self._is_plain or (
+        return (
             (self.local_params is None or all(map(is_, map(local, self.params), self.local_params)))
             and (self.dtypes is None or self.dtypes == [param.dtype for param in self.params])
             and all(source.data_ptr() == view.data_ptr() for source, view in self.views)
         )
+
+    def run_(self) -> None:
+        """Take the step of all batches: all is prepared before the first change."""
+        if torch.compiler.is_compiling():
+            prepared = [traced.prepare(backend, batch) for backend, batch in self.batches]
+        else:
+            prepared = [backend.prepare(batch) for backend, batch in self.batches]
+        for take_ in prepared:
+            take_()
 
     def take_gradients(self, grads: list[Tensor]) -> None:
         """Give the batches this step's gradients, those of `params`."""
@@ -176,7 +186,7 @@ class Plans:
             self._plans.clear()
         self._key = tuple([grad is not None for grad in self.grads])
         plan = self._plans.get(self._key)
-        if plan is None or not plan.is_current():
+        if plan is None or not (plan.is_plain or plan.is_current()):
             return None
         self._begin(plan)
         return plan
@@ -191,7 +201,9 @@ class Plans:
         self.grads = []
         if plan is not None:
             for _, batch in plan.batches:
-                batch.drop_gradients()
+                batch.grads = []
+                if batch.buckets[0].grads:
+                    batch.split_gradients()
 
     def members(self, groups: Groups, first: int) -> list[Member]:
         """Return the parameters that take part, by group and device.

@@ -22,9 +22,9 @@ _NUMBERS = (
     "param_dtype",
     # The key of its random bits, and where its elements lie in the full parameter.
     "param_index",
-    "layout_offset",
-    "layout_length",
-    "layout_stride",
+    "shard_offset",
+    "shard_length",
+    "shard_stride",
     # The parameter's chunks, consecutive in the order of the partial norms.
     "first_chunk",
     "num_chunks",

@@ -28,11 +28,11 @@ from cm_fused._backends.triton.common import (
     NUMEL_COLUMN,
     PARAM_COLUMN,
     PARAM_INDEX_COLUMN,
-    PLACES_LENGTH_COLUMN,
-    PLACES_OFFSET_COLUMN,
-    PLACES_STRIDE_COLUMN,
     PRIORITIES_COLUMN,
     ROW,
+    SHARD_LENGTH_COLUMN,
+    SHARD_OFFSET_COLUMN,
+    SHARD_STRIDE_COLUMN,
     SLOT_COLUMN,
     STEP_COLUMN,
     TAIL_BLOCK_SIZE,
@@ -309,9 +309,9 @@ def _update_chunk(
         pointer(row_ptr, EXP_AVG_SQ_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
     )
     param_index = tl.load(row_ptr + PARAM_INDEX_COLUMN)
-    offset = tl.load(row_ptr + PLACES_OFFSET_COLUMN)
-    length = tl.load(row_ptr + PLACES_LENGTH_COLUMN)
-    stride = tl.load(row_ptr + PLACES_STRIDE_COLUMN)
+    offset = tl.load(row_ptr + SHARD_OFFSET_COLUMN)
+    length = tl.load(row_ptr + SHARD_LENGTH_COLUMN)
+    stride = tl.load(row_ptr + SHARD_STRIDE_COLUMN)
     commits_first: tl.constexpr = not CRITICAL_GRADIENTS
     rounds_moments: tl.constexpr = MOMENT_DTYPE != STATE_DTYPE
     BLOCK: tl.constexpr = _block_size(FULL, MOMENT_DTYPE, SLOT_DTYPE)

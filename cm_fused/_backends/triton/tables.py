@@ -228,7 +228,7 @@ def _refresh_in_python(
             host[:, COLUMNS[name]] = _on_host([tensor.data_ptr() for tensor in tensors])
     host[:, COLUMNS["param_dtype"]] = _dtype_codes(params)
     host[:, COLUMNS["param_index"]] = _on_host(bucket.param_indices or range(len(params)))
-    first, last = COLUMNS["layout_offset"], COLUMNS["layout_stride"]
+    first, last = COLUMNS["shard_offset"], COLUMNS["shard_stride"]
     layouts = bucket.shard_layouts or ShardLayout()
     host[:, first : last + 1] = _on_host(layouts).reshape(-1, len(ShardLayout._fields))
     host[:, COLUMNS["numel"]] = _on_host([param.numel() for param in params])
