@@ -156,7 +156,7 @@ def _sq_norms(batch: Batch) -> list[Tensor]:
     """Return the sums over the priority scopes as the operator takes them: none, or all."""
     buckets = batch.buckets
     given = [bucket.sq_norm for bucket in buckets if bucket.sq_norm is not None]
-    if len(given) in (0, len(buckets)):
+    if not given or len(given) == len(buckets):
         return given
     batch.split_gradients()
     return [

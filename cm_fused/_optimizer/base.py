@@ -320,7 +320,7 @@ class CriticalAdam(CheckpointedOptimizer):
         if plans.needs_norm or grad_scale is not None or found_inf is not None:
             skipped = scale_(plan, groups, plans.processes, grad_scale, found_inf)
         try:
-            if plan.has_eager and not torch.compiler.is_compiling():
+            if plan.has_eager and not plan.is_traced:
                 with Undo(plan.eager_buckets()):
                     self._run_buckets(plan, plans.processes)
             else:

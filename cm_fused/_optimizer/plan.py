@@ -97,6 +97,7 @@ class Plan:
         )
 
         self.has_eager = any(backend is EAGER for backend, _ in self.batches)
+        self.is_traced = torch.compiler.is_compiling()
 
     def eager_buckets(self) -> list[Bucket]:
         """Return the buckets that the reference steps."""
@@ -113,7 +114,7 @@ class Plan:
 
     def run_(self) -> None:
         """Take the step of all batches: all is prepared before the first change."""
-        if torch.compiler.is_compiling():
+        if self.is_traced:
             prepared = [traced.prepare(backend, batch) for backend, batch in self.batches]
         else:
             prepared = [backend.prepare(batch) for backend, batch in self.batches]
@@ -263,7 +264,7 @@ class Plans:
             views=views,
         )
         self._begin(plan)
-        if not torch.compiler.is_compiling():
+        if not plan.is_traced:
             for backend, batch in batches:
                 backend.register(batch)
         return plan
