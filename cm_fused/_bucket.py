@@ -79,7 +79,7 @@ def hyperparameters(options: StepOptions) -> dict[str, float]:
     }
 
 
-# csrc/core/hyperparameters.h has the same ones; loading the library compares them.
+# csrc/cpu/step.h has the same ones; loading the library compares them.
 HYPERPARAMETERS = tuple(
     hyperparameters(StepOptions(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", "", False, False, False, "", 0))
 )
