@@ -13,6 +13,10 @@ import torch
 # them, and few enough that 25 M parameters (ResNet-50) are six waves of an H200's programs.
 CHUNK_SIZE = 4096
 
+# Elements whose running sum is rebuilt in the same step: csrc/cpu/step.h's kChunkSize, so that both
+# passes round at the same steps and a training has the same bits on either.
+REBUILT_CHUNK_SIZE = 16384
+
 
 class Column(IntEnum):
     """Column of a table: an address, 0 where there is no such tensor, a count or a dtype."""
@@ -55,16 +59,15 @@ PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDTH = 24
 
 
-def running_sum_min_capacity(critical_gradients: bool, slot_bytes: int) -> int:
-    """Return the capacity from which on keeping the slots' sum takes fewer bytes than reading them.
+# By the bytes of a slot's element; those of the C++ pass, so that both keep the same state.
+_RUNNING_SUM_MIN_CAPACITY = {8: 3, 4: 3, 2: 6, 1: 10}
 
-    With b bytes an element of a slot, besides what both move: C b to read the slots but the one
-    that is replaced and to write that one, against 8 to read and write the sum and 2 b to read and
-    write one slot; critical gradients read all slots before one is replaced.
+
+def running_sum_min_capacity(critical_gradients: bool, slot_bytes: int) -> int:
+    """Return the capacity from which on a running sum is kept, instead of reading all slots.
 
     Args:
-        critical_gradients: Whether the buffer holds gradients.
-        slot_bytes: b.
+        critical_gradients: Whether the buffer holds gradients; the same for both.
+        slot_bytes: Of one element of a slot.
     """
-    reads_all = 1 if critical_gradients else 0
-    return 8 // slot_bytes + 3 - reads_all
+    return _RUNNING_SUM_MIN_CAPACITY[slot_bytes]

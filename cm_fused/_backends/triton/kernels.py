@@ -32,6 +32,7 @@ from cm_fused._backends.triton.common import (
     PLACES_OFFSET_COLUMN,
     PLACES_STRIDE_COLUMN,
     PRIORITIES_COLUMN,
+    REBUILT_CHUNK_SIZE,
     ROW,
     SLOT_COLUMN,
     STEP_COLUMN,
@@ -573,9 +574,10 @@ def critical_adam_kernel(
         # An empty buffer's sum is 0 whatever divides it.
         divisor = tl.maximum(filled, 1)
     slot = tl.load(pointer(row_ptr, SLOT_COLUMN, tl.int64)).to(tl.int32)
-    # A running sum loses a rounding with every admission: each chunk is summed anew once in 4 C
-    # steps, a different chunk each step (see csrc/cpu/kernels/slots.h).
-    rebuild = (((step + chunk) % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
+    # A running sum loses a rounding with every admission: each part of a tensor is summed anew once
+    # in 4 C steps, a different part each step (see csrc/cpu/kernels/slots.h).
+    turn = step + start // REBUILT_CHUNK_SIZE
+    rebuild = ((turn % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
     inverse_divisor = (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE)
     step_size = (lr / bias_correction1).to(STATE_DTYPE)
     decay_factor = (1.0 - lr * decoupled_weight_decay).to(STATE_DTYPE)
