@@ -331,8 +331,8 @@ def _places() -> _Places:
     (loop,) = [node for node in update.body if isinstance(node, ast.For)]
     (store,) = [
         node
-        for node in ast.walk(loop)
-        if isinstance(node, ast.Call) and ast.unparse(node).startswith("tl.store(param_ptr")
+        for node in ast.walk(functions["_store_param"])
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith("tl.store(tensors.param ")
     ]
     scales = frozenset(
         -line

@@ -113,7 +113,8 @@ LISTING = """
 	//## File "{file}", line {full}
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0020*/                   FADD R4, R4, R5 ;
-	//## File "{file}", line {store} inlined at "{file}", line {full}
+	//## File "{file}", line {store} inlined at "{file}", line {load}
+	//## File "{file}", line {load} inlined at "{file}", line {full}
 	//## File "{file}", line {full}
         /*0030*/                   STG.E.64 desc[UR4][R2.64], R4 ;
 	//## File "{file}", line {before} inlined at "{file}", line {full}
