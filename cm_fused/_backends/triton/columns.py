@@ -12,6 +12,9 @@ from cm_fused._state.table import KEYS
 # 4096 float32 parameters are 180 kB of traffic: enough to hide the three dependent loads that find
 # them, and few enough that 25 M parameters (ResNet-50) are six waves of an H200's programs.
 CHUNK_SIZE = 4096
+# Elements whose running sum is rebuilt in the same step: csrc/cpu/step.h's kChunkSize, so that both
+# passes round at the same steps and a training has the same bits on either.
+REBUILT_CHUNK_SIZE = 16384
 
 # Addresses, 0 where there is no such tensor: of the parameter, its gradient and its state. Without
 # a pending slot, that column has the place for the slot of this step's gradient.

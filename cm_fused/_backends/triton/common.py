@@ -10,6 +10,7 @@ import triton.language as tl
 
 from cm_fused._backends.triton.columns import CHUNK_SIZE as _CHUNK_SIZE
 from cm_fused._backends.triton.columns import COLUMNS
+from cm_fused._backends.triton.columns import REBUILT_CHUNK_SIZE as _REBUILT_CHUNK_SIZE
 from cm_fused._backends.triton.columns import WIDTH as _WIDTH
 
 # Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
@@ -24,6 +25,7 @@ TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
 # never autotuned: the trials would be steps.
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
 CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
+REBUILT_CHUNK_SIZE = tl.constexpr(_REBUILT_CHUNK_SIZE)
 FULL_BLOCK = tl.constexpr(BLOCK_SIZE)
 TAIL_BLOCK = tl.constexpr(TAIL_BLOCK_SIZE)
 THREADS = tl.constexpr(NUM_THREADS)
