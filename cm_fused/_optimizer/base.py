@@ -319,20 +319,20 @@ class CriticalAdam(CheckpointedOptimizer):
         if plans.needs_norm or grad_scale is not None or found_inf is not None:
             skipped = scale_(plan, groups, plans.processes, grad_scale, found_inf)
         try:
-            self._run_buckets(plan, plans.processes)
+            self._run_buckets(plan, groups, plans.processes)
         except BaseException:
             for count in skipped:
                 count.restore()
             raise
 
-    def _run_buckets(self, plan: Plan, among: Processes | None) -> None:
+    def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if not plan.has_eager or torch.compiler.is_compiling():
-            self._step_buckets(plan, among)
+            self._step_buckets(plan, groups, among)
             return
         with Undo(plan.eager_buckets()):
-            self._step_buckets(plan, among)
+            self._step_buckets(plan, groups, among)
 
-    def _step_buckets(self, plan: Plan, among: Processes | None) -> None:
+    def _step_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if among is not None:
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:
