@@ -60,17 +60,17 @@ class _ResearchAdam(CriticalAdam):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        decay: float,
-        kappa: float,
-        topC: int,  # noqa: N803
-        weight_decay: float,
-        amsgrad: bool,
-        critical_test: float,
-        synced: bool,
-        buffer_dtype: torch.dtype | None,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay: float = 0.7,
+        kappa: float = 1.0,
+        topC: int = 5,  # noqa: N803
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        critical_test: float = 0.0,
+        synced: bool = True,
+        buffer_dtype: torch.dtype | None = None,
     ) -> None:
         _check(kappa, critical_test)
         groups: Any = params
@@ -331,38 +331,8 @@ class Adam_CM(_ResearchAdam):  # noqa: N801
 
     _critical_gradients = False
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        decay: float = 0.7,
-        kappa: float = 1.0,
-        topC: int = 5,  # noqa: N803
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        critical_test: float = 0.0,
-        synced: bool = True,
-        buffer_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            decay,
-            kappa,
-            topC,
-            weight_decay,
-            amsgrad,
-            critical_test,
-            synced,
-            buffer_dtype,
-        )
 
-
-class Adam_C(_ResearchAdam):  # noqa: N801
+class Adam_C(_ResearchAdam, defaults={"topC": 10}):  # noqa: N801
     """The research package's Adam with critical gradients, step by step.
 
     Source: `cmoptimizer.Adam_C`. The arguments are `Adam_CM`'s, but for `weight_decay`, an L2 term
@@ -370,33 +340,3 @@ class Adam_C(_ResearchAdam):  # noqa: N801
     """
 
     _critical_gradients = True
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        decay: float = 0.7,
-        kappa: float = 1.0,
-        topC: int = 10,  # noqa: N803
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        critical_test: float = 0.0,
-        synced: bool = True,
-        buffer_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            decay,
-            kappa,
-            topC,
-            weight_decay,
-            amsgrad,
-            critical_test,
-            synced,
-            buffer_dtype,
-        )
