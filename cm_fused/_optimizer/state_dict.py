@@ -245,7 +245,7 @@ def take_over_state(
     return state
 
 
-def _written_into(old: State, new: State, param: Tensor, group: dict[str, Any]) -> State:
+def _written_into(old: State, new: State, param: Tensor, group: Mapping[str, Any]) -> State:
     """Return a loaded state in the tensors that a captured graph goes on using.
 
     State that the graph has and the state dict does not have starts anew with what was loaded: no
