@@ -1,7 +1,6 @@
 """Adam with critical gradients, the paper's baseline."""
 
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._optimizer.decoupled import DecoupledCriticalAdam
 
 
 class AdamCG(CriticalAdam):
@@ -26,7 +25,7 @@ class AdamCG(CriticalAdam):
     _critical_gradients = True
 
 
-class AdamWCG(DecoupledCriticalAdam, AdamCG):
+class AdamWCG(AdamCG, defaults={"weight_decay": 1e-2, "decoupled_weight_decay": True}):
     """`AdamCG` with decoupled weight decay, 1e-2 by default, as AdamW to Adam.
 
     Every other argument is `AdamCM`'s.

@@ -1,7 +1,6 @@
 """Adam with critical momenta."""
 
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._optimizer.decoupled import DecoupledCriticalAdam
 
 
 class AdamCM(CriticalAdam):
@@ -111,7 +110,7 @@ class AdamCM(CriticalAdam):
     _critical_gradients = False
 
 
-class AdamWCM(DecoupledCriticalAdam, AdamCM):
+class AdamWCM(AdamCM, defaults={"weight_decay": 1e-2, "decoupled_weight_decay": True}):
     """`AdamCM` with decoupled weight decay, 1e-2 by default, as AdamW to Adam.
 
     Every other argument is `AdamCM`'s.

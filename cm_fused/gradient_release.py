@@ -1,6 +1,5 @@
-"""Stepping inside backward, so that gradients need not be there all at once."""
+"""Stepping inside backward, so that the gradients are never in memory all at once."""
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -10,20 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from cm_fused._distributed import is_sharded
 from cm_fused._optimizer.backward_pass import BackwardPasses, is_outermost_forward
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused.sam import SAM
-
-_DDP_REMEDY = (
-    "DistributedDataParallel averages gradients only after the hooks that step here, and its "
-    "buckets keep all gradients anyway; call optimizer.step() after backward, or use "
-    "torch.distributed.optim._apply_optimizer_in_backward, which it supports"
+from cm_fused._optimizer.release_checks import (
+    active_ddp,
+    check_ddp,
+    check_model,
+    check_options,
+    check_params,
 )
-_FSDP = "torch.distributed.fsdp"
+from cm_fused.sam import SAM
 
 
 class GradientRelease:
@@ -33,9 +30,9 @@ class GradientRelease:
         self._model = model
         self._optimizer = optimizer
         self._passes = BackwardPasses(self._step)
-        # The optimizer's parameters, in order, and for each its group and its place in the group.
+        # The optimizer's parameters, in order, and for each its group's index and its own in it.
         self._params: list[Tensor] = []
-        self._places: dict[int, tuple[int, int]] = {}
+        self._indices: dict[int, tuple[int, int]] = {}
         # The hooks of parameters, by id, and those of the model.
         self._handles: dict[int, RemovableHandle] = {}
         self._model_handles: list[RemovableHandle] = []
@@ -59,12 +56,12 @@ class GradientRelease:
             self._optimizer._single_plans = {}
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Check that these groups, which are to be the optimizer's, can be stepped in backward.
+        """Check that groups which are about to be loaded can be stepped in backward.
 
         Raises:
             ValueError: An option needs all gradients at once.
         """
-        _check_options(groups)
+        check_options(groups)
 
     def _follow_groups(self) -> None:
         """Serve the parameters that the optimizer has now, and no others.
@@ -77,12 +74,12 @@ class GradientRelease:
         params = list(chain.from_iterable(group["params"] for group in groups))
         if len(params) == len(self._params) and all(map(is_, params, self._params)):
             return
-        _check_options(groups)
-        _check_model(self._model)
-        _check_params(self._model, groups, self._handles)
+        check_options(groups)
+        check_model(self._model)
+        check_params(self._model, groups, self._handles)
         self._hook_params(params)
         self._params = params
-        self._places = {
+        self._indices = {
             id(param): (index, position)
             for index, group in enumerate(groups)
             for position, param in enumerate(group["params"])
@@ -90,7 +87,7 @@ class GradientRelease:
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _before_forward(self) -> None:
-        """See, before anything is changed, what has changed since the last forward pass.
+        """Follow what has changed since the last forward pass, before anything is stepped.
 
         Raises:
             ValueError: An option needs all gradients at once.
@@ -99,29 +96,20 @@ class GradientRelease:
         if not is_outermost_forward():
             return
         if dist.is_available() and dist.is_initialized():
-            _check_model(self._model)
-            self._check_ddp()
-        _check_options(self._optimizer.param_groups)
+            check_model(self._model)
+            check_ddp(self._params)
+        check_options(self._optimizer.param_groups)
         self._follow_groups()
 
     def _after_forward(self, outputs: Any) -> None:
-        """Have the backward pass noticed that begins at these outputs of the model."""
+        """Watch for the backward pass that begins at these outputs of the model."""
         if not is_outermost_forward():
             return
-        self._check_ddp()  # `replicate` may become active after the hook before forward
+        check_ddp(self._params)  # `replicate` may become active after the hook before forward
         self._passes.watch(outputs)
 
-    def _check_ddp(self) -> None:
-        """Check that the forward pass is not one of DDP, which reduces the gradients."""
-        ddp = _ddp()
-        if ddp is None:
-            return
-        reduced = {id(param) for param in getattr(ddp, "_module_parameters", ddp.parameters())}
-        if not reduced.isdisjoint(map(id, self._params)):
-            raise RuntimeError(f"gradient release does not work under DDP: {_DDP_REMEDY}")
-
     def _hook_params(self, params: list[Tensor]) -> None:
-        """Have hooks on the parameters that can have a gradient, all of them or none."""
+        """Add hooks to the parameters that can have a gradient, to all of them or none."""
         added: dict[int, RemovableHandle] = {}
         try:
             for param in params:
@@ -151,39 +139,42 @@ class GradientRelease:
 
     def _step(self, param: Tensor) -> None:
         """Step a parameter with the options of the group it is in now, and free its gradient."""
-        place = self._place(param)
-        if place is None:  # `optimizer.step()` would pass over it too
+        indices = self._indices_of(param)
+        if indices is None:  # `optimizer.step()` would pass over it too
             return
         try:
-            _check_options(self._optimizer.param_groups[place[0] : place[0] + 1], place[0])
-            self._optimizer._step_alone(*place)
+            check_options(self._optimizer.param_groups[indices[0] : indices[0] + 1], indices[0])
+            self._optimizer._step_alone(*indices)
         finally:
             param.grad = None
 
-    def _place(self, param: Tensor) -> tuple[int, int] | None:
-        """Return the group of a parameter and its place there; None if it is in no group."""
+    def _indices_of(self, param: Tensor) -> tuple[int, int] | None:
+        """Return the index of a parameter's group and its own in it; None if it is in no group."""
         groups = self._optimizer.param_groups
-        place = self._places.get(id(param))
-        if place is not None and _is_at(groups, place, param):
-            return place
+        cached = self._indices.get(id(param))
+        if cached is not None and _is_at(groups, cached, param):
+            return cached
         for index, group in enumerate(groups):
             for position, other in enumerate(group["params"]):
                 if other is param:
-                    self._places[id(param)] = index, position
+                    self._indices[id(param)] = index, position
                     return index, position
         return None
 
 
 class _GradientHook:
-    """Steps a parameter whose gradient is there.
+    """Steps a parameter as soon as it has its gradient.
 
     The garbage collector does not see what a parameter's hooks refer to, so this refers weakly.
     """
 
+    # By which another optimizer's release knows it.
+    frees_gradient = True
+
     def __init__(self, release: GradientRelease) -> None:
         self._release = weakref.ref(release)
 
-    # Compiled, it would be compiled anew for every parameter.
+    # torch.compile would compile it anew for every parameter.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, param: Tensor) -> None:
         release = self._release()
@@ -202,16 +193,18 @@ class _ModelHook:
 
 
 class _BeforeForward(_ModelHook):
-    """Looks, before anything is changed, for what has changed since the last forward pass."""
+    """Follows what has changed since the last forward pass, before anything is stepped."""
 
     def __call__(self, *_: Any) -> None:
-        # A compiled forward is left as it is, unless it is to be refused.
-        if self.release is not None and not (torch.compiler.is_compiling() and _ddp() is None):
+        # A compiled forward pass is left as it is, unless it has to be refused.
+        if self.release is not None and not (
+            torch.compiler.is_compiling() and active_ddp() is None
+        ):
             self.release._before_forward()
 
 
 class _AfterForward(_ModelHook):
-    """Has the backward pass noticed that begins at the outputs."""
+    """Watches for the backward pass that begins at the outputs."""
 
     def __call__(self, _: nn.Module, __: Any, outputs: Any) -> None:
         if self.release is not None and not torch.compiler.is_compiling():
@@ -219,9 +212,9 @@ class _AfterForward(_ModelHook):
 
 
 def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> GradientRelease:
-    """Step each parameter inside backward as soon as its gradient is there, and free the gradient.
+    """Step each parameter inside backward as soon as it has its gradient, and free the gradient.
 
-    There are never more gradients than autograd itself holds. Parameters and state are those of
+    Memory never has more gradients than autograd itself needs. Parameters and state are those of
     `optimizer.step()` after backward. From then on `optimizer.step()` only calls its closure, if
     any, and `zero_grad` finds nothing; schedulers and checkpoints work as ever, and param groups
     may be changed and added. Accumulating gradients over several backward passes is not possible:
@@ -231,9 +224,9 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
     until backward ends, and needs a loss that is computed from what `model(...)` returns.
 
     Args:
-        model: Its parameters that the optimizer has are stepped in backward.
-        optimizer: With `priority_scope="tensor"` in all groups; of `cm_fused.compat`, with
-            `synced=False`.
+        model: The parameters that it shares with the optimizer are stepped in backward.
+        optimizer: An optimizer with `priority_scope="tensor"` in all groups; those of
+            `cm_fused.compat` with `synced=False`.
 
     Returns:
         A handle whose `remove` ends it.
@@ -265,94 +258,6 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
     return GradientRelease(model, optimizer)
 
 
-def _check_options(groups: list[dict[str, Any]], first: int = 0) -> None:
-    """Check that the groups, the first of which has this index, need no norm over gradients."""
-    for i, group in enumerate(groups, first):
-        if (
-            group["priority_scope"] != "tensor"
-            or group["max_grad_norm"] is not None
-            or group["skip_nonfinite"]
-            or group["amp_scaling"]
-        ):
-            _refuse_options(i, group)
-
-
-def _refuse_options(index: int, group: dict[str, Any]) -> None:
-    needs_all: dict[str, tuple[Any, str]] = {
-        "priority_scope": ("tensor", "the norm over a group is known when all its gradients are"),
-        "max_grad_norm": (None, "the norm is known when all gradients are"),
-        "skip_nonfinite": (False, "the norm is known when all gradients are"),
-        "amp_scaling": (False, "whether one is not finite is known when all gradients are"),
-    }
-    for name, (required, reason) in needs_all.items():
-        if group[name] != required:
-            raise ValueError(
-                f"gradient release needs {name}={required!r}, got {group[name]!r} in group "
-                f"{index}: {reason}, but each is freed within backward"
-            )
-
-
-def _check_model(model: nn.Module) -> None:
-    fsdp = getattr(sys.modules.get(_FSDP), "FullyShardedDataParallel", ())
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            raise RuntimeError(f"model must not be or have a DDP module: {_DDP_REMEDY}")
-        if isinstance(module, fsdp):
-            _refuse_fsdp()
-    if any(getattr(param, "_fsdp_flattened", False) for param in model.parameters()):
-        _refuse_fsdp()
-
-
-def _ddp() -> Any:
-    """Return the `DistributedDataParallel` whose forward pass this is, or None."""
-    return getattr(DistributedDataParallel, "_active_ddp_module", None)
-
-
-def _refuse_fsdp() -> None:
-    raise RuntimeError(
-        "model must not be or have a FullyShardedDataParallel module, which shards gradients only "
-        "after the hooks that step here; call optimizer.step() after backward"
-    )
-
-
-def _check_params(
-    model: nn.Module, groups: list[dict[str, Any]], served: dict[int, RemovableHandle]
-) -> None:
-    """Check that backward through the model may step the parameters of the groups.
-
-    Args:
-        model: The model.
-        groups: The optimizer's.
-        served: The ids of the parameters that the optimizer's own release steps are its keys.
-    """
-    own = {id(param) for param in model.parameters()}
-    for i, group in enumerate(groups):
-        for j, param in enumerate(group["params"]):
-            if id(param) not in own:
-                raise RuntimeError(
-                    f"params[{j}] of group {i} must be a parameter of the model, got one of shape "
-                    f"{tuple(param.shape)} that is not"
-                )
-            if is_sharded(param):
-                raise RuntimeError(
-                    f"params[{j}] of group {i} must not be a DTensor: its norm is a sum over "
-                    "processes, which reach its gradient at different times; call "
-                    "optimizer.step() after backward"
-                )
-            if id(param) not in served and _is_stepped_in_backward(param):
-                raise RuntimeError(
-                    f"params[{j}] of group {i} must not be stepped in backward by another "
-                    "optimizer, which frees its gradient; give each parameter to one of them"
-                )
-
-
-def _is_stepped_in_backward(param: Tensor) -> bool:
-    hooks: dict[int, Any] = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    return hasattr(param, "_in_backward_optimizers") or any(
-        isinstance(hook, _GradientHook) for hook in hooks.values()
-    )
-
-
 def _can_have_gradient(param: Tensor) -> bool:
     """Return whether a parameter can have a gradient, now or when it is no longer frozen."""
     if param.requires_grad:
@@ -361,7 +266,7 @@ def _can_have_gradient(param: Tensor) -> bool:
 
 
 def _hooked(param: Tensor, hook: _GradientHook) -> RemovableHandle:
-    """Add a hook to a parameter, which may be frozen: torch adds none to such a one."""
+    """Add a hook to a parameter, which may be frozen, though torch adds none to a frozen one."""
     frozen = not param.requires_grad
     if frozen:
         param.requires_grad_(True)
@@ -374,7 +279,7 @@ def _hooked(param: Tensor, hook: _GradientHook) -> RemovableHandle:
 
 
 def _called_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model, or instead of a container that cannot be called what it contains."""
+    """Yield the model, or the contents of a container that cannot be called."""
     if not isinstance(model, (nn.ModuleList, nn.ModuleDict)):
         yield model
         return
@@ -382,8 +287,8 @@ def _called_modules(model: nn.Module) -> Iterator[nn.Module]:
     yield from chain.from_iterable(map(_called_modules, children))
 
 
-def _is_at(groups: list[dict[str, Any]], place: tuple[int, int], param: Tensor) -> bool:
-    index, position = place
+def _is_at(groups: list[dict[str, Any]], indices: tuple[int, int], param: Tensor) -> bool:
+    index, position = indices
     if index >= len(groups):
         return False
     params = groups[index]["params"]

@@ -1,31 +1,19 @@
 """Sharpness-aware minimization around any optimizer."""
 
 from collections.abc import Callable
-from operator import is_
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused._backends.capture import is_capturing
-from cm_fused._distributed import Processes, is_sharded, local, local_grad
+from cm_fused._distributed import is_sharded, local, local_grad
+from cm_fused._optimizer.ascent import Sums, ascend_, count_nonzero
 from cm_fused._optimizer.checks import check_not_flattened
-from cm_fused._optimizer.closures import Found, Marks, any_of, are_nan, reset
+from cm_fused._optimizer.closures import TwoCalls
 
-# Keeps the perturbation of a zero gradient zero.
-_TINY = 1e-12
 # The attributes of a copy; between the half-steps `_originals` has the unperturbed parameters.
-_TRAVELS = ("optimizer", "rho", "adaptive", "_originals")
-
-
-_ACCUMULATES = (
-    "closure must zero the gradients before it adds to them, as SAM.step calls it twice, at other "
-    "parameters; got one that adds to the gradients it finds, or computes none. To accumulate, let "
-    "the closure zero the gradients and then run the backward passes of all micro-batches; or run "
-    "these, call first_step(zero_grad=True), run them again, call second_step(zero_grad=True). The "
-    "parameters are what they were, the gradients are reset"
-)
+_COPIED = ("optimizer", "rho", "adaptive", "_originals")
 
 
 class SAM(Optimizer):
@@ -98,14 +86,14 @@ class SAM(Optimizer):
         self.optimizer = optimizer
         self.rho = rho
         self.adaptive = adaptive
-        # The perturbed parameters and what this process has of them in their place; None except
-        # between the two half-steps.
+        # The perturbed parameters and copies of their local tensors; None except between the two
+        # half-steps.
         self._originals: tuple[list[Tensor], list[Tensor]] | None = None
         self._forget()
 
     def _forget(self) -> None:
-        """Forget what earlier steps found out about the parameters and the closure."""
-        self._shards: _Shards | None = None
+        """Forget the results of earlier steps on the parameters and the closure."""
+        self._sums = Sums()
         # Whether the closure of the last step that found gradients zeroed them.
         self._closure_zeroes = False
 
@@ -161,96 +149,22 @@ class SAM(Optimizer):
         if closure is None:
             self._step_of_zero_gradients()
             return None
-        found = Found(self._params())
-        nonzero = self._nonzero_to_ask_for(found)
-        with torch.enable_grad():
-            loss = closure()
-        kept = found.kept()
-        must_zero = self._must_zero(kept, nonzero)
+        calls = TwoCalls(closure, self._params(), self._total, self._closure_zeroes)
+        loss = calls.first()
         self.first_step()
         try:
-            self._call_again(closure, kept, must_zero)
+            calls.second()
         except BaseException:
             self._restore()
             raise
-        if found and not kept:
-            self._closure_zeroes = True
+        finally:
+            self._closure_zeroes = calls.zeroes
         self.second_step()
         return loss
 
-    def _nonzero_to_ask_for(self, found: Found) -> Tensor | None:
-        """Return how many gradients are not zero if that may decide about the closure, else None.
-
-        All gradients are read for it, so it is not done for a closure that zeroed the last ones. A
-        CUDA graph captures no check: the steps before have made it.
-        """
-        is_known = not found or self._closure_zeroes or self._is_captured()
-        return None if is_known else self._nonzero_gradients()
-
-    def _must_zero(self, kept: list[Tensor], nonzero: Tensor | None) -> bool:
-        """Return whether a closure that does not zero the gradients would be wrong.
-
-        Args:
-            kept: The parameters whose gradients its first call did not replace.
-            nonzero: How many gradients were not zero before; None if that is unknown.
-        """
-        if not kept or self._is_captured():
-            return False
-        return nonzero is None or bool(self._summed(nonzero).item())
-
-    def _is_captured(self) -> bool:
-        return any(map(is_capturing, {param.device for param in self._params()}))
-
-    def _call_again(
-        self, closure: Callable[[], float], kept: list[Tensor], must_zero: bool
-    ) -> None:
-        """Call the closure again, on gradients of zero.
-
-        Args:
-            closure: That of `step`.
-            kept: The parameters whose gradients the first call did not replace.
-            must_zero: Whether to check that it zeroes these.
-
-        Raises:
-            RuntimeError: It does not. The gradients are reset then.
-        """
-        params = self._params()
-        reset(params, kept)
-        if not must_zero:
-            with torch.enable_grad():
-                closure()
-            return
-        # One parameter shows whether a closure that zeroed all of them still does.
-        filled = [param for param in kept if param.numel()]
-        marked = filled[:1] if self._closure_zeroes else filled
-        self._closure_zeroes = False
-        try:
-            with Marks(marked) as marks, torch.enable_grad():
-                closure()
-            if self._adds(closure, kept, marks):
-                raise RuntimeError(_ACCUMULATES)
-        except BaseException:
-            reset(params, kept)  # no mark stays
-            raise
-        self._closure_zeroes = True
-
-    def _adds(self, closure: Callable[[], float], kept: list[Tensor], marks: Marks) -> bool:
-        """Return whether a closure has added to marked gradients; may call it once more."""
-        unsure = marks.unsure()
-        flags = any_of(marks.added_to()), any_of(are_nan(unsure))
-        added, is_unsure = self._summed(torch.stack([flag.cpu() for flag in flags])).tolist()
-        if added or not is_unsure:
-            return bool(added)
-        # NaN may be the mark or the closure's own gradient, which is NaN again without a mark.
-        reset(self._params(), kept)
-        with torch.enable_grad():
-            closure()
-        finite = any_of([~flag for flag in are_nan(unsure)])
-        return bool(self._summed(finite).item())
-
     @torch.no_grad()
     def _step_of_zero_gradients(self) -> None:
-        if self._originals is not None or self._summed(self._nonzero_gradients()).item():
+        if self._originals is not None or self._total(count_nonzero(self._params())).item():
             raise RuntimeError(
                 "SAM.step needs a closure, which computes the gradients twice; without one call "
                 "first_step and second_step, each after a backward pass"
@@ -286,7 +200,9 @@ class SAM(Optimizer):
         _copy_(originals, targets)
         self._originals = params, originals
         try:
-            self._perturb(params, grads)
+            self._sums.follow(self._params())
+            pairs = list(zip(params, grads, strict=True))
+            ascend_(pairs, self.rho, self.adaptive, self._sums)
         except BaseException:
             self._restore()
             raise
@@ -324,47 +240,10 @@ class SAM(Optimizer):
             _check_gradient(i, param)
         return params
 
-    def _sharded_among(self) -> "_Shards | None":
-        """Return how the parameters are sharded; None where they are not."""
-        params = self._params()
-        if not any(map(is_sharded, params)):
-            return None
-        if self._shards is None or not self._shards.are_of(params):
-            self._shards = _Shards(params)
-        return self._shards
-
-    @torch.no_grad()
-    def _nonzero_gradients(self) -> Tensor:
-        """Return how many gradients are not zero in what this process has of them, float64 ()."""
-        return _nonzero([local(param.grad) for param in self._params() if param.grad is not None])
-
-    def _summed(self, value: Tensor) -> Tensor:
+    def _total(self, value: Tensor) -> Tensor:
         """Return the sum of a value over the processes that the parameters are sharded among."""
-        shards = self._sharded_among()
-        return value if shards is None else shards.total(value)
-
-    def _perturb(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        """Add the perturbation to parameters.
-
-        Args:
-            params: All that have a gradient; changed.
-            grads: Those of what this process has of each.
-        """
-        alike = _alike(params, grads)
-        shards = self._sharded_among()
-        counted = alike if shards is None else _alike(*shards.counted(params, grads))
-        norm = _norm([_products(*lists) if self.adaptive else lists[1] for lists in counted])
-        if shards is not None:
-            norm = shards.total(norm.square()).sqrt()
-        for these, directions in alike:
-            scale = _on(these[0].device, self.rho / (norm + _TINY))
-            if self.adaptive:
-                directions = _products(these, _products(these, directions))
-            elif these[0].dtype in (torch.bfloat16, torch.float16):
-                # What is added is computed in float32, and rounded once: to the parameter.
-                directions = [direction.float() for direction in directions]
-            moves = torch._foreach_mul(directions, scale.to(directions[0].dtype))
-            torch._foreach_add_(these, moves)
+        self._sums.follow(self._params())
+        return self._sums.total(value)
 
     def _restore(self) -> None:
         params, originals = self._originals or ([], [])
@@ -394,10 +273,10 @@ class SAM(Optimizer):
         Hooks are not copied, as torch's optimizers do not copy them. Nor is the `step` that a
         scheduler sets on the instance: it steps this optimizer, not the copy.
         """
-        return {name: getattr(self, name) for name in _TRAVELS}
+        return {name: getattr(self, name) for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name in _TRAVELS:
+        for name in _COPIED:
             setattr(self, name, state[name])
         self._forget()
 
@@ -414,64 +293,9 @@ def _check_not_released(optimizer: Optimizer) -> None:
         )
 
 
-def _as_real(tensor: Tensor) -> Tensor:
-    # Autograd leaves the conjugation of a complex gradient to whoever reads it.
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    # To the CPU only a copy that is waited for can be read.
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
 def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _alike(params: list[Tensor], grads: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return what this process has of parameters, and its gradients, by device and dtype.
-
-    Multi-tensor kernels need them so. Complex tensors become real ones.
-    """
-    lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for param, grad in zip(params, grads, strict=True):
-        target = _as_real(local(param))
-        of_kind = lists.setdefault((target.device, target.dtype), ([], []))
-        of_kind[0].append(target)
-        of_kind[1].append(_as_real(grad))
-    return list(lists.values())
-
-
-def _products(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Return theta * g, in float32 or wider."""
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
-    return list(torch._foreach_mul([param.to(dtype) for param in params], grads))
-
-
-def _norm(alike: list[list[Tensor]]) -> Tensor:
-    """Return the norm over all tensors, float64 (), on the first one's device."""
-    if not alike:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    norms = [
-        _on(alike[0][0].device, norm)
-        for tensors in alike
-        for norm in torch._foreach_norm(tensors, dtype=torch.float64)
-    ]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
-
-
-def _nonzero(tensors: list[Tensor]) -> Tensor:
-    """Return how many tensors are not all zeros, float64 (), on the first one's device."""
-    dense = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in tensors]
-    filled = [_as_real(tensor) for tensor in dense if tensor.numel()]
-    if not filled:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    # Not the Euclidean norm: squares of small values are 0.
-    norms = torch._foreach_norm(filled, 1)
-    flags = [_on(filled[0].device, (norm != 0).double()) for norm in norms]
-    return torch.stack(flags).sum()
 
 
 def _check_gradient(index: int, param: Tensor) -> None:
@@ -487,38 +311,3 @@ def _check_gradient(index: int, param: Tensor) -> None:
             f"the gradient of parameter {index} must be a DTensor as its parameter is, or neither, "
             f"got {type(grad)} for {type(param)}"
         )
-
-
-class _Shards:
-    """How parameters are sharded among processes."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self._params = params
-        self._processes = Processes(params)
-        counted = self._processes.counted.tolist()
-        # The parameters are kept, so that no other has the address of one.
-        self._counted = {id(param) for param, share in zip(params, counted, strict=True) if share}
-
-    def are_of(self, params: list[Tensor]) -> bool:
-        """Return whether these are the parameters."""
-        return len(params) == len(self._params) and all(map(is_, params, self._params))
-
-    def counted(
-        self, params: list[Tensor], grads: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return those of parameters, and their gradients, that this process counts in a sum.
-
-        Where several processes have the same part of a parameter, one of them counts it.
-        """
-        pairs = [
-            (param, grad)
-            for param, grad in zip(params, grads, strict=True)
-            if id(param) in self._counted
-        ]
-        return [param for param, _ in pairs], [grad for _, grad in pairs]
-
-    def total(self, value: Tensor) -> Tensor:
-        """Return the sum of a value over the processes, all of which must call this."""
-        total = value.to(self._processes.device, copy=True)
-        self._processes.start_sum(total).wait()
-        return total

@@ -64,8 +64,14 @@ class CriticalAdam(CheckpointedOptimizer):
     # The ids of parameters that take no part in a step although they have gradients.
     _waiting: Set[int] = frozenset()
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        """Give the class a constructor of its own, whose errors name it and not its base."""
+    def __init_subclass__(cls, defaults: dict[str, Any] | None = None, **arguments: Any) -> None:
+        """Give the class a constructor of its own, whose errors name it and not its base.
+
+        Args:
+            defaults: The constructor's arguments whose defaults are not the base's, with their
+                defaults.
+            arguments: Those of other bases.
+        """
         super().__init_subclass__(**arguments)
         if "__init__" in cls.__dict__:
             return
@@ -80,6 +86,13 @@ class CriticalAdam(CheckpointedOptimizer):
         own.__annotations__ = base.__annotations__
         own.__kwdefaults__ = base.__kwdefaults__
         own.__qualname__ = f"{cls.__qualname__}.__init__"
+        if defaults is not None:
+            values = base.__defaults__ or ()
+            names = base.__code__.co_varnames[: base.__code__.co_argcount][-len(values) :]
+            pairs = zip(names, values, strict=True)
+            own.__defaults__ = tuple(defaults.get(name, value) for name, value in pairs)
+            keywords = base.__kwdefaults__ or {}
+            own.__kwdefaults__ = {name: defaults.get(name, keywords[name]) for name in keywords}
         cls.__init__ = own  # type: ignore[method-assign]
 
     def __init__(
@@ -322,15 +335,15 @@ class CriticalAdam(CheckpointedOptimizer):
         try:
             if plan.has_eager and not plan.is_traced:
                 with Undo(plan.eager_buckets()):
-                    self._run_buckets(plan, plans.processes)
+                    self._run_buckets(plan, groups, plans.processes)
             else:
-                self._run_buckets(plan, plans.processes)
+                self._run_buckets(plan, groups, plans.processes)
         except BaseException:
             for count in skipped:
                 count.restore()
             raise
 
-    def _run_buckets(self, plan: Plan, among: Processes | None) -> None:
+    def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if among is not None:
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:

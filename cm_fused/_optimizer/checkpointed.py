@@ -102,7 +102,7 @@ class CheckpointedOptimizer(Optimizer):
         saved_groups = state_dict["param_groups"]
         groups = checkpoint.loaded_groups(self.param_groups, saved_groups)
         self._check_groups(groups)
-        checkpoint.check_state(groups, state_dict)
+        entries = checkpoint.checked_entries(groups, state_dict)
         checkpoint.warn_of_conversion(groups, saved_groups)
         checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
         self._finish_step()
@@ -110,7 +110,9 @@ class CheckpointedOptimizer(Optimizer):
         self._forget_plans()  # which have the tensors that are given up
         self._captured_plans = captured
         in_place = bool(captured)
-        state = checkpoint.take_over_state(groups, state_dict, self.state, in_place=in_place)
+        state = checkpoint.take_over_state(
+            entries, state_dict["state"], groups, self.state, in_place=in_place
+        )
         if in_place:
             checkpoint.write_options_into_(self.param_groups, groups)
         self.__setstate__({"state": state, "param_groups": groups})

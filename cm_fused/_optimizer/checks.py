@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, TypeGuard
 
 import torch
@@ -12,14 +12,29 @@ from cm_fused._backends.select import NAMES
 from cm_fused._distributed import is_flattened, is_sharded, partitioner
 from cm_fused._state.making import refused_precision
 
-PRIORITY_SCOPES = ("group", "tensor")
-BUFFER_MEANS = ("capacity", "size")
 BUFFER_DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16),
     *(torch.float8_e4m3fn, torch.int8),
 )
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-LOW_PRECISION_UPDATES = ("nearest", "stochastic", "kahan")
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "priority_scope": ("group", "tensor"),
+    "buffer_mean": ("capacity", "size"),
+    "backend": (None, *NAMES),
+    "buffer_dtype": (None, *BUFFER_DTYPES),
+    "moment_dtype": (None, *MOMENT_DTYPES),
+    "low_precision_update": ("nearest", "stochastic", "kahan"),
+}
+_Rule = tuple[str, Callable[[float], bool]]
+_NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+_NUMBERS: dict[str, _Rule] = {
+    "lr": _NOT_NEGATIVE,
+    "eps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "priority_decay": ("in [0, 1]", lambda x: 0 <= x <= 1),
+}
+# A scheduler may have made these negative.
+_SCHEDULED = dict.fromkeys(("lr", "weight_decay"), ("finite", math.isfinite))
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,19 +42,22 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Configuration files and schedulers give NumPy's scalars, lists, arrays and OmegaConf's lists.
     """
-    plain = {name: _python_number(value) for name, value in options.items()}
+    plain = dict(zip(options, _python_numbers(options.values()), strict=True))
     betas = plain.get("betas")
     if not isinstance(betas, (str, bytes, Mapping, Set)):
         with contextlib.suppress(TypeError):  # a single number, say, which the check refuses
-            plain["betas"] = tuple(map(_python_number, betas))  # type: ignore[arg-type]
+            plain["betas"] = tuple(_python_numbers(betas))  # type: ignore[arg-type]
     return plain
 
 
-def _python_number(value: Any) -> Any:
-    """Return a scalar of NumPy's, which is not imported for it, as Python's; others as they are."""
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        return value.item()
-    return value
+def _python_numbers(values: Iterable[Any]) -> list[Any]:
+    """Return values with Python's numbers for NumPy's scalars; NumPy is not imported for it."""
+    return [
+        value.item()
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+        else value
+        for value in values
+    ]
 
 
 def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> None:
@@ -47,33 +65,25 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
 
     Args:
         options: As `plain_options` returns them.
-        in_training: They are those of a run, where a scheduler may have made the learning rate or
-            the weight decay negative: a checkpoint of what trains can be loaded.
+        in_training: Whether they are those of a run, whose learning rate and weight decay a
+            scheduler may have made negative: a checkpoint of what trains can be loaded.
 
     Raises:
-        ValueError: One is out of its range.
+        ValueError: An option is out of its range.
     """
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        _require(lr.numel() == 1, "Tensor lr must be 1-element", tuple(lr.shape))
-    betas = options["betas"]
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {tuple(lr.shape)!r}")
     _require(isinstance(betas, tuple) and len(betas) == 2, "betas must be a pair of floats", betas)
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
-    for name in ("lr", "eps", "weight_decay"):
-        if in_training and name != "eps":
-            check_number(name, options[name], "finite", math.isfinite)
-        else:
-            check_number(name, options[name], "finite and >= 0", _is_finite_and_not_negative)
-    check_number("priority_decay", options["priority_decay"], "in [0, 1]", lambda x: 0 <= x <= 1)
+    for name, (rule, holds) in (_NUMBERS | _SCHEDULED if in_training else _NUMBERS).items():
+        check_number(name, options[name], rule, holds)
     check_capacity(options["capacity"])
-    _require_choice("priority_scope", options["priority_scope"], PRIORITY_SCOPES)
-    _require_choice("buffer_mean", options["buffer_mean"], BUFFER_MEANS)
-    if options["backend"] is not None:
-        _require_choice("backend", options["backend"], NAMES)
-    _require_choice("buffer_dtype", options["buffer_dtype"], (None, *BUFFER_DTYPES))
-    _require_choice("moment_dtype", options["moment_dtype"], (None, *MOMENT_DTYPES))
-    _require_choice("low_precision_update", options["low_precision_update"], LOW_PRECISION_UPDATES)
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            names = ", ".join(map(repr, choices))
+            raise ValueError(f"{name} must be one of {names}, got {options[name]!r}")
     max_grad_norm = options["max_grad_norm"]
     if max_grad_norm is not None:
         rule = "None or finite and > 0"
@@ -95,10 +105,6 @@ def check_capacity(capacity: object) -> None:
 
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite_and_not_negative(number: float) -> bool:
-    return math.isfinite(number) and number >= 0
 
 
 def check_optimizer_option(
@@ -225,11 +231,8 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
         ValueError: It is not.
     """
     number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-    _require(number and holds(float(value)), f"{name} must be {rule}", value)  # type: ignore[arg-type]
-
-
-def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    _require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}", value)
+    if not (number and holds(float(value))):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
 def check_capturable(params: list[Tensor]) -> None:

@@ -1,18 +1,123 @@
-"""Gradients under a closure that is called twice, which may find some and add to them."""
+"""The two calls of a closure, which must zero the gradients that it finds."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from cm_fused._backends.capture import is_capturing
 from cm_fused._distributed import local
+from cm_fused._optimizer.ascent import count_nonzero
+
+_ACCUMULATES = (
+    "closure must zero the gradients before it adds to them, as SAM.step calls it twice, at other "
+    "parameters; got one that adds to the gradients it finds, or computes none. To accumulate, let "
+    "the closure zero the gradients and then run the backward passes of all micro-batches; or run "
+    "these, call first_step(zero_grad=True), run them again, call second_step(zero_grad=True). The "
+    "parameters are what they were, the gradients are reset"
+)
+
+
+class TwoCalls:
+    """The two calls of a step's closure.
+
+    Attributes:
+        zeroes: Whether the closure of the last step that found gradients zeroed them.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], float],
+        params: list[Tensor],
+        total: Callable[[Tensor], Tensor],
+        zeroes: bool,
+    ) -> None:
+        """Make no call.
+
+        Args:
+            closure: Computes the loss and the gradients.
+            params: All parameters of the optimizer.
+            total: Returns the sum of a value over the processes of the parameters.
+            zeroes: As the attribute, before this step.
+        """
+        self.zeroes = zeroes
+        self._closure, self._params, self._total = closure, params, total
+        self._found_any = False
+        # The parameters whose gradients the first call did not replace.
+        self._reused: list[Tensor] = []
+        # Whether a closure that does not zero the gradients would be wrong.
+        self._must_zero = False
+
+    def first(self) -> float:
+        """Call the closure, and find out what it does with the gradients that it finds."""
+        found = Found(self._params)
+        self._found_any = bool(found)
+        # All gradients are read to count them, which a closure that zeroed the last ones is
+        # spared. A CUDA graph captures no check: the steps before have made it.
+        known = not found or self.zeroes or self._is_captured()
+        nonzero = None if known else count_nonzero(self._params)
+        with torch.enable_grad():
+            loss = self._closure()
+        self._reused = found.reused()
+        if self._reused and not self._is_captured():
+            self._must_zero = nonzero is None or bool(self._total(nonzero).item())
+        return loss
+
+    def second(self) -> None:
+        """Call the closure again, on gradients of zero.
+
+        Raises:
+            RuntimeError: It does not zero gradients, and has to. The gradients are reset then.
+        """
+        reset(self._params, self._reused)
+        if self._must_zero:
+            self._call_marked()
+        else:
+            with torch.enable_grad():
+                self._closure()
+        if self._found_any and not self._reused:
+            self.zeroes = True
+
+    def _call_marked(self) -> None:
+        """Call the closure on marked gradients, which show whether it adds to them."""
+        # One parameter shows whether a closure that zeroed all of them still does.
+        filled = [param for param in self._reused if param.numel()]
+        marked = filled[:1] if self.zeroes else filled
+        self.zeroes = False
+        try:
+            with Marks(marked) as marks, torch.enable_grad():
+                self._closure()
+            if self._adds(marks):
+                raise RuntimeError(_ACCUMULATES)
+        except BaseException:
+            reset(self._params, self._reused)  # no mark stays
+            raise
+        self.zeroes = True
+
+    def _adds(self, marks: "Marks") -> bool:
+        """Return whether the closure has added to marked gradients; may call it once more."""
+        unsure = marks.unsure()
+        flags = any_of(marks.added_to()), any_of(are_nan(unsure))
+        added, is_unsure = self._total(torch.stack([flag.cpu() for flag in flags])).tolist()
+        if added or not is_unsure:
+            return bool(added)
+        # NaN may be the mark or the closure's own gradient, which is NaN again without a mark.
+        reset(self._params, self._reused)
+        with torch.enable_grad():
+            self._closure()
+        finite = any_of([~flag for flag in are_nan(unsure)])
+        return bool(self._total(finite).item())
+
+    def _is_captured(self) -> bool:
+        return any(map(is_capturing, {param.device for param in self._params}))
 
 
 class Found:
     """The gradients that a closure is about to find.
 
-    They are not kept alive: their memory is free once the closure has dropped them.
+    They are referred to weakly: their memory is free once the closure has dropped them.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
@@ -23,10 +128,10 @@ class Found:
     def __bool__(self) -> bool:
         return bool(self._refs)
 
-    def kept(self) -> list[Tensor]:
+    def reused(self) -> list[Tensor]:
         """Return the parameters whose gradients have not been replaced since.
 
-        A gradient with a graph counts as kept: `backward(create_graph=True)` adds out of place.
+        A gradient with a graph counts as reused: `backward(create_graph=True)` adds out of place.
         """
         return [
             param
@@ -36,19 +141,18 @@ class Found:
 
 
 @torch.no_grad()
-def reset(params: list[Tensor], kept: list[Tensor]) -> None:
+def reset(params: list[Tensor], in_place: list[Tensor]) -> None:
     """Reset the gradients of parameters.
 
     Args:
-        params: All of them.
-        kept: Those whose gradients stay the tensors that they are, filled with zeros. The others'
-            become None.
+        params: All parameters.
+        in_place: Those whose gradients are filled with zeros. The others' become None.
     """
-    in_place = set(map(id, kept))
+    filled = set(map(id, in_place))
     for param in params:
-        if id(param) not in in_place:
+        if id(param) not in filled:
             param.grad = None
-    grads = [_local(param.grad) for param in kept if param.grad is not None]
+    grads = [_local_grad(param) for param in in_place if param.grad is not None]
     if grads:
         torch._foreach_zero_(grads)
 
@@ -63,7 +167,7 @@ class Marks:
     it adds to a gradient: the mark is gone by then if the closure zeroes. Autograd does not add
     where FSDP2 does, or where a closure replays a graph or copies gradients; these are `unsure`.
 
-    A context around the call of the closure.
+    This is a context around the call of the closure.
 
     Args:
         params: Parameters with gradients, which are changed.
@@ -73,8 +177,8 @@ class Marks:
         # Nothing can be added to the elements of an empty gradient.
         self._params = [param for param in params if _local_grad(param).numel()]
         self._grads = [param.grad for param in self._params]
-        # By place in `_params`, bool (): whether the mark was there when a backward pass got to the
-        # parameter, and before every addition so far; None where the gradient was replaced.
+        # By index in `_params`, bool (): whether the mark was there when a backward pass reached
+        # the parameter, and before every addition so far; None where the gradient was replaced.
         self._reached: dict[int, Tensor | None] = {}
         self._seen: dict[int, Tensor | None] = {}
         self._hooks = []
@@ -139,15 +243,11 @@ def any_of(flags: list[Tensor]) -> Tensor:
     return torch.stack([flag.to(here, torch.float64) for flag in flags]).amax()
 
 
-def _local(grad: Tensor) -> Tensor:
-    return local(grad.detach())
-
-
 def _local_grad(param: Tensor) -> Tensor:
     assert param.grad is not None
-    return _local(param.grad)
+    return local(param.grad.detach())
 
 
 def _first_element(param: Tensor) -> Tensor:
-    held = _local_grad(param)
-    return held[(0,) * held.ndim]
+    grad = _local_grad(param)
+    return grad[(0,) * grad.ndim]

@@ -1,9 +1,8 @@
 """The form of state dicts: what is saved, and what is checked before an optimizer changes."""
 
 import copy
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from itertools import chain
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch.optim.optimizer import Optimizer, StateDict
 from torch.utils._pytree import tree_map_only
 
 from cm_fused._optimizer.checks import check_options, plain_options
-from cm_fused._state.loading import loaded_param_state, loaded_state_of, write_into
+from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
-from cm_fused._state.table import KEYS, UNSAVED_KEYS, State
+from cm_fused._state.table import KEYS, UNSAVED_KEYS, State, required_keys
 from cm_fused._warnings import warn
 
 FLOAT8 = torch.float8_e4m3fn
@@ -30,6 +29,8 @@ ADAM_OPTIONS = (
     *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad"),
     *("maximize", "capturable"),
 )
+# Types whose values need no copies.
+_IMMUTABLE = (bool, int, float, str, type(None))
 
 
 def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -141,7 +142,7 @@ def loaded_groups(
                 f"{len(saved['params'])}"
             )
         options = {
-            name: copied(value, group["params"])
+            name: value if type(value) in _IMMUTABLE else copied(value, group["params"])
             for name, value in saved.items()
             if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
         }
@@ -157,32 +158,48 @@ def loaded_groups(
     return loaded
 
 
-def check_state(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """Check that the state of a state dict fits the parameters of `groups`; allocates nothing.
+def checked_entries(
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> dict[Any, Entry | None]:
+    """Return each index of a state dict's state with its parameter's entry, None for no parameter.
+
+    Makes no state.
+
+    Args:
+        groups: The param groups with the loaded options.
+        state_dict: What `check_form` has passed; not changed.
 
     Raises:
         ValueError: The state of a parameter does not fit it.
     """
-    for index, param, saved, group in _states_with_owners(groups, state_dict):
-        if param is not None:
-            where = f"parameter {index}"
-            shapes = {key: _on_meta(value) for key, value in saved.items()}
-            loaded_param_state(where, _on_meta(param), shapes, group)
-            _check_step(where, saved.get("step", 0))
-
-
-def _check_step(where: str, step: Any) -> None:
-    try:
-        count = float(step)
-    except RuntimeError:  # a tensor without values, of an estimate of a run's memory
-        return
-    if not 0 <= count < math.inf:
-        raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
+    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    members = [
+        (param, group, keys)
+        for group, keys in zip(groups, map(required_keys, groups), strict=True)
+        for param in group["params"]
+    ]
+    owners = dict(zip(indices, members, strict=True))
+    entries: dict[Any, Entry | None] = dict.fromkeys(state_dict["state"])
+    for index, saved in state_dict["state"].items():
+        if index not in owners:
+            continue
+        param, group, keys = owners[index]
+        # torch reads a flattened state dict with an empty dict for each key of the optimizer's own
+        # state that was not saved.
+        saved = {
+            key: value
+            for key, value in saved.items()
+            if not (isinstance(value, dict) and not value and key in KEYS)
+        }
+        entries[index] = entry = Entry(f"parameter {index}", param, saved, group, keys)
+        check_entry(entry)
+    return entries
 
 
 def take_over_state(
+    entries: Mapping[Any, Entry | None],
+    saved: Mapping[Any, Any],
     groups: list[dict[str, Any]],
-    state_dict: Mapping[str, Any],
     own: MutableMapping[Any, State],
     *,
     in_place: bool,
@@ -193,8 +210,9 @@ def take_over_state(
     replaces is given up parameter by parameter. Entries that belong to no parameter are copied.
 
     Args:
+        entries: What `checked_entries` returned.
+        saved: The state of the state dict; not changed.
         groups: The param groups.
-        state_dict: What `check_state` has passed; not changed.
         own: The optimizer's state. Its parameters are removed as theirs are loaded; after an error,
             which only an allocation can raise, it has what was loaded.
         in_place: Write into the optimizer's tensors where there are such, for a captured CUDA
@@ -202,47 +220,40 @@ def take_over_state(
     """
     state: dict[Any, State] = defaultdict(dict)
     params = list(chain.from_iterable(group["params"] for group in groups))
-    entries = _states_with_owners(groups, state_dict)
-    if in_place:
-        entries = chain(entries, _states_left(groups, own))
     try:
-        for index, param, saved, group in entries:
-            if param is None:
-                state[index] = copied(saved, params)
+        for index, entry in entries.items():
+            if entry is None:
+                state[index] = copied(saved[index], params)
                 continue
-            new = loaded_state_of(f"parameter {index}", param, saved, group)
+            new = loaded_state_of(entry)
             for key, value in new.items():
-                if value is saved.get(key):
+                if value is entry.saved.get(key):
                     new[key] = copied(value, params)
             if in_place:
-                new = _written_into(own.get(param, {}), new, param, group)
-            state[param] = new
-            own.pop(param, None)
+                new = _written_into(own.get(entry.param, {}), new, entry.param, entry.group)
+            state[entry.param] = new
+            own.pop(entry.param, None)
+        if in_place:
+            # The graph has state that the state dict does not have.
+            for group in groups:
+                for param in filter(own.__contains__, group["params"]):
+                    state[param] = _written_into(own[param], {}, param, group)
+                    own.pop(param)
     except BaseException:
         own.update(state)
         raise
     return state
 
 
-def _states_left(
-    groups: list[dict[str, Any]], own: Mapping[Any, State]
-) -> Iterator[tuple[Any, Tensor | None, Any, dict[str, Any]]]:
-    """Yield an empty entry for each parameter that still has a state, as `_states_with_owners`."""
-    for group in groups:
-        for param in group["params"]:
-            if param in own:
-                yield None, param, {}, group
+def _written_into(old: State, new: State, param: Tensor, group: Mapping[str, Any]) -> State:
+    """Return a loaded state in the tensors that a captured graph goes on using.
 
-
-def _written_into(old: State, new: State, param: Tensor, group: dict[str, Any]) -> State:
-    """Return a loaded state in the tensors that a captured graph goes on with.
-
-    What the graph has and a state dict need not have starts anew with what was loaded: no commit
-    is pending, and the running sum is that of the loaded slots.
+    State that the graph has and the state dict does not have starts anew with what was loaded: no
+    commit is pending, and the running sum is that of the loaded slots.
 
     Args:
         old: The parameter's state. Its tensors are changed.
-        new: What was loaded.
+        new: The loaded state.
         param: The parameter.
         group: The options of its group.
     """
@@ -269,38 +280,6 @@ def copied(value: Any, params: Iterable[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     return copy.deepcopy(value, {id(param): param for param in params})
-
-
-def _states_with_owners(
-    groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
-) -> Iterator[tuple[Any, Tensor | None, Any, dict[str, Any]]]:
-    """Yield each entry's index, its parameter or None, the entry, and the parameter's group."""
-    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    members = [(param, group) for group in groups for param in group["params"]]
-    owners = dict(zip(indices, members, strict=True))
-    for index, saved in state_dict["state"].items():
-        param, group = owners.get(index, (None, {}))
-        yield index, param, saved if param is None else _without_placeholders(saved), group
-
-
-def _without_placeholders(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved state without the empty dicts that stand for tensors that were not saved.
-
-    torch puts them there when it reads a flattened state dict: one for each key of the optimizer's
-    own state that the state dict does not have.
-    """
-    return {
-        key: value
-        for key, value in saved.items()
-        if not (key in KEYS and isinstance(value, dict) and not value)
-    }
-
-
-def _on_meta(value: Any) -> Any:
-    """Return a tensor without its values, whole, and any other value as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:

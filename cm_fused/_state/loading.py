@@ -1,58 +1,186 @@
 """Loading one parameter's state: checked, converted in precision, placed as the parameter is."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cm_fused._distributed import is_sharded, local, local_as
 from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
-from cm_fused._state.table import LEADING, SCALES, State, required_keys
-from cm_fused.rounding import LARGEST, as_flat, flat_as, quantize, quantize_moment, sum_slots
+from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, Shape, State
+from cm_fused.rounding import (
+    LARGEST,
+    as_flat,
+    flat_as,
+    num_blocks,
+    quantize,
+    quantize_moment,
+    sum_slots,
+)
 
-# Keys that are loaded where the state dict has them, whatever the options.
-OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
-BUFFER_KEYS = ("critical_buffer", "priorities")
+# Keys that are loaded where the state dict has them, whatever the options; scales come with them.
+_LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
+_NEEDED = ("step", "exp_avg", "exp_avg_sq")
+_BUFFER_KEYS = ("critical_buffer", "priorities")
 
 
-def loaded_state_of(
-    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]
-) -> State:
-    """Return what `loaded_param_state` does, for a parameter that may be a DTensor.
+class Entry(NamedTuple):
+    """A parameter's entry of a state dict.
 
-    What is saved may be whole, or be placed otherwise.
+    Attributes:
+        where: Names the parameter, for messages.
+        param: The parameter.
+        saved: The entry; not changed.
+        group: The options of the parameter's group.
+        keys: The state keys that every backend needs under these options.
     """
+
+    where: str
+    param: Tensor
+    saved: Mapping[str, Any]
+    group: Mapping[str, Any]
+    keys: tuple[str, ...]
+
+
+def check_entry(entry: Entry) -> None:
+    """Check that an entry fits its parameter and its group's options; makes no state.
+
+    Raises:
+        ValueError: A tensor is missing or does not fit the parameter or the capacity.
+    """
+    where, param, saved, group, _ = entry
+    if not saved:
+        return
+    values = _loaded_values(entry)
+    for key in _NEEDED:
+        if key not in values:
+            raise ValueError(f"the state of {where} must have {key!r}, got {sorted(saved)}")
+    if len(values.keys() & _BUFFER_KEYS) == 1:
+        raise ValueError(
+            f"the state of {where} must have both of {_BUFFER_KEYS} or neither, got {sorted(saved)}"
+        )
+    shapes = _shapes(param, group["capacity"])
+    for key, value in values.items():
+        expected = shapes[ROWS[key].shape]
+        if key == "compensation" and param.dtype not in (torch.bfloat16, torch.float16):
+            expected = (0,)
+        if value.shape != expected and not (key == "step" and value.numel() == 1):
+            raise ValueError(
+                f"{key!r} in the state of {where} must have shape {expected} (capacity "
+                f"{group['capacity']}), got {tuple(value.shape)}"
+            )
+        if key in SCALES and value.dtype in LARGEST:
+            _check_scales(entry, SCALES[key], shapes)
+    try:
+        # Of no state, which leaves the checks of the parameter and its options.
+        missing_state(local(param), {}, (), group)
+    except RuntimeError as error:
+        raise ValueError(f"the state of {where} does not fit it: {error}") from error
+    _check_step(where, values["step"])
+
+
+def _loaded_values(entry: Entry) -> dict[str, Tensor]:
+    """Return the tensors of an entry that are loaded; numbers become tensors.
+
+    In one order in every process: whoever gathers state goes through it key by key.
+    """
+    return {
+        key: value if isinstance(value, Tensor) else _as_tensor(entry.where, key, value)
+        for key, value in entry.saved.items()
+        if key in _LOADED
+    }
+
+
+def _as_tensor(where: str, key: str, value: Any) -> Tensor:
+    try:
+        # The default dtype may be too short for a count of steps.
+        dtype = torch.float64 if isinstance(value, float) else None
+        return torch.tensor(value, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"
+        ) from error
+
+
+def _shapes(param: Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
+    """Return the shapes of a parameter's state tensors."""
+    shape, blocks = tuple(param.shape), num_blocks(param.numel())
+    return {
+        Shape.PARAM: shape,
+        Shape.SLOTS: (capacity, *shape),
+        Shape.SCALES: (blocks,),
+        Shape.SLOT_SCALES: (capacity, blocks),
+        Shape.KEYS: (capacity,),
+        Shape.SCALAR: (),
+    }
+
+
+def _check_scales(entry: Entry, key: str, shapes: Mapping[Shape, tuple[int, ...]]) -> None:
+    found, expected = _scales(entry, key), shapes[ROWS[key].shape]
+    if found is None or found.shape != expected:
+        raise ValueError(
+            f"{key!r} in the state of {entry.where} must have shape {expected}, got "
+            f"{None if found is None else tuple(found.shape)}"
+        )
+
+
+def _scales(entry: Entry, key: str) -> Tensor | None:
+    found = entry.saved.get(key)
+    return found if found is None or isinstance(found, Tensor) else _as_tensor(entry[0], key, found)
+
+
+def _check_step(where: str, step: Tensor) -> None:
+    try:
+        count = float(step)
+    except RuntimeError:  # a tensor without values, of an estimate of a run's memory
+        return
+    if not 0 <= count < torch.inf:
+        raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
+
+
+def loaded_state_of(entry: Entry) -> State:
+    """Return a parameter's state as new tensors with the values of a checked entry.
+
+    The tensors are placed as the parameter is, which may be a DTensor; those of the entry may be
+    full or placed otherwise. State keeps its own dtypes whatever the parameter's. An Adam state
+    without a buffer gets an empty one. Entries of unknown keys are returned as they are.
+    """
+    param, saved = entry.param, entry.saved
+    if not saved:
+        return {}
     if is_sharded(param):
         saved = _without_scales(saved)
-    held = {
-        key: local_as(value, param, LEADING[key]) if key in LEADING else value
-        for key, value in saved.items()
-    }
-    return placed_as(param, loaded_param_state(where, local(param), held, group))
+    if is_sharded(param) or any(map(is_sharded, saved.values())):
+        saved = {
+            key: local_as(value, param, LEADING[key]) if key in LEADING else value
+            for key, value in saved.items()
+        }
+    return placed_as(param, _loaded_state(entry._replace(param=local(param), saved=saved)))
 
 
 def write_into(own: Any, value: Any) -> Any:
-    """Return `own` with the value of another tensor, or the other where they are not alike.
+    """Return `own` with the value of another tensor, or the other where the two differ in form.
 
     Args:
-        own: What the optimizer has. Changed where both are tensors that are alike.
-        value: What was loaded.
+        own: An entry of the optimizer's state. Changed where both are tensors of the same shape,
+            dtype, device and strides.
+        value: The loaded one.
     """
     if not (isinstance(own, Tensor) and isinstance(value, Tensor)):
         return value
     if is_sharded(own) != is_sharded(value) or own.shape != value.shape:
         return value
-    held, new = local(own), local(value)
-    alike = (held.dtype, held.device, held.stride()) == (new.dtype, new.device, new.stride())
-    if not alike or held.shape != new.shape:
+    target, source = local(own), local(value)
+    forms = [(each.shape, each.dtype, each.device, each.stride()) for each in (target, source)]
+    if forms[0] != forms[1]:
         return value
-    held.copy_(new)
+    target.copy_(source)
     return own
 
 
 def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a saved state with values in place of whole tensors' codes, which cannot be cut."""
+    """Return a saved state with values instead of full tensors' codes, which cannot be sharded."""
     values = dict(saved)
     for key, scales in SCALES.items():
         stored = saved.get(key)
@@ -64,123 +192,66 @@ def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def loaded_param_state(
-    where: str, param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]
-) -> State:
-    """Return a parameter's state as new tensors holding the values of a saved one.
-
-    Keeps the state's own dtypes whatever the parameter's, accepts a number for `step`, an Adam
-    state without a buffer, and returns what it does not know as it is.
-
-    Args:
-        where: Names the parameter, for messages.
-        param: The parameter.
-        saved: Its entry of a state dict's "state"; not changed.
-        group: The options of its group.
-
-    Raises:
-        ValueError: A tensor is missing or does not fit the parameter or the capacity.
-    """
-    if not saved:
-        return {}
-    capacity = group["capacity"]
-    loadable = {*required_keys(group), *OPTIONAL_KEYS}.difference(SCALES.values())
-    # In one order in every process: whoever gathers state goes through it key by key.
-    known = dict.fromkeys(key for key in saved if key in loadable)
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        if key not in known:
-            raise ValueError(f"the state of {where} must have {key!r}, got {sorted(saved)}")
-    if len(known.keys() & BUFFER_KEYS) == 1:
-        raise ValueError(
-            f"the state of {where} must have both of {BUFFER_KEYS} or neither, got {sorted(saved)}"
-        )
-    slots = (capacity,)
-    shapes = {key: (*slots[:n], *param.shape) for key, n in LEADING.items()}
-    shapes |= {"priorities": slots}
-    not_copied = {*known, *SCALES.values()}
+def _loaded_state(entry: Entry) -> State:
+    """Return what `loaded_state_of` does, for local tensors."""
+    _, param, saved, group, keys = entry
+    values = _loaded_values(entry)
+    not_copied = {*values, *SCALES.values()}
     state = {key: value for key, value in saved.items() if key not in not_copied}
-    for key in known:
-        value = _as_tensor(where, key, saved[key])
-        if key == "step":
-            value = value.reshape(()) if value.numel() == 1 else value
+    for key, value in values.items():
         new = new_tensor(key, param, {}, group)
-        expected = tuple(new.shape) if key == "compensation" else shapes.get(key, ())
-        if tuple(value.shape) != expected:
-            raise ValueError(
-                f"{key!r} in the state of {where} must have shape {expected} (capacity "
-                f"{capacity}), got {tuple(value.shape)}"
-            )
         if key in SCALES:
-            state |= _loaded_in_precision(where, key, saved, new, param, group)
+            state |= _loaded_in_precision(entry, key, value, new)
         else:
-            state[key] = new.copy_(value)
-    if "critical_sum" in known and saved["critical_buffer"].dtype != state["critical_buffer"].dtype:
-        _follow_slots_(state, saved["critical_buffer"])
-    try:
-        return state | missing_state(param, state, required_keys(group), group)
-    except RuntimeError as error:
-        raise ValueError(f"the state of {where} does not fit it: {error}") from error
-
-
-def _as_tensor(where: str, key: str, value: Any) -> Tensor:
-    try:
-        if isinstance(value, Tensor):
-            return value
-        # The default dtype may be too short for a count of steps.
-        dtype = torch.float64 if isinstance(value, float) else None
-        return torch.tensor(value, dtype=dtype, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"
-        ) from error
+            state[key] = new.copy_(value.reshape(new.shape))
+    if "critical_sum" in state and "critical_buffer" in state:
+        _follow_slots_(state, values["critical_buffer"])
+    if not state.keys() >= set(keys):
+        state |= missing_state(param, state, keys, group)
+    return state
 
 
 def _follow_slots_(state: State, saved_slots: Tensor) -> None:
-    """Sum the slots anew where they are not the values that were saved but rounded otherwise."""
+    """Sum the slots anew where converting them has changed their values."""
+    if saved_slots.dtype == state["critical_buffer"].dtype:
+        return
     slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
     same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
     critical_sum.copy_(torch.where(same, critical_sum, sum_slots(slots)))
 
 
-def _loaded_in_precision(
-    where: str,
-    key: str,
-    saved: Mapping[str, Any],
-    new: Tensor,
-    param: Tensor,
-    group: Mapping[str, Any],
-) -> State:
-    """Return a tensor of `SCALES` and its scales, if any, as a group's options have them.
+def _loaded_in_precision(entry: Entry, key: str, value: Tensor, new: Tensor) -> State:
+    """Return a tensor of `SCALES` and its scales, if any, in the precision of a group's options.
 
-    What is saved in the same precision is copied; else it is rounded to nearest.
+    A value of the same precision is copied. Any other is rounded to nearest.
 
-    Raises:
-        ValueError: What is saved has no scales where its dtype needs them, or does not fit them.
+    Args:
+        entry: The entry, of local tensors.
+        key: A key of `SCALES`.
+        value: The saved tensor.
+        new: A new tensor of the state; changed.
     """
-    value, scales_key = _as_tensor(where, key, saved[key]), SCALES[key]
-    leading = value.ndim - param.ndim
-    scales = new_tensor(scales_key, param, {}, group)
-    if value.dtype in LARGEST:
-        found = saved.get(scales_key)
-        found = None if found is None else _as_tensor(where, scales_key, found)
-        if found is None or found.shape != scales.shape:
-            raise ValueError(
-                f"{scales_key!r} in the state of {where} must have shape {tuple(scales.shape)}, "
-                f"got {None if found is None else tuple(found.shape)}"
-            )
-        same_order = value.numel() == 0 or value.stride() == new.stride()
-        if value.dtype == new.dtype and same_order:
-            return {key: new.copy_(value), scales_key: scales.copy_(found)}
-    elif new.dtype not in LARGEST:
+    if value.dtype not in LARGEST and new.dtype not in LARGEST:
         return {key: new.copy_(value)}
-    order = new[0] if leading else new
-    values = dequantized({**saved, key: value}, key).to(new.device, torch.float32)
-    if key == "critical_buffer":
-        flat = torch.stack([flat_as(slot, order) for slot in values])
-        stored, new_scales = quantize(flat, new.dtype)
-    elif new.dtype in LARGEST:
-        stored, new_scales = quantize_moment(flat_as(values, order), None, signed=key == "exp_avg")
+    leading, scales_key = LEADING[key], SCALES[key]
+    saved = {key: value, scales_key: _scales(entry, scales_key)}
+    same_order = value.numel() == 0 or value.stride() == new.stride()
+    if value.dtype == new.dtype and same_order:
+        new.copy_(value)
+        new_scales = saved[scales_key]
     else:
-        stored, new_scales = flat_as(values, order).to(new.dtype), None
-    as_flat(new, leading).copy_(stored)
-    return {key: new} if new_scales is None else {key: new, scales_key: scales.copy_(new_scales)}
+        order = new[0] if leading else new
+        values = dequantized(saved, key).to(new.device, torch.float32)
+        if leading:
+            flat = torch.stack([flat_as(slot, order) for slot in values])
+            stored, new_scales = quantize(flat, new.dtype)
+        elif new.dtype in LARGEST:
+            flat = flat_as(values, order)
+            stored, new_scales = quantize_moment(flat, None, signed=key == "exp_avg")
+        else:
+            stored, new_scales = flat_as(values, order).to(new.dtype), None
+        as_flat(new, leading).copy_(stored)
+    if new_scales is None:
+        return {key: new}
+    scales = new_tensor(scales_key, entry.param, {}, entry.group)
+    return {key: new, scales_key: scales.copy_(new_scales)}

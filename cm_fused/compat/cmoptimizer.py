@@ -35,7 +35,7 @@ from cm_fused._distributed import Processes, is_sharded, local_grad
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import check_number
 from cm_fused._optimizer.norms import sq_norms_of_buckets
-from cm_fused._optimizer.plan import Member, Plan, view_as_real_
+from cm_fused._optimizer.plan import Groups, Member, Plan, view_as_real_
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
@@ -60,17 +60,17 @@ class _ResearchAdam(CriticalAdam):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        decay: float,
-        kappa: float,
-        topC: int,  # noqa: N803
-        weight_decay: float,
-        amsgrad: bool,
-        critical_test: float,
-        synced: bool,
-        buffer_dtype: torch.dtype | None,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay: float = 0.7,
+        kappa: float = 1.0,
+        topC: int = 5,  # noqa: N803
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        critical_test: float = 0.0,
+        synced: bool = True,
+        buffer_dtype: torch.dtype | None = None,
     ) -> None:
         _check(kappa, critical_test)
         groups: Any = params
@@ -139,14 +139,14 @@ class _ResearchAdam(CriticalAdam):
             if id(param) not in started
         }
 
-    def _run_buckets(self, plan: Plan, among: Processes | None) -> None:
-        if any(map(self._first_timers, self.param_groups)):
-            self._check(self.param_groups, None)
+    def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
+        if groups is self.param_groups and any(map(self._first_timers, groups)):
+            self._check(groups, None)
         # What is prepared here is little, and undone where it or the steps fail.
         made: list[tuple[Tensor, Iterable[str]]] = []
         try:
             with Undo([]) as undo:
-                self._prepare_(plan, undo, made)
+                self._prepare_(plan, groups, undo, made)
                 # Which slot changes is chosen now.
                 with Undo(plan.eager_buckets()):
                     plan.run_()
@@ -155,16 +155,19 @@ class _ResearchAdam(CriticalAdam):
                 self._drop_state(param, keys)
             raise
 
-    def _prepare_(self, plan: Plan, undo: Undo, made: list[tuple[Tensor, Iterable[str]]]) -> None:
+    def _prepare_(
+        self, plan: Plan, groups: Groups, undo: Undo, made: list[tuple[Tensor, Iterable[str]]]
+    ) -> None:
         """Choose slots by chance and take first steps; give the buckets their options and norms.
 
         Args:
             plan: The plan of the step.
+            groups: The param groups, or one with a parameter that is stepped alone.
             undo: Keeps what is changed.
             made: The parameters whose state is made are added, with its keys.
         """
         plan.options = None
-        for index, group in enumerate(self.param_groups):
+        for index, group in enumerate(groups):
             grad_factor, found_inf = plan.scalars[index] if plan.scalars else (None, None)
             options = step_options(group)._replace(
                 l2_in_aggregate=self._critical_gradients,
@@ -192,7 +195,7 @@ class _ResearchAdam(CriticalAdam):
                     )
             for param, key in zip(first, keys, strict=True):
                 undo.keep(param)
-                self._store_first_(index, param, options, key, made)
+                self._store_first_(group, param, options, key, made)
 
     def _first_timers(self, group: dict[str, Any]) -> list[Tensor]:
         if not self._stores_first(group):
@@ -251,16 +254,15 @@ class _ResearchAdam(CriticalAdam):
 
     def _store_first_(
         self,
-        index: int,
+        group: dict[str, Any],
         param: Tensor,
         options: StepOptions,
         key: Tensor,
         made: list[tuple[Tensor, Iterable[str]]],
     ) -> None:
         """Take a parameter's first step: its gradient goes into the buffer."""
-        group = self.param_groups[index]
-        member = Member(index, select(group["backend"], param.device), [param], [0])
-        made += self._make_state([member], self.param_groups)
+        member = Member(0, select(group["backend"], param.device), [param], [0])
+        made += self._make_state([member], [group])
         bucket = self._bucket(member, group)
         view_as_real_([bucket])
         grad = local_grad(param)
@@ -329,38 +331,8 @@ class Adam_CM(_ResearchAdam):  # noqa: N801
 
     _critical_gradients = False
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        decay: float = 0.7,
-        kappa: float = 1.0,
-        topC: int = 5,  # noqa: N803
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        critical_test: float = 0.0,
-        synced: bool = True,
-        buffer_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            decay,
-            kappa,
-            topC,
-            weight_decay,
-            amsgrad,
-            critical_test,
-            synced,
-            buffer_dtype,
-        )
 
-
-class Adam_C(_ResearchAdam):  # noqa: N801
+class Adam_C(_ResearchAdam, defaults={"topC": 10}):  # noqa: N801
     """The research package's Adam with critical gradients, step by step.
 
     Source: `cmoptimizer.Adam_C`. The arguments are `Adam_CM`'s, but for `weight_decay`, an L2 term
@@ -368,33 +340,3 @@ class Adam_C(_ResearchAdam):  # noqa: N801
     """
 
     _critical_gradients = True
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        decay: float = 0.7,
-        kappa: float = 1.0,
-        topC: int = 10,  # noqa: N803
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        critical_test: float = 0.0,
-        synced: bool = True,
-        buffer_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            decay,
-            kappa,
-            topC,
-            weight_decay,
-            amsgrad,
-            critical_test,
-            synced,
-            buffer_dtype,
-        )
