@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
-from bench import bytes as byte_model
-from bench.bytes import Bytes
-from bench.workloads import Shapes
-from cm_fused import AdamCG, AdamCM, reference
-from cm_fused._bucket import Bucket, step_options
-from cm_fused._state import making as _state
+from bench.speed import bytes as byte_model
+from bench.speed.bytes import Bytes
+from bench.speed.workloads import Shapes
+from cm_fused import AdamCG, AdamCM
 
 _DRAWN = 2**20
 _STEPS_BEFORE_CAPTURE = 3
@@ -194,21 +192,11 @@ def _priorities(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _compiled(capacity: int, params: list[Parameter], regime: Regime) -> Contestant:
-    optimizer = AdamCM(
-        params, capacity=capacity, priority_decay=regime.priority_decay, backend="eager"
-    )
-    optimizer.step()
-    (group,) = optimizer.param_groups
-    options = step_options(group)
-    bucket = Bucket(
-        [param.detach() for param in params],
-        [param.grad for param in params if param.grad is not None],
-        **_state.lists([optimizer.state[p] for p in params], _state.required_keys(group)),
-    )
+    eager = _critical(AdamCM, capacity, "eager", params, regime)
     # What was compiled for another workload would make this one's shapes dynamic.
     torch.compiler.reset()
-    step_ = torch.compile(reference.adam_cm_, fullgraph=True, dynamic=False)
-    return Contestant(lambda: step_(bucket, options), bucket.priorities)
+    step = torch.compile(eager.step, fullgraph=True, dynamic=False)
+    return Contestant(step, eager.priorities)
 
 
 def _regimes(device: str) -> tuple[Regime, ...]:
@@ -302,7 +290,7 @@ _EAGER = Provider(
 )
 _COMPILED = Provider(
     "AdamCM C=5 compiled",
-    "torch.compile(cm_fused.reference.adam_cm_, fullgraph=True), capacity 5",
+    "torch.compile of the step of cm_fused.AdamCM(capacity=5, backend='eager')",
     partial(_compiled, 5),
     partial(byte_model.compiled, 5),
     (REPLACING,),

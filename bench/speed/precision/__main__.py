@@ -1,4 +1,4 @@
-"""Train and time every precision of the state: ``python -m bench.precision``."""
+"""Train and time every precision of the state: ``python -m bench.speed.precision``."""
 
 import argparse
 import json
@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import machine
-from bench.precision import report
-from bench.precision.setups import TASKS
-from bench.precision.timing import measure
-from bench.precision.train import Run, train
+from bench import machine, markdown
+from bench.speed.precision import report
+from bench.speed.precision.setups import TASKS
+from bench.speed.precision.timing import measure
+from bench.speed.precision.train import Run, train
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.precision", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.precision", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each precision, >= 2")
     parser.add_argument("--steps", type=int, help="instead of each task's own number")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (parsed.out / "table.md").write_text(table + "\n")
     print(table)
     if parsed.readme is not None:
-        report.update_readme(parsed.readme, table)
+        markdown.replace_section(parsed.readme, "precision", table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and what a step needs besides: `python -m bench.memory [RESULTS.json]`.
+"""What an optimizer keeps, and what a step needs besides: `python -m bench.speed.memory`.
 
 On the CPU each figure comes from a process of its own, since a process's peak never falls. Given a
 results file, the figures are written into it.
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bench import cuda, machine
-from bench.providers import BACKENDS
-from bench.workloads import LARGE
+from bench import machine
+from bench.speed import cuda
+from bench.speed.providers import BACKENDS
+from bench.speed.workloads import LARGE
 from cm_fused import AdamCM
 
 _CAPACITIES = (5, 20)
 _ELEMENTS = LARGE.numel
-# Once a step of these is through, its threads and the library's tables are there.
+# After these steps its threads and the library's tables are there.
 _WARM_UP = 3
 _STEPS = 3
 
@@ -65,7 +66,7 @@ def measure(device: str, elements: int = _ELEMENTS) -> list[dict[str, float]]:
         return [_measure_here(capacity, elements, device) for capacity in _CAPACITIES]
     results = []
     for capacity in _CAPACITIES:
-        command = [sys.executable, "-m", "bench.memory", "--device", "cpu"]
+        command = [sys.executable, "-m", "bench.speed.memory", "--device", "cpu"]
         command += ["--here", str(capacity), str(elements)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         results.append(json.loads(output))
@@ -74,7 +75,7 @@ def measure(device: str, elements: int = _ELEMENTS) -> list[dict[str, float]]:
 
 def main() -> None:
     """Measure, print, and write into a results file if one is given."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.memory", description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", help="results file to update")
     parser.add_argument("--device", choices=machine.DEVICES, default=machine.default_device())
     parser.add_argument("--here", type=int, nargs=2, help=argparse.SUPPRESS)

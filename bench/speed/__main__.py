@@ -1,4 +1,4 @@
-"""All measurements into one results file: `python -m bench.run [--smoke] [--out RESULTS.json]`."""
+"""All measurements into one results file: `python -m bench.speed [--smoke] [--out FILE]`."""
 
 import argparse
 import datetime
@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import machine, memory, report
-from bench.cases import cases
+from bench import machine
+from bench.speed import memory, report
+from bench.speed.cases import cases
 
-_BENCH = Path(__file__).parent
+_RESULTS = Path(__file__).parents[1] / "results"
 _DIGITS = 5
 _SMOKE_ELEMENTS = 1_000_000
 # A case that hangs is given this much after the time is up.
@@ -50,8 +51,7 @@ def _throughput(
     """
     record = directory / "cases.jsonl"
     record.touch()
-    command = [sys.executable, "-m", "pytest", str(_BENCH / "test_throughput.py"), "-q"]
-    command += ["--benchmark-quiet", f"--device={device}", f"--record={record}"]
+    command = [sys.executable, "-m", "bench.speed.throughput", str(record), f"--device={device}"]
     command += ["--smoke"] * smoke
     timeout = None
     if seconds is not None:
@@ -60,7 +60,7 @@ def _throughput(
     problem = None
     try:
         if subprocess.run(command, timeout=timeout).returncode != 0:
-            problem = "it failed, or the time was up before it: the log says which"
+            problem = "it failed, or one before it ended the process: the log says which"
     except subprocess.TimeoutExpired:
         problem = "the time was up before it or in it"
     return [json.loads(line) for line in record.read_text().splitlines()], problem
@@ -105,7 +105,7 @@ def _compact(
 
 def main() -> None:
     """Measure, write the results and print the report."""
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes: shows that it runs, proves nothing"
     )
@@ -123,7 +123,7 @@ def main() -> None:
     device, smoke = arguments.device, arguments.smoke
     with tempfile.TemporaryDirectory() as directory:
         temporary = Path(directory)
-        default = temporary if smoke else _BENCH / "results"
+        default = temporary if smoke else _RESULTS
         out = arguments.out or default / default_name(device)
         load = os.getloadavg()[0]
         recorded, problem = _throughput(temporary, device, smoke, arguments.seconds)
@@ -134,7 +134,7 @@ def main() -> None:
         results["memory"] = memory.measure(device, *[_SMOKE_ELEMENTS] * smoke)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        report.write(out)
+        print(report.markdown_report(results))
         if problem is not None:
             sys.exit(f"bench: not every case was measured: {problem}")
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from bench import machine
-from bench.providers import BASELINE, Provider, Regime, providers
-from bench.workloads import Workload, workloads
+from bench.speed.providers import BASELINE, Provider, Regime, providers
+from bench.speed.workloads import Workload, workloads
 
 # What a machine can be asked to give to a benchmark.
 _MEMORY_SHARE = 0.8

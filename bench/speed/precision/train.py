@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from bench.demo.tasks import Task, cross_entropy
 from bench.demo.train import state_bytes_per_parameter
-from bench.precision.setups import BASELINE, PRECISIONS, TASKS, Precision
+from bench.speed.precision.setups import BASELINE, PRECISIONS, TASKS, Precision
 from cm_fused import AdamCM
 
 

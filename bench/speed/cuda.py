@@ -9,17 +9,16 @@ for the host after that: `queued` says in what share of the rounds everything wa
 the spinning ended. Where that is not 1, the device's time holds the host's.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from statistics import median
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-Step = Callable[[], object]
+from bench.timing import Step, Timed, by_host_clock, interleave
 
 _COPY_ELEMENTS = 2**28
 _COPY_ROUNDS = 15
@@ -29,7 +28,6 @@ _SPIN_CYCLES = 10_000_000
 _SPIN_FACTOR, _SPIN_MARGIN, _SPIN_MOST = 2.0, 3e-4, 0.5
 # A case's rounds end early when they have taken this long.
 _MOST_SECONDS = 1.5
-_MIN_ROUNDS = 5
 _MAX_HOST_ROUNDS = 50
 
 
@@ -37,21 +35,6 @@ class _Event(Protocol):
     def record(self) -> None: ...
     def query(self) -> bool: ...
     def elapsed_time(self, end_event: Any) -> float: ...
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Paired rounds on the device.
-
-    Attributes:
-        seconds: Of the contestant's steps.
-        baseline_seconds: Of the baseline's, each right before.
-        queued: The share of the rounds whose device time holds none of the host's.
-    """
-
-    seconds: list[float]
-    baseline_seconds: list[float]
-    queued: float
 
 
 def _event() -> _Event:
@@ -90,58 +73,56 @@ def copy_bytes_per_second(smoke: bool) -> float:
     elements = 2**16 if smoke else _COPY_ELEMENTS
     source = torch.ones(elements, device="cuda")
     target = torch.zeros(elements, device="cuda")
-    target.copy_(source)
-    seconds = []
-    for _ in range(_COPY_ROUNDS):
-        start, end = _event(), _event()
-        torch.cuda.synchronize()
-        _spin(_SPIN_MARGIN)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(_seconds(start, end))
-    return 2 * source.nbytes / median(seconds)
+    clock = _DeviceClock(_SPIN_MARGIN)
+    steps = {"copy": lambda: target.copy_(source)}
+    timed = interleave(steps, _COPY_ROUNDS, warm_up=1, take_round=clock)
+    return 2 * source.nbytes / timed.median("copy")
 
 
-def paired_rounds(baseline: Step, step: Step, rounds: int) -> Rounds:
-    """Time steps on the device, each right after one of the baseline; see NOTE: [Device time].
+class _DeviceClock:
+    """Takes a round of steps and returns the device's seconds of each; see NOTE: [Device time].
 
     Args:
-        baseline: The baseline's step, warmed up.
-        step: The contestant's, warmed up.
-        rounds: How many, or fewer where they take long.
+        spin_seconds: How long the device spins first.
+
+    Attributes:
+        queued: Of how many rounds everything was enqueued before the spinning ended.
     """
-    spin_seconds = _spin_seconds_for(baseline, step)
-    seconds: list[float] = []
-    baseline_seconds: list[float] = []
-    queued = 0
-    start = perf_counter()
-    while len(seconds) < rounds and (
-        len(seconds) < _MIN_ROUNDS or perf_counter() - start < _MOST_SECONDS
-    ):
-        first, second, third = _event(), _event(), _event()
-        _spin(spin_seconds)
-        first.record()
-        baseline()
-        second.record()
-        step()
-        third.record()
-        queued += not first.query()
+
+    def __init__(self, spin_seconds: float) -> None:
+        self._spin_seconds = spin_seconds
+        self.queued = 0
+
+    def __call__(self, steps: Mapping[str, Step]) -> dict[str, float]:
+        events = [_event() for _ in range(len(steps) + 1)]
         torch.cuda.synchronize()
-        baseline_seconds.append(_seconds(first, second))
-        seconds.append(_seconds(second, third))
-    return Rounds(seconds, baseline_seconds, queued / len(seconds))
+        _spin(self._spin_seconds)
+        events[0].record()
+        for step, event in zip(steps.values(), events[1:], strict=True):
+            step()
+            event.record()
+        self.queued += not events[0].query()
+        torch.cuda.synchronize()
+        between = pairwise(events)
+        return dict(zip(steps, (_seconds(*pair) for pair in between), strict=True))
 
 
-def _spin_seconds_for(baseline: Step, step: Step) -> float:
+def paired_rounds(steps: Mapping[str, Step], rounds: int) -> tuple[Timed, float]:
+    """Time steps on the device, in turn; see NOTE: [Device time].
+
+    Args:
+        steps: By name, warmed up.
+        rounds: How many, or fewer where they take long.
+
+    Returns:
+        The times, and `queued` of the note.
+    """
     torch.cuda.synchronize()
-    start = perf_counter()
-    baseline()
-    step()
-    seconds = perf_counter() - start
+    seconds = sum(by_host_clock(steps).values())
     torch.cuda.synchronize()
-    return min(_SPIN_FACTOR * seconds + _SPIN_MARGIN, _SPIN_MOST)
+    clock = _DeviceClock(min(_SPIN_FACTOR * seconds + _SPIN_MARGIN, _SPIN_MOST))
+    timed = interleave(steps, rounds, most_seconds=_MOST_SECONDS, take_round=clock)
+    return timed, clock.queued / len(next(iter(timed.seconds.values())))
 
 
 def host_seconds(step: Step, rounds: int) -> float:
@@ -151,17 +132,10 @@ def host_seconds(step: Step, rounds: int) -> float:
         step: Takes a step, warmed up.
         rounds: How many, or fewer where they take long.
     """
-    seconds: list[float] = []
     torch.cuda.synchronize()
-    begin = perf_counter()
-    while len(seconds) < min(rounds, _MAX_HOST_ROUNDS) and (
-        len(seconds) < _MIN_ROUNDS or perf_counter() - begin < _MOST_SECONDS
-    ):
-        start = perf_counter()
-        step()
-        seconds.append(perf_counter() - start)
+    timed = interleave({"own": step}, min(rounds, _MAX_HOST_ROUNDS), most_seconds=_MOST_SECONDS)
     torch.cuda.synchronize()
-    return median(seconds)
+    return timed.median("own")
 
 
 def peak_growth(step: Step) -> int:

@@ -1,14 +1,14 @@
-"""`python -m bench.precision`, as its README section says, on tiny sizes."""
+"""`python -m bench.speed.precision`, as its README section says, on tiny sizes."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from bench.precision.__main__ import main
-from bench.precision.report import BEGIN, END, deviation
-from bench.precision.setups import BASELINE, PRECISIONS
-from bench.precision.train import Run
+from bench.speed.precision.__main__ import main
+from bench.speed.precision.report import deviation
+from bench.speed.precision.setups import BASELINE, PRECISIONS
+from bench.speed.precision.train import Run
 from tests.support.cases import needs_cpu_backend
 
 
@@ -16,7 +16,7 @@ from tests.support.cases import needs_cpu_backend
 def test_whole(tmp_path: Path) -> None:
     """Trains, times, draws, fills the table in; a second call trains only what is new."""
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    readme.write_text("before\n<!-- precision:begin -->\nold\n<!-- precision:end -->\nafter\n")
     call = ["--tasks", "digits conv", "--steps", "3", "--numel", "5000", "--rounds", "2"]
     main([*call, "--seeds", "2", "--out", str(tmp_path), "--readme", str(readme)])
     runs = (tmp_path / "runs.jsonl").read_text()

@@ -1,14 +1,12 @@
-"""How a step's time grows with elements, tensors and slots: ``python -m bench.growth``.
+"""How a step's time grows with elements, tensors and slots: `python -m bench.speed.growth`.
 
 Writes bench/results/growth.json and growth.png. Every point is the median time of steps taken in
 turns with torch's fused AdamW's, which show what of the growth is the machine's.
 """
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import matplotlib
 import numpy as np
@@ -17,12 +15,13 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from bench import machine
+from bench.timing import interleave
 from cm_fused import AdamCM
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # Steps beyond those that fill the buffer: every timed step replaces a slot.
 WARM_UP = 2
 
@@ -81,16 +80,11 @@ def measure(curve: Curve) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {"AdamCM": [], "AdamW": []}
     for value in tqdm(curve.values, desc=curve.name):
         optimizers = _point(curve, value)
-        times: dict[str, list[float]] = {name: [] for name in optimizers}
+        steps = {name: optimizer.step for name, optimizer in optimizers.items()}
         warm_up = WARM_UP + (value if curve.name == "slots C" else curve.capacity)
-        for turn in range(warm_up + curve.rounds):
-            for name, optimizer in optimizers.items():
-                start = time.perf_counter()
-                optimizer.step()
-                if turn >= warm_up:
-                    times[name].append(time.perf_counter() - start)
-        for name, of_name in times.items():
-            seconds[name].append(median(of_name))
+        timed = interleave(steps, curve.rounds, warm_up=warm_up)
+        for name, of_name in seconds.items():
+            of_name.append(timed.median(name))
     return seconds
 
 

@@ -6,11 +6,10 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
-from bench.precision.setups import BASELINE, PRECISIONS, TASKS
-from bench.precision.timing import Cost
-from bench.precision.train import Run
-
-BEGIN, END = "<!-- precision:begin -->", "<!-- precision:end -->"
+from bench import markdown
+from bench.speed.precision.setups import BASELINE, PRECISIONS, TASKS
+from bench.speed.precision.timing import Cost
+from bench.speed.precision.train import Run
 
 
 def _losses(runs: Sequence[Run], task: str, precision: str) -> list[float]:
@@ -33,7 +32,7 @@ def table(runs: Sequence[Run], costs: Sequence[Cost], machine: str) -> str:
     """
     tasks = [task for task in TASKS if any(run.task == task for run in runs)]
     header = ["state", "bytes a parameter", "step / fused AdamW", *(f"{t}, loss" for t in tasks)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     cost_of = {cost.precision: cost for cost in costs}
     for name in PRECISIONS:
         cost = cost_of.get(name)
@@ -43,7 +42,7 @@ def table(runs: Sequence[Run], costs: Sequence[Cost], machine: str) -> str:
             spread = f" ± {stdev(losses):.3f}" if name == BASELINE else ""
             off = "" if name == BASELINE else f" ({deviation(runs, task, name):+.2f})"
             cells.append(f"{mean(losses):.3f}{spread}{off}")
-        lines.append([name, *cells])
+        rows.append([name, *cells])
     seeds = len({run.seed for run in runs})
     note = (
         f"C = 5. Held-out loss at the end, mean of {seeds} seeds; ±: standard deviation over the "
@@ -51,7 +50,7 @@ def table(runs: Sequence[Run], costs: Sequence[Cost], machine: str) -> str:
         f"Time: median ratio of interleaved steps of one tensor, every step replacing a slot. "
         f"{machine}"
     )
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", note])
+    return f"{markdown.table(header, rows)}\n\n{note}"
 
 
 def save_figure(runs: Sequence[Run], path: Path) -> None:
@@ -71,16 +70,3 @@ def save_figure(runs: Sequence[Run], path: Path) -> None:
     first.set_ylabel("distance to float32's parameters /\ndistance float32's have gone")
     first.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-
-
-def update_readme(readme: Path, text: str) -> None:
-    """Replace what stands between the markers.
-
-    Raises:
-        ValueError: The file does not have each marker once, in order.
-    """
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{readme.name} must have the lines {BEGIN} and {END}, once each")
-    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

@@ -7,8 +7,7 @@ slots. Where a step is limited by memory its time is in proportion to these byte
 
 from dataclasses import dataclass
 
-from cm_fused._backends.cpu import RUNNING_SUM_MIN_CAPACITY
-from cm_fused._backends.triton.columns import running_sum_min_capacity
+from bench import internals
 
 _FLOAT = 4
 _DOUBLE = 8
@@ -50,14 +49,14 @@ def _buffer(capacity: int, admits: bool) -> Bytes:
     The commit of an admission is deferred to the next step's pass, which holds m anyway: in a
     steady state each step pays for one, the last step's, with the slot alone.
     """
-    if capacity < RUNNING_SUM_MIN_CAPACITY[4]:
+    if capacity < internals.cpu_running_sum_min_capacity():
         return _streams(capacity - 1, 1) if admits else _streams(capacity, 0)
     return _streams(2, 2) if admits else _streams(1, 0)
 
 
 def _rebuild(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
     """What rebuilding S from the slots, once in 4 C steps, adds to a step on average."""
-    if capacity < RUNNING_SUM_MIN_CAPACITY[4]:
+    if capacity < internals.cpu_running_sum_min_capacity():
         return _streams(0, 0)
     # A momentum is in its slot before the slots are summed, so that slot is not read; a gradient
     # comes after. Either way neither S nor the evicted slot is read apart.
@@ -105,7 +104,7 @@ def triton_pass(
     slot_bytes: int,
     kahan: bool = False,
 ) -> Bytes:
-    """What the Triton pass loads and stores where it replaces a slot (cm_fused/ops/triton_kernels).
+    """What the Triton pass loads and stores where it replaces a slot (_backends/triton/kernels.py).
 
     Where slots are summed, the load of the one that is replaced by a momentum is counted: it is
     issued, and switched off when the step runs.
@@ -134,7 +133,7 @@ def triton(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
     Critical gradients take the norm in a pass that reads g. Once in 4 C steps a chunk's slots are
     read and its sum is written, before the pass reads it.
     """
-    running = capacity >= running_sum_min_capacity(critical_gradients, 4)
+    running = capacity >= internals.triton_running_sum_min_capacity(critical_gradients)
     if running:
         buffer = _streams(2, 2) if admits else _streams(1, 0)
         share = 1 / (4 * capacity)
