@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.cases import ROOT, needs_triton
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 
 ARCHITECTURES = (80, 90, 100)
 # The pass of AdamCM with a running sum: what a training with the default options runs.
@@ -28,7 +28,16 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], d
     all_of_them = ["float32 ", "rounded float32 CM 5 slots"]
     for archs, only in ((["90"], all_of_them), (["80", "100"], [DEFAULT])):
         result = subprocess.run(
-            [sys.executable, "-m", "bench.sass", "--json", "--arch", *archs, "--only", *only],
+            [
+                sys.executable,
+                "-m",
+                "bench.machine_code",
+                "--json",
+                "--arch",
+                *archs,
+                "--only",
+                *only,
+            ],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -128,20 +137,21 @@ LISTING = """
 """
 COUNT = """
 import sys
-from bench import sass
-places = sass._places()
+from bench.machine_code.__main__ import occupancy
+from bench.machine_code.disassembly import accesses, bytes_per_element, source_lines
+lines = source_lines()
 listing = sys.argv[1].format(
-    file="triton_kernels.py",
-    load=places.loop[2],
-    store=places.param_store[0],
-    before=places.loop[0] - 1,
-    full=places.full[0],
-    tail=places.tail[0],
+    file="kernels.py",
+    load=lines.loop[2],
+    store=lines.param_store[0],
+    before=lines.loop[0] - 1,
+    full=lines.full[0],
+    tail=lines.tail[0],
 )
-full, tail = (sass._accesses(listing, call) for call in (places.full, places.tail))
-counted = sass.bytes_per_element(full, param_bytes=2)
+full, tail = (accesses(listing, call) for call in (lines.full, lines.tail))
+counted = bytes_per_element(full, param_bytes=2)
 print([access.width for access in full], [access.width for access in tail])
-print(counted.read, counted.written, sass.occupancy(64), sass.occupancy(65), sass.occupancy(32))
+print(counted.read, counted.written, occupancy(64), occupancy(65), occupancy(32))
 """
 
 
