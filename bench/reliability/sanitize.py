@@ -1,8 +1,9 @@
-"""Steps of every path of the fused kernels, for compute-sanitizer: `python -m bench.sanitize`.
+"""Steps of every path of the fused kernels: `python -m bench.reliability.sanitize`.
 
-Whole and unfinished chunks, tensors that are not aligned, not contiguous or empty, running sums and
-summed slots. The result is held against the reference, which runs on the CPU: on the device there
-is little but the kernels. Without a GPU it needs TRITON_INTERPRET=1, or shows the CPU's backend.
+For compute-sanitizer: whole and unfinished chunks, tensors that are not aligned, not contiguous or
+empty, running sums and summed slots. The result is held against the reference, which runs on the
+CPU: on the device there is little but the kernels. Without a GPU it needs TRITON_INTERPRET=1, or
+shows the CPU's backend.
 """
 
 import itertools
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bench import machine
-from bench.parity import fused_backend
+from bench.internals import TRITON_CHUNK_SIZE as CHUNK_SIZE
+from bench.reliability.parity import fused_backend
 from cm_fused import AdamCG, AdamCM
-from cm_fused._backends.triton.columns import CHUNK_SIZE
 
 _STEPS = 7
 _CLASSES: tuple[type[AdamCM | AdamCG], ...] = (AdamCM, AdamCG)

@@ -10,14 +10,12 @@ import random
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from bench.torture.finding import Finding, require
+from bench.reliability.finding import BUFFER_DTYPES, MOMENT_DTYPES, Finding, require, same
 from cm_fused import AdamCM
-from cm_fused._optimizer.checks import BUFFER_DTYPES, MOMENT_DTYPES
 
 STEPS_BETWEEN_CHECKPOINTS = 20
 # A run is killed within so many seconds: it gets through some checkpoints, or none.
@@ -36,8 +34,8 @@ def run(quick: bool) -> Finding:
             never_killed, killed = Path(folder, "never_killed.pt"), Path(folder, "killed.pt")
             _run_until_done(never_killed, precision, steps, 0, chance)
             _run_until_done(killed, precision, steps, kills, chance)
-            same = _same(torch.load(never_killed), torch.load(killed))
-            require(same, f"a killed run with {precision} ended with other bits")
+            alike = same(torch.load(never_killed), torch.load(killed))
+            require(alike, f"a killed run with {precision} ended with other bits")
             total += kills
     return Finding(
         "kill and resume", total, "SIGKILLs at random moments", "the same bits at the end"
@@ -61,7 +59,7 @@ def _run_until_done(
                 killed += 1
         worker.join()
         if worker.exitcode == 0:
-            require(killed == kills, f"the run was through after {killed} of {kills} kills")
+            require(killed == kills, f"the run had finished after {killed} of {kills} kills")
             return
         require(worker.exitcode == -signal.SIGKILL, f"the run failed: {worker.exitcode}")
 
@@ -93,13 +91,3 @@ def _train(path: Path, precision: Precision, steps: int) -> None:
             }
             torch.save(parts, path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)
-
-
-def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(_same, left, right))
-    return bool(left == right)

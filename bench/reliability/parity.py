@@ -1,4 +1,4 @@
-"""How far float32 steps are from float64 ones: `python -m bench.parity [RESULTS.json]`.
+"""How far float32 steps are from float64 ones: `python -m bench.reliability.parity [RESULTS.json]`.
 
 The reference in float64 is the truth; the device's fused backend and the reference, both in
 float32, take the same steps from the same parameters with the same gradients. The errors of the
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bench import machine, report
-from bench.providers import BACKENDS
+from bench import machine
+from bench.speed import report
+from bench.speed.providers import BACKENDS
 from cm_fused import AdamCG, AdamCM
+
+Kind = type[AdamCM | AdamCG]
 
 _STEPS = 200
 # With a last chunk that is not full, a tensor smaller than a block, and one that is not aligned.
 _ELEMENTS = (2_000_003, 786_432, 4096, 1001, 7)
-_RUNS: tuple[tuple[type[AdamCM | AdamCG], int], ...] = (
+_RUNS: tuple[tuple[Kind, int], ...] = (
     (AdamCM, 5),
     (AdamCM, 3),
     (AdamCG, 5),
@@ -45,7 +48,7 @@ class _Run:
 
     def __init__(
         self,
-        optimizer_class: type[AdamCM | AdamCG],
+        optimizer_class: Kind,
         capacity: int,
         backend: str,
         initial: list[Tensor],
@@ -77,7 +80,7 @@ def _error(own: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _compare(
-    optimizer_class: type[AdamCM | AdamCG],
+    optimizer_class: Kind,
     capacity: int,
     device: str,
     elements: tuple[int, ...],
@@ -132,7 +135,7 @@ def measure(
 
 def main() -> None:
     """Measure, print, and write into a results file if one is given."""
-    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.reliability.parity", description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", help="results file to update")
     parser.add_argument("--device", choices=machine.DEVICES, default=machine.default_device())
     parser.add_argument("--steps", type=int, default=_STEPS)

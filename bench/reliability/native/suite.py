@@ -6,51 +6,45 @@ from pathlib import Path
 SELECTED = "not triton and not eager"
 
 _NO_CPP = "does not call the library, or not beyond what other files do"
-_PAPER = "experiments in plain Python that step as test_contract.py does, for minutes"
 LEFT_OUT = {
+    "tests/bench/": "the benches, in plain Python that steps as test_contract.py does, for minutes",
     "tests/packaging/test_build.py": "builds packages in subprocesses",
-    "tests/optimizer/test_compile.py": "inductor compiles, under the preloaded sanitizer, with another g++",
+    "tests/optimizer/test_compile.py": "inductor compiles with another g++",
     "tests/backends/test_cuda_sources.py": _NO_CPP,
     "tests/packaging/test_diagnosis.py": "subprocesses of `python -m cm_fused` without the preload",
-    "tests/distributed/test_exits.py": "starts processes that end while gloo's threads, which are not "
-    "instrumented, go on",
+    "tests/distributed/test_exits.py": "gloo's threads, not instrumented, outlive the main one",
     "tests/backends/test_gpu.py": "needs a GPU",
     "tests/backends/test_launch.py": _NO_CPP,
     "tests/optimizer/test_memory.py": "measures memory, of which a sanitizer takes as much again",
-    "tests/bench/test_paper_data.py": _PAPER,
-    "tests/bench/test_paper_experiments.py": _PAPER,
-    "tests/bench/test_paper_surfaces.py": _PAPER,
-    "tests/bench/test_paper_train.py": _PAPER,
-    "tests/bench/test_precision_bench.py": _NO_CPP,
     "tests/packaging/test_readme.py": _NO_CPP,
     "tests/optimizer/test_reference.py": _NO_CPP,
     "tests/optimizer/test_rounding.py": _NO_CPP,
-    "tests/bench/test_sass.py": _NO_CPP,
     "tests/packaging/test_supply_chain.py": "reads the sources and packs them",
-    "tests/optimizer/test_trainers.py": "imports trainers, whose processes and threads are not ours",
+    "tests/optimizer/test_trainers.py": "trainers' processes and threads are not ours",
     "tests/backends/test_triton.py": _NO_CPP,
 }
 DESELECTED = {
     "tests/operators/test_ops.py::test_opcheck": "traces for minutes what the other tests call",
-    "tests/backends/test_threads.py::test_steps_keep_no_memory": "resident memory has what AddressSanitizer "
-    "keeps of freed blocks",
+    "tests/backends/test_threads.py::test_steps_keep_no_memory": "AddressSanitizer keeps memory",
 }
 # Under ThreadSanitizer only; AddressSanitizer runs them.
 UNDER_THREAD = {
-    "tests/backends/test_threads.py::test_forked_processes_step": "ThreadSanitizer dies in a fork that "
-    "starts threads",
-    "tests/backends/test_determinism.py::test_threads[2]": "torch's own copies in libgomp's threads, "
-    "neither of which is instrumented, are races to it",
+    "tests/backends/test_threads.py::test_forked_processes_step": "it dies in forks with threads",
+    "tests/backends/test_determinism.py::test_threads[2]": "torch's copies in libgomp are races",
     "tests/checkpoint/test_flattened_state_dict.py": "as tests/distributed/test_sharding.py",
-    "tests/distributed/test_sharding.py": "gloo's threads, which are not instrumented, are races to it; the "
-    "library is called from one thread of each process",
+    "tests/distributed/test_sharding.py": "gloo's threads are races to it; ours is one a process",
 }
 # Each in a process of its own, so that a fault of one leaves the others' results: first those that
 # call the operators most.
-FIRST = [
-    f"tests/test_{name}.py"
-    for name in ("ops", "op_arguments", "threads", "low_precision", "table", "faults", "parity")
-]
+FIRST = (
+    "tests/operators/test_ops.py",
+    "tests/operators/test_op_arguments.py",
+    "tests/backends/test_threads.py",
+    "tests/optimizer/test_low_precision.py",
+    "tests/operators/test_table.py",
+    "tests/backends/test_faults.py",
+    "tests/backends/test_parity.py",
+)
 
 
 def options(deselected: dict[str, str]) -> list[str]:
@@ -60,6 +54,7 @@ def options(deselected: dict[str, str]) -> list[str]:
 
 def parts(tree: Path) -> list[list[str]]:
     """Return the files to run, one process for each list."""
-    files = sorted(f"tests/{path.name}" for path in (tree / "tests").glob("test_*.py"))
-    others = [file for file in files if file not in FIRST and file not in LEFT_OUT]
-    return [[file] for file in [*FIRST, *others]]
+    files = sorted(str(path.relative_to(tree)) for path in (tree / "tests").rglob("test_*.py"))
+    first = [file for file in FIRST if file in files]
+    others = [file for file in files if not file.startswith((*FIRST, *LEFT_OUT))]
+    return [[file] for file in [*first, *others]]

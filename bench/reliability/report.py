@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench.machine import describe
-from bench.torture.finding import Finding
+from bench.reliability.finding import Finding
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -28,9 +28,9 @@ def report(findings: list[Finding]) -> str:
             "| --- | ---: | --- | --- |",
             *rows,
             "",
-            "`tests/backends/test_faults.py` fails a step at every operator call (the reference's at every",
-            "eleventh, the research package's at every third) and at every allocation within the",
-            "C++ operator: nothing is changed.",
+            "`tests/backends/test_faults.py` fails a step at every operator call (the",
+            "reference's at every eleventh, the research package's at every third) and at every",
+            "allocation within the C++ operator: nothing is changed.",
             "",
             *_sanitizers(),
             *_growth(),
@@ -49,7 +49,7 @@ def _sanitizers() -> list[str]:
         "## Sanitizers",
         "",
         f"Written by `make sanitize` with {found['compiler']};",
-        "what is left out and why is in [`bench/native/suite.py`](native/suite.py).",
+        "what is left out and why is in [its list](reliability/native/suite.py).",
         "",
         "| tool | ran | passed | findings | commit |",
         "| --- | --- | ---: | --- | --- |",
@@ -66,7 +66,7 @@ def _outcome(run: dict[str, Any]) -> str:
 
 
 def _growth() -> list[str]:
-    """Return what `python -m bench.growth` last wrote."""
+    """Return what `python -m bench.speed.growth` last wrote."""
     found = json.loads((RESULTS / "growth.json").read_text())
     rows = [
         f"| {curve['curve']['name']} | {curve['curve']['values'][0]:,} to "
@@ -77,8 +77,8 @@ def _growth() -> list[str]:
     return [
         "## Growth of a step's time",
         "",
-        "Written by `python -m bench.growth`: the p of the best fit time ~ x^p; 1 is linear, 0 is",
-        f"flat. {found['machine']['model']}, {found['machine']['threads']} threads.",
+        "Written by `python -m bench.speed.growth`: the p of the best fit time ~ x^p; 1 is linear,",
+        f"0 is flat. {found['machine']['model']}, {found['machine']['threads']} threads.",
         "",
         "| x | values | AdamCM | fused AdamW |",
         "| --- | --- | ---: | ---: |",

@@ -6,20 +6,17 @@ is one float32 product on both sides. The recurrence takes float32's betas, as t
 moment the roundings die out as it does: with u = 2^-24, m has three in a step that are worth
 1 / (1 - beta1) steps, and v the aggregate's C + 8, doubled by the square, and three of its own that
 are worth 1 / (1 - beta2). Sizes are those of the last 2,000 steps, before which nothing is left.
-The running sum is rebuilt once in 4 C steps: 8 C u of the slots' size (`tests/optimizer/test_drift.py`).
+The running sum is rebuilt once in 4 C steps: 8 C u of the slots' size
+(`tests/optimizer/test_drift.py`).
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.torture.finding import Finding, require
+from bench.reliability.finding import Finding, Kind, require
 from cm_fused import AdamCG, AdamCM
-from cm_fused._bucket import BucketStep, step_options
-from cm_fused._optimizer.base import CriticalAdam
 
 Array = NDArray[np.float64]
 
@@ -72,7 +69,7 @@ class _Recurrence:
         self.keys *= DECAY
 
 
-def _follow(kind: type[CriticalAdam], steps: int) -> None:
+def _follow(kind: Kind, steps: int) -> None:
     source = torch.Generator().manual_seed(0)
     draws = torch.randint(-256, 257, (DRAWS, SIZE), generator=source) / 64
     exact = draws.double().numpy()
@@ -80,25 +77,13 @@ def _follow(kind: type[CriticalAdam], steps: int) -> None:
     param.grad = torch.empty(SIZE)
     optimizer = kind([param], lr=1e-4, betas=(BETA1, BETA2), capacity=CAPACITY, backend="cpu")
     recurrence = _Recurrence(stores_gradients=kind is AdamCG)
-    take = _taker(optimizer)
     for t in range(steps):
         scale = 1 + t % SCALES
         torch.mul(draws[t % DRAWS], scale, out=param.grad)
-        take()
+        optimizer.step()
         recurrence.step(exact[t % DRAWS] * scale)
     optimizer.state_dict()  # makes what is pending
     _require(optimizer.state[param], recurrence, steps)
-
-
-def _taker(optimizer: CriticalAdam) -> Callable[[], None]:
-    """Return what takes a step, without what `Optimizer.step` does around it, most of the time."""
-    group = optimizer.param_groups[0]
-    optimizer._make_state([group])
-    plan = optimizer._new_plan(group, 0)
-    ((backend, bucket),) = plan.buckets
-    bucket.handle = backend.hold(bucket)
-    step = BucketStep(bucket, step_options(group), optimizer._critical_gradients)
-    return lambda: backend.prepare([step])()
 
 
 def _require(state: dict[str, Tensor], expected: _Recurrence, steps: int) -> None:

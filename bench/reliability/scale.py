@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from bench.torture.finding import Finding, require
+from bench.reliability.finding import Finding, Kind, require
 from cm_fused import AdamCG, AdamCM
-from cm_fused._optimizer.base import CriticalAdam
 
 STEPS = 3
 # Of the large tensor: parameter, both moments and one slot, its gradient being one number.
@@ -37,8 +36,8 @@ def many(quick: bool) -> Finding:
 
 
 def _made(
-    kind: type[CriticalAdam], tensors: int, groups: int, capacity: int, backend: str | None
-) -> tuple[list[Tensor], CriticalAdam]:
+    kind: Kind, tensors: int, groups: int, capacity: int, backend: str | None
+) -> tuple[list[Tensor], AdamCM | AdamCG]:
     generator = torch.Generator().manual_seed(0)
     params = [
         torch.randn(1 + i % 3, generator=generator, dtype=torch.float64).requires_grad_()

@@ -1,8 +1,8 @@
 """Run the C++ code under sanitizers and valgrind; write bench/results/sanitizers.json.
 
-`python -m bench.native [address] [thread] [valgrind]`, all of them where none is named;
-`--only tests/operators/test_ops.py` runs that file alone under the two sanitizers. What is run replaces what
-the file says of it. Needs g++ with its sanitizers' libraries, and valgrind.
+`python -m bench.reliability.native [address] [thread] [valgrind]`, all of them where none is named;
+`--only tests/operators/test_ops.py` runs that file alone under the two sanitizers. What is run
+replaces what the file says of it. Needs g++ with its sanitizers' libraries, and valgrind.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import machine
-from bench.native import suite
+from bench.reliability.native import steps, suite
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BUILD = ROOT / "build" / "native"
 RESULT = ROOT / "bench" / "results" / "sanitizers.json"
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ class Run:
 
 def main() -> None:
     """Run what is named; exit with 1 where a run did not end as it was to."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.reliability.native", description=__doc__)
     parser.add_argument("tools", nargs="*", help="address, thread, valgrind")
     parser.add_argument("--only", help="one file of tests, under the sanitizers")
     arguments = parser.parse_args()
@@ -82,7 +82,13 @@ def _runs(tools: list[str], only: str | None) -> Iterator[Run]:
 def _record(run: Run) -> None:
     """Write what a run found in the place of what the file said of it."""
     known = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
-    others = [each for each in known if (each["tool"], each["what"]) != (run.tool, run.what)]
+    named = {file for part in suite.parts(ROOT) for file in part}
+    named |= {each.__name__ for each in (*steps.SOUND, *steps.RACES)}
+    others = [
+        each
+        for each in known
+        if (each["tool"], each["what"]) != (run.tool, run.what) and each["what"].split()[0] in named
+    ]
     # Of each run its own: not all are of one day.
     now = {**asdict(run), "commit": machine.versions()["commit"]}
     RESULT.write_text(json.dumps(_report([*others, now]), indent=1) + "\n")
@@ -144,13 +150,11 @@ def _thread(parts: list[list[str]] | None = None) -> Iterator[Run]:
         "TSAN_OPTIONS": "halt_on_error=0",
     }
     tool = "ThreadSanitizer"
-    runs = ("every_kernel", "optimizers_in_threads", "one_state_in_threads")
-    races = ("race_of_callers", "race_of_chunks")
     if parts is None:
-        for run in runs:
-            yield _steps(tool, tree, environment, run, 0)
-        for race in races:
-            yield _steps(tool, tree, environment, race, -1)
+        for run in steps.SOUND:
+            yield _steps(tool, tree, environment, run.__name__, 0)
+        for race in steps.RACES:
+            yield _steps(tool, tree, environment, race.__name__, -1)
     for files in parts or suite.parts(tree):
         if not suite.UNDER_THREAD.keys() & {*files}:
             deselected = {**suite.DESELECTED, **suite.UNDER_THREAD}
@@ -259,7 +263,7 @@ def _steps(
     expected: int,
     wrapper: list[str] | None = None,
 ) -> Run:
-    command = [*(wrapper or []), sys.executable, "-m", "bench.native.steps", run]
+    command = [*(wrapper or []), sys.executable, "-m", "bench.reliability.native.steps", run]
     what = " ".join(filter(None, (run, environment.get("CM_FUSED_CPU_CAPABILITY"))))
     code, output = _output(tool, what, command, tree, environment)
     return Run(tool, what, 1, _findings(output), failed=code != 0, expected=expected)

@@ -6,18 +6,19 @@ import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from bench.torture.campaigns import CAMPAIGNS, run
-from bench.torture.finding import Finding
-from bench.torture.report import report
+from bench.reliability.campaigns import campaigns, run
+from bench.reliability.finding import Finding
+from bench.reliability.report import report
 
 REPORT = Path(__file__).parents[1] / "RELIABILITY.md"
 
 
 def main() -> None:
     """Run every campaign, each in a process of its own; raises at the first fault."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small part, written nowhere")
     quick = parser.parse_args().quick
+    count = len(campaigns(quick))
     findings: dict[int, Finding] = {}
     pool = ProcessPoolExecutor(
         len(os.sched_getaffinity(0)),
@@ -26,7 +27,7 @@ def main() -> None:
         max_tasks_per_child=1,
     )
     with pool:
-        running = {pool.submit(run, i, quick): i for i in range(len(CAMPAIGNS))}
+        running = {pool.submit(run, i, quick): i for i in range(count)}
         try:
             for done in as_completed(running):
                 findings[running[done]] = done.result()
@@ -34,7 +35,7 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
             raise
     if not quick:
-        REPORT.write_text(report([findings[i] for i in range(len(CAMPAIGNS))]))
+        REPORT.write_text(report([findings[i] for i in range(count)]))
 
 
 if __name__ == "__main__":
