@@ -22,11 +22,11 @@ help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
 	@echo "make test         run the test suite"
 	@echo "make check        format, lint, types, warnings as errors"
-	@echo "make bench        measure throughput; writes bench/results/ and the README's table"
+	@echo "make bench        measure throughput; writes bench/results/"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
 	@echo "make paper        test the paper's claims on its toy surfaces; writes bench/paper/results/"
 	@echo "make torture      run the reliability campaign; writes bench/RELIABILITY.md"
-	@echo "make torture-quick  a part of it, as CI runs it"
+	@echo "make torture-quick  a part of it, what make test does not run"
 	@echo "make sanitize     run the tests of the C++ code under its sanitizers and valgrind"
 	@echo "make audit        look for known vulnerabilities of what is installed for development"
 	@echo "make package      build and check sdist and CPU wheel; train with the wheel elsewhere"
@@ -76,22 +76,22 @@ check: $(VENV)/lint
 	else echo "cuda: not compiled, $(NVCC) is not installed"; fi
 
 bench: $(VENV)/installed
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.speed
 
 bench-smoke: $(VENV)/installed
-	$(BIN)/python -m bench.run --smoke
+	$(BIN)/python -m bench.speed --smoke
 
 paper: $(VENV)/installed
 	$(BIN)/python -m bench.paper
 
 torture: $(VENV)/installed
-	$(BIN)/python -m bench.torture
+	$(BIN)/python -m bench.reliability
 
 torture-quick: $(VENV)/installed
-	$(BIN)/python -m bench.torture --quick
+	$(BIN)/python -m bench.reliability --quick
 
 sanitize: $(VENV)/installed
-	$(BIN)/python -m bench.native
+	$(BIN)/python -m bench.reliability.native
 
 # Without the advisories' address it says of each package that it could not be audited, and passes.
 audit: $(VENV)/lint

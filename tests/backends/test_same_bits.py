@@ -26,8 +26,9 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM
 from cm_fused._backends import cpu
-from cm_fused._backends.triton.columns import CHUNK_SIZE, running_sum_min_capacity
+from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._state.table import RUNNING_SUM_MIN_CAPACITY
 from tests.support.cases import (
     CHUNK,
     device_of,
@@ -285,7 +286,7 @@ def test_same_state(capacity: int, slot_bytes: int) -> None:
 
     for critical_gradients in (False, True):
         keys = launch.state_keys(critical_gradients, capacity, slot_bytes)
-        sums = capacity >= running_sum_min_capacity(critical_gradients, slot_bytes)
+        sums = capacity >= RUNNING_SUM_MIN_CAPACITY[slot_bytes]
         assert ("critical_sum" in keys) == sums
         if slot_bytes != 8:
             assert keys == cpu.state_keys(critical_gradients, capacity, slot_bytes)
