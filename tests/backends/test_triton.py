@@ -18,7 +18,6 @@ from cm_fused._backends.triton.columns import CHUNK_SIZE, WIDTH, Column
 from cm_fused._bucket import Bucket, BucketStep
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.plan import Plan
-from tests.operators.test_ops import SAMPLES
 from tests.support.cases import (
     KINDS,
     MIXED,
@@ -38,6 +37,7 @@ from tests.support.cases import (
 from tests.support.compare import saved
 from tests.support.lockstep import Lockstep, maker
 from tests.support.oracle import Options
+from tests.support.samples import SAMPLES
 
 triton = pytest.importorskip("cm_fused._backends.triton.launch", reason="triton is not installed")
 tables = pytest.importorskip("cm_fused._backends.triton.tables")
