@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cm_fused._backends import library
+from cm_fused._backends.triton.columns import WIDTH, Column
 from tests.support.cases import device_of, needs_cpu_backend, needs_triton, skip_if
 
-# The operator for the CPU, and on a GPU for CUDA: both are csrc/priority/bookkeeping.h.
+# The operator for the CPU, and on a GPU for CUDA: both are csrc/priority/priority.h.
 OPERATOR = pytest.param("operator", marks=needs_cpu_backend)
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, skip_if(library.cuda_unavailable_reason)])
 TRITON = pytest.param("triton", marks=needs_triton)
 on_each_kernel = pytest.mark.parametrize("kernel", [OPERATOR, CUDA, TRITON])
 
-TABLE_WIDTH = 24
-PRIORITIES, SLOT, STEP, FIRST_CHUNK, NUM_CHUNKS, FILLED = 11, 12, 13, 20, 21, 22
 
 # Sums of a few of these are exact, in any order; the last make keys that are not finite.
 FINITE = (0.0, 0.25, 1.0, 1.0 + 2**-40, 4.0, 9.0, 2.0**100)
@@ -76,20 +75,20 @@ class Rows:
         self.slots = torch.full((rows,), 99, device=self.device)
         self.steps = torch.zeros(rows, device=self.device)
         self.filled = torch.full((rows,), 99, device=self.device)
-        table = torch.zeros(rows, TABLE_WIDTH, dtype=torch.int64)
+        table = torch.zeros(rows, WIDTH, dtype=torch.int64)
         for column, tensor in (
-            (PRIORITIES, self.priorities),
-            (SLOT, self.slots),
-            (STEP, self.steps),
-            (FILLED, self.filled),
+            (Column.PRIORITIES, self.priorities),
+            (Column.SLOT, self.slots),
+            (Column.STEP, self.steps),
+            (Column.FILLED, self.filled),
         ):
             stride = tensor.stride(0) * tensor.element_size()
             table[:, column] = tensor.data_ptr() + stride * torch.arange(rows)
         if not filled:
-            table[:, FILLED] = 0
+            table[:, Column.FILLED] = 0
         chunks = torch.tensor(num_chunks, dtype=torch.int64)
-        table[:, NUM_CHUNKS] = chunks
-        table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
+        table[:, Column.NUM_CHUNKS] = chunks
+        table[:, Column.FIRST_CHUNK] = chunks.cumsum(0) - chunks
         self.table = table.to(self.device)
 
     def update(
@@ -227,50 +226,39 @@ def _set(table: Tensor, column: int, value: int) -> Tensor:
 
 
 CHUNKS = r"table\[1\] must name chunks of the 3 in chunk_sq_norms, got"
-BAD_ARGUMENTS: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
-    "table dtype": ({"table": lambda t: t.int()}, "table must have dtype Long, got Int"),
-    "table width": ({"table": lambda t: t[:, :15].clone()}, r"table must have shape \(params, 24"),
-    "table dimensions": ({"table": lambda t: t[0]}, r"table must have shape .*got \(24\)"),
-    "table strides": (
-        {"table": lambda t: t.t().contiguous().t()},
-        r"table must be contiguous, got strides \(1, 2\)",
+DOUBLE = "must have dtype Double, got Float"
+DECAY = r"priority_decay must be in \[0, 1\], got"
+# The argument, what is made of a good one, and what the error says.
+BAD_ARGUMENTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    ("table", lambda t: t.int(), "table must have dtype Long, got Int"),
+    ("table", lambda t: t[:, :15].clone(), r"table must have shape \(params, 24"),
+    ("table", lambda t: t[0], r"table must have shape .*got \(24\)"),
+    ("table", lambda t: t.t().contiguous().t(), r"table must be contiguous, .* strides \(1, 2\)"),
+    ("table", lambda t: _set(t, Column.FIRST_CHUNK, -1), f"{CHUNKS} 2 from -1"),
+    ("table", lambda t: _set(t, Column.NUM_CHUNKS, -1), f"{CHUNKS} -1 from 1"),
+    ("table", lambda t: _set(t, Column.NUM_CHUNKS, 3), f"{CHUNKS} 3 from 1"),
+    ("table", lambda t: _set(t, Column.NUM_CHUNKS, 2**63 - 1), f"{CHUNKS} .* from 1"),
+    *(
+        ("table", lambda t, c=column: _set(t, c, 0), rf"table\[1\] .* address in column {column}")
+        for column in (Column.PRIORITIES, Column.SLOT, Column.STEP)
     ),
-    "first chunk": ({"table": lambda t: _set(t, FIRST_CHUNK, -1)}, f"{CHUNKS} 2 from -1"),
-    "number of chunks": ({"table": lambda t: _set(t, NUM_CHUNKS, -1)}, f"{CHUNKS} -1 from 1"),
-    "last chunk": ({"table": lambda t: _set(t, NUM_CHUNKS, 3)}, f"{CHUNKS} 3 from 1"),
-    "far chunk": ({"table": lambda t: _set(t, NUM_CHUNKS, 2**63 - 1)}, f"{CHUNKS} .* from 1"),
-    "norms dtype": (
-        {"chunk_sq_norms": lambda t: t.float()},
-        "chunk_sq_norms must have dtype Double, got Float",
-    ),
-    "norms dimensions": (
-        {"chunk_sq_norms": lambda t: t[None]},
-        r"chunk_sq_norms must have one dimension, got shape \(1, 3\)",
-    ),
-    "norms strides": (
-        {"chunk_sq_norms": lambda t: t.repeat_interleave(2)[::2]},
-        r"chunk_sq_norms must be contiguous with 3 elements, .* strides \(2\)",
-    ),
-    "sq_norm dtype": (
-        {"sq_norm": lambda _: torch.ones(())},
-        "sq_norm must have dtype Double, got Float",
-    ),
-    "sq_norm shape": (
-        {"sq_norm": lambda _: torch.ones(3, dtype=torch.float64)},
-        r"sq_norm must be contiguous with 2 elements, got shape \(3\)",
-    ),
-    "capacity": ({"capacity": lambda _: 0}, "capacity must be >= 1, got 0"),
-    "small decay": ({"priority_decay": lambda _: -0.1}, r"must be in \[0, 1\], got -0.1"),
-    "large decay": ({"priority_decay": lambda _: 1.5}, r"must be in \[0, 1\], got 1.5"),
-    "nan decay": ({"priority_decay": lambda _: float("nan")}, r"must be in \[0, 1\], got nan"),
-}
+    ("chunk_sq_norms", lambda t: t.float(), f"chunk_sq_norms {DOUBLE}"),
+    ("chunk_sq_norms", lambda t: t[None], r"must have one dimension, got shape \(1, 3\)"),
+    ("chunk_sq_norms", lambda t: t.repeat_interleave(2)[::2], "must be contiguous with 3 elements"),
+    ("sq_norm", lambda _: torch.ones(()), f"sq_norm {DOUBLE}"),
+    ("sq_norm", lambda _: torch.ones(3).double(), r"sq_norm must be contiguous with 2 elements"),
+    ("found_inf", lambda _: torch.ones(()), f"found_inf {DOUBLE}"),
+    ("capacity", lambda _: 0, "capacity must be >= 1, got 0"),
+    *(("priority_decay", lambda _, v=v: v, f"{DECAY} {v}") for v in (-0.1, 1.5, float("nan"))),
+)
 
 
 @needs_cpu_backend
-@pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_change_nothing(name: str) -> None:
+@pytest.mark.parametrize(("argument", "change", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_change_nothing(
+    argument: str, change: Callable[[Any], Any], message: str
+) -> None:
     """An argument that does not fit is a RuntimeError naming it; no row has changed."""
-    changes, message = BAD_ARGUMENTS[name]
     rows = Rows([1, 2], capacity=2)
     arguments: dict[str, Any] = {
         "table": rows.table,
@@ -281,8 +269,7 @@ def test_bad_arguments_change_nothing(name: str) -> None:
         "priority_decay": 0.7,
         "group_scope": False,
     }
-    for argument, change in changes.items():
-        arguments[argument] = change(arguments[argument])
+    arguments[argument] = change(arguments[argument])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.cm_fused.update_priorities_(**arguments)
     assert rows.steps.tolist() == [0.0, 0.0]
