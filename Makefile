@@ -13,6 +13,10 @@ STRICT = -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)
     'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')
 
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+# Every build of the CPU library here compiles only what has changed since the last one, and a warning
+# is an error; with a compiler that has warnings of its own: make WERROR=
+WERROR := -Werror
+BUILD_CPU := CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=$(WERROR) CM_FUSED_OBJECTS=$(CURDIR)/build/objects
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
 .PHONY: help demo test check bench bench-smoke paper torture torture-quick sanitize audit package \
@@ -40,12 +44,12 @@ $(VENV)/installed: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
 	@command -v $(CXX) >/dev/null || { echo "cm_fused needs a C++ compiler: $(CXX) not found"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) "$(TORCH)" "setuptools>=77" ninja
-	CM_FUSED_BUILD=cpu $(PIP_INSTALL) --no-build-isolation \
+	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation \
 	    --editable ".[demo,test,integration,bench,paper]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed
-	CM_FUSED_BUILD=cpu $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
+	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -59,8 +63,6 @@ check: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/mypy
-	CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=-Werror $(BIN)/python setup.py --quiet build_ext \
-	    --build-temp build/werror --build-lib build/werror
 	@if command -v $(ARM64_CXX) >/dev/null; then \
 	    for source in $(filter %.cpp,$(CPP_SOURCES)); do \
 	        echo "arm64: $$source"; \
@@ -97,10 +99,11 @@ sanitize: $(VENV)/installed
 audit: $(VENV)/lint
 	$(BIN)/pip-audit --progress-spinner off --skip-editable
 
-# The wheel is built from the sdist, so that the sdist is known to build.
+# The wheel is built from the sdist, so that the sdist is known to build; of sources that are the
+# same as here, with the same objects.
 package: $(VENV)/lint
 	rm -rf dist build/installed build/other
-	CM_FUSED_BUILD=cpu $(BIN)/python -m build --no-isolation
+	$(BUILD_CPU) $(BIN)/python -m build --no-isolation
 	$(CHECK_PACKAGES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/packaging/train_installed.py
