@@ -19,12 +19,13 @@ WERROR := -Werror
 BUILD_CPU := CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=$(WERROR) CM_FUSED_OBJECTS=$(CURDIR)/build/objects
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
-.PHONY: help demo test check bench bench-smoke paper torture torture-quick sanitize audit package \
+.PHONY: help demo test test-all check bench bench-smoke paper torture torture-quick sanitize audit package \
     package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
-	@echo "make test         run the test suite"
+	@echo "make test         run the test suite, except what is slow"
+	@echo "make test-all     and then what is slow"
 	@echo "make check        format, lint, types, warnings as errors"
 	@echo "make bench        measure throughput; writes bench/results/"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
@@ -55,8 +56,13 @@ $(VENV)/lint: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo.png
 
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: test
+	$(PYTEST) -m slow
 
 check: $(VENV)/lint
 	$(BIN)/ruff format --check .

@@ -25,9 +25,8 @@ class AdamCM(CriticalAdam):
     computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
     `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
     amsgrad `max_exp_avg_sq`, and on the fused backends `critical_sum`, the running sum of the slots
-    (of float32 slots, C++: from capacity 3 on; Triton: from 5 on, 4 for critical gradients; of 2
-    bytes from 6 and 7 on, of 1 byte from 10 and 11 on). A parameter without a gradient takes no
-    part in a step.
+    (of float32 slots from capacity 3 on, of 2 bytes from 6 on, of 1 byte from 10 on). A parameter
+    without a gradient takes no part in a step.
 
     Critical momenta are copied to their slot at the next step (`pending_slot`, -1 for none).
     Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`: call it

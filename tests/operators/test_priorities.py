@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cm_fused._backends import library
-from cm_fused._backends.triton.columns import WIDTH, Column
+from cm_fused._backends.triton.columns import COLUMNS, WIDTH
 from tests.support.cases import device_of, needs_cpu_backend, needs_triton, skip_if
 
 # The operator for the CPU, and on a GPU for CUDA: both are csrc/priority/priority.h.
@@ -77,18 +77,18 @@ class Rows:
         self.filled = torch.full((rows,), 99, device=self.device)
         table = torch.zeros(rows, WIDTH, dtype=torch.int64)
         for column, tensor in (
-            (Column.PRIORITIES, self.priorities),
-            (Column.SLOT, self.slots),
-            (Column.STEP, self.steps),
-            (Column.FILLED, self.filled),
+            (COLUMNS["priorities"], self.priorities),
+            (COLUMNS["pending_slot"], self.slots),
+            (COLUMNS["step"], self.steps),
+            (COLUMNS["filled"], self.filled),
         ):
             stride = tensor.stride(0) * tensor.element_size()
             table[:, column] = tensor.data_ptr() + stride * torch.arange(rows)
         if not filled:
-            table[:, Column.FILLED] = 0
+            table[:, COLUMNS["filled"]] = 0
         chunks = torch.tensor(num_chunks, dtype=torch.int64)
-        table[:, Column.NUM_CHUNKS] = chunks
-        table[:, Column.FIRST_CHUNK] = chunks.cumsum(0) - chunks
+        table[:, COLUMNS["num_chunks"]] = chunks
+        table[:, COLUMNS["first_chunk"]] = chunks.cumsum(0) - chunks
         self.table = table.to(self.device)
 
     def update(
@@ -107,7 +107,7 @@ class Rows:
         if self.kernel == "triton":
             from cm_fused._backends.triton import launch as triton
 
-            triton.update_priorities_(self.table, norms, *scalars, **options)
+            triton.update_priorities_of_table_(self.table, norms, *scalars, **options)
             return
         torch.ops.cm_fused.update_priorities_(self.table, norms, *scalars, **options)
 
@@ -234,13 +234,13 @@ BAD_ARGUMENTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("table", lambda t: t[:, :15].clone(), r"table must have shape \(params, 24"),
     ("table", lambda t: t[0], r"table must have shape .*got \(24\)"),
     ("table", lambda t: t.t().contiguous().t(), r"table must be contiguous, .* strides \(1, 2\)"),
-    ("table", lambda t: _set(t, Column.FIRST_CHUNK, -1), f"{CHUNKS} 2 from -1"),
-    ("table", lambda t: _set(t, Column.NUM_CHUNKS, -1), f"{CHUNKS} -1 from 1"),
-    ("table", lambda t: _set(t, Column.NUM_CHUNKS, 3), f"{CHUNKS} 3 from 1"),
-    ("table", lambda t: _set(t, Column.NUM_CHUNKS, 2**63 - 1), f"{CHUNKS} .* from 1"),
+    ("table", lambda t: _set(t, COLUMNS["first_chunk"], -1), f"{CHUNKS} 2 from -1"),
+    ("table", lambda t: _set(t, COLUMNS["num_chunks"], -1), f"{CHUNKS} -1 from 1"),
+    ("table", lambda t: _set(t, COLUMNS["num_chunks"], 3), f"{CHUNKS} 3 from 1"),
+    ("table", lambda t: _set(t, COLUMNS["num_chunks"], 2**63 - 1), f"{CHUNKS} .* from 1"),
     *(
         ("table", lambda t, c=column: _set(t, c, 0), rf"table\[1\] .* address in column {column}")
-        for column in (Column.PRIORITIES, Column.SLOT, Column.STEP)
+        for column in (COLUMNS["priorities"], COLUMNS["pending_slot"], COLUMNS["step"])
     ),
     ("chunk_sq_norms", lambda t: t.float(), f"chunk_sq_norms {DOUBLE}"),
     ("chunk_sq_norms", lambda t: t[None], r"must have one dimension, got shape \(1, 3\)"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cm_fused._backends.triton.columns import PARAM_DTYPES, WIDTH
-from cm_fused.philox import Places
+from cm_fused.philox import ShardLayout
 from tests.support.cases import needs_cpu_backend
 from tests.support.rows import REFUSED, Refused
 from tests.support.samples import SAMPLES, Sample, full_sample, sample
@@ -50,7 +50,7 @@ class Table:
         return [self._row(i, param) for i, param in enumerate(self.case.params)]
 
     def _row(self, i: int, param: Tensor) -> list[int]:
-        layout = self.case.shard_layouts[3 * i : 3 * i + 3] or Places()
+        layout = self.case.shard_layouts[3 * i : 3 * i + 3] or ShardLayout()
         numbers: dict[str, int] = {
             "param": param.data_ptr(),
             "grad": self.case.grads[i].data_ptr(),

@@ -6,11 +6,13 @@ A call is refused, and then changes nothing, or gives the result of the argument
 import copy
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cm_fused._backends.library import RegisteredState
 from tests.support.rows import OPS
 from tests.support.samples import SAMPLES, Sample, float64, step_
 
@@ -26,7 +28,7 @@ REPLACEMENTS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda t: t.mT.contiguous().mT if t.ndim > 1 else t.clone(),
 )
 OTHERS: tuple[Callable[[Tensor], Tensor], ...] = (
-    *(lambda t, dtype=dtype: t.to(dtype) for dtype in DTYPES),  # type: ignore[misc]
+    *(partial(Tensor.to, dtype=dtype) for dtype in DTYPES),
     lambda t: torch.cat([t.reshape(-1), t.reshape(-1)]),
     lambda t: t.unsqueeze(0),
     lambda t: t.reshape(-1)[:-1],
@@ -42,12 +44,15 @@ IN_PLACE: tuple[Callable[[Tensor], object], ...] = (
     lambda t: t.resize_(t.numel() // 2),
     lambda t: t.resize_(2 * t.numel() + 1),
     lambda t: t.unsqueeze_(0),
-    lambda t: t.set_(torch.zeros(3, dtype=t.dtype)),
-    *(
-        lambda t, n=n: t.fill_(n)  # type: ignore[misc]
-        for n in (*NUMBERS, *INTEGERS)
-    ),
+    lambda t: t.set_(torch.zeros(3, dtype=t.dtype)),  # type: ignore[call-overload]
+    *(partial(Tensor.fill_, value=n) for n in (*NUMBERS, *INTEGERS)),
 )
+
+
+def step_registered(state: RegisteredState, case: Sample) -> object:
+    """Step a state that was registered before."""
+    step_([state], [case])
+    return None
 
 
 def run_case(seed: int) -> str:
@@ -75,7 +80,7 @@ def run_case(seed: int) -> str:
         has_result &= _take_memory(chance.choice([*case.lists().values()]), chance)
     before = _Memory(t for tensors in case.lists().values() for t in tensors)
     try:
-        result = step_([state], [case]) if cached else OPS[op](case)
+        result = step_registered(state, case) if cached else OPS[op](case)
     except ERRORS as error:
         unchanged, outcome = before.is_unchanged(), f"refused: {error}"
     else:
