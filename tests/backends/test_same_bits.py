@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM
 from cm_fused._backends import cpu
-from cm_fused._backends.triton.columns import CHUNK_SIZE, running_sum_min_capacity
+from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.cases import (
     CHUNK,
@@ -209,11 +209,10 @@ def _saved(optimizer: CriticalAdam) -> Iterator[tuple[str, Tensor]]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, with one NaN for all."""
     values = real(tensor).cpu().contiguous().reshape(-1)
-    if values.dtype not in (torch.int8, torch.float8_e4m3fn):
-        values = (
-            torch.where(values.isnan(), torch.nan, values) if values.is_floating_point() else values
-        )
+    if values.is_floating_point() and values.dtype != torch.float8_e4m3fn:
+        values = torch.where(values.isnan(), torch.nan, values)
     return values.view(torch.uint8)
 
 
@@ -278,14 +277,11 @@ def test_a_running_sum_is_rebuilt_by_chunks_of_the_cpp_pass(cls: Class) -> None:
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
-@pytest.mark.parametrize("slot_bytes", [8, 4, 2, 1])
+@pytest.mark.parametrize("slot_bytes", [4, 2, 1])
 def test_same_state(capacity: int, slot_bytes: int) -> None:
     """Both backends keep the same keys in a parameter's state."""
-    from cm_fused._backends.triton import launch
+    from cm_fused._backends.triton import launch  # needs triton
 
     for critical_gradients in (False, True):
-        keys = launch.state_keys(critical_gradients, capacity, slot_bytes)
-        sums = capacity >= running_sum_min_capacity(critical_gradients, slot_bytes)
-        assert ("critical_sum" in keys) == sums
-        if slot_bytes != 8:
-            assert keys == cpu.state_keys(critical_gradients, capacity, slot_bytes)
+        chosen = critical_gradients, capacity, slot_bytes
+        assert launch.state_keys(*chosen) == cpu.state_keys(*chosen)

@@ -60,7 +60,7 @@ WIDTH = 24
 
 
 # By the bytes of a slot's element; those of the C++ pass, so that both keep the same state.
-_RUNNING_SUM_MIN_CAPACITY = {8: 3, 4: 3, 2: 6, 1: 10}
+_RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10}
 
 
 def running_sum_min_capacity(critical_gradients: bool, slot_bytes: int) -> int:
