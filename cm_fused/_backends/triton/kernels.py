@@ -556,6 +556,7 @@ def _update_chunk(
         block = _block_at(begin, chunk.count, V)
         exp_avg, param, grad, exp_avg_sq = _load(tensors, block, V)
         g = effective_gradient(grad, param, s.factor, s.l2)
+        late_g = effective_gradient(g, param, 1.0, s.late_l2) if V.CRITICAL_GRADIENTS else g
         if V.KAHAN:
             lost = tl.load(tensors.compensation + block.offsets, mask=block.mask, other=0.0)
             param += lost.to(V.STATE_DTYPE)
@@ -563,7 +564,6 @@ def _update_chunk(
         buffer_sum = _sum_and_commit(buffer, item, commit, follow, block, V)
         if not V.CRITICAL_GRADIENTS:
             squares += sum_squares(g, BLOCK)
-        late_g = effective_gradient(g, param, 1.0, s.late_l2) if V.CRITICAL_GRADIENTS else g
         exp_avg, exp_avg_sq, numerator = _update_moments(
             s, late_g, buffer_sum, exp_avg, exp_avg_sq, V
         )
