@@ -54,8 +54,8 @@ class TwoCalls:
         """Call the closure, and find out what it does with the gradients that it finds."""
         found = Found(self._params)
         self._found_any = bool(found)
-        # All gradients are read to count them, which a closure that zeroed the last ones is
-        # spared. A CUDA graph captures no check: the steps before have made it.
+        # Counting reads all gradients, so it is not done for a closure that zeroed the last ones.
+        # A CUDA graph captures no check: the steps before it have checked.
         known = not found or self.zeroes or self._is_captured()
         nonzero = None if known else count_nonzero(self._params)
         with torch.enable_grad():
@@ -158,14 +158,14 @@ def reset(params: list[Tensor], in_place: list[Tensor]) -> None:
 
 
 class Marks:
-    """Marks in gradients, which show whether a closure adds to the gradients that it finds.
+    """Marks in gradients that show whether a closure adds to the gradients that it finds.
 
     The first element of each gradient becomes NaN. It stays NaN whatever is added to it and however
     the gradient is scaled or clipped, until the gradient is zeroed or overwritten.
 
-    The closure's own gradients may be NaN too. Hence autograd is asked to look for the mark before
-    it adds to a gradient: the mark is gone by then if the closure zeroes. Autograd does not add
-    where FSDP2 does, or where a closure replays a graph or copies gradients; these are `unsure`.
+    The closure's own gradients may be NaN too. Hence hooks of autograd look for the mark before it
+    adds to a gradient: the mark is gone by then if the closure zeroes. Autograd does not add where
+    FSDP2 does, or where a closure replays a graph or copies gradients; these are `unsure`.
 
     This is a context around the call of the closure.
 
@@ -217,11 +217,11 @@ class Marks:
         return self._params[i].grad is self._grads[i]
 
     def added_to(self) -> list[Tensor]:
-        """Return for each gradient that autograd added to whether its mark was there, bool ()."""
+        """Return a bool () for each gradient that autograd added to: whether it had its mark."""
         return [flag for flag in self._seen.values() if flag is not None]
 
     def unsure(self) -> list[Tensor]:
-        """Return the parameters whose gradients are the same and that autograd did not add to."""
+        """Return the parameters whose gradients were neither replaced nor added to by autograd."""
         return [
             param
             for i, param in enumerate(self._params)
@@ -231,7 +231,7 @@ class Marks:
 
 @torch.no_grad()
 def are_nan(params: list[Tensor]) -> list[Tensor]:
-    """Return for each gradient whether its first element is NaN, bool ()."""
+    """Return a bool () for each gradient: whether its first element is NaN."""
     return [_first_element(param).isnan() for param in params]
 
 

@@ -73,7 +73,7 @@ def check_entry(entry: Entry) -> None:
         if key in SCALES and value.dtype in LARGEST:
             _check_scales(entry, SCALES[key], shapes)
     try:
-        # Of no state, which leaves the checks of the parameter and its options.
+        # With no state and no keys it only checks the parameter and its options.
         missing_state(local(param), {}, (), group)
     except RuntimeError as error:
         raise ValueError(f"the state of {where} does not fit it: {error}") from error
@@ -83,7 +83,7 @@ def check_entry(entry: Entry) -> None:
 def _loaded_values(entry: Entry) -> dict[str, Tensor]:
     """Return the tensors of an entry that are loaded; numbers become tensors.
 
-    In one order in every process: whoever gathers state goes through it key by key.
+    Their order is the same in every process: gathering state goes through it key by key.
     """
     return {
         key: value if isinstance(value, Tensor) else _as_tensor(entry.where, key, value)
