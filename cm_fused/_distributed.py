@@ -69,11 +69,11 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:
-    """Return a DTensor, placed as a parameter, of this process's local tensor.
+    """Return a DTensor, placed as another one, of this process's local tensor.
 
     Args:
-        tensor: The local tensor, of the shape of the parameter's, or several of it: the slots.
-        param: A DTensor.
+        tensor: The local tensor, of the shape of the other's, or several of it: the slots.
+        param: The other DTensor: a parameter, or state that is placed as its parameter.
         leading: The dimensions of `tensor` before those of the parameter, 0 or 1.
     """
     from torch.distributed.tensor import DTensor
@@ -88,18 +88,6 @@ def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:
         tensor, spec.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return placed
-
-
-def placed_with(tensor: Tensor, placed: Tensor) -> Tensor:
-    """Return a DTensor of a local tensor, placed as another DTensor is."""
-    from torch.distributed.tensor import DTensor
-
-    spec: Any = placed
-    shape, stride = placed.shape, placed.stride()
-    result: Tensor = DTensor.from_local(
-        tensor, spec.device_mesh, spec.placements, run_check=False, shape=shape, stride=stride
-    )
-    return result
 
 
 def _moved(placement: Any, by: int) -> Any:

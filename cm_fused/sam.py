@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused._distributed import is_sharded, local, local_grad
+from cm_fused._distributed import local, local_grad
 from cm_fused._optimizer.ascent import Sums, ascend_, count_nonzero
-from cm_fused._optimizer.checks import check_not_flattened
+from cm_fused._optimizer.checks import check_not_flattened, check_placement
 from cm_fused._optimizer.closures import TwoCalls
 
 # The attributes of a copy; between the half-steps `_originals` has the unperturbed parameters.
@@ -235,10 +235,15 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: A gradient is sparse, or is not a DTensor as its parameter is.
         """
-        params = [param for param in self._params() if param.grad is not None]
-        for i, param in enumerate(params):
-            _check_gradient(i, param)
-        return params
+        pairs = [(param, param.grad) for param in self._params() if param.grad is not None]
+        for i, (param, grad) in enumerate(pairs):
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"SAM needs dense gradients, got layout {grad.layout} for the gradient of "
+                    f"parameter {i}; for an embedding, use sparse=False"
+                )
+            check_placement(f"the gradient of parameter {i}", param, grad)
+        return [param for param, _ in pairs]
 
     def _total(self, value: Tensor) -> Tensor:
         """Return the sum of a value over the processes that the parameters are sharded among."""
@@ -296,18 +301,3 @@ def _check_not_released(optimizer: Optimizer) -> None:
 def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _check_gradient(index: int, param: Tensor) -> None:
-    grad = param.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"SAM needs dense gradients, got layout {grad.layout} for the gradient of parameter "
-            f"{index}; for an embedding, use sparse=False"
-        )
-    if is_sharded(grad) != is_sharded(param):
-        raise RuntimeError(
-            f"the gradient of parameter {index} must be a DTensor as its parameter is, or neither, "
-            f"got {type(grad)} for {type(param)}"
-        )

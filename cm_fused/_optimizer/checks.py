@@ -271,11 +271,7 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 f"{where} must be dense, got layout {grad.layout}; for an embedding, use "
                 "sparse=False"
             )
-        if is_sharded(grad) != is_sharded(param):
-            raise RuntimeError(
-                f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "
-                f"{type(param)}"
-            )
+        check_placement(where, param, grad)
         for name, value, expected in (
             ("dtype", grad.dtype, param.dtype),
             ("shape", grad.shape, param.shape),
@@ -288,6 +284,19 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 )
         if not (grad.is_floating_point() or grad.is_complex()):
             raise RuntimeError(f"{where} must be floating point or complex, got {grad.dtype}")
+
+
+def check_placement(where: str, param: Tensor, grad: Tensor) -> None:
+    """Check that a gradient and its parameter are both DTensors or both plain tensors.
+
+    Raises:
+        RuntimeError: One of them is a DTensor, the other one is not.
+    """
+    if is_sharded(grad) != is_sharded(param):
+        raise RuntimeError(
+            f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "
+            f"{type(param)}"
+        )
 
 
 def _plain(value: object) -> object:

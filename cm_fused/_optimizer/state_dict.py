@@ -33,16 +33,6 @@ ADAM_OPTIONS = (
 _IMMUTABLE = (bool, int, float, str, type(None))
 
 
-def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a flushed optimizer's state in plain dicts, without the keys that are not saved."""
-    return {
-        key: {name: entry for name, entry in value.items() if name not in UNSAVED_KEYS}
-        if isinstance(value, dict)
-        else value
-        for key, value in state.items()
-    }
-
-
 def picklable(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return a state with bytes instead of 8-bit floats, which torch does not pickle."""
     return {key: _with_viewed(value, FLOAT8, torch.uint8) for key, value in state.items()}
@@ -68,12 +58,13 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> 
         state_dict: The state dict that torch made.
         copies: Whether its tensors become copies.
     """
-    state = saved_state(state_dict["state"])
     saved = {
         **state_dict,
         "state": {
-            key: unscaled(value) if isinstance(value, dict) else value
-            for key, value in state.items()
+            key: unscaled({name: state[name] for name in state if name not in UNSAVED_KEYS})
+            if isinstance(state, dict)
+            else state
+            for key, state in state_dict["state"].items()
         },
         "param_groups": [_saved_group(group) for group in state_dict["param_groups"]],
     }
