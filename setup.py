@@ -24,10 +24,10 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 SOURCES = [
     "csrc/library.cpp",
     "csrc/core/state.cpp",
-    "csrc/core/describe.cpp",
+    "csrc/core/bind.cpp",
     "csrc/priority/table.cpp",
     "csrc/cpu/capability.cpp",
-    "csrc/cpu/describe.cpp",
+    "csrc/cpu/bucket.cpp",
     "csrc/cpu/ops.cpp",
     "csrc/cpu/pass.cpp",
     "csrc/cpu/steps.cpp",

@@ -273,7 +273,7 @@ class Instruction(NamedTuple):
 
 _NARROW = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-_SIGNS = {"triton_kernels.py": 1, "triton_rounding.py": -1}
+_SIGNS = {"kernels.py": 1, "rounding.py": -1}
 _LINE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 
 
@@ -331,8 +331,8 @@ def _places() -> _Places:
     (loop,) = [node for node in update.body if isinstance(node, ast.For)]
     (store,) = [
         node
-        for node in ast.walk(loop)
-        if isinstance(node, ast.Call) and ast.unparse(node).startswith("tl.store(param_ptr")
+        for node in ast.walk(functions["_store_param"])
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith("tl.store(tensors.param ")
     ]
     scales = frozenset(
         -line

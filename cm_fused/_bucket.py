@@ -59,6 +59,32 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
 _OF_GROUP = StepOptions._fields[3:13]
 
 
+def hyperparameters(options: StepOptions) -> dict[str, float]:
+    """Return the numbers of a step, in the order of the C++ operators."""
+    return {
+        "lr": 0.0 if isinstance(options.lr, Tensor) else options.lr,
+        "beta1": options.beta1,
+        "beta2": options.beta2,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+        "priority_decay": options.priority_decay,
+        "group_scope": options.priority_scope == "group",
+        "mean_over_capacity": options.buffer_mean == "capacity",
+        "eps_inside_sqrt": options.eps_inside_sqrt,
+        "maximize": options.maximize,
+        "decoupled_weight_decay": options.decoupled_weight_decay,
+        "stochastic_update": options.low_precision_update == "stochastic",
+        "l2_in_aggregate": options.l2_in_aggregate,
+        "sum_of_norms": options.sum_of_norms,
+    }
+
+
+# csrc/cpu/step.h has the same ones; loading the library compares them.
+HYPERPARAMETERS = tuple(
+    hyperparameters(StepOptions(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", "", False, False, False, "", 0))
+)
+
+
 @dataclass(slots=True, eq=False)
 class Bucket:
     """The tensors of one param group that share a device and take part in a step.
@@ -154,13 +180,6 @@ class Batch:
         for bucket in self.buckets:
             bucket.grads = self.grads[first : first + len(bucket.params)]
             first += len(bucket.params)
-
-    def drop_gradients(self) -> None:
-        """Keep no gradient alive."""
-        self.grads = []
-        if self.buckets[0].grads:
-            for bucket in self.buckets:
-                bucket.grads = []
 
 
 def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:

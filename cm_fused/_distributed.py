@@ -5,6 +5,7 @@ is, so that `torch.distributed.checkpoint` can save it on one mesh and load it o
 step counts are plain tensors, the same on every process.
 """
 
+import functools
 import sys
 from collections.abc import Mapping
 from types import FrameType
@@ -22,15 +23,23 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+    kind = type(tensor)
+    return kind not in _PLAIN and _is_dtensor(kind)
+
+
+@functools.cache
+def _is_dtensor(kind: type) -> bool:
+    return hasattr(kind, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the local tensor of a DTensor; a plain tensor as it is."""
+    """Return the local tensor of a DTensor, and any other tensor as it is."""
     if not is_sharded(tensor):
         return tensor
-    own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return own
+    part: Any = tensor
+    # Without gradients `to_local` makes a new Parameter of it at every call, since torch 2.13.
+    result: Tensor = part.to_local() if torch.is_grad_enabled() else part._local_tensor
+    return result
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -15,31 +15,11 @@ import torch
 from torch import Tensor
 
 from cm_fused._backends import library
-from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
+from cm_fused._bucket import Batch, Bucket, StepOptions, hyperparameters, over_scope
 from cm_fused._state.table import KEYS, State, mask_of
 
 unavailable_reason = library.unavailable_reason
 _CPU = torch.device("cpu")
-
-
-def hyperparameters(options: StepOptions) -> dict[str, float]:
-    """Return the numbers of a step, in the order of the library's hyperparameter_names()."""
-    return {
-        "lr": 0.0 if isinstance(options.lr, Tensor) else options.lr,
-        "beta1": options.beta1,
-        "beta2": options.beta2,
-        "eps": options.eps,
-        "weight_decay": options.weight_decay,
-        "priority_decay": options.priority_decay,
-        "group_scope": options.priority_scope == "group",
-        "mean_over_capacity": options.buffer_mean == "capacity",
-        "eps_inside_sqrt": options.eps_inside_sqrt,
-        "maximize": options.maximize,
-        "decoupled_weight_decay": options.decoupled_weight_decay,
-        "stochastic_update": options.low_precision_update == "stochastic",
-        "l2_in_aggregate": options.l2_in_aggregate,
-        "sum_of_norms": options.sum_of_norms,
-    }
 
 
 class _Scalars(NamedTuple):
@@ -176,7 +156,7 @@ def _sq_norms(batch: Batch) -> list[Tensor]:
     """Return the sums over the priority scopes as the operator takes them: none, or all."""
     buckets = batch.buckets
     given = [bucket.sq_norm for bucket in buckets if bucket.sq_norm is not None]
-    if len(given) in (0, len(buckets)):
+    if not given or len(given) == len(buckets):
         return given
     batch.split_gradients()
     return [

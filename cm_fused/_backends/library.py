@@ -1,10 +1,13 @@
-"""The C++ libraries: loading them, the fake kernels of their operators, the state they hold."""
+"""The C++ libraries: loading them, fake kernels of their operators, the state registered there."""
 
 import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from cm_fused._bucket import HYPERPARAMETERS
+from cm_fused._state.table import KEYS
 
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARY = _PACKAGE / "_C.abi3.so"
@@ -28,12 +31,28 @@ def _load_extension() -> str | None:
     if reason is not None:
         return reason
     try:
-        for name in ("adam_cm_", "adam_cg_", "keep_books_", "commit_", "update_priorities_"):
-            torch.library.register_fake(f"cm_fused::{name}", _fake_in_place)
+        torch.library.register_fake("cm_fused::update_priorities_", _fake_in_place)
         torch.library.register_fake("cm_fused::sq_norms", _fake_sq_norms)
     except RuntimeError as error:
-        return f"the C++ extension is another version's, reinstall cm_fused: {error}"
+        return _another_version(error)
+    return _check_names()
+
+
+def _check_names() -> str | None:
+    """Return why the library's tables are not this package's, or None."""
+    own = {"state_keys": KEYS, "hyperparameter_names": HYPERPARAMETERS}
+    for operator, names in own.items():
+        try:
+            of_library = getattr(torch.ops.cm_fused, operator)()
+        except AttributeError as error:
+            return _another_version(error)
+        if of_library != ",".join(names):
+            return _another_version(f"it has {operator} {of_library}")
     return None
+
+
+def _another_version(what: object) -> str:
+    return f"the C++ extension is another version's, reinstall cm_fused: {what}"
 
 
 def _load_cuda() -> str | None:
@@ -80,6 +99,13 @@ class RegisteredState:
     """A bucket's state, handed to the library once instead of at every step.
 
     The library keeps the tensors, not their addresses, until this object dies.
+
+    Args:
+        state: For each row of the mask in order, one tensor for each parameter.
+        mask: Bit r says that row r of the library's `state_keys` is there.
+        param_indices: Of each parameter, the key of its random bits; empty to count them.
+        shard_layouts: The three numbers of each parameter's `ShardLayout`; empty where all are
+            whole.
 
     Attributes:
         id: What the library's operators know it by.

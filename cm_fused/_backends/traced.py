@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import reference
-from cm_fused._backends.select import select
+from cm_fused._backends.select import Backend, select
 from cm_fused._bucket import Batch, Bucket, StepOptions
 from cm_fused._state.table import KEYS, keys_of, mask_of
 
@@ -30,10 +30,10 @@ _SCHEMA = (
 )
 
 
-def prepare(backend: str, batch: Batch) -> Callable[[], None]:
-    """Return what takes the step of a batch, one operator for each bucket."""
+def prepare(backend: Backend, batch: Batch) -> Callable[[], None]:
+    """Return what takes the step of a batch, one operator for each bucket of a fused backend."""
     batch.split_gradients()
-    return partial(_step_, backend, batch)
+    return partial(_step_, backend.name, batch) if backend.is_fused else backend.prepare(batch)
 
 
 def _step_(backend: str, batch: Batch) -> None:

@@ -39,7 +39,6 @@ from cm_fused._optimizer.norms import (
     scale_,
     set_scope_norms,
     set_sq_norms,
-    step_all_,
     update_all_,
 )
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
@@ -234,7 +233,8 @@ class CriticalAdam(CheckpointedOptimizer):
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            self._finish_step()
+            if self._pending is not None:
+                self._finish_step()
             self._take_step(self._plans, self.param_groups)
         finally:
             torch._C._set_grad_enabled(grad_enabled)
@@ -263,9 +263,10 @@ class CriticalAdam(CheckpointedOptimizer):
             if isinstance(error, RuntimeError) and groups is self.param_groups:
                 self._check(groups, cached)  # which names the group and the parameter
             raise
+        finally:
+            plans.drop_gradients(plan)
         if cached is None:
             plans.add(plan, self.state)
-        plan.drop_gradients()
         if plans.on_gpu and any(is_capturing(bucket.device) for bucket in plan.buckets):
             self._captured_plans.append(plan)
 
@@ -332,20 +333,17 @@ class CriticalAdam(CheckpointedOptimizer):
         if plans.needs_norm or grad_scale is not None or found_inf is not None:
             skipped = scale_(plan, groups, plans.processes, grad_scale, found_inf)
         try:
-            self._run_buckets(plan, groups, plans.processes)
+            if plan.has_eager and not plan.is_traced:
+                with Undo(plan.eager_buckets()):
+                    self._run_buckets(plan, groups, plans.processes)
+            else:
+                self._run_buckets(plan, groups, plans.processes)
         except BaseException:
             for count in skipped:
                 count.restore()
             raise
 
     def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
-        if not plan.has_eager or torch.compiler.is_compiling():
-            self._step_buckets(plan, groups, among)
-            return
-        with Undo(plan.eager_buckets()):
-            self._step_buckets(plan, groups, among)
-
-    def _step_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if among is not None:
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:
@@ -353,8 +351,9 @@ class CriticalAdam(CheckpointedOptimizer):
                 sums = gathered(plan, update_all_(plan), among)
                 self._pending = plan, sums, among.start_sum(sums)
                 return
-        set_scope_norms(plan, among)
-        step_all_(plan)
+        if among is not None or plan.divided:
+            set_scope_norms(plan, among)
+        plan.run_()
 
     def _check(self, groups: Groups, cached: Plan | None) -> None:
         """Check all gradients, and parameters against the state of a cached plan."""
@@ -395,7 +394,7 @@ class CriticalAdam(CheckpointedOptimizer):
         members = plans.members(groups, first)
         made.extend(self._make_state(members, groups))
         buckets = [self._bucket(member, groups[member.group]) for member in members]
-        return plans.new_plan(members, buckets, groups, first)
+        return plans.new_plan(members, buckets, groups)
 
     def _make_state(self, members: list[Member], groups: Groups) -> list[tuple[Tensor, State]]:
         """Make the state that parameters which take part do not have, all of it or none.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cm_fused._backends import traced
 from cm_fused._backends.select import Backend
-from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
+from cm_fused._bucket import Bucket, StepOptions, over_scope
 from cm_fused._distributed import Processes
 from cm_fused._optimizer.plan import Groups, Plan, needs_norm
 
@@ -94,21 +94,6 @@ def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
     for backend, batch in plan.batches:
         pairs += zip(batch.buckets, backend.update_(batch), strict=True)
     return pairs
-
-
-def step_all_(plan: Plan) -> None:
-    """Take the steps of all batches: all is prepared before the first change."""
-    if torch.compiler.is_compiling():
-        prepared = [_traced(backend, batch) for backend, batch in plan.batches]
-    else:
-        prepared = [backend.prepare(batch) for backend, batch in plan.batches]
-    for take_ in prepared:
-        take_()
-
-
-def _traced(backend: Backend, batch: Batch) -> Callable[[], None]:
-    batch.split_gradients()
-    return traced.prepare(backend.name, batch) if backend.is_fused else backend.prepare(batch)
 
 
 def sq_norms_of_buckets(
@@ -216,8 +201,8 @@ class SkippedSteps:
 
     def __init__(self, group: dict[str, Any]) -> None:
         self._group = group
-        self._count = group.get("skipped_steps")
-        self._before = self._count.clone() if isinstance(self._count, Tensor) else self._count
+        self._count: Any = group.get("skipped_steps")
+        self._before: Any = self._count.clone() if isinstance(self._count, Tensor) else self._count
 
     def restore(self) -> None:
         """Give the group the count it had; allocates nothing."""

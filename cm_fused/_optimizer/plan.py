@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cm_fused._backends import traced
 from cm_fused._backends.flush import as_real
 from cm_fused._backends.select import CPU, EAGER, Backend, select
 from cm_fused._bucket import Batch, Bucket, StepOptions, step_options
@@ -89,13 +90,14 @@ class Plan:
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
 
     def __post_init__(self) -> None:
-        self._is_plain = self.local_params is None and self.dtypes is None and not self.views
+        self.is_plain = self.local_params is None and self.dtypes is None and not self.views
         # One call takes the step, and checks all lists before it.
         self.checks_itself = len(self.batches) <= 1 and all(
             backend.checks_lists for backend, _ in self.batches
         )
 
         self.has_eager = any(backend is EAGER for backend, _ in self.batches)
+        self.is_traced = torch.compiler.is_compiling()
 
     def eager_buckets(self) -> list[Bucket]:
         """Return the buckets that the reference steps."""
@@ -104,11 +106,20 @@ class Plan:
 
     def is_current(self) -> bool:
         """Return whether the plan's tensors are still those of the parameters."""
-        return self._is_plain or (
+        return (
             (self.local_params is None or all(map(is_, map(local, self.params), self.local_params)))
             and (self.dtypes is None or self.dtypes == [param.dtype for param in self.params])
             and all(source.data_ptr() == view.data_ptr() for source, view in self.views)
         )
+
+    def run_(self) -> None:
+        """Take the step of all batches: all is prepared before the first change."""
+        if self.is_traced:
+            prepared = [traced.prepare(backend, batch) for backend, batch in self.batches]
+        else:
+            prepared = [backend.prepare(batch) for backend, batch in self.batches]
+        for take_ in prepared:
+            take_()
 
     def take_gradients(self, grads: list[Tensor]) -> None:
         """Give the batches this step's gradients, those of `params`."""
@@ -127,11 +138,6 @@ class Plan:
         for bucket in self.buckets:
             bucket.options = options[bucket.group]
         self.options, self.scalars = options, None
-
-    def drop_gradients(self) -> None:
-        """Keep no gradient alive."""
-        for _, batch in self.batches:
-            batch.drop_gradients()
 
 
 class Plans:
@@ -181,7 +187,7 @@ class Plans:
             self._plans.clear()
         self._key = tuple([grad is not None for grad in self.grads])
         plan = self._plans.get(self._key)
-        if plan is None or not plan.is_current():
+        if plan is None or not (plan.is_plain or plan.is_current()):
             return None
         self._begin(plan)
         return plan
@@ -190,6 +196,15 @@ class Plans:
         """Give a plan this step's gradients and options."""
         plan.take_gradients([grad for grad in self.grads if grad is not None])
         plan.take_options(self.options)
+
+    def drop_gradients(self, plan: Plan | None) -> None:
+        """Keep no gradient alive."""
+        self.grads = []
+        if plan is not None:
+            for _, batch in plan.batches:
+                batch.grads = []
+                if batch.buckets[0].grads:
+                    batch.split_gradients()
 
     def members(self, groups: Groups, first: int) -> list[Member]:
         """Return the parameters that take part, by group and device.
@@ -215,16 +230,13 @@ class Plans:
                 members.append(Member(index, backend, params, indices))
         return members
 
-    def new_plan(
-        self, members: list[Member], buckets: list[Bucket], groups: Groups, first: int
-    ) -> Plan:
+    def new_plan(self, members: list[Member], buckets: list[Bucket], groups: Groups) -> Plan:
         """Return a plan of these buckets, registered, with this step's gradients and options.
 
         Args:
             members: As `members` returned them.
             buckets: Their buckets, of local tensors.
             groups: The param groups.
-            first: The index of their first parameter among the optimizer's.
         """
         params = [param for member in members for param in member.params]
         # In the order of the groups, whatever their devices.
@@ -252,7 +264,7 @@ class Plans:
             views=views,
         )
         self._begin(plan)
-        if not torch.compiler.is_compiling():
+        if not plan.is_traced:
             for backend, batch in batches:
                 backend.register(batch)
         return plan

@@ -5,6 +5,7 @@ State is float32, or float64 for a float64 parameter (complex likewise), unless 
 dense, so that the fused backends walk both in one order.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -259,6 +260,6 @@ def resize_buffer(param: Tensor, state: State, group: Group) -> None:
     state.pop("critical_sum", None)
 
 
-def param_states(state: Group) -> list[dict[str, Any]]:
+def param_states(state: Mapping[Any, Any]) -> list[dict[str, Any]]:
     """Return the local states of parameters; an optimizer's state may hold other entries."""
     return [local_state(value) for key, value in state.items() if isinstance(key, Tensor)]

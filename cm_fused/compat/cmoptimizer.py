@@ -34,7 +34,7 @@ from cm_fused._bucket import Bucket, StepOptions, step_options
 from cm_fused._distributed import Processes, is_sharded, local_grad
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import check_number
-from cm_fused._optimizer.norms import sq_norms_of_buckets, step_all_
+from cm_fused._optimizer.norms import sq_norms_of_buckets
 from cm_fused._optimizer.plan import Groups, Member, Plan, view_as_real_
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
@@ -139,7 +139,7 @@ class _ResearchAdam(CriticalAdam):
             if id(param) not in started
         }
 
-    def _step_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
+    def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if groups is self.param_groups and any(map(self._first_timers, groups)):
             self._check(groups, None)
         # Little is prepared here. It is undone where it or the steps fail.
@@ -149,7 +149,7 @@ class _ResearchAdam(CriticalAdam):
                 self._prepare_(plan, groups, undo, made)
                 # From here on it is known which slot changes.
                 with Undo(plan.eager_buckets()):
-                    step_all_(plan)
+                    plan.run_()
         except BaseException:
             for param, keys in made:
                 self._drop_state(param, keys)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -60,8 +61,8 @@ inline std::string to_string(Device device) {
   return "device " + std::to_string(device.index) + " of type " + std::to_string(device.type);
 }
 
-// What a step reads of a tensor, fetched with as few calls as will do: for a small tensor this is
-// most of its step.
+// A tensor's metadata, fetched with as few calls as will do: for a small tensor this is most of its
+// step.
 struct TensorView {
   void* data;
   int64_t numel;
@@ -69,57 +70,68 @@ struct TensorView {
   IntHeaderOnlyArrayRef strides;
   int32_t dtype;  // as aoti_torch_dtype_*()
   Device device;
+
+  // Elements from the first to behind the last in memory.
+  [[nodiscard]] int64_t extent() const {
+    int64_t last = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      last += (sizes[d] - 1) * strides[d];
+    }
+    return numel == 0 ? 0 : last + 1;
+  }
 };
+
+// Views a dense tensor on any device, whose memory it does not touch, and may not be there.
+inline TensorView view_metadata(const char* role, size_t index, const Tensor& tensor) {
+  static const int32_t strided = aoti_torch_layout_strided();
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  const AtenTensorHandle handle = tensor.get();
+  TensorView result{};
+  int64_t dim = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  int32_t layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
+  STD_TORCH_CHECK(
+      layout == strided, item(role, index), " must be a strided tensor, not a sparse one");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &result.device.type));
+  if (result.device.type != cpu) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &result.device.index));
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &result.data));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &result.dtype));
+  const auto length = static_cast<size_t>(dim);
+  result.sizes = {sizes, length};
+  result.strides = {strides, length};
+  result.numel = std::accumulate(sizes, sizes + length, int64_t{1}, std::multiplies<>());
+  return result;
+}
 
 // A storage may have been resized under its tensor, or be none at all: reading it would crash.
 inline void check_memory(
-    const char* role, size_t index, AtenTensorHandle handle, const TensorView& tensor) {
-  if (tensor.numel == 0 || tensor.device.type == aoti_torch_device_type_meta()) {
+    const char* role, size_t index, const Tensor& tensor, const TensorView& metadata) {
+  if (metadata.numel == 0 || metadata.device.type == aoti_torch_device_type_meta()) {
     return;
   }
   int64_t storage_bytes = 0;
   int64_t offset = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &storage_bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle, &offset));
-  const auto element_bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype));
-  int64_t end = offset + 1;
-  for (size_t d = 0; d < tensor.sizes.size(); ++d) {
-    end += (tensor.sizes[d] - 1) * tensor.strides[d];
-  }
-  const auto address = reinterpret_cast<uintptr_t>(tensor.data);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  const auto element_bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(metadata.dtype));
+  const int64_t end = (offset + metadata.extent()) * element_bytes;
+  const auto address = reinterpret_cast<uintptr_t>(metadata.data);
   const bool has_memory = address != static_cast<uintptr_t>(offset * element_bytes);
-  STD_TORCH_CHECK(has_memory && end * element_bytes <= storage_bytes, item(role, index),
-      " must have its memory: its elements end at byte ", end * element_bytes, " of a storage of ",
+  STD_TORCH_CHECK(has_memory && end <= storage_bytes, item(role, index),
+      " must have its memory: its elements end at byte ", end, " of a storage of ",
       has_memory ? storage_bytes : 0, " bytes");
 }
 
-// Views a dense tensor on any device, whose memory it does not touch.
 inline TensorView view(const char* role, size_t index, const Tensor& tensor) {
-  const AtenTensorHandle handle = tensor.get();
-  void* data = nullptr;
-  int64_t numel = 0;
-  int64_t dim = 0;
-  int64_t* sizes = nullptr;
-  int64_t* strides = nullptr;
-  int32_t dtype = 0;
-  Device device{};
-  int32_t layout = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
-  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), item(role, index),
-      " must be a strided tensor, not a sparse one");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device.type));
-  if (device.type != aoti_torch_device_type_cpu()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device.index));
-  }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-  const auto length = static_cast<size_t>(dim);
-  const TensorView result{data, numel, {sizes, length}, {strides, length}, dtype, device};
-  check_memory(role, index, handle, result);
+  const TensorView result = view_metadata(role, index, tensor);
+  check_memory(role, index, tensor, result);
   return result;
 }
 
@@ -162,18 +174,27 @@ inline void check_strides(const char* role, size_t index, IntHeaderOnlyArrayRef 
       to_string(strides));
 }
 
-// The data of a small tensor of bookkeeping: `numel` consecutive values of one dtype.
-template <typename value_t>
-inline value_t* bookkeeping(const char* role, size_t index, const Tensor& tensor, int64_t numel,
-    int32_t dtype, Device device) {
+// Checks that a tensor has `numel` elements, one after the other.
+inline void check_flat(const char* role, size_t index, const TensorView& tensor, int64_t numel) {
+  int64_t stride = 1;
+  bool is_contiguous = true;
+  for (size_t d = tensor.sizes.size(); d-- > 0;) {
+    is_contiguous = is_contiguous && (tensor.sizes[d] == 1 || tensor.strides[d] == stride);
+    stride *= tensor.sizes[d];
+  }
+  STD_TORCH_CHECK(tensor.numel == numel && (numel == 0 || is_contiguous), item(role, index),
+      " must be contiguous with ", numel, " elements, got shape ", to_string(tensor.sizes),
+      " and strides ", to_string(tensor.strides));
+}
+
+// The data of a tensor of `numel` float64, one after the other.
+inline double* float64_data(
+    const char* role, size_t index, const Tensor& tensor, int64_t numel, Device device) {
   const TensorView values = view(role, index, tensor);
   check_device(role, index, values.device, device);
-  check_dtype(role, index, values.dtype, dtype);
-  STD_TORCH_CHECK(
-      values.numel == numel && (numel == 1 || (values.sizes.size() == 1 && values.strides[0] == 1)),
-      item(role, index), " must be contiguous with ", numel, " elements, got shape ",
-      to_string(values.sizes), " and strides ", to_string(values.strides));
-  return static_cast<value_t*>(values.data);
+  check_dtype(role, index, values.dtype, aoti_torch_dtype_float64());
+  check_flat(role, index, values, numel);
+  return static_cast<double*>(values.data);
 }
 
 // Dimensions of more than one element, from the largest stride to the smallest.

@@ -1,8 +1,10 @@
-// What a step knows of one parameter's tensors, as plain data.
+// What a step needs of one parameter's tensors, as plain data.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "state_rows.h"
 
 namespace cm_fused {
 
@@ -42,44 +44,48 @@ inline bool has_scales(StoredDtype dtype) {
   return dtype == StoredDtype::kFloat8 || dtype == StoredDtype::kInt8;
 }
 
-// Where the elements of a parameter lie in the whole of it, of which this process may hold a part
-// (cm_fused/philox.py): element e is the whole's element offset + e / length * stride + e % length.
-struct Places {
+// The position of a parameter's elements in the full parameter, of which this process may have a
+// part (cm_fused/philox.py): element e is the full parameter's element
+// offset + e / length * stride + e % length.
+struct ShardLayout {
   int64_t offset = 0;
   int64_t length = 1;
   int64_t stride = 1;  // equal to length where there are no gaps
 };
 
-inline constexpr size_t kNumbersOfPlaces = 3;
+inline constexpr size_t kShardLayoutNumbers = 3;
 
-// Addresses are nullptr where there is no such tensor, or an op does without it.
+// Addresses are nullptr where there is no such tensor, or an operator does without it.
 struct ParamData {
   ParamDtype dtype;
   StoredDtype moment_dtype;  // of exp_avg and exp_avg_sq
   StoredDtype slot_dtype;
   int64_t numel;
   int64_t capacity;
-  int64_t param_index;  // keys the random words, and so do the elements' places
-  Places places;
+  int64_t param_index;  // keys the random bits, and so does the position in the full parameter
+  ShardLayout shard_layout;
 
   void* param;
   const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // nullptr without amsgrad
-  void* critical_buffer;
-  void* critical_sum;  // nullptr: the sum is read from the slots
+#define CM_FUSED_ROW(Name, key, role, type, ...) type* key;
+  CM_FUSED_STATE(CM_FUSED_ROW)
+#undef CM_FUSED_ROW
 
-  // nullptr where the dtype has no scales.
-  float* critical_scales;
-  float* exp_avg_scales;
-  float* exp_avg_sq_scales;
-  void* compensation;  // nullptr where there is none
-
-  float* priorities;
-  int64_t* pending_slot;
-  // The last to be set: with it, the state has been checked. It has one element and so an address.
-  float* step_count;
+  // For the next step. The state has been checked, and its addresses are those above.
+  bool is_bound;
+  // The parameter has moved since parameters that overlap were last looked for.
+  bool param_moved;
+  // Elements from the first to behind the last in memory.
+  int64_t param_extent;
+  int64_t grad_extent;
 };
+
+// Calls visit(row, address) for every row of the state.
+template <typename Data, typename Visit>
+void visit_state(Data& data, Visit visit) {
+#define CM_FUSED_ROW(Name, key, ...) visit(k##Name, data.key);
+  CM_FUSED_STATE(CM_FUSED_ROW)
+#undef CM_FUSED_ROW
+}
 
 }  // namespace cm_fused

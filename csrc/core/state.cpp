@@ -1,80 +1,148 @@
 #include "state.h"
 
+#include <algorithm>
+#include <bit>
+#include <functional>
 #include <utility>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include "checks.h"
 
 namespace cm_fused {
 
-HeldStates& HeldStates::instance() {
-  static auto* const states = new HeldStates;
-  return *states;
+StateTensors::StateTensors(Tensors tensors, StateRows rows, std::vector<int64_t> param_indices,
+    std::vector<int64_t> shard_layouts)
+    : tensors_(std::move(tensors)),
+      rows_(rows),
+      param_indices_(std::move(param_indices)),
+      shard_layouts_(std::move(shard_layouts)) {
+  STD_TORCH_CHECK((rows & ~kAllStateRows) == 0, "mask must have no bits but those of the ",
+      static_cast<size_t>(kNumStateRows), " rows of state_keys(), got ", rows);
+  const auto num_rows = static_cast<size_t>(std::popcount(static_cast<uint64_t>(rows)));
+  count_ = num_rows == 0 ? 0 : tensors_.size() / num_rows;
+  STD_TORCH_CHECK(tensors_.size() == count_ * num_rows,
+      "state must have one tensor for each parameter and each of the ", num_rows,
+      " rows in mask, got ", tensors_.size());
+  STD_TORCH_CHECK(param_indices_.empty() || param_indices_.size() == count_,
+      "param_indices must have one number for each of the ", count_, " params, got ",
+      param_indices_.size());
+  STD_TORCH_CHECK(shard_layouts_.empty() || shard_layouts_.size() == kShardLayoutNumbers * count_,
+      "shard_layouts must have three numbers for each of the ", count_, " params, got ",
+      shard_layouts_.size());
+  size_t first = 0;
+  for (size_t row = 0; row < kNumStateRows; ++row) {
+    first_[row] = first;
+    first += has(static_cast<StateRow>(row)) ? count_ : 0;
+  }
 }
 
-int64_t HeldStates::add(StateTensors tensors) {
-  const std::lock_guard lock(mutex_);
-  states_.emplace(++last_id_, std::make_shared<HeldState>(std::move(tensors)));
-  return last_id_;
+ShardLayout StateTensors::shard_layout(size_t i) const {
+  if (shard_layouts_.empty()) {
+    return {};
+  }
+  const int64_t* numbers = shard_layouts_.data() + kShardLayoutNumbers * i;
+  const ShardLayout layout{numbers[0], numbers[1], numbers[2]};
+  STD_TORCH_CHECK(layout.offset >= 0 && layout.length >= 1 && layout.stride >= layout.length,
+      "shard_layouts of params[", i,
+      "] must be an offset >= 0, a length >= 1 and a stride >= that, got (", layout.offset, ", ",
+      layout.length, ", ", layout.stride, ")");
+  return layout;
 }
 
-std::shared_ptr<HeldState> HeldStates::get(int64_t id) {
-  const std::lock_guard lock(mutex_);
-  const auto found = states_.find(id);
-  STD_TORCH_CHECK(found != states_.end(), "held must name a state that is held, got ", id);
-  return found->second;
-}
-
-void HeldStates::remove(int64_t id) {
-  std::shared_ptr<HeldState> released;  // outlives the lock
-  const std::lock_guard lock(mutex_);
-  if (const auto found = states_.find(id); found != states_.end()) {
-    released = std::move(found->second);
-    states_.erase(found);
+void StateTensors::require(StateRows rows) const {
+  for (size_t row = 0; row < kNumStateRows && count_ > 0; ++row) {
+    if ((rows >> row & 1) != 0 && !has(static_cast<StateRow>(row))) {
+      check_length(kStateRows[row].role, 0, count_);
+    }
   }
 }
 
 namespace {
 
-int64_t hold_state(Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
-    Tensors critical_buffers, Tensors critical_sums, Tensors priorities, Tensors pending_slots,
-    Tensors steps, Tensors critical_scales, Tensors exp_avg_scales, Tensors exp_avg_sq_scales,
-    Tensors compensations, std::vector<int64_t> param_indices,
-    std::vector<int64_t> element_places) {
-  return HeldStates::instance().add({std::move(exp_avgs), std::move(exp_avg_sqs),
-      std::move(max_exp_avg_sqs), std::move(critical_buffers), std::move(critical_sums),
-      std::move(priorities), std::move(pending_slots), std::move(steps), std::move(critical_scales),
-      std::move(exp_avg_scales), std::move(exp_avg_sq_scales), std::move(compensations),
-      std::move(param_indices), std::move(element_places)});
+// Never destroyed: tensors must not be released after torch's own statics are gone.
+struct Registry {
+  static Registry& instance() {
+    static auto* const registry = new Registry;
+    return *registry;
+  }
+
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::shared_ptr<RegisteredState>> states;
+  int64_t last_id = 0;
+};
+
+int64_t register_state(Tensors state, int64_t mask, std::vector<int64_t> param_indices,
+    std::vector<int64_t> shard_layouts) {
+  auto registered = std::make_shared<RegisteredState>(
+      StateTensors(std::move(state), mask, std::move(param_indices), std::move(shard_layouts)));
+  Registry& registry = Registry::instance();
+  const std::lock_guard lock(registry.mutex);
+  registry.states.emplace(++registry.last_id, std::move(registered));
+  return registry.last_id;
 }
 
-// The values of a negated view or of a tensor of implied zeros lie nowhere. Left to torch, what is
-// held would be a temporary copy, and a step would change that.
-int64_t refuse_implied(Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors,
-    Tensors, Tensors, Tensors, Tensors, std::vector<int64_t>, std::vector<int64_t>) {
+// The values of a negated view or of a tensor of implied zeros lie nowhere. Left to torch, a
+// temporary copy would be registered, and a step would change that.
+int64_t refuse_implied(Tensors, int64_t, std::vector<int64_t>, std::vector<int64_t>) {
   STD_TORCH_CHECK(false,
-      "a state to be held must lie in memory: it has a negated view or a tensor of implied zeros; "
-      "clone it");
+      "a state to be registered must lie in memory: it has a negated view or a tensor of implied "
+      "zeros; clone it");
 }
 
-void release_state(int64_t held) {
-  HeldStates::instance().remove(held);
+void release_state(int64_t id) {
+  Registry& registry = Registry::instance();
+  std::shared_ptr<RegisteredState> released;  // outlives the lock
+  const std::lock_guard lock(registry.mutex);
+  if (const auto found = registry.states.find(id); found != registry.states.end()) {
+    released = std::move(found->second);
+    registry.states.erase(found);
+  }
+}
+
+std::string state_keys() {
+  std::string keys;
+  for (const auto& row : kStateRows) {
+    keys += (keys.empty() ? "" : ",") + std::string(row.key);
+  }
+  return keys;
 }
 
 }  // namespace
 
-// Holding looks at no tensor: any device will do.
+LockedStates::LockedStates(const std::vector<int64_t>& ids) {
+  {
+    Registry& registry = Registry::instance();
+    const std::lock_guard lock(registry.mutex);
+    for (const int64_t id : ids) {
+      const auto found = registry.states.find(id);
+      STD_TORCH_CHECK(found != registry.states.end(), "ids must be of registered states, got ", id);
+      states_.push_back(found->second);
+    }
+  }
+  // All callers lock in one order, so that no two wait for each other.
+  auto order = states_;
+  std::sort(order.begin(), order.end());
+  STD_TORCH_CHECK(std::adjacent_find(order.begin(), order.end()) == order.end(),
+      "ids must name each state once, got ", to_string({ids.data(), ids.size()}));
+  for (const auto& state : order) {
+    locks_.emplace_back(state->mutex_);
+  }
+}
+
+// Registering looks at no tensor: any device will do.
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
-  m.impl("hold_state", TORCH_BOX(&hold_state));
+  m.impl("register_state", TORCH_BOX(&register_state));
   m.impl("release_state", TORCH_BOX(&release_state));
+  m.impl("state_keys", TORCH_BOX(&state_keys));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, Negative, m) {
-  m.impl("hold_state", TORCH_BOX(&refuse_implied));
+  m.impl("register_state", TORCH_BOX(&refuse_implied));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, ZeroTensor, m) {
-  m.impl("hold_state", TORCH_BOX(&refuse_implied));
+  m.impl("register_state", TORCH_BOX(&refuse_implied));
 }
 
 }  // namespace cm_fused

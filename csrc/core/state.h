@@ -1,4 +1,4 @@
-// The state of a bucket: its tensors, and those that were handed over with hold_state.
+// The state of a bucket, as register_state was given it.
 #pragma once
 
 #include <cstdint>
@@ -10,69 +10,86 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "param_data.h"
+
 namespace cm_fused {
 
 using Tensors = std::vector<torch::stable::Tensor>;
 
-// The state that a step changes. Item i of every list belongs to parameter i.
-struct StateTensors {
-  Tensors exp_avgs;
-  Tensors exp_avg_sqs;
-  Tensors max_exp_avg_sqs;
-  Tensors critical_buffers;
-  Tensors critical_sums;
-  Tensors priorities;
-  Tensors pending_slots;  // critical momenta only
-  Tensors steps;
-  Tensors critical_scales;
-  Tensors exp_avg_scales;
-  Tensors exp_avg_sq_scales;
-  Tensors compensations;
-  std::vector<int64_t> param_indices;
-  std::vector<int64_t> element_places;
-};
-
-class HeldState {
+// The tensors that a step changes, besides the parameters.
+class StateTensors {
  public:
-  explicit HeldState(StateTensors state) : tensors(std::move(state)) {}
+  // `tensors` has those of row after row, in each one for each parameter.
+  StateTensors(Tensors tensors, StateRows rows, std::vector<int64_t> param_indices,
+      std::vector<int64_t> shard_layouts);
 
-  // What an op knows of the tensors from its last call, in a type of its own. Needs the lock.
-  template <typename Knowledge>
-  Knowledge& knowledge() {
-    auto& known = knowledge_[typeid(Knowledge)];
-    if (known == nullptr) {
-      known = std::make_shared<Knowledge>();
-    }
-    return *static_cast<Knowledge*>(known.get());
+  // Of parameters.
+  [[nodiscard]] size_t count() const {
+    return count_;
   }
 
-  // For as long as an op uses the state: torch calls ops without Python's lock, and two threads
-  // that step one state must take turns with what is known of it.
-  [[nodiscard]] std::unique_lock<std::mutex> lock() {
-    return std::unique_lock(mutex_);
+  [[nodiscard]] bool has(StateRow row) const {
+    return (rows_ >> row & 1) != 0;
+  }
+
+  [[nodiscard]] const torch::stable::Tensor& at(StateRow row, size_t i) const {
+    return tensors_[first_[row] + i];
+  }
+
+  [[nodiscard]] int64_t param_index(size_t i) const {
+    return param_indices_.empty() ? static_cast<int64_t>(i) : param_indices_[i];
+  }
+
+  [[nodiscard]] ShardLayout shard_layout(size_t i) const;
+
+  // Checks that these rows are there.
+  void require(StateRows rows) const;
+
+ private:
+  Tensors tensors_;
+  StateRows rows_;
+  size_t count_ = 0;
+  size_t first_[kNumStateRows] = {};  // of a row's tensors
+  std::vector<int64_t> param_indices_;
+  std::vector<int64_t> shard_layouts_;
+};
+
+class RegisteredState {
+ public:
+  explicit RegisteredState(StateTensors state) : tensors(std::move(state)) {}
+
+  // What an operator caches for its next call, in a type of its own. Needs the lock.
+  template <typename Cache>
+  Cache& cache() {
+    auto& cached = caches_[typeid(Cache)];
+    if (cached == nullptr) {
+      cached = std::make_shared<Cache>();
+    }
+    return *static_cast<Cache*>(cached.get());
   }
 
   const StateTensors tensors;
 
  private:
+  friend class LockedStates;
+
   std::mutex mutex_;
-  std::unordered_map<std::type_index, std::shared_ptr<void>> knowledge_;
+  std::unordered_map<std::type_index, std::shared_ptr<void>> caches_;
 };
 
-// The state handed over with hold_state. Never destroyed: tensors must not be released after
-// torch's own statics are gone.
-class HeldStates {
+// The states that an operator works on, in the order of their ids, locked for as long as this
+// lives: torch calls operators without Python's lock, and threads that step one state take turns.
+class LockedStates {
  public:
-  static HeldStates& instance();
+  explicit LockedStates(const std::vector<int64_t>& ids);
 
-  int64_t add(StateTensors tensors);
-  std::shared_ptr<HeldState> get(int64_t id);
-  void remove(int64_t id);
+  RegisteredState& operator[](size_t k) const {
+    return *states_[k];
+  }
 
  private:
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<HeldState>> states_;
-  int64_t last_id_ = 0;
+  std::vector<std::shared_ptr<RegisteredState>> states_;
+  std::vector<std::unique_lock<std::mutex>> locks_;
 };
 
 }  // namespace cm_fused

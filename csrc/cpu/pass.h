@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "describe.h"
+#include "bucket.h"
 
 namespace cm_fused {
 

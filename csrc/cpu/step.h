@@ -35,7 +35,7 @@ inline constexpr int64_t kChunkSize = 16384;
 inline constexpr int64_t kBlockSize = 64;
 
 // A block of what is scaled or rounded stochastically: as many elements as share a scale, or as
-// random words are made at a time.
+// random bits are made at a time.
 inline constexpr int64_t kLargestBlock = kScaleBlock;
 static_assert(kLargestBlock % kBlockSize == 0 && kChunkSize % kLargestBlock == 0);
 
@@ -57,40 +57,43 @@ struct TensorStep : ParamData {
   std::unique_ptr<const StridedLayout> param_layout;
   std::unique_ptr<const StridedLayout> grad_layout;
 
-  // Behind the parameter's last element in memory.
-  const char* param_end;
-  // Whether it has moved since parameters that overlap were last looked for.
-  bool param_moved;
-
   // Critical momenta: the slot last step's exp_avg goes to. Critical gradients: the slot this
   // step's gradient goes to. Or kNoSlot.
   int64_t slot;
   // Divisor of the buffer's mean.
   int64_t mean_divisor;
-  // Counts from 1.
-  int64_t step;
+  int64_t step_number;  // counts from 1
   double bias_correction1;
   double bias_correction2;
 };
 
+// The numbers that step_registered_ takes for each state, in their order; flags are 0 or not.
+// stochastic_update is of half-precision parameters. l2_in_aggregate is of critical gradients: the
+// L2 term is not in the gradient, its norm and slots. With sum_of_norms a group's key is the sum of
+// its tensors' norms, not the norm of all.
+#define CM_FUSED_HYPERPARAMETERS(X) \
+  X(double, lr)                     \
+  X(double, beta1)                  \
+  X(double, beta2)                  \
+  X(double, eps)                    \
+  X(double, weight_decay)           \
+  X(double, priority_decay)         \
+  X(bool, group_scope)              \
+  X(bool, mean_over_capacity)       \
+  X(bool, eps_inside_sqrt)          \
+  X(bool, maximize)                 \
+  X(bool, decoupled_weight_decay)   \
+  X(bool, stochastic_update)        \
+  X(bool, l2_in_aggregate)          \
+  X(bool, sum_of_norms)
+
 // The hyperparameters of one param group.
 struct StepOptions {
-  double lr;
-  double beta1;
-  double beta2;
-  double eps;
-  double weight_decay;
-  double priority_decay;
-  bool group_scope;
-  bool mean_over_capacity;
-  bool eps_inside_sqrt;
-  bool maximize;
-  bool decoupled_weight_decay;
-  bool stochastic_update;  // of half-precision parameters
-  int64_t seed;
-  bool l2_in_aggregate = false;  // of critical gradients: not in the gradient, its norm and slots
-  bool sum_of_norms = false;     // is a group's key, not the norm of all its tensors
-  double grad_factor = 1.0;      // of every gradient, before all else
+#define CM_FUSED_MEMBER(type, name) type name = {};
+  CM_FUSED_HYPERPARAMETERS(CM_FUSED_MEMBER)
+#undef CM_FUSED_MEMBER
+  int64_t seed = 0;
+  double grad_factor = 1.0;  // of every gradient, before all else
 };
 
 // Works on chunk `chunk` of one tensor. Returns the chunk's sum of g^2 where it reads g for that,

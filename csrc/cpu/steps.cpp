@@ -5,8 +5,6 @@
 #include <numeric>
 #include <utility>
 
-#include "../priority/bookkeeping.h"
-
 namespace cm_fused {
 
 namespace {
@@ -23,46 +21,46 @@ double over_group(std::span<const double> sq_norms, bool sum_of_norms) {
   return norm * norm;
 }
 
+int64_t param_bytes(ParamDtype dtype) {
+  return dtype == ParamDtype::kFloat64 ? sizeof(double) : is_half(dtype) ? 2 : sizeof(float);
+}
+
 }  // namespace
 
-double read_scalar(const char* role, const std::optional<Tensor>& tensor, double otherwise) {
-  if (!tensor.has_value()) {
-    return otherwise;
+ScalarList::ScalarList(const char* role, std::span<const Tensor> tensors, size_t num_states)
+    : role_(role), tensors_(tensors) {
+  STD_TORCH_CHECK(tensors.empty() || tensors.size() == num_states, role,
+      " must be empty or have one tensor for each of the ", num_states, " states, got ",
+      tensors.size());
+}
+
+double ScalarList::read(size_t k, double otherwise) const {
+  return empty() ? otherwise : *float64_data(role_, k, tensors_[k], 1, cpu_device());
+}
+
+std::vector<double> ScalarList::read_each(size_t k, size_t count) const {
+  if (empty()) {
+    return {};
   }
-  return *bookkeeping<double>(role, kNoIndex, *tensor, 1, aoti_torch_dtype_float64(), cpu_device());
-}
-
-bool is_skipped(const std::optional<Tensor>& found_inf) {
-  return read_scalar("found_inf", found_inf, 0.0) != 0.0;
-}
-
-std::vector<double> read_sq_norm(const Tensor& sq_norm, size_t count) {
-  const int64_t numel = sq_norm.numel() == 1 ? 1 : static_cast<int64_t>(count);
-  const double* values = bookkeeping<double>(
-      "sq_norm", kNoIndex, sq_norm, numel, aoti_torch_dtype_float64(), cpu_device());
+  const int64_t numel = tensors_[k].numel() == 1 ? 1 : static_cast<int64_t>(count);
+  const double* values = float64_data(role_, k, tensors_[k], numel, cpu_device());
   return numel == 1 ? std::vector<double>(count, *values)
                     : std::vector<double>(values, values + count);
 }
 
-void keep_books(const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot) {
-  update_bookkeeping({tensor.priorities, slot, tensor.step_count, nullptr}, tensor.capacity,
+void update_priorities(
+    const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot) {
+  update_priorities({tensor.priorities, slot, tensor.step, nullptr}, tensor.capacity,
       static_cast<float>(priority_decay), priority_key(sq_norm));
 }
 
-void Steps::add(Critical critical, const StateTensors& state, std::span<const Tensor> params,
-    std::span<const Tensor> grads, const ScalarTensors& scalars, const StepOptions& hyperparameters,
-    BucketStep& bucket) {
-  StepOptions options = hyperparameters;
-  options.lr = read_scalar("lr_tensor", scalars.lr, options.lr);
-  options.grad_factor = read_scalar("grad_factor", scalars.grad_factor, options.grad_factor);
-  if (critical == Critical::kMomenta) {
-    check_length("pending_slots", state.pending_slots.size(), params.size());
-  }
-  describe_bucket(state, params, grads, options, bucket);
-  auto sq_norms = scalars.sq_norm.has_value() ? read_sq_norm(*scalars.sq_norm, params.size())
-                                              : std::vector<double>(params.size());
-  parts_.push_back({critical, &bucket, options, is_skipped(scalars.found_inf),
-      scalars.sq_norm.has_value(), std::move(sq_norms), nullptr, 0});
+void Steps::add(const StateTensors& state, std::span<const Tensor> params,
+    std::span<const Tensor> grads, StepScalars scalars, BucketStep& bucket) {
+  bind_bucket(state, params, grads, scalars.options, bucket);
+  const bool has_sq_norms = !scalars.sq_norms.empty();
+  scalars.sq_norms.resize(params.size());
+  parts_.push_back(
+      {!state.has(kPendingSlot), &bucket, has_sq_norms, std::move(scalars), nullptr, 0});
 }
 
 bool Steps::has_moved() const {
@@ -78,7 +76,8 @@ bool Steps::find_overlap() {
     for (auto& tensor : *part.bucket) {
       tensor.param_moved = false;
       if (tensor.numel > 0) {
-        extents.emplace_back(static_cast<const char*>(tensor.param), tensor.param_end);
+        const auto* const begin = static_cast<const char*>(tensor.param);
+        extents.emplace_back(begin, begin + tensor.param_extent * param_bytes(tensor.dtype));
       }
     }
   }
@@ -97,24 +96,24 @@ void Steps::take_(double* local_sq_norms, bool one_by_one) {
       part.local_sq_norms = local_sq_norms;
       local_sq_norms += part.bucket->size();
     }
-    if (part.is_skipped) {
+    if (part.scalars.is_skipped) {
       continue;
     }
-    if (part.critical == Critical::kMomenta) {
-      part.first_chunk = momenta.add(*part.bucket, part.options);
+    if (!part.critical_gradients) {
+      part.first_chunk = momenta.add(*part.bucket, part.scalars.options);
       continue;
     }
     if (!part.has_sq_norms) {
-      part.first_chunk = norms.add(*part.bucket, part.options);
+      part.first_chunk = norms.add(*part.bucket, part.scalars.options);
     }
-    gradients.add(*part.bucket, part.options);
+    gradients.add(*part.bucket, part.scalars.options);
   }
   // From here on nothing fails.
   norms.run(chosen.sq_norm);
   momenta.run(chosen.adam_cm, one_by_one);
   for (auto& part : parts_) {
-    if (!part.is_skipped) {
-      finish_(part, part.critical == Critical::kMomenta ? momenta : norms);
+    if (!part.scalars.is_skipped) {
+      finish_(part, part.critical_gradients ? norms : momenta);
     }
   }
   gradients.run(chosen.adam_cg, one_by_one);
@@ -126,17 +125,17 @@ void Steps::finish_(Part& part, const Pass& pass) {
     pass.add_up(bucket, part.first_chunk, part.local_sq_norms);
     return;
   }
-  auto& sq_norms = part.sq_norms;
+  const StepOptions& options = part.scalars.options;
+  auto& sq_norms = part.scalars.sq_norms;
   if (!part.has_sq_norms) {
     pass.add_up(bucket, part.first_chunk, sq_norms.data());
-    if (part.options.group_scope) {
-      std::fill(sq_norms.begin(), sq_norms.end(), over_group(sq_norms, part.options.sum_of_norms));
+    if (options.group_scope) {
+      std::fill(sq_norms.begin(), sq_norms.end(), over_group(sq_norms, options.sum_of_norms));
     }
   }
   for (size_t i = 0; i < bucket.size(); ++i) {
-    auto* const slot =
-        part.critical == Critical::kMomenta ? bucket[i].pending_slot : &bucket[i].slot;
-    keep_books(bucket[i], sq_norms[i], part.options.priority_decay, slot);
+    auto* const slot = part.critical_gradients ? &bucket[i].slot : bucket[i].pending_slot;
+    update_priorities(bucket[i], sq_norms[i], options.priority_decay, slot);
   }
 }
 

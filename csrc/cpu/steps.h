@@ -2,42 +2,51 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <vector>
 
-#include "describe.h"
+#include "bucket.h"
 #include "pass.h"
 
 namespace cm_fused {
 
-// Scalars that may come in tensors: see library.cpp.
-struct ScalarTensors {
-  std::optional<Tensor> sq_norm;
-  std::optional<Tensor> lr;
-  std::optional<Tensor> grad_factor;
-  std::optional<Tensor> found_inf;
+// A list of scalars in float64 tensors: one for each of some states, or none at all.
+class ScalarList {
+ public:
+  ScalarList(const char* role, std::span<const Tensor> tensors, size_t num_states);
+
+  [[nodiscard]] bool empty() const {
+    return tensors_.empty();
+  }
+
+  // State k's, or `otherwise`.
+  [[nodiscard]] double read(size_t k, double otherwise) const;
+
+  // State k's numbers, one for each of `count` tensors; one number is that of all.
+  [[nodiscard]] std::vector<double> read_each(size_t k, size_t count) const;
+
+ private:
+  const char* role_;
+  std::span<const Tensor> tensors_;
 };
 
-double read_scalar(const char* role, const std::optional<Tensor>& tensor, double otherwise);
+// What one state's step is given besides its tensors.
+struct StepScalars {
+  StepOptions options;
+  bool is_skipped;
+  std::vector<double> sq_norms;  // over the priority scope, one for each parameter, or empty
+};
 
-bool is_skipped(const std::optional<Tensor>& found_inf);
-
-// The sums of squares over the priority scope, one for each of `count` tensors.
-std::vector<double> read_sq_norm(const Tensor& sq_norm, size_t count);
-
-// Keeps one parameter's books; `slot` is set to the slot that the step's item takes.
-void keep_books(const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot);
-
-enum class Critical { kMomenta, kGradients };
+// Updates one parameter's priorities; `slot` is set to the slot that the step's item takes.
+void update_priorities(
+    const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot);
 
 class Steps {
  public:
-  // Adds a bucket's step: checks everything and changes nothing. `bucket` is described for it, and
-  // is to live until the steps are taken.
-  void add(Critical critical, const StateTensors& state, std::span<const Tensor> params,
-      std::span<const Tensor> grads, const ScalarTensors& scalars,
-      const StepOptions& hyperparameters, BucketStep& bucket);
+  // Adds a bucket's step: checks everything and changes nothing. `bucket` is bound to it, and is to
+  // live until the steps are taken. A state without pending slots is one of critical gradients.
+  void add(const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads,
+      StepScalars scalars, BucketStep& bucket);
 
   // Whether a parameter has moved since parameters that overlap were last looked for.
   [[nodiscard]] bool has_moved() const;
@@ -46,21 +55,19 @@ class Steps {
   [[nodiscard]] bool find_overlap();
 
   // Takes the steps, but for those that are to be skipped. With local_sq_norms, which has a number
-  // for each parameter in the order they were added, the sums of squares go there and the books are
-  // left. Parameters that overlap are stepped one by one, in the order they were added. Whatever
-  // can fail comes before the first change.
+  // for each parameter in the order they were added, the sums of squares go there and the
+  // priorities are left. Parameters that overlap are stepped one by one, in the order they were
+  // added. Whatever can fail comes before the first change.
   void take_(double* local_sq_norms, bool one_by_one);
 
  private:
   struct Part {
-    Critical critical;
+    bool critical_gradients;
     BucketStep* bucket;
-    StepOptions options;
-    bool is_skipped;
-    bool has_sq_norms;
-    std::vector<double> sq_norms;  // over the priority scope, one for each parameter
-    double* local_sq_norms;        // or nullptr
-    size_t first_chunk;            // of the pass that has the norms
+    bool has_sq_norms;  // else they are computed
+    StepScalars scalars;
+    double* local_sq_norms;  // or nullptr
+    size_t first_chunk;      // of the pass that has the norms
   };
 
   static void finish_(Part& part, const Pass& pass);

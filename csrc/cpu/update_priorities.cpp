@@ -11,7 +11,7 @@ namespace cm_fused {
 
 namespace {
 
-// The chunks and the books of every row must be there before the first row is changed.
+// The chunks and the priorities of every row must be there before the first row is changed.
 void check_rows(const PriorityUpdate& update) {
   for (int64_t i = 0; i < update.num_rows; ++i) {
     const int64_t* row = row_of(update.table, i);
@@ -20,7 +20,7 @@ void check_rows(const PriorityUpdate& update) {
     STD_TORCH_CHECK(first >= 0 && count >= 0 && first <= update.num_chunks - count, "table[", i,
         "] must name chunks of the ", update.num_chunks, " in chunk_sq_norms, got ", count,
         " from ", first);
-    for (const int64_t column : {kPrioritiesColumn, kSlotColumn, kStepColumn}) {
+    for (const int64_t column : {kPrioritiesColumn, kPendingSlotColumn, kStepColumn}) {
       STD_TORCH_CHECK(row[column] != 0, "table[", i, "] must have an address in column ", column,
           ", got 0: refresh_table_ sets it");
     }
@@ -50,8 +50,8 @@ void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tenso
     } else if (!group_scope) {
       sq_norm_of_row = sum(update.chunk_sq_norms + row[kFirstChunkColumn], row[kNumChunksColumn]);
     }
-    update_bookkeeping(
-        bookkeeping_of(row), update.capacity, update.priority_decay, priority_key(sq_norm_of_row));
+    update_priorities(
+        priorities_of(row), update.capacity, update.priority_decay, priority_key(sq_norm_of_row));
   }
 }
 

@@ -42,8 +42,8 @@ __device__ double block_sum(const double* __restrict__ values, int64_t count) {
 }
 
 __device__ void update_row(const PriorityUpdate& update, int64_t row, float key) {
-  update_bookkeeping(
-      bookkeeping_of(row_of(update.table, row)), update.capacity, update.priority_decay, key);
+  update_priorities(
+      priorities_of(row_of(update.table, row)), update.capacity, update.priority_decay, key);
 }
 
 __device__ bool is_skipped(const PriorityUpdate& update) {

@@ -69,4 +69,23 @@ CM_FUSED_HOST_DEVICE inline void decay(float* keys, int64_t capacity, float prio
   }
 }
 
+// One parameter's priorities, and what goes with them. Changed by every step.
+struct Priorities {
+  float* keys;
+  int64_t* slot;    // set to the slot the step's item takes, or kNoSlot
+  float* step;      // steps taken so far
+  int64_t* filled;  // set to the number of slots filled before the step, or nullptr
+};
+
+// Updates them once the step's key is known.
+CM_FUSED_HOST_DEVICE inline void update_priorities(
+    const Priorities& priorities, int64_t capacity, float priority_decay, float key) {
+  if (priorities.filled != nullptr) {
+    *priorities.filled = count_filled(priorities.keys, capacity);
+  }
+  *priorities.slot = admit(priorities.keys, capacity, key);
+  decay(priorities.keys, capacity, priority_decay);
+  *priorities.step += 1.0F;
+}
+
 }  // namespace cm_fused

@@ -15,7 +15,7 @@ struct PriorityUpdate {
   int64_t num_chunks;
   const double* sq_norm;    // nullptr: sums of chunk_sq_norms
   int64_t sq_norm_stride;   // from a row's to the next one's; 0: one for all
-  const double* found_inf;  // nullptr or 0: the books are kept
+  const double* found_inf;  // nullptr or 0: the priorities are updated
   int64_t capacity;
   float priority_decay;
 };
@@ -32,7 +32,7 @@ inline PriorityUpdate check_priority_update(const Tensor& table, const Tensor& c
   STD_TORCH_CHECK(priority_decay >= 0.0 && priority_decay <= 1.0,
       "priority_decay must be in [0, 1], got ", priority_decay);
   const auto float64 = [device](const char* role, const Tensor& tensor, int64_t numel) {
-    return bookkeeping<double>(role, kNoIndex, tensor, numel, aoti_torch_dtype_float64(), device);
+    return float64_data(role, kNoIndex, tensor, numel, device);
   };
   const bool for_each_row = sq_norm.has_value() && sq_norm->numel() != 1;
   const int64_t num_sq_norms = for_each_row ? rows.sizes[0] : 1;

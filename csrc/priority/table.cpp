@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <iterator>
+#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 
-#include "../core/describe.h"
+#include "../core/bind.h"
 #include "../core/parallel.h"
 #include "table_checks.h"
 
@@ -24,21 +26,26 @@ int64_t address(const void* data) {
   return reinterpret_cast<int64_t>(data);
 }
 
-// `row` is the table's: without a pending slot the place for one is not ours to change.
+// `row` is the table's: without a pending slot its address is not ours to change.
 Row refreshed(const ParamData& data, const int64_t* row) {
-  return {address(data.param), address(data.grad), address(data.exp_avg), address(data.exp_avg_sq),
-      address(data.max_exp_avg_sq), address(data.critical_buffer), address(data.critical_sum),
-      address(data.compensation), address(data.critical_scales), address(data.exp_avg_scales),
-      address(data.exp_avg_sq_scales), address(data.priorities),
-      data.pending_slot == nullptr ? row[kSlotColumn] : address(data.pending_slot),
-      address(data.step_count), data.numel, static_cast<int64_t>(data.dtype), data.param_index,
-      data.places.offset, data.places.length, data.places.stride};
+  Row result{address(data.param), address(data.grad)};
+  visit_state(data, [&](StateRow of, const void* data) {
+    result[kExpAvgColumn + static_cast<int64_t>(of)] = address(data);
+  });
+  if (data.pending_slot == nullptr) {
+    result[kPendingSlotColumn] = row[kPendingSlotColumn];
+  }
+  const ShardLayout& layout = data.shard_layout;
+  const int64_t numbers[] = {data.numel, static_cast<int64_t>(data.dtype), data.param_index,
+      layout.offset, layout.length, layout.stride};
+  std::copy(std::begin(numbers), std::end(numbers), &result[kNumelColumn]);
+  return result;
 }
 
-int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table) {
-  const auto state = HeldStates::instance().get(held);
-  const auto lock = state->lock();
-  check_lengths(state->tensors, params, grads);
+int64_t refresh_table_(int64_t id, Tensors params, Tensors grads, Tensor table) {
+  const LockedStates states({id});
+  const StateTensors& state = states[0].tensors;
+  check_step(state, params, grads);
   const TensorView table_view = view_table(table, cpu_device());
   STD_TORCH_CHECK(table_view.sizes[0] == static_cast<int64_t>(params.size()),
       "table must have one row for each of the ", params.size(), " params, got ",
@@ -46,16 +53,16 @@ int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table
   auto* const rows = static_cast<int64_t*>(table_view.data);
   const auto row = [rows](size_t i) { return row_of(rows, static_cast<int64_t>(i)); };
 
-  auto& described = state->knowledge<std::vector<ParamData>>();
-  described.resize(params.size());
+  auto& bound = states[0].cache<std::vector<ParamData>>();
+  bound.resize(params.size());
   std::atomic<bool> needs_copies = false;
   std::atomic<bool> changed = false;
   for_each_tensor(params.size(), [&](size_t i) {
-    const ParamViews views = describe_param(i, state->tensors, params[i], grads[i], described[i]);
+    const ParamViews views = bind_param(i, state, params[i], grads[i], bound[i]);
     if (!lies_as(views.param, views.order) || !lies_as(views.grad, views.order)) {
       needs_copies.store(true, std::memory_order_relaxed);
     }
-    const Row now = refreshed(described[i], row(i));
+    const Row now = refreshed(bound[i], row(i));
     if (!std::equal(now.begin(), now.end(), row(i))) {
       changed.store(true, std::memory_order_relaxed);
     }
@@ -67,7 +74,7 @@ int64_t refresh_table_(int64_t held, Tensors params, Tensors grads, Tensor table
     return kUnchanged;
   }
   for_each_tensor(params.size(), [&](size_t i) {
-    const Row now = refreshed(described[i], row(i));
+    const Row now = refreshed(bound[i], row(i));
     std::copy(now.begin(), now.end(), row(i));
   });
   return kChanged;
@@ -79,11 +86,21 @@ int64_t refuse_implied(int64_t, Tensors, Tensors, Tensor) {
   return kNeedsCopies;
 }
 
+std::string table_columns() {
+  std::string names;
+#define CM_FUSED_COLUMN(Name, key, ...) names += names.empty() ? #key : "," #key;
+  CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN)
+  CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN)
+#undef CM_FUSED_COLUMN
+  return names;
+}
+
 }  // namespace
 
 // Only metadata is looked at, but for the table's: any device will do.
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
   m.impl("refresh_table_", TORCH_BOX(&refresh_table_));
+  m.impl("table_columns", TORCH_BOX(&table_columns));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, Negative, m) {

@@ -3,39 +3,36 @@
 
 #include <cstdint>
 
-#include "bookkeeping.h"
+#include "../core/state_rows.h"
+#include "priority.h"
 
 namespace cm_fused {
 
-// Of a row, in the order of the columns. Those before kNumRefreshedColumns are refresh_table_'s,
-// the others are left to whoever makes the table.
+// The columns of a row, in order: name, key. Addresses first, 0 where there is no such tensor;
+// pending_slot's is of critical momenta, else any int64 that may be written. Then numbers;
+// param_dtype is a ParamDtype. The last three are the caller's to set: the parameter's part of the
+// partial norms, and the address of an int64, or 0, for the number of slots filled.
+#define CM_FUSED_REFRESHED_COLUMNS(COLUMN) \
+  COLUMN(Param, param)                     \
+  COLUMN(Grad, grad)                       \
+  CM_FUSED_STATE(COLUMN)                   \
+  COLUMN(Numel, numel)                     \
+  COLUMN(ParamDtype, param_dtype)          \
+  COLUMN(ParamIndex, param_index)          \
+  COLUMN(ShardOffset, shard_offset)        \
+  COLUMN(ShardLength, shard_length)        \
+  COLUMN(ShardStride, shard_stride)
+#define CM_FUSED_CALLERS_COLUMNS(COLUMN) \
+  COLUMN(FirstChunk, first_chunk)        \
+  COLUMN(NumChunks, num_chunks)          \
+  COLUMN(Filled, filled)
+
 enum TableColumn : int64_t {
-  // Addresses; 0 where there is no such tensor.
-  kParamColumn,
-  kGradColumn,
-  kExpAvgColumn,
-  kExpAvgSqColumn,
-  kMaxExpAvgSqColumn,
-  kCriticalBufferColumn,
-  kCriticalSumColumn,
-  kCompensationColumn,
-  kCriticalScalesColumn,
-  kExpAvgScalesColumn,
-  kExpAvgSqScalesColumn,
-  kPrioritiesColumn,
-  kSlotColumn,  // an int64: critical momenta's pending slot, else any place that may be written
-  kStepColumn,
-  kNumelColumn,         // a number
-  kParamDtypeColumn,    // a ParamDtype
-  kParamIndexColumn,    // a number
-  kPlacesOffsetColumn,  // the numbers of Places
-  kPlacesLengthColumn,
-  kPlacesStrideColumn,
-  kNumRefreshedColumns,
-  // The parameter's part of the partial norms: numbers.
-  kFirstChunkColumn = kNumRefreshedColumns,
-  kNumChunksColumn,
-  kFilledColumn,  // the address of an int64, or 0
+#define CM_FUSED_COLUMN(Name, ...) k##Name##Column,
+  CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN) kNumRefreshedColumns,
+  kLastRefreshedColumn = kNumRefreshedColumns - 1,
+  CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN)
+#undef CM_FUSED_COLUMN
 };
 
 // In int64: 192 bytes, three cache lines of a CPU and whole sectors of a GPU's.
@@ -46,10 +43,10 @@ CM_FUSED_HOST_DEVICE inline column_t* row_of(column_t* table, int64_t i) {
   return table + i * kTableWidth;
 }
 
-CM_FUSED_HOST_DEVICE inline Bookkeeping bookkeeping_of(const int64_t* row) {
+CM_FUSED_HOST_DEVICE inline Priorities priorities_of(const int64_t* row) {
   return {reinterpret_cast<float*>(row[kPrioritiesColumn]),
-      reinterpret_cast<int64_t*>(row[kSlotColumn]), reinterpret_cast<float*>(row[kStepColumn]),
-      reinterpret_cast<int64_t*>(row[kFilledColumn])};
+      reinterpret_cast<int64_t*>(row[kPendingSlotColumn]),
+      reinterpret_cast<float*>(row[kStepColumn]), reinterpret_cast<int64_t*>(row[kFilledColumn])};
 }
 
 }  // namespace cm_fused

@@ -20,7 +20,7 @@ from cm_fused._optimizer.base import CriticalAdam
 from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
 from tests.support.cases import needs_cpu_backend
 
-STEP_OPERATORS = ("cm_fused::adam_cm_", "cm_fused::adam_cg_", "cm_fused::step_held_")
+STEP_OPERATORS = ("cm_fused::step_registered_",)
 
 
 class InjectedError(RuntimeError):

@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.frozen import BACKENDS, CASES, PARTS, Case, Run, place_of, stored, unavailable_reason
+from tests.support.frozen import (
+    BACKENDS,
+    CASES,
+    PARTS,
+    Case,
+    Run,
+    place_of,
+    stored,
+    unavailable_reason,
+)
 
 STORED = stored()
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from cm_fused import AdamCG, AdamCM
 from cm_fused._backends import cpu, library
 from cm_fused._backends import select as _backend
-from cm_fused._backends.triton.columns import CHUNK_SIZE, WIDTH, Column
-from cm_fused._bucket import Bucket, BucketStep
+from cm_fused._backends.triton.columns import CHUNK_SIZE, COLUMNS, WIDTH
+from cm_fused._bucket import Batch, Bucket
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._optimizer.plan import Plan
+from cm_fused._optimizer.plan import Member
+from cm_fused._state.table import fused_keys
 from tests.operators.test_ops import SAMPLES
 from tests.support.cases import (
     KINDS,
@@ -141,7 +142,7 @@ def test_columns_are_those_of_csrc() -> None:
         values[name] = values[value] if value else previous + 1
     del values["kNumRefreshedColumns"]
     expected = {
-        "k" + column.name.title().replace("_", "") + "Column": int(column) for column in Column
+        "k" + name.title().replace("_", "") + "Column": column for name, column in COLUMNS.items()
     }
     assert values == expected
     assert re.search(rf"kTableWidth = {WIDTH};", header)
@@ -199,16 +200,17 @@ def test_nothing_is_copied_when_nothing_changed(
 def test_table_without_the_extension(name: str) -> None:
     """Python fills a table as cm_fused::refresh_table_ does."""
     case = SAMPLES[name]()
-    places = list(range(3, 3 + 3 * len(case.params))) if name == "int8" else []
-    state = Bucket(**case.lists(), element_places=places).state()
-    held = torch.ops.cm_fused.hold_state(*state)
+    layouts = list(range(3, 3 + 3 * len(case.params))) if name == "int8" else []
+    bucket = Bucket(case.params, case.grads, case.state, shard_layouts=layouts)
+    registered = tables._registered(bucket)
     rows, expected = (torch.zeros((len(case.params), WIDTH), dtype=torch.int64) for _ in range(2))
     for _ in range(2):
-        result = tables._refresh_in_python(case.params, case.grads, state, rows)
-        assert result == torch.ops.cm_fused.refresh_table_(held, case.params, case.grads, expected)
+        result = tables._refresh_in_python(case.params, case.grads, bucket, rows)
+        assert result == torch.ops.cm_fused.refresh_table_(
+            registered.id, case.params, case.grads, expected
+        )
         if result != tables._NEEDS_COPIES:
             assert torch.equal(rows, expected)
-    torch.ops.cm_fused.release_state(held)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,13 +248,13 @@ def test_tables_and_graph_capture(extension: bool, monkeypatch: pytest.MonkeyPat
         captured = made.refresh(bucket.params, others)
         in_capture = tables.Tables(bucket)
     assert captured is not before
-    assert captured[0, Column.GRAD] == others[0].data_ptr()
+    assert captured[0, COLUMNS["grad"]] == others[0].data_ptr()
     # Eager steps have the table that has been uploaded, and never write what a graph reads.
     assert made.refresh(bucket.params, bucket.grads) is before
     assert torch.equal(before, kept)
     assert any(table is captured for table, _ in made._of_captures)
     # Tables that a capture has made are not there yet for a step outside: it makes its own.
-    bucket.handle = in_capture
+    bucket.registered = in_capture
     assert in_capture.made_in_capture
     own = triton._tables_of(bucket)
     assert own is not in_capture
@@ -285,18 +287,22 @@ def test_offsets_beyond_31_bits(kind: Kind, capacity: int, numel: int) -> None:
     begin = (numel // CHUNK_SIZE - 1) * CHUNK_SIZE
     small = _bucket_in_training(options, numel - begin, torch.zeros)
     huge = _bucket_in_training(options, numel, _unbacked, begin)
-    made = triton.hold(huge)
+    made = tables.Tables(huge)
     chunks = made.launches[0]
     made.launches = [tables.Chunks(chunks.param_dtype, chunks.chunks[-2:], chunks.sq_norms[-2:])]
     made.chunk_sq_norms.zero_()
-    huge.handle = made
+    huge.registered = made
+    batches = [Batch([bucket], bucket.params, bucket.grads) for bucket in (huge, small)]
+    cpu.register(batches[1])
     for _ in range(2):
-        triton.prepare([BucketStep(huge, step_options(options), kind == "cg")])()
-        cpu.step_([BucketStep(small, step_options(options), kind == "cg")])
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "critical_buffers", "critical_sums"):
-        for actual, expected in zip(getattr(huge, name), getattr(small, name), strict=True):
-            torch.testing.assert_close(actual[..., begin:], expected, msg=name)
-    assert torch.equal(huge["priorities"][0], small.priorities[0])
+        for backend, batch in zip((triton, cpu), batches, strict=True):
+            batch.grads = batch.buckets[0].grads
+            backend.prepare(batch)()
+    torch.testing.assert_close(huge.params[0][begin:], small.params[0])
+    for key in ("exp_avg", "exp_avg_sq", "critical_buffer", "critical_sum"):
+        for actual, expected in zip(huge[key], small[key], strict=True):
+            torch.testing.assert_close(actual[..., begin:], expected, msg=key)
+    assert torch.equal(huge["priorities"][0], small["priorities"][0])
 
 
 def _bucket_in_training(options: Options, numel: int, make: Any, begin: int = 0) -> Bucket:
@@ -310,20 +316,26 @@ def _bucket_in_training(options: Options, numel: int, make: Any, begin: int = 0)
     buffer = make(capacity, numel)
     for i, tensor in enumerate((param, grad, exp_avg, exp_avg_sq, *buffer)):
         tensor[begin:] = values[i]
-    keys = cpu.state_keys(options.kind == "cg", capacity, 4)
+    group = {"capacity": capacity, "buffer_dtype": None}
+    keys = fused_keys(group, critical_gradients=options.kind == "cg")
     sums = [make(numel)] if "critical_sum" in keys else []
     for total in sums:
         total[begin:] = buffer[:, begin:].sum(0)
+    state = {
+        "exp_avg": [exp_avg],
+        "exp_avg_sq": [exp_avg_sq],
+        "critical_buffer": [buffer],
+        "critical_sum": sums,
+        "priorities": [torch.tensor([2.0] * (capacity - 1) + [1.0])],
+        "pending_slot": [torch.tensor(capacity - 1)] if "pending_slot" in keys else [],
+        "step": [torch.tensor(float(capacity))],
+    }
     return Bucket(
-        params=[param],
-        grads=[grad],
-        exp_avgs=[exp_avg],
-        exp_avg_sqs=[exp_avg_sq],
-        critical_buffers=[buffer],
-        critical_sums=sums,
-        priorities=[torch.tensor([2.0] * (capacity - 1) + [1.0])],
-        pending_slots=[torch.tensor(capacity - 1)] if "pending_slot" in keys else [],
-        steps=[torch.tensor(float(capacity))],
+        [param],
+        [grad],
+        {key: tensors for key, tensors in state.items() if tensors},
+        critical_gradients=options.kind == "cg",
+        options=step_options(options),
     )
 
 
@@ -348,10 +360,11 @@ def test_group_of_several_buckets(kind: Kind) -> None:
                 param.grad = grad
         if t == 1:
             _share(optimizers[0])
-        plan = optimizers[0]._plans.get(0)
+        plans = list(optimizers[0]._plans._plans.values())
         for optimizer in optimizers:
             optimizer.step()
-        assert t == 0 or (optimizers[0]._plans[0] is plan and len(plan.buckets) == 2)
+        assert t == 0 or plans == list(optimizers[0]._plans._plans.values())
+        assert t == 0 or len(plans[0].buckets) == 2
         torch.testing.assert_close(shared, whole)
         for i in range(len(made)):
             assert torch.equal(*(saved(optimizer, i).priorities for optimizer in optimizers))
@@ -360,13 +373,13 @@ def test_group_of_several_buckets(kind: Kind) -> None:
 def _share(optimizer: CriticalAdam) -> None:
     """Give the first parameter a bucket and a backend of its own."""
     (group,) = optimizer.param_groups
-    params = group["params"]
+    params, plans = group["params"], optimizer._plans
+    plans.find(optimizer.param_groups, optimizer.state)
     backends = _backend.select("cpu", DEVICE), _backend.select("triton", DEVICE)
-    buckets = [
-        (backend, optimizer._bucket(group, backend, of_backend))
-        for backend, of_backend in zip(backends, (params[:1], params[1:]), strict=True)
-    ]
-    optimizer._plans[0] = Plan(buckets, params, group, 0, optimizer.state)
+    members = [Member(0, backends[0], params[:1], [0]), Member(0, backends[1], params[1:], [1, 2])]
+    buckets = [optimizer._bucket(member, group) for member in members]
+    plan = plans.new_plan(members, buckets, optimizer.param_groups)
+    plans.add(plan, optimizer.state)
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

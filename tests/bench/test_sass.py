@@ -16,7 +16,7 @@ pytestmark = needs_triton
 ARCHITECTURES = (80, 90, 100)
 # The pass of AdamCM with a running sum: what a training with the default options runs.
 DEFAULT = "float32 CM running sum"
-BUFFERS = ("running sum", *(f"{slots} slots" for slots in range(1, 5)))
+BUFFERS = ("running sum", *(f"{slots} slots" for slots in range(1, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,7 @@ def test_every_float32_variant(
     The variants that sum their slots once loaded the first slot in four parts: a promise of
     alignment made on a sum with 0 is lost. Tests of results cannot see it.
     """
-    report = reports.get((90, f"float32 {kind} {buffer}{amsgrad}"))
-    if report is None:
-        assert (kind, buffer) == ("CG", "4 slots"), "only such a buffer always has a running sum"
-        return
+    report = reports[90, f"float32 {kind} {buffer}{amsgrad}"]
     assert set(report["full_widths"]) == {"128"}
     assert [report["read"], report["written"]] == report["expected"]
     assert report["local_bytes"] == 0
@@ -116,7 +113,8 @@ LISTING = """
 	//## File "{file}", line {full}
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0020*/                   FADD R4, R4, R5 ;
-	//## File "{file}", line {store} inlined at "{file}", line {full}
+	//## File "{file}", line {store} inlined at "{file}", line {load}
+	//## File "{file}", line {load} inlined at "{file}", line {full}
 	//## File "{file}", line {full}
         /*0030*/                   STG.E.64 desc[UR4][R2.64], R4 ;
 	//## File "{file}", line {before} inlined at "{file}", line {full}
@@ -131,7 +129,7 @@ import sys
 from bench import sass
 places = sass._places()
 listing = sys.argv[1].format(
-    file="triton_kernels.py",
+    file="kernels.py",
     load=places.loop[2],
     store=places.param_store[0],
     before=places.loop[0] - 1,

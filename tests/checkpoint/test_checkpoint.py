@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cm_fused import AdamCG, AdamCM
-from cm_fused._backends.cpu import RUNNING_SUM_MIN_CAPACITY
 from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._state.table import RUNNING_SUM_MIN_CAPACITY
 from tests.support.training import (
     BACKENDS,
     CLASSES,

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cm_fused import AdamCG, AdamCM
+from cm_fused._backends import traced
 from cm_fused._optimizer.base import CriticalAdam
-from tests.support.cases import make_bucket, step_options
+from cm_fused._state.table import KEYS, mask_of
+from tests.support.cases import make_bucket
 from tests.support.oracle import Options
 from tests.support.training import BACKENDS, KINDS, ROUNDING, assert_same
 
@@ -149,28 +151,27 @@ def test_compiled_training_step(cls: type[CriticalAdam], backend: str) -> None:
     assert frames[0] <= frames[1] + 1
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="kernels are not interpreted here")
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
 @pytest.mark.parametrize("kind", ["cm", "cg"])
-def test_opcheck_of_the_triton_step(kind: Any) -> None:
+def test_opcheck_of_the_step(kind: Any, backend: str) -> None:
     """Its schema, autograd registration, fake kernel and functionalization agree with it."""
-    from cm_fused._backends import traced as triton_ops
-
     params = [torch.randn(5, 3), torch.randn(4)]
     bucket = make_bucket(params, Options(kind=kind, capacity=3), fused=True)
-    options = step_options(Options(kind=kind, capacity=3))
-    tensors = {"lr": torch.tensor(0.01), "grad_factor": torch.tensor(0.5), "found_inf": None}
     torch.library.opcheck(
-        triton_ops.step_op,
+        traced.step_op,
         (
-            *[getattr(bucket, name) for name in triton_ops.CHANGED],
+            bucket.params,
             bucket.grads,
+            [tensor for key in KEYS for tensor in bucket[key]],
+            mask_of(bucket.state),
             [0, 1],
             [],
             None,
-            *tensors.values(),
+            *(torch.tensor(0.01), torch.tensor(0.5), None),
         ),
         {
+            "backend": backend,
             "critical_gradients": kind == "cg",
-            **{name: getattr(options, name) for name in triton_ops.PLAIN_OPTIONS},
+            **{name: getattr(bucket.options, name) for name in traced.PLAIN_OPTIONS},
         },
     )

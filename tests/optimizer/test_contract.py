@@ -18,8 +18,8 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
-from cm_fused._backends.cpu import RUNNING_SUM_MIN_CAPACITY
 from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._state.table import RUNNING_SUM_MIN_CAPACITY
 from tests.support.training import (
     BACKENDS,
     CLASSES,

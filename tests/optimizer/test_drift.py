@@ -11,18 +11,18 @@ thousandfold at most 2.3e-7; a sum that only follows the admissions ends 2e-3 of
 `_error_without_rebuilding` finds.
 """
 
-from dataclasses import fields
-
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cm_fused import reference
+from cm_fused import rounding
 from cm_fused._backends import cpu
-from cm_fused._bucket import Bucket, BucketStep
+from cm_fused._bucket import Batch, Bucket
 from cm_fused._optimizer.checks import BUFFER_DTYPES
+from cm_fused._state.flush import flush_
+from cm_fused._state.table import KEYS
 from cm_fused.rounding import LARGEST
 from tests.support.cases import (
     CHUNK,
@@ -32,7 +32,6 @@ from tests.support.cases import (
     make_bucket,
     make_params,
     needs_cpu_backend,
-    step_options,
 )
 from tests.support.oracle import Options
 
@@ -60,13 +59,21 @@ def _joined(buckets: list[Bucket]) -> Bucket:
     """Return one bucket of the tensors of several: a step of many costs little more than one's."""
     for bucket in buckets:
         # A list has an item for each tensor. Where there are no scales, it is not looked at.
-        bucket["critical_scales"] = bucket["critical_scales"] or [torch.empty(0)]
+        bucket.state.setdefault("critical_scales", [torch.empty(0)])
     lists = {
-        field.name: [tensor for bucket in buckets for tensor in getattr(bucket, field.name)]
-        for field in fields(Bucket)
-        if field.init and field.name != "param_indices"
+        key: [tensor for bucket in buckets for tensor in bucket[key]]
+        for key in KEYS
+        if any(bucket[key] for bucket in buckets)
     }
-    return Bucket(**lists, param_indices=list(range(len(buckets))))
+    first = buckets[0]
+    return Bucket(
+        [param for bucket in buckets for param in bucket.params],
+        [],
+        lists,
+        list(range(len(buckets))),
+        critical_gradients=first.critical_gradients,
+        options=first.options,
+    )
 
 
 class _Run:
@@ -84,10 +91,9 @@ class _Run:
                 for dtype in buffer_dtypes
             ]
         )
-        self.bucket.handle = cpu.HeldState(self.bucket)
-        self.steps = [BucketStep(self.bucket, step_options(options), options.kind == "cg")]
         self.gradient = torch.zeros(size)
-        self.bucket.grads = [self.gradient] * len(buffer_dtypes)
+        self.batch = Batch([self.bucket], self.bucket.params, [self.gradient] * len(buffer_dtypes))
+        cpu.register(self.batch)
         self.draws = _draws(size)
         self.taken = 0
 
@@ -95,7 +101,7 @@ class _Run:
         """Take a step with the next draw times `scale`."""
         draw = self.draws[self.taken % len(self.draws)]
         torch.mul(draw, scale, out=self.gradient)
-        cpu.step_(self.steps)
+        cpu.prepare(self.batch)()
         self.taken += 1
 
     def slots(self, i: int = 0) -> tuple[Tensor, Tensor]:
@@ -104,9 +110,14 @@ class _Run:
         scales = self.bucket["critical_scales"][i].clone() if slots.dtype in LARGEST else None
         running_sum = self.bucket["critical_sum"][i].clone()
         if self.bucket["pending_slot"]:
-            pending = self.bucket["pending_slot"][i].clone()
-            reference.commit_(self.bucket["exp_avg"][i], slots, running_sum, pending, scales)
-        return reference.load_slots(slots, scales), running_sum
+            state = {
+                "exp_avg": self.bucket["exp_avg"][i],
+                "critical_buffer": slots,
+                "critical_sum": running_sum,
+                "pending_slot": self.bucket["pending_slot"][i].clone(),
+            }
+            flush_(state if scales is None else {**state, "critical_scales": scales})
+        return rounding.load_slots(slots, scales), running_sum
 
     def error(self) -> float:
         """Return the worst error of all tensors' chunks, as a part of the float64 sum's norm."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM, diagnostics
 from cm_fused._backends.triton.columns import CHUNK_SIZE
-from cm_fused._optimizer import base as _critical_adam
+from cm_fused._optimizer import base
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._state import making as _state
+from cm_fused._state.making import dequantized, dtype_of
 from cm_fused.philox import ShardLayout
 from cm_fused.rounding import LARGEST, num_blocks
 from tests.support.cases import (
@@ -154,7 +154,7 @@ def _synchronize(state: dict[str, Any], expected: dict[str, Any]) -> None:
         if kept is not None:
             state[key][pending] = kept
     if "critical_sum" in state:
-        torch.sum(_state.dequantized(state, "critical_buffer"), 0, out=state["critical_sum"])
+        torch.sum(dequantized(state, "critical_buffer"), 0, out=state["critical_sum"])
 
 
 _OF_SLOTS = ("critical_buffer", "critical_scales")
@@ -271,7 +271,7 @@ def test_commit_of_a_state_dict(dtype: torch.dtype, precision: Precision, capaci
     states = [optimizer.state[param] for param in params]
     assert all(state["pending_slot"] >= 0 for state in states)
     expected = [committed_copy(state) for state in states]
-    with mock.patch("cm_fused.reference.commit_", side_effect=AssertionError):
+    with mock.patch("cm_fused._backends.flush.flush_", side_effect=AssertionError):
         optimizer.state_dict()
     for state, values in zip(states, expected, strict=True):
         for key, value in values.items():
@@ -382,9 +382,9 @@ def test_conversion(saved: Precision) -> None:
         for param, twin in zip(params, group["params"], strict=True):
             loaded, original = other.state[twin], optimizer.state[param]
             for key, bound in (("exp_avg", 0.05), ("exp_avg_sq", 0.05), ("critical_buffer", 0.05)):
-                assert loaded[key].dtype == _state.dtype_of(key, twin, group)
-                values = _state.dequantized(loaded, key)
-                expected = _state.dequantized(original, key)
+                assert loaded[key].dtype == dtype_of(key, twin, group)
+                values = dequantized(loaded, key)
+                expected = dequantized(original, key)
                 apart = (values - expected).abs().max() / expected.abs().max()
                 assert apart <= (0 if loaded[key].dtype == original[key].dtype else bound), key
             assert ("critical_scales" in loaded) == (own["buffer_dtype"] in LARGEST)
@@ -506,7 +506,7 @@ def test_slow_averages_are_not_stuck(backend: str, moment_dtype: torch.dtype) ->
             param.grad = draws * (1.0 if step < 30 else 0.01)
             optimizer.step()
     for key in ("exp_avg", "exp_avg_sq"):
-        values = _state.dequantized(rounded.state[params[0]], key)
+        values = dequantized(rounded.state[params[0]], key)
         expected = exact.state[params[1]][key]
         ratio = float(values.double().sum() / expected.double().sum())
         assert abs(ratio - 1) < 0.02, key
@@ -594,7 +594,9 @@ def test_pieces_have_the_bits_of_the_whole(
     whole = normal_like(torch.empty(shape, dtype=torch.bfloat16), 1.0, generator(0)).to(device)
     parts = [whole[piece].contiguous() for piece in pieces]
     firsts = [211 * (rows.start or 0) + (columns.start or 0) for rows, columns in pieces]
-    places = [ShardLayout(first, part.shape[1], 211) for first, part in zip(firsts, parts, strict=True)]
+    layouts = [
+        ShardLayout(first, part.shape[1], 211) for first, part in zip(firsts, parts, strict=True)
+    ]
     # All is admitted: the norms of pieces are not those of the whole.
     options: Precision = {
         "capacity": 4,
@@ -609,12 +611,12 @@ def test_pieces_have_the_bits_of_the_whole(
         grad = normal_like(whole.cpu(), 1.0, generator(step)).to(device)
         whole.grad = grad
         optimizers[0].step()
-        for part, piece, place, optimizer in zip(
-            parts, pieces, places, optimizers[1:], strict=True
+        for part, piece, layout, optimizer in zip(
+            parts, pieces, layouts, optimizers[1:], strict=True
         ):
             part.grad = grad[piece].contiguous()
             # A parameter has one index, and its pieces have that.
-            with mock.patch.object(_critical_adam, "_element_places", return_value=[*place]):
+            with mock.patch.object(base, "_shard_layouts", return_value=[*layout]):
                 optimizer.step()
     for part, piece, optimizer in zip(parts, pieces, optimizers[1:], strict=True):
         assert torch.equal(part, whole[piece])
@@ -625,16 +627,17 @@ def test_pieces_have_the_bits_of_the_whole(
 
 @pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
 @pytest.mark.parametrize(
-    "places", [ShardLayout(2**34 - 300), ShardLayout(2**34 - 512), ShardLayout(2**40 + 6, 100, 2**33)]
+    "layout",
+    [ShardLayout(2**34 - 300), ShardLayout(2**34 - 512), ShardLayout(2**40 + 6, 100, 2**33)],
 )
-def test_words_far_into_a_parameter(backend: str, places: ShardLayout) -> None:
+def test_words_far_into_a_parameter(backend: str, layout: ShardLayout) -> None:
     """Counters of more than 32 bits have the words that the definition gives them."""
     results = []
     for name in ("eager", backend):
         param = torch.zeros(700, device=device_of(name))
         optimizer = AdamCM([param], moment_dtype=torch.bfloat16, backend=name)
         param.grad = normal_like(torch.empty(700), 1.0, generator(0)).to(param.device)
-        with mock.patch.object(_critical_adam, "_element_places", return_value=[*places]):
+        with mock.patch.object(base, "_shard_layouts", return_value=[*layout]):
             optimizer.step()
         results.append([optimizer.state[param][key].cpu() for key in ("exp_avg", "exp_avg_sq")])
     # From a state of zeros the first step has no sum that could be contracted.

@@ -208,6 +208,6 @@ def test_found_where_norms_come_first(backend: str) -> None:
     optimizer.step()
     _give_gradients(params, 1)
     optimizer.step()
-    ((_, bucket),) = optimizer._plans[0].buckets
-    tables: Any = bucket.handle
+    (plan,) = optimizer._plans._plans.values()
+    tables: Any = plan.buckets[0].registered
     assert tables.one_by_one

@@ -62,15 +62,14 @@ def test_words_have_keys_of_their_own() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "places", [ShardLayout(), ShardLayout(4), ShardLayout(7), ShardLayout(5, 3, 10), ShardLayout(2**34 - 7), ShardLayout(8, 1, 3)]
-)
-def test_words_are_those_of_the_places(places: ShardLayout) -> None:
+@pytest.mark.parametrize("numbers", [(), (4,), (7,), (5, 3, 10), (2**34 - 7,), (8, 1, 3)])
+def test_words_are_those_of_the_layout(numbers: tuple[int, ...]) -> None:
     """An element that lies somewhere in a larger parameter has the word of that place."""
-    words = random_words(5, 1, torch.tensor(2.0), 25, Stream.PARAM, places).tolist()
+    layout = ShardLayout(*numbers)
+    words = random_words(5, 1, torch.tensor(2.0), 25, Stream.PARAM, layout).tolist()
     for element, word in enumerate(words):
-        run, within = divmod(element, places.length)
-        place = places.offset + run * places.stride + within
+        run, within = divmod(element, layout.length)
+        place = layout.offset + run * layout.stride + within
         quad, part = divmod(place, 4)
         counter = _words((quad % 2**32, (quad // 2**32) + 2**31, 1, 2))
         assert word == int(philox(counter, (5, 0))[part])

@@ -68,10 +68,10 @@ def fail_at_all(
 def main(library: str) -> None:
     """Fail them all."""
     torch.set_num_threads(1)  # the count of allocations is one thread's
-    operator = FailingOperator(library, torch.ops.cm_fused.step_held_)
+    operator = FailingOperator(library, torch.ops.cm_fused.step_registered_)
     count = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops.cm_fused, "step_held_", operator)
+        patch.setattr(torch.ops.cm_fused, "step_registered_", operator)
         for make in (AdamCM, AdamCG):
             for options in OPTIONS:
                 for steps_before in (0, 3):

@@ -19,8 +19,8 @@ from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
 from cm_fused._backends import cpu
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._state.making import lists, missing_state, state_dtype
-from cm_fused.rounding import LARGEST
+from cm_fused._state.making import missing_state, state_dtype
+from cm_fused._state.table import fused_keys, required_keys
 from tests.support.oracle import Array, Options
 
 Kind = Literal["cm", "cg"]
@@ -211,7 +211,7 @@ def make_optimizer(
 def step_options(options: Options) -> StepOptions:
     """Return the options of one step of a bucket."""
     beta1, beta2 = options.betas
-    names = {field.name for field in fields(StepOptions)} - {"beta1", "beta2"}
+    names = set(StepOptions._fields) - {"beta1", "beta2"}
     chosen = {name: value for name, value in keywords(options).items() if name in names}
     return StepOptions(beta1=beta1, beta2=beta2, low_precision_update="nearest", seed=0, **chosen)
 
@@ -372,18 +372,25 @@ def make_bucket(
         fused: Also what the "cpu" backend keeps.
         buffer_dtype: Of the slots.
     """
-    slot_bytes = (buffer_dtype or torch.float32).itemsize
-    extra = cpu.state_keys(options.kind == "cg", options.capacity, slot_bytes) if fused else ()
-    keys = ("step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities", *extra)
-    if options.amsgrad:
-        keys = (*keys, "max_exp_avg_sq")
-    if buffer_dtype in LARGEST:
-        keys = (*keys, "critical_scales")
-    group = {"capacity": options.capacity, "buffer_dtype": buffer_dtype, "moment_dtype": None}
+    group = {
+        "amsgrad": options.amsgrad,
+        "capacity": options.capacity,
+        "buffer_dtype": buffer_dtype,
+        "moment_dtype": None,
+        "low_precision_update": "nearest",
+    }
+    critical_gradients = options.kind == "cg"
+    extra = fused_keys(group, critical_gradients=critical_gradients) if fused else ()
+    keys = (*required_keys(group), *extra)
     states = [missing_state(param, {}, keys, group) for param in params]
-    grads = [torch.zeros_like(param) for param in params]
-    indices = list(range(len(params)))
-    return Bucket(params=params, grads=grads, **lists(states, keys), param_indices=indices)
+    return Bucket(
+        params,
+        [torch.zeros_like(param) for param in params],
+        {key: [state[key] for state in states] for key in keys},
+        list(range(len(params))),
+        critical_gradients=critical_gradients,
+        options=step_options(options),
+    )
 
 
 def eps_of(dtype: torch.dtype) -> float:

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cm_fused import reference
 from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._state.flush import flush_
 from tests.support.cases import Grads, grads_to_arrays, real, to_array
 from tests.support.oracle import Array, Options, ParamState, oracle_step
 
@@ -55,14 +55,7 @@ def committed_copy(state: dict[str, Any]) -> dict[str, Tensor]:
     """
     copied = {key: real(value).to("cpu", copy=True) for key, value in state.items()}
     if "pending_slot" in copied:
-        reference.commit_(
-            copied["exp_avg"],
-            copied["critical_buffer"],
-            copied.get("critical_sum"),
-            copied["pending_slot"],
-            copied.get("critical_scales"),
-            copied.get("exp_avg_scales"),
-        )
+        flush_(copied)
     return copied
 
 

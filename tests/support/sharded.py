@@ -44,15 +44,8 @@ from torch.distributed.tensor.parallel import (
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from cm_fused import (
-    SAM,
-    AdamCG,
-    AdamCM,
-    AdamWCM,
-    _state,
-    diagnostics,
-    enable_gradient_release,
-)
+from cm_fused import SAM, AdamCG, AdamCM, AdamWCM, diagnostics, enable_gradient_release
+from cm_fused._state.making import dequantized, unscaled
 from cm_fused.compat.cmoptimizer import Adam_CM
 
 # A hang is a failure within this time.
@@ -281,10 +274,10 @@ def one_small_sum_a_step(_: Path) -> None:
                 with _counted_sums() as calls:
                     twins.step(t)
                 assert calls == [(len(SHAPES), True)], calls
-            pending = twins.optimizer._pending_books is not None
+            pending = twins.optimizer._pending is not None
             assert pending == (cls is AdamCM)
             twins.check()
-            assert twins.optimizer._pending_books is None
+            assert twins.optimizer._pending is None
 
 
 @case(2)
@@ -1425,7 +1418,7 @@ def load_scaled_whole_without_help(_: Path) -> None:
         for param, other in zip(params, others, strict=True):
             for key in ("exp_avg", "exp_avg_sq", "critical_buffer"):
                 mine, saved = (
-                    _gathered(_state.dequantized(_state.unscaled(state), key))
+                    _gathered(dequantized(unscaled(state), key))
                     for state in (new.state[param], old.state[other])
                 )
                 bound = (4 if "exp_avg" in key else 1) * HALF_CODE["torch.int8"]

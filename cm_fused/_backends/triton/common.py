@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from cm_fused._backends.triton.columns import CHUNK_SIZE as _CHUNK_SIZE
+from cm_fused._backends.triton.columns import COLUMNS
+from cm_fused._backends.triton.columns import REBUILT_CHUNK_SIZE as _REBUILT_CHUNK_SIZE
 from cm_fused._backends.triton.columns import WIDTH as _WIDTH
-from cm_fused._backends.triton.columns import Column
 
 # Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -24,32 +25,33 @@ TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
 # never autotuned: the trials would be steps.
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
 CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
+REBUILT_CHUNK_SIZE = tl.constexpr(_REBUILT_CHUNK_SIZE)
 FULL_BLOCK = tl.constexpr(BLOCK_SIZE)
 TAIL_BLOCK = tl.constexpr(TAIL_BLOCK_SIZE)
 THREADS = tl.constexpr(NUM_THREADS)
 ROW = tl.constexpr(_WIDTH)
-PARAM_COLUMN = tl.constexpr(int(Column.PARAM))
-GRAD_COLUMN = tl.constexpr(int(Column.GRAD))
-EXP_AVG_COLUMN = tl.constexpr(int(Column.EXP_AVG))
-EXP_AVG_SQ_COLUMN = tl.constexpr(int(Column.EXP_AVG_SQ))
-MAX_EXP_AVG_SQ_COLUMN = tl.constexpr(int(Column.MAX_EXP_AVG_SQ))
-CRITICAL_BUFFER_COLUMN = tl.constexpr(int(Column.CRITICAL_BUFFER))
-CRITICAL_SUM_COLUMN = tl.constexpr(int(Column.CRITICAL_SUM))
-COMPENSATION_COLUMN = tl.constexpr(int(Column.COMPENSATION))
-CRITICAL_SCALES_COLUMN = tl.constexpr(int(Column.CRITICAL_SCALES))
-EXP_AVG_SCALES_COLUMN = tl.constexpr(int(Column.EXP_AVG_SCALES))
-EXP_AVG_SQ_SCALES_COLUMN = tl.constexpr(int(Column.EXP_AVG_SQ_SCALES))
-PARAM_INDEX_COLUMN = tl.constexpr(int(Column.PARAM_INDEX))
-PLACES_OFFSET_COLUMN = tl.constexpr(int(Column.LAYOUT_OFFSET))
-PLACES_LENGTH_COLUMN = tl.constexpr(int(Column.LAYOUT_LENGTH))
-PLACES_STRIDE_COLUMN = tl.constexpr(int(Column.LAYOUT_STRIDE))
-PRIORITIES_COLUMN = tl.constexpr(int(Column.PRIORITIES))
-SLOT_COLUMN = tl.constexpr(int(Column.PENDING_SLOT))
-STEP_COLUMN = tl.constexpr(int(Column.STEP))
-NUMEL_COLUMN = tl.constexpr(int(Column.NUMEL))
-FIRST_CHUNK_COLUMN = tl.constexpr(int(Column.FIRST_CHUNK))
-NUM_CHUNKS_COLUMN = tl.constexpr(int(Column.NUM_CHUNKS))
-FILLED_COLUMN = tl.constexpr(int(Column.FILLED))
+PARAM_COLUMN = tl.constexpr(COLUMNS["param"])
+GRAD_COLUMN = tl.constexpr(COLUMNS["grad"])
+EXP_AVG_COLUMN = tl.constexpr(COLUMNS["exp_avg"])
+EXP_AVG_SQ_COLUMN = tl.constexpr(COLUMNS["exp_avg_sq"])
+MAX_EXP_AVG_SQ_COLUMN = tl.constexpr(COLUMNS["max_exp_avg_sq"])
+CRITICAL_BUFFER_COLUMN = tl.constexpr(COLUMNS["critical_buffer"])
+CRITICAL_SUM_COLUMN = tl.constexpr(COLUMNS["critical_sum"])
+COMPENSATION_COLUMN = tl.constexpr(COLUMNS["compensation"])
+CRITICAL_SCALES_COLUMN = tl.constexpr(COLUMNS["critical_scales"])
+EXP_AVG_SCALES_COLUMN = tl.constexpr(COLUMNS["exp_avg_scales"])
+EXP_AVG_SQ_SCALES_COLUMN = tl.constexpr(COLUMNS["exp_avg_sq_scales"])
+PARAM_INDEX_COLUMN = tl.constexpr(COLUMNS["param_index"])
+SHARD_OFFSET_COLUMN = tl.constexpr(COLUMNS["shard_offset"])
+SHARD_LENGTH_COLUMN = tl.constexpr(COLUMNS["shard_length"])
+SHARD_STRIDE_COLUMN = tl.constexpr(COLUMNS["shard_stride"])
+PRIORITIES_COLUMN = tl.constexpr(COLUMNS["priorities"])
+SLOT_COLUMN = tl.constexpr(COLUMNS["pending_slot"])
+STEP_COLUMN = tl.constexpr(COLUMNS["step"])
+NUMEL_COLUMN = tl.constexpr(COLUMNS["numel"])
+FIRST_CHUNK_COLUMN = tl.constexpr(COLUMNS["first_chunk"])
+NUM_CHUNKS_COLUMN = tl.constexpr(COLUMNS["num_chunks"])
+FILLED_COLUMN = tl.constexpr(COLUMNS["filled"])
 
 
 # One variant for all values of the options. A later dtype's chunks start anywhere in the lists of

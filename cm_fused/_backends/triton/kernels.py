@@ -5,7 +5,8 @@ a fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correct
 parameter's bits depend neither on the path its chunk takes nor on the device.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -28,11 +29,12 @@ from cm_fused._backends.triton.common import (
     NUMEL_COLUMN,
     PARAM_COLUMN,
     PARAM_INDEX_COLUMN,
-    PLACES_LENGTH_COLUMN,
-    PLACES_OFFSET_COLUMN,
-    PLACES_STRIDE_COLUMN,
     PRIORITIES_COLUMN,
+    REBUILT_CHUNK_SIZE,
     ROW,
+    SHARD_LENGTH_COLUMN,
+    SHARD_OFFSET_COLUMN,
+    SHARD_STRIDE_COLUMN,
     SLOT_COLUMN,
     STEP_COLUMN,
     TAIL_BLOCK_SIZE,
@@ -53,11 +55,12 @@ from cm_fused._backends.triton.rounding import (
     MOMENTS_STREAM,
     PARAM_STREAM,
     SCALE_BLOCK,
+    Counters,
     from_moment,
     from_slot,
     has_scales,
     load_scales,
-    random_words,
+    random_bits,
     round_to_bfloat16,
     round_to_float16,
     store_scales,
@@ -94,7 +97,137 @@ def launch_options(
     return {**LAUNCH_OPTIONS, "maxnreg": 72 if half or amsgrad else 64}
 
 
-_SCALED_DTYPES = (tl.int8, tl.uint8)
+# What the parts of the pass hand to each other
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through.
+
+    Attributes:
+        FULL: The chunk has CHUNK_SIZE elements, and every tensor is aligned.
+        BLOCK: The elements that are worked on at a time.
+    """
+
+    PARAM_DTYPE: tl.dtype
+    STATE_DTYPE: tl.dtype
+    MOMENT_DTYPE: tl.dtype
+    SLOT_DTYPE: tl.dtype
+    CRITICAL_GRADIENTS: bool
+    AMSGRAD: bool
+    SUMMED_SLOTS: int
+    STOCHASTIC: bool
+    KAHAN: bool
+    BY_FOURS: bool
+    FULL: bool = False
+    BLOCK: int = 0
+
+    def of_chunk(self, full: bool) -> "_Variant":
+        """Return the variant with its block: whole blocks of elements that share scales."""
+        block = BLOCK_SIZE
+        if not full:
+            scaled = {self.MOMENT_DTYPE, self.SLOT_DTYPE} & {tl.int8, tl.uint8}
+            block = max(TAIL_BLOCK_SIZE, SCALE_BLOCK_SIZE) if scaled else TAIL_BLOCK_SIZE
+        return replace(self, FULL=full, BLOCK=block)
+
+
+@triton.constexpr_function
+def _variant(*arguments):
+    return _Variant(*arguments)
+
+
+@triton.constexpr_function
+def _of_chunk(variant, full):
+    return variant.of_chunk(full)
+
+
+class _Hyperparameters(NamedTuple):
+    """The numbers of a launch, see `critical_adam_kernel`."""
+
+    lr: Any
+    beta1: Any
+    beta2: Any
+    eps_inside: Any
+    eps_outside: Any
+    l2: Any
+    late_l2: Any
+    decoupled_weight_decay: Any
+    factor: Any
+
+
+class _Scalars(NamedTuple):
+    """The scalars of a tensor's step, rounded once to the state's dtype."""
+
+    inverse_divisor: Any
+    beta1: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    inverse_bias_correction2: Any
+    step_size: Any
+    eps_inside: Any
+    eps_outside: Any
+    decay_factor: Any
+    l2: Any
+    late_l2: Any
+    factor: Any
+
+
+class _Chunk(NamedTuple):
+    """The elements of one program: `count` from `start` of a tensor."""
+
+    row_ptr: Any
+    start: Any
+    count: Any
+    numel: Any
+
+
+class _Admission(NamedTuple):
+    """The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum."""
+
+    capacity: Any
+    slot: Any
+    rebuild: Any
+
+
+class _Tensors(NamedTuple):
+    """Addresses of a chunk's first element; an option's tensor is not touched without it."""
+
+    param: Any
+    grad: Any
+    exp_avg: Any
+    exp_avg_sq: Any
+    max_exp_avg_sq: Any
+    compensation: Any
+    exp_avg_scales: Any
+    exp_avg_sq_scales: Any
+
+
+class _Buffer(NamedTuple):
+    """A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale.
+
+    `slot` is the one to write, or -1.
+    """
+
+    slots: Any
+    scales: Any
+    critical_sum: Any
+    numel: Any
+    capacity: Any
+    slot: Any
+    slot_ptr: Any
+
+
+class _Block(NamedTuple):
+    """The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements."""
+
+    begin: Any
+    count: Any
+    offsets: Any
+    mask: Any
+
+
+# Arithmetic
 
 
 @triton.jit
@@ -125,355 +258,374 @@ def _power(base, exponent):
     return result
 
 
-@triton.constexpr_function
-def _block_size(full, moment_dtype, slot_dtype):
-    """Return the elements that are worked on at a time: whole blocks of those that share scales."""
-    if full:
-        return BLOCK_SIZE
-    scaled = moment_dtype in _SCALED_DTYPES or slot_dtype in _SCALED_DTYPES
-    return max(TAIL_BLOCK_SIZE, SCALE_BLOCK_SIZE) if scaled else TAIL_BLOCK_SIZE
+# Addresses
 
 
 @triton.jit
-def _load_slot(
-    slots_ptr,
-    scales_ptr,
-    slot,
-    numel,
-    begin,
-    count,
-    mask,
-    STATE_DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Return the values of a slot, or what is cheap to load where the mask is not set."""
-    slot_ptr = at(slots_ptr, slot * numel, FULL)
-    stored = tl.load(slot_ptr + (begin + tl.arange(0, BLOCK)), mask=mask, other=0)
-    scales = 0
-    if has_scales(slots_ptr.dtype.element_ty):
-        scales = load_scales(scales_ptr + slot * tl.cdiv(numel, SCALE_BLOCK), begin, count, BLOCK)
-    return from_slot(stored, scales, STATE_DTYPE, BLOCK)
+def _tensors_of(chunk, V: tl.constexpr):
+    """Return the addresses of a chunk's tensors, except the buffer's."""
+    row_ptr = chunk.row_ptr
+    start = chunk.start
+    scale = start // SCALE_BLOCK
+    return _Tensors(
+        at(pointer(row_ptr, PARAM_COLUMN, V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, GRAD_COLUMN, V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, EXP_AVG_COLUMN, V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, EXP_AVG_SQ_COLUMN, V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, MAX_EXP_AVG_SQ_COLUMN, V.STATE_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, COMPENSATION_COLUMN, V.PARAM_DTYPE), start, V.FULL),
+        pointer(row_ptr, EXP_AVG_SCALES_COLUMN, tl.float32) + scale,
+        pointer(row_ptr, EXP_AVG_SQ_SCALES_COLUMN, tl.float32) + scale,
+    )
 
 
 @triton.jit
-def _load_moment(
-    moment_ptr,
-    scales_ptr,
-    begin,
-    count,
-    mask,
-    STATE_DTYPE: tl.constexpr,
-    SIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _buffer_of(chunk, admission, V: tl.constexpr):
+    """Return a chunk's buffer."""
+    row_ptr = chunk.row_ptr
+    start = chunk.start
+    slots_ptr = at(pointer(row_ptr, CRITICAL_BUFFER_COLUMN, V.SLOT_DTYPE), start, V.FULL)
+    return _Buffer(
+        slots_ptr,
+        pointer(row_ptr, CRITICAL_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK,
+        at(pointer(row_ptr, CRITICAL_SUM_COLUMN, V.STATE_DTYPE), start, V.FULL),
+        chunk.numel,
+        admission.capacity,
+        admission.slot,
+        at(slots_ptr, admission.slot * chunk.numel, V.FULL),
+    )
+
+
+@triton.jit
+def _counters_of(chunk, seed, step):
+    """Return what a tensor's random bits are drawn from."""
+    return Counters(
+        seed,
+        tl.load(chunk.row_ptr + PARAM_INDEX_COLUMN),
+        step,
+        tl.load(chunk.row_ptr + SHARD_OFFSET_COLUMN),
+        tl.load(chunk.row_ptr + SHARD_LENGTH_COLUMN),
+        tl.load(chunk.row_ptr + SHARD_STRIDE_COLUMN),
+    )
+
+
+@triton.jit
+def _block_at(begin, count, V: tl.constexpr):
+    """Return the block from `begin` on of a chunk with `count` elements."""
+    BLOCK: tl.constexpr = V.BLOCK
+    offsets = begin + tl.arange(0, BLOCK)
+    mask = tl.full((BLOCK,), 1, dtype=tl.int1) if V.FULL else offsets < count
+    return _Block(begin, count, offsets, mask)
+
+
+# The moments
+
+
+@triton.jit
+def _load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.constexpr):
     """Return the values of a moment."""
-    stored = tl.load(moment_ptr + (begin + tl.arange(0, BLOCK)), mask=mask, other=0)
+    BLOCK: tl.constexpr = V.BLOCK
+    stored = tl.load(moment_ptr + block.offsets, mask=block.mask, other=0)
     if stored.dtype == tl.int8:
-        return from_moment(stored, load_scales(scales_ptr, begin, count, BLOCK), SIGNED, BLOCK)
+        scales = load_scales(scales_ptr, block.begin, block.count, BLOCK)
+        return from_moment(stored, scales, SIGNED, BLOCK)
     else:
-        return stored.to(STATE_DTYPE)
+        return stored.to(V.STATE_DTYPE)
 
 
 @triton.jit
 def _store_moment(
-    moment_ptr,
-    scales_ptr,
-    begin,
-    count,
-    mask,
-    values,
-    words,
-    SIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    moment_ptr, scales_ptr, block, values, bits, SIGNED: tl.constexpr, V: tl.constexpr
 ):
-    """Store a moment; of an element's word, m takes the upper half and v the lower."""
-    offsets = begin + tl.arange(0, BLOCK)
-    MOMENT_DTYPE: tl.constexpr = moment_ptr.dtype.element_ty
-    if values.dtype == MOMENT_DTYPE:
-        tl.store(moment_ptr + offsets, values, mask=mask)
+    """Store a moment; the upper half of an element's random bits rounds m, the lower half v."""
+    BLOCK: tl.constexpr = V.BLOCK
+    if V.MOMENT_DTYPE == V.STATE_DTYPE:
+        tl.store(moment_ptr + block.offsets, values, mask=block.mask)
     else:
-        bits = words >> 16 if SIGNED else words & 0xFFFF
-        if MOMENT_DTYPE == tl.int8:
-            codes, scales = to_moment(values, bits, SIGNED, BLOCK)
-            store_scales(scales_ptr, begin, count, scales, 1, BLOCK)
-            tl.store(moment_ptr + offsets, codes, mask=mask)
+        half = bits >> 16 if SIGNED else bits & 0xFFFF
+        if V.MOMENT_DTYPE == tl.int8:
+            codes, scales = to_moment(values, half, SIGNED, BLOCK)
+            store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
+            tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
-            tl.store(moment_ptr + offsets, round_to_bfloat16(values, bits), mask=mask)
+            tl.store(moment_ptr + block.offsets, round_to_bfloat16(values, half), mask=block.mask)
 
 
 @triton.jit
-def _rebuild_sum(
-    exp_avg_ptr,
-    exp_avg_scales_ptr,
-    slots_ptr,
-    slot_scales_ptr,
-    critical_sum_ptr,
-    count,
-    numel,
-    capacity,
-    slot,
-    STATE_DTYPE: tl.constexpr,
-    CRITICAL_GRADIENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
+def _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V: tl.constexpr):
+    """Store both moments of the elements from `first` of a tensor."""
+    bits = 0
+    if V.MOMENT_DTYPE != V.STATE_DTYPE:
+        bits = random_bits(counters, first, MOMENTS_STREAM, V.BY_FOURS, V.BLOCK)
+    _store_moment(tensors.exp_avg, tensors.exp_avg_scales, block, exp_avg, bits, True, V)
+    _store_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, exp_avg_sq, bits, False, V)
+
+
+@triton.jit
+def _second_moment(tensors, block, exp_avg_sq, V: tl.constexpr):
+    """Return the second moment that the step uses; with amsgrad store the largest of all steps."""
+    second_moment = exp_avg_sq
+    if V.AMSGRAD:
+        largest = tl.load(tensors.max_exp_avg_sq + block.offsets, mask=block.mask, other=0.0)
+        # In this order a NaN in exp_avg_sq is kept.
+        second_moment = tl.where(largest > exp_avg_sq, largest, exp_avg_sq)
+        tl.store(tensors.max_exp_avg_sq + block.offsets, second_moment, mask=block.mask)
+    return second_moment
+
+
+# The buffer
+
+
+@triton.jit
+def _load_slot(buffer, slot, block, mask, V: tl.constexpr):
+    """Return the values of a slot, or what is cheap to load where the mask is not set."""
+    BLOCK: tl.constexpr = V.BLOCK
+    slot_ptr = at(buffer.slots, slot * buffer.numel, V.FULL)
+    stored = tl.load(slot_ptr + block.offsets, mask=mask, other=0)
+    scales = 0
+    if has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, SCALE_BLOCK)
+        scales = load_scales(scales_ptr, block.begin, block.count, BLOCK)
+    return from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+
+
+@triton.jit
+def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
+    """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
+    taken = (not V.CRITICAL_GRADIENTS) & (spread(buffer.slot, V.BLOCK) == other)
+    stored = _load_slot(buffer, other, block, block.mask & ~taken, V)
+    return buffer_sum + tl.where(taken, item, stored)
+
+
+@triton.jit
+def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
     """Set the running sum of a chunk to the sum of its slots, in slot order.
 
     The momentum that is to be committed takes its slot's place; a gradient is not there yet.
     """
-    for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
-        buffer_sum = empty_sum(STATE_DTYPE, BLOCK)
+    BLOCK: tl.constexpr = V.BLOCK
+    for begin in range(0, CHUNK_SIZE if V.FULL else count, BLOCK):
+        block = _block_at(begin, count, V)
+        buffer_sum = empty_sum(V.STATE_DTYPE, BLOCK)
         item = buffer_sum
-        if not CRITICAL_GRADIENTS:
-            item = _load_moment(
-                exp_avg_ptr, exp_avg_scales_ptr, begin, count, mask, STATE_DTYPE, True, BLOCK
-            )
-        stored, scales = to_slot(item, slots_ptr.dtype.element_ty, BLOCK)
-        item = from_slot(stored, scales, STATE_DTYPE, BLOCK)
-        for other in range(0, capacity):
-            taken = (not CRITICAL_GRADIENTS) & (spread(slot, BLOCK) == other)
-            kept = _load_slot(
-                slots_ptr,
-                slot_scales_ptr,
-                other,
-                numel,
-                begin,
-                count,
-                mask & ~taken,
-                STATE_DTYPE,
-                BLOCK,
-                FULL,
-            )
-            buffer_sum += tl.where(taken, item, kept)
-        tl.store(critical_sum_ptr + offsets, buffer_sum, mask=mask)
+        if not V.CRITICAL_GRADIENTS:
+            item = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
+        stored, scales = to_slot(item, V.SLOT_DTYPE, BLOCK)
+        item = from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+        for other in range(0, buffer.capacity):
+            buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+        tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
+
+
+@triton.jit
+def _sum_of_slots(buffer, item, block, V: tl.constexpr):
+    """Return the sum of all slots, in their order."""
+    SUMMED_SLOTS: tl.constexpr = V.SUMMED_SLOTS
+    buffer_sum = empty_sum(V.STATE_DTYPE, V.BLOCK)
+    for other in tl.static_range(SUMMED_SLOTS):
+        buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+    return buffer_sum
+
+
+@triton.jit
+def _follow_commit(buffer, item, follow, block, V: tl.constexpr):
+    """Return the running sum of this step, and store the one that follows the commit."""
+    sum_ptr = buffer.critical_sum + block.offsets
+    buffer_sum = tl.load(sum_ptr, mask=block.mask, other=0.0)
+    evicted = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, block.mask & follow, V)
+    new_sum = tl.where(follow, buffer_sum + (item - evicted), buffer_sum)
+    tl.store(sum_ptr, new_sum, mask=block.mask & follow)
+    return buffer_sum if V.CRITICAL_GRADIENTS else new_sum
+
+
+@triton.jit
+def _sum_and_commit(buffer, item, commit, follow, block, V: tl.constexpr):
+    """Return the sum of the buffer, and put an item in its slot.
+
+    A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
+    comes after.
+
+    Args:
+        buffer: The chunk's.
+        item: The momentum or gradient, which is rounded as a slot stores it.
+        commit: Whether it goes into a slot.
+        follow: Whether a running sum has yet to follow.
+        block: The elements.
+        V: The variant.
+    """
+    BLOCK: tl.constexpr = V.BLOCK
+    stored, scales = to_slot(item, V.SLOT_DTYPE, BLOCK)
+    # What is stored is what is summed.
+    item = from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+    if V.SUMMED_SLOTS > 0:
+        buffer_sum = _sum_of_slots(buffer, item, block, V)
+    else:
+        buffer_sum = _follow_commit(buffer, item, follow, block, V)
+    if has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, SCALE_BLOCK)
+        store_scales(scales_ptr, block.begin, block.count, scales, buffer.slot >= 0, BLOCK)
+    # Where nothing is committed this is no slot, and it is not touched.
+    tl.store(buffer.slot_ptr + block.offsets, stored, mask=block.mask & commit)
+    return buffer_sum
+
+
+# The update
+
+
+@triton.jit
+def _load(tensors, block, V: tl.constexpr):
+    """Return m, the parameter, the gradient and v of a block."""
+    exp_avg = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
+    param = tl.load(tensors.param + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
+    grad = tl.load(tensors.grad + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
+    exp_avg_sq = _load_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, False, V)
+    return exp_avg, param, grad, exp_avg_sq
+
+
+@triton.jit
+def _update_moments(s, g, buffer_sum, exp_avg, exp_avg_sq, V: tl.constexpr):
+    """Return m, v and the numerator of the step, Eqs. (3) to (6)."""
+    mean = s.inverse_divisor * buffer_sum  # Eq. (6)
+    if V.CRITICAL_GRADIENTS:
+        aggregate = g + mean  # Eq. (3)
+        exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * aggregate
+        numerator = exp_avg
+    else:
+        exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * g  # Eq. (4)
+        aggregate = exp_avg + mean  # Eq. (5)
+        numerator = aggregate
+    exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (aggregate * aggregate)  # Eq. (5)
+    return exp_avg, exp_avg_sq, numerator
+
+
+@triton.jit
+def _update_param(s, param, numerator, second_moment):
+    """Return the parameter after the step, Eq. (7)."""
+    corrected = s.inverse_bias_correction2 * second_moment
+    denominator = _sqrt(corrected + s.eps_inside) + s.eps_outside
+    return s.decay_factor * param - s.step_size * _divide(numerator, denominator)
+
+
+@triton.jit
+def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
+    """Store the parameter, rounded as the variant says, of the elements from `first`."""
+    if V.STOCHASTIC:
+        bits = random_bits(counters, first, PARAM_STREAM, V.BY_FOURS, V.BLOCK) >> 16
+        if V.PARAM_DTYPE == tl.bfloat16:
+            rounded = round_to_bfloat16(param, bits)
+        else:
+            rounded = round_to_float16(param, bits)
+    else:
+        rounded = param.to(V.PARAM_DTYPE)
+    tl.store(tensors.param + block.offsets, rounded, mask=block.mask)
+    if V.KAHAN:
+        lost = (param - rounded.to(V.STATE_DTYPE)).to(V.PARAM_DTYPE)
+        tl.store(tensors.compensation + block.offsets, lost, mask=block.mask)
 
 
 @triton.jit
 def _update_chunk(
-    row_ptr,
+    chunk,
     chunk_sq_norm_ptr,
-    start,
-    count,
-    numel,
-    capacity,
-    slot,
-    rebuild,
-    inverse_divisor,
-    beta1,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    inverse_bias_correction2,
-    step_size,
-    eps_inside,
-    eps_outside,
-    decay_factor,
-    l2,
-    late_l2,
-    factor,
-    step,
+    admission,
+    s,
     seed,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    MOMENT_DTYPE: tl.constexpr,
-    SLOT_DTYPE: tl.constexpr,
-    CRITICAL_GRADIENTS: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    SUMMED_SLOTS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    KAHAN: tl.constexpr,
-    BY_FOURS: tl.constexpr,
+    step,
+    VARIANT: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Update the `count` elements from `start` of a tensor; return their sum of g^2, float64.
+    """Update a chunk, and write its sum of g^2 where that has not been taken before.
 
-    FULL: there are CHUNK_SIZE of them, and every tensor is aligned.
+    FULL: it has CHUNK_SIZE elements, and every tensor is aligned.
     """
-    param_ptr = at(pointer(row_ptr, PARAM_COLUMN, PARAM_DTYPE), start, FULL)
-    grad_ptr = at(pointer(row_ptr, GRAD_COLUMN, PARAM_DTYPE), start, FULL)
-    exp_avg_ptr = at(pointer(row_ptr, EXP_AVG_COLUMN, MOMENT_DTYPE), start, FULL)
-    exp_avg_sq_ptr = at(pointer(row_ptr, EXP_AVG_SQ_COLUMN, MOMENT_DTYPE), start, FULL)
-    slots_ptr = at(pointer(row_ptr, CRITICAL_BUFFER_COLUMN, SLOT_DTYPE), start, FULL)
-    # Where nothing is committed this is no slot, and it is not touched.
-    slot_ptr = at(slots_ptr, slot * numel, FULL)
-    # What an option does without is no tensor, and it is not touched.
-    critical_sum_ptr = at(pointer(row_ptr, CRITICAL_SUM_COLUMN, STATE_DTYPE), start, FULL)
-    max_exp_avg_sq_ptr = at(pointer(row_ptr, MAX_EXP_AVG_SQ_COLUMN, STATE_DTYPE), start, FULL)
-    compensation_ptr = at(pointer(row_ptr, COMPENSATION_COLUMN, PARAM_DTYPE), start, FULL)
-    slot_scales_ptr = pointer(row_ptr, CRITICAL_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
-    exp_avg_scales_ptr = pointer(row_ptr, EXP_AVG_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
-    exp_avg_sq_scales_ptr = (
-        pointer(row_ptr, EXP_AVG_SQ_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK
-    )
-    param_index = tl.load(row_ptr + PARAM_INDEX_COLUMN)
-    offset = tl.load(row_ptr + PLACES_OFFSET_COLUMN)
-    length = tl.load(row_ptr + PLACES_LENGTH_COLUMN)
-    stride = tl.load(row_ptr + PLACES_STRIDE_COLUMN)
-    commits_first: tl.constexpr = not CRITICAL_GRADIENTS
-    rounds_moments: tl.constexpr = MOMENT_DTYPE != STATE_DTYPE
-    BLOCK: tl.constexpr = _block_size(FULL, MOMENT_DTYPE, SLOT_DTYPE)
-    commit = spread(slot, BLOCK) >= 0
-    # A sum that was rebuilt with the momentum in its slot has followed the commit.
-    follow = commit & (spread(rebuild, BLOCK) == 0) if commits_first else commit
-    if rebuild:
+    V: tl.constexpr = _of_chunk(VARIANT, FULL)
+    BLOCK: tl.constexpr = V.BLOCK
+    tensors = _tensors_of(chunk, V)
+    buffer = _buffer_of(chunk, admission, V)
+    counters = _counters_of(chunk, seed, step)
+    commit = spread(admission.slot, BLOCK) >= 0
+    follow = commit
+    if not V.CRITICAL_GRADIENTS:
+        # A sum that was rebuilt with the momentum in its slot has followed the commit.
+        follow = commit & (spread(admission.rebuild, BLOCK) == 0)
+    if admission.rebuild:
         # The threads that write an element here read it below: both walk in the same layout.
-        _rebuild_sum(
-            exp_avg_ptr,
-            exp_avg_scales_ptr,
-            slots_ptr,
-            slot_scales_ptr,
-            critical_sum_ptr,
-            count,
-            numel,
-            capacity,
-            slot,
-            STATE_DTYPE,
-            CRITICAL_GRADIENTS,
-            BLOCK,
-            FULL,
-        )
+        _rebuild_sum(tensors, buffer, chunk.count, V)
     squares = tl.zeros((THREADS,), dtype=tl.float64)
-    for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
-        exp_avg = _load_moment(
-            exp_avg_ptr, exp_avg_scales_ptr, begin, count, mask, STATE_DTYPE, True, BLOCK
-        )
-        param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
-        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
-        exp_avg_sq = _load_moment(
-            exp_avg_sq_ptr, exp_avg_sq_scales_ptr, begin, count, mask, STATE_DTYPE, False, BLOCK
-        )
-        g = effective_gradient(grad, param, factor, l2)
-        late = effective_gradient(g, param, 1.0, late_l2) if CRITICAL_GRADIENTS else g
-        if KAHAN:
-            param += tl.load(compensation_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
-        stored, scales = to_slot(g if CRITICAL_GRADIENTS else exp_avg, SLOT_DTYPE, BLOCK)
-        # What is stored is what is summed.
-        item = from_slot(stored, scales, STATE_DTYPE, BLOCK)
-        # A momentum's commit is last step's and comes before the sum, a gradient's is this step's
-        # and comes after.
-        if SUMMED_SLOTS > 0:
-            buffer_sum = empty_sum(STATE_DTYPE, BLOCK)
-            for other in tl.static_range(SUMMED_SLOTS):
-                taken = commits_first & (spread(slot, BLOCK) == other)
-                kept = _load_slot(
-                    slots_ptr,
-                    slot_scales_ptr,
-                    other,
-                    numel,
-                    begin,
-                    count,
-                    mask & ~taken,
-                    STATE_DTYPE,
-                    BLOCK,
-                    FULL,
-                )
-                buffer_sum += tl.where(taken, item, kept)
-        else:
-            buffer_sum = tl.load(critical_sum_ptr + offsets, mask=mask, other=0.0)
-            evicted = _load_slot(
-                slots_ptr,
-                slot_scales_ptr,
-                tl.maximum(slot, 0),
-                numel,
-                begin,
-                count,
-                mask & follow,
-                STATE_DTYPE,
-                BLOCK,
-                FULL,
-            )
-            new_sum = tl.where(follow, buffer_sum + (item - evicted), buffer_sum)
-            tl.store(critical_sum_ptr + offsets, new_sum, mask=mask & follow)
-            if commits_first:
-                buffer_sum = new_sum
-        if has_scales(SLOT_DTYPE):
-            store_scales(
-                slot_scales_ptr + slot * tl.cdiv(numel, SCALE_BLOCK),
-                begin,
-                count,
-                scales,
-                slot >= 0,
-                BLOCK,
-            )
-        tl.store(slot_ptr + offsets, stored, mask=mask & commit)
-        mean = inverse_divisor * buffer_sum  # Eq. (6)
-        if CRITICAL_GRADIENTS:
-            aggregate = late + mean  # Eq. (3)
-            exp_avg = beta1 * exp_avg + one_minus_beta1 * aggregate
-            numerator = exp_avg
-        else:
-            exp_avg = beta1 * exp_avg + one_minus_beta1 * g  # Eq. (4)
-            aggregate = exp_avg + mean  # Eq. (5)
-            numerator = aggregate
+    for begin in range(0, CHUNK_SIZE if FULL else chunk.count, BLOCK):
+        block = _block_at(begin, chunk.count, V)
+        exp_avg, param, grad, exp_avg_sq = _load(tensors, block, V)
+        g = effective_gradient(grad, param, s.factor, s.l2)
+        if V.KAHAN:
+            lost = tl.load(tensors.compensation + block.offsets, mask=block.mask, other=0.0)
+            param += lost.to(V.STATE_DTYPE)
+        item = g if V.CRITICAL_GRADIENTS else exp_avg
+        buffer_sum = _sum_and_commit(buffer, item, commit, follow, block, V)
+        if not V.CRITICAL_GRADIENTS:
             squares += sum_squares(g, BLOCK)
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (aggregate * aggregate)  # Eq. (5)
-        words = 0
-        if rounds_moments:
-            words = random_words(
-                seed,
-                param_index,
-                step,
-                start + begin,
-                offset,
-                length,
-                stride,
-                MOMENTS_STREAM,
-                BY_FOURS,
-                BLOCK,
-            )
-        _store_moment(
-            exp_avg_ptr, exp_avg_scales_ptr, begin, count, mask, exp_avg, words, True, BLOCK
+        late_g = effective_gradient(g, param, 1.0, s.late_l2) if V.CRITICAL_GRADIENTS else g
+        exp_avg, exp_avg_sq, numerator = _update_moments(
+            s, late_g, buffer_sum, exp_avg, exp_avg_sq, V
         )
-        _store_moment(
-            exp_avg_sq_ptr,
-            exp_avg_sq_scales_ptr,
-            begin,
-            count,
-            mask,
-            exp_avg_sq,
-            words,
-            False,
-            BLOCK,
-        )
-        second_moment = exp_avg_sq
-        if AMSGRAD:
-            largest = tl.load(max_exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
-            # In this order a NaN in exp_avg_sq is kept.
-            second_moment = tl.where(largest > exp_avg_sq, largest, exp_avg_sq)
-            tl.store(max_exp_avg_sq_ptr + offsets, second_moment, mask=mask)
-        corrected = inverse_bias_correction2 * second_moment
-        denominator = _sqrt(corrected + eps_inside) + eps_outside
-        param = decay_factor * param - step_size * _divide(numerator, denominator)  # Eq. (7)
-        if STOCHASTIC:
-            words = random_words(
-                seed,
-                param_index,
-                step,
-                start + begin,
-                offset,
-                length,
-                stride,
-                PARAM_STREAM,
-                BY_FOURS,
-                BLOCK,
-            )
-            if PARAM_DTYPE == tl.bfloat16:
-                rounded = round_to_bfloat16(param, words >> 16)
-            else:
-                rounded = round_to_float16(param, words >> 16)
-        else:
-            rounded = param.to(PARAM_DTYPE)
-        tl.store(param_ptr + offsets, rounded, mask=mask)
-        if KAHAN:
-            lost = param - rounded.to(STATE_DTYPE)
-            tl.store(compensation_ptr + offsets, lost.to(PARAM_DTYPE), mask=mask)
-    if not CRITICAL_GRADIENTS:
+        first = chunk.start + begin
+        _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V)
+        second_moment = _second_moment(tensors, block, exp_avg_sq, V)
+        param = _update_param(s, param, numerator, second_moment)
+        _store_param(tensors, block, first, param, counters, V)
+    if not V.CRITICAL_GRADIENTS:
         tl.store(chunk_sq_norm_ptr, tl.sum(squares))
+
+
+@triton.jit
+def _mean_divisor(row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS: tl.constexpr):
+    """Return what the buffer's sum is divided by: its capacity, or its number of filled slots."""
+    divisor = capacity
+    if mean_over_capacity == 0:
+        filled = tl.full((), 0, tl.int32)
+        if CRITICAL_GRADIENTS:
+            filled = tl.load(pointer(row_ptr, FILLED_COLUMN, tl.int64)).to(tl.int32)
+        else:
+            keys_ptr = pointer(row_ptr, PRIORITIES_COLUMN, tl.float32)
+            for slot in range(0, capacity):
+                filled += (tl.load(keys_ptr + slot) >= 0).to(tl.int32)
+        # An empty buffer's sum is 0 whatever divides it.
+        divisor = tl.maximum(filled, 1)
+    return divisor
+
+
+@triton.jit
+def _scalars_of(hyperparameters, step, divisor, STATE_DTYPE: tl.constexpr):
+    """Return the scalars of step number `step`, from 1, all computed in float64."""
+    lr = hyperparameters.lr
+    beta1 = double(hyperparameters.beta1)
+    beta2 = double(hyperparameters.beta2)
+    bias_correction1 = 1.0 - _power(beta1, step)
+    bias_correction2 = 1.0 - _power(beta2, step)
+    return _Scalars(
+        (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE),
+        beta1.to(STATE_DTYPE),
+        (1.0 - beta1).to(STATE_DTYPE),
+        beta2.to(STATE_DTYPE),
+        (1.0 - beta2).to(STATE_DTYPE),
+        (1.0 / bias_correction2).to(STATE_DTYPE),
+        (lr / bias_correction1).to(STATE_DTYPE),
+        double(hyperparameters.eps_inside).to(STATE_DTYPE),
+        double(hyperparameters.eps_outside).to(STATE_DTYPE),
+        (1.0 - lr * hyperparameters.decoupled_weight_decay).to(STATE_DTYPE),
+        double(hyperparameters.l2).to(STATE_DTYPE),
+        double(hyperparameters.late_l2).to(STATE_DTYPE),
+        hyperparameters.factor.to(STATE_DTYPE),
+    )
+
+
+@triton.jit
+def _chunk_of(table_ptr, chunks_ptr):
+    """Return this program's chunk."""
+    program = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
+    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK_SIZE
+    numel = tl.load(row_ptr + NUMEL_COLUMN)
+    return _Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
 
 
 @entry
@@ -529,7 +681,7 @@ def critical_adam_kernel(
         capacity: Slots of each buffer.
         mean_over_capacity: Whether the buffer's sum is divided by its capacity, or by its filled
             slots.
-        seed: Of the random words, in [0, 2^63).
+        seed: Of the random bits, in [0, 2^63).
         PARAM_DTYPE: Of parameters and gradients.
         STATE_DTYPE: Of the arithmetic, and of the state but for the next two.
         MOMENT_DTYPE: Of the moments: STATE_DTYPE, bfloat16 or int8.
@@ -539,99 +691,51 @@ def critical_adam_kernel(
         SUMMED_SLOTS: The capacity where the slots are summed, 0 where the table has running sums.
         STOCHASTIC: A half-precision parameter is rounded stochastically.
         KAHAN: It has a compensation, which takes what rounding leaves.
-        BY_FOURS: Where random words are drawn, each four consecutive elements, from the first on,
-            are four of the whole parameter's with one counter.
+        BY_FOURS: Each four consecutive elements, from the first on, are four of the whole
+            parameter's that share a counter of random bits.
     """
     if is_set(found_inf_ptr):
         return
-    program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
-    chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
-    numel = tl.load(row_ptr + NUMEL_COLUMN)
-    start = chunk * CHUNK_SIZE
-    count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
-
-    beta1 = double(beta1)
-    beta2 = double(beta2)
-    # The books of critical momenta are kept after the pass, those of critical gradients before.
-    step = tl.load(pointer(row_ptr, STEP_COLUMN, tl.float32)).to(tl.int64)
+    VARIANT: tl.constexpr = _variant(
+        PARAM_DTYPE,
+        STATE_DTYPE,
+        MOMENT_DTYPE,
+        SLOT_DTYPE,
+        CRITICAL_GRADIENTS,
+        AMSGRAD,
+        SUMMED_SLOTS,
+        STOCHASTIC,
+        KAHAN,
+        BY_FOURS,
+    )
+    chunk = _chunk_of(table_ptr, chunks_ptr)
+    aligned = is_aligned(chunk.row_ptr, chunk.numel, SLOT_DTYPE.primitive_bitwidth // 8)
+    # The priorities of critical momenta are updated after the pass, those of critical gradients
+    # before.
+    step = tl.load(pointer(chunk.row_ptr, STEP_COLUMN, tl.float32)).to(tl.int64)
     if not CRITICAL_GRADIENTS:
         step += 1
-    lr = double(lr) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
-    bias_correction1 = 1.0 - _power(beta1, step)
-    bias_correction2 = 1.0 - _power(beta2, step)
-
-    divisor = capacity
-    if mean_over_capacity == 0:
-        filled = tl.full((), 0, tl.int32)
-        if CRITICAL_GRADIENTS:
-            filled = tl.load(pointer(row_ptr, FILLED_COLUMN, tl.int64)).to(tl.int32)
-        else:
-            keys_ptr = pointer(row_ptr, PRIORITIES_COLUMN, tl.float32)
-            for slot in range(0, capacity):
-                filled += (tl.load(keys_ptr + slot) >= 0).to(tl.int32)
-        # An empty buffer's sum is 0 whatever divides it.
-        divisor = tl.maximum(filled, 1)
-    slot = tl.load(pointer(row_ptr, SLOT_COLUMN, tl.int64)).to(tl.int32)
-    # A running sum loses a rounding with every admission: each chunk is summed anew once in 4 C
-    # steps, a different chunk each step (see csrc/cpu/kernels/slots.h).
-    rebuild = (((step + chunk) % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
-    inverse_divisor = (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE)
-    step_size = (lr / bias_correction1).to(STATE_DTYPE)
-    decay_factor = (1.0 - lr * decoupled_weight_decay).to(STATE_DTYPE)
-    full = (count == CHUNK_SIZE) & is_aligned(row_ptr, numel, SLOT_DTYPE.primitive_bitwidth // 8)
-    values = (
-        row_ptr,
-        chunk_sq_norms_ptr + program,
-        start,
-        count,
-        numel,
-        capacity,
-        slot,
-        rebuild,
-        inverse_divisor,
-        beta1.to(STATE_DTYPE),
-        (1.0 - beta1).to(STATE_DTYPE),
-        beta2.to(STATE_DTYPE),
-        (1.0 - beta2).to(STATE_DTYPE),
-        (1.0 / bias_correction2).to(STATE_DTYPE),
-        step_size,
-        double(eps_inside).to(STATE_DTYPE),
-        double(eps_outside).to(STATE_DTYPE),
-        decay_factor,
-        double(l2).to(STATE_DTYPE),
-        double(late_l2).to(STATE_DTYPE),
-        signed_factor(sign, grad_factor_ptr).to(STATE_DTYPE),
-        step,
-        seed,
+    hyperparameters = _Hyperparameters(
+        double(lr) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64),
+        beta1,
+        beta2,
+        eps_inside,
+        eps_outside,
+        l2,
+        late_l2,
+        decoupled_weight_decay,
+        signed_factor(sign, grad_factor_ptr),
     )
-    if full:
-        _update_chunk(
-            *values,
-            PARAM_DTYPE,
-            STATE_DTYPE,
-            MOMENT_DTYPE,
-            SLOT_DTYPE,
-            CRITICAL_GRADIENTS,
-            AMSGRAD,
-            SUMMED_SLOTS,
-            STOCHASTIC,
-            KAHAN,
-            BY_FOURS,
-            True,
-        )
+    divisor = _mean_divisor(chunk.row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS)
+    s = _scalars_of(hyperparameters, step, divisor, STATE_DTYPE)
+    slot = tl.load(pointer(chunk.row_ptr, SLOT_COLUMN, tl.int64)).to(tl.int32)
+    # A running sum loses a rounding with every admission: each part of a tensor is summed anew once
+    # in 4 C steps, a different part each step (see csrc/cpu/kernels/slots.h).
+    turn = step + chunk.start // REBUILT_CHUNK_SIZE
+    rebuild = ((turn % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
+    admission = _Admission(capacity, slot, rebuild)
+    sq_norm_ptr = chunk_sq_norms_ptr + tl.program_id(0)
+    if (chunk.count == CHUNK_SIZE) & aligned:
+        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, True)
     else:
-        _update_chunk(
-            *values,
-            PARAM_DTYPE,
-            STATE_DTYPE,
-            MOMENT_DTYPE,
-            SLOT_DTYPE,
-            CRITICAL_GRADIENTS,
-            AMSGRAD,
-            SUMMED_SLOTS,
-            STOCHASTIC,
-            KAHAN,
-            BY_FOURS,
-            False,
-        )
+        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, False)

@@ -1,4 +1,4 @@
-"""The Triton kernels of norms, and of the priority buffers' books."""
+"""The Triton kernels of norms, and of the priorities that are updated from them."""
 
 import triton
 import triton.language as tl

@@ -3,6 +3,8 @@
 8-bit floats are handled as bytes, since not every GPU converts them.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -30,51 +32,54 @@ def has_scales(dtype):
     return dtype in (tl.int8, tl.uint8)
 
 
+class Counters(NamedTuple):
+    """What a tensor's random bits are drawn from: a key and the parameter's position.
+
+    The last three are those of `cm_fused.philox.ShardLayout`.
+    """
+
+    seed: Any
+    param_index: Any
+    step: Any
+    offset: Any
+    length: Any
+    stride: Any
+
+
 @triton.jit
-def _philox(seed, param_index, step, quads, STREAM: tl.constexpr):
-    """Return the four words of each four elements."""
+def _philox(counters, quads, STREAM: tl.constexpr):
+    """Return the random bits of each four elements, four uint32."""
     zeros = tl.zeros_like(quads)
     return tl.philox(
-        seed,
+        counters.seed,
         quads.to(tl.uint32),
         ((quads >> 32) | (STREAM << 31)).to(tl.uint32),
-        (zeros + param_index).to(tl.uint32),
-        (zeros + step).to(tl.uint32),
+        (zeros + counters.param_index).to(tl.uint32),
+        (zeros + counters.step).to(tl.uint32),
         ROUNDS,
     )
 
 
 @triton.jit
-def random_words(
-    seed,
-    param_index,
-    step,
-    first,
-    offset,
-    length,
-    stride,
-    STREAM: tl.constexpr,
-    BY_FOURS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return the words of the elements from `first`, uint32 (BLOCK,).
+def random_bits(counters, first, STREAM: tl.constexpr, BY_FOURS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return 32 random bits for each of the elements from `first`, uint32 (BLOCK,).
 
-    The three numbers are those of `cm_fused.philox.Places`. BY_FOURS: each four consecutive
-    elements are also four of the whole parameter's; else every element takes its word from a
-    counter of its own.
+    BY_FOURS: each four consecutive elements are also four of the whole parameter's; else every
+    element takes its bits from a counter of its own.
     """
     if BY_FOURS:
-        quads = (offset + first) // 4 + tl.arange(0, BLOCK // 4)
-        words0, words1, words2, words3 = _philox(seed, param_index, step, quads, STREAM)
-        words = tl.join(tl.join(words0, words2), tl.join(words1, words3))
-        return tl.reshape(words, (BLOCK,))
+        quads = (counters.offset + first) // 4 + tl.arange(0, BLOCK // 4)
+        bits0, bits1, bits2, bits3 = _philox(counters, quads, STREAM)
+        bits = tl.join(tl.join(bits0, bits2), tl.join(bits1, bits3))
+        return tl.reshape(bits, (BLOCK,))
     else:
         elements = first + tl.arange(0, BLOCK)
-        places = offset + elements + elements // length * (stride - length)
-        words0, words1, words2, words3 = _philox(seed, param_index, step, places // 4, STREAM)
-        even = tl.where(places % 4 == 0, words0, words2)
-        odd = tl.where(places % 4 == 1, words1, words3)
-        return tl.where(places % 2 == 0, even, odd)
+        skipped = elements // counters.length * (counters.stride - counters.length)
+        positions = counters.offset + elements + skipped
+        bits0, bits1, bits2, bits3 = _philox(counters, positions // 4, STREAM)
+        even = tl.where(positions % 4 == 0, bits0, bits2)
+        odd = tl.where(positions % 4 == 1, bits1, bits3)
+        return tl.where(positions % 2 == 0, even, odd)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cm_fused._backends import library
 from cm_fused._backends.capture import is_capturing
-from cm_fused._backends.triton.columns import CHUNK_SIZE, PARAM_DTYPES, WIDTH, Column
+from cm_fused._backends.triton.columns import CHUNK_SIZE, COLUMNS, PARAM_DTYPES, WIDTH
 from cm_fused._bucket import Bucket
 from cm_fused._state.table import KEYS, mask_of
 from cm_fused.philox import WORDS, ShardLayout
@@ -86,9 +86,9 @@ class Tables:
         num_chunks = _on_host([-(-params[i].numel() // CHUNK_SIZE) for i in order])
         first_chunks = num_chunks.cumsum(0) - num_chunks
         self._dtypes = _dtype_codes(params)
-        self._host[:, Column.PARAM_DTYPE] = self._dtypes
-        self._host[order, Column.NUM_CHUNKS] = num_chunks
-        self._host[order, Column.FIRST_CHUNK] = first_chunks
+        self._host[:, COLUMNS["param_dtype"]] = self._dtypes
+        self._host[order, COLUMNS["num_chunks"]] = num_chunks
+        self._host[order, COLUMNS["first_chunk"]] = first_chunks
         tensors = _on_host(order).repeat_interleave(num_chunks)
         within = torch.arange(len(tensors), device="cpu") - first_chunks.repeat_interleave(
             num_chunks
@@ -113,7 +113,7 @@ class Tables:
 
     def launches_one_by_one(self) -> list[tuple[int, Chunks]]:
         """Return the number and the chunks of each parameter, in the order of `launches`."""
-        counts = [int(self._host[i, Column.NUM_CHUNKS]) for i in self._order]
+        counts = [int(self._host[i, COLUMNS["num_chunks"]]) for i in self._order]
         split = zip(
             [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order],
             torch.split(self._chunks, counts),
@@ -127,7 +127,7 @@ class Tables:
         if bucket["pending_slot"]:
             return None
         scratch = torch.zeros((2, len(bucket.params)), dtype=torch.int64, device=self._device)
-        for row, column in zip(scratch, (Column.PENDING_SLOT, Column.FILLED), strict=True):
+        for row, column in zip(scratch, (COLUMNS["pending_slot"], COLUMNS["filled"]), strict=True):
             offsets = _INT64_BYTES * torch.arange(len(bucket.params), device="cpu")
             self._host[:, column] = row.data_ptr() + offsets
         return scratch
@@ -152,7 +152,7 @@ class Tables:
         if refreshed == _UNCHANGED and self._table is not None:
             self.last = self._table
             return self._table
-        if not torch.equal(host[:, Column.PARAM_DTYPE], self._dtypes):
+        if not torch.equal(host[:, COLUMNS["param_dtype"]], self._dtypes):
             raise OutdatedTablesError
         table, uploaded_from = _upload(host, self._device)
         if capturing:
@@ -225,11 +225,11 @@ def _refresh_in_python(
     before = host.clone()
     for name, tensors in {"param": params, "grad": grads, **bucket.state}.items():
         if tensors:
-            host[:, Column[name.upper()]] = _on_host([tensor.data_ptr() for tensor in tensors])
-    host[:, Column.PARAM_DTYPE] = _dtype_codes(params)
-    host[:, Column.PARAM_INDEX] = _on_host(bucket.param_indices or range(len(params)))
-    first, last = Column.LAYOUT_OFFSET, Column.LAYOUT_STRIDE
+            host[:, COLUMNS[name]] = _on_host([tensor.data_ptr() for tensor in tensors])
+    host[:, COLUMNS["param_dtype"]] = _dtype_codes(params)
+    host[:, COLUMNS["param_index"]] = _on_host(bucket.param_indices or range(len(params)))
+    first, last = COLUMNS["shard_offset"], COLUMNS["shard_stride"]
     layouts = bucket.shard_layouts or ShardLayout()
     host[:, first : last + 1] = _on_host(layouts).reshape(-1, len(ShardLayout._fields))
-    host[:, Column.NUMEL] = _on_host([param.numel() for param in params])
+    host[:, COLUMNS["numel"]] = _on_host([param.numel() for param in params])
     return _UNCHANGED if torch.equal(before, host) else _CHANGED

@@ -82,7 +82,7 @@ class Philox {
     // What the first rounds make of the words that all counters share, as part of the keys.
     const Lanes c1 = spread((counter >> 32) | static_cast<uint64_t>(stream) << 31);
     const Lanes c2 = spread(static_cast<uint64_t>(tensor.param_index));
-    const Lanes c3 = spread(static_cast<uint64_t>(tensor.step));
+    const Lanes c3 = spread(static_cast<uint64_t>(tensor.step_number));
     const Lanes product1 = multiply(c2, kMultiplier1);
     const Lanes product0 = multiply((product1 >> 32) ^ c1 ^ keys0_[0], kMultiplier0);
     keys1_[0] ^= c3;
@@ -156,9 +156,9 @@ class Philox {
 
 // So placed, each block of a tensor has counters of its own, and the elements [begin, begin + n)
 // have some which share all but their first 32 bits.
-inline bool has_own_counters(const Places& places, int64_t begin, int64_t n) {
-  const int64_t first = places.offset + begin;
-  return places.length == places.stride && places.offset % kLargestBlock == 0 &&
+inline bool has_own_counters(const ShardLayout& layout, int64_t begin, int64_t n) {
+  const int64_t first = layout.offset + begin;
+  return layout.length == layout.stride && layout.offset % kLargestBlock == 0 &&
          first / kElementsThatShare == (first + n - 1) / kElementsThatShare;
 }
 
@@ -166,15 +166,15 @@ inline bool has_own_counters(const Places& places, int64_t begin, int64_t n) {
 // consecutive there and share all but the first 32 bits of their counters.
 [[gnu::noinline]] inline void random_words_of_runs(const TensorStep& tensor,
     const StepOptions& options, int64_t begin, Stream stream, uint32_t* words) {
-  const Places& places = tensor.places;
+  const ShardLayout& layout = tensor.shard_layout;
   alignas(64) uint32_t run_words[kLargestBlock + kWordsPerCounter * (1 + kCountersOfGroup)];
   for (int64_t at = 0; at < kLargestBlock;) {
-    const int64_t run = (begin + at) / places.length;
-    const int64_t within = (begin + at) % places.length;
-    const int64_t place = places.offset + run * places.stride + within;
+    const int64_t run = (begin + at) / layout.length;
+    const int64_t within = (begin + at) % layout.length;
+    const int64_t place = layout.offset + run * layout.stride + within;
     int64_t n = std::min(kLargestBlock - at, kElementsThatShare - place % kElementsThatShare);
-    if (places.length != places.stride) {
-      n = std::min(n, places.length - within);
+    if (layout.length != layout.stride) {
+      n = std::min(n, layout.length - within);
     }
     const int64_t skipped = place % kWordsPerCounter;
     const auto first = static_cast<uint64_t>(place / kWordsPerCounter);
@@ -190,9 +190,9 @@ inline bool has_own_counters(const Places& places, int64_t begin, int64_t n) {
 // kLargestBlock.
 [[gnu::noinline]] inline void random_words(const TensorStep& tensor, const StepOptions& options,
     int64_t begin, Stream stream, uint32_t* words) {
-  const Places& places = tensor.places;
-  if (has_own_counters(places, begin, kLargestBlock)) {
-    const auto first = static_cast<uint64_t>((places.offset + begin) / kWordsPerCounter);
+  const ShardLayout& layout = tensor.shard_layout;
+  if (has_own_counters(layout, begin, kLargestBlock)) {
+    const auto first = static_cast<uint64_t>((layout.offset + begin) / kWordsPerCounter);
     Philox(tensor, options, stream, first)
         .set_words(first, std::integral_constant<uint64_t, kCounters>{}, words);
   } else {

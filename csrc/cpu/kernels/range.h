@@ -195,7 +195,8 @@ class RangeStep {
 
   // Of the elements from `at` on.
   CM_FUSED_INLINE uint64_t first_counter(int64_t at) const {
-    return static_cast<uint64_t>((tensor_.places.offset + range_.begin + at) / kWordsPerCounter);
+    return static_cast<uint64_t>(
+        (tensor_.shard_layout.offset + range_.begin + at) / kWordsPerCounter);
   }
 
   // The step of kCount vectors at `at` of a block, which are at `in_tile` of a tile, but for the

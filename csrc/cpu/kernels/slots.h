@@ -9,7 +9,7 @@ namespace cm_fused::CM_FUSED_ISA {
 // roundings of 4 C admissions and costs (4 (C - 1) - 8) / (4 C) bytes an element: at most 2 % of
 // the 44 of a step.
 inline bool rebuilds_sum(const TensorStep& tensor, int64_t chunk) {
-  return (tensor.step + chunk) % (4 * tensor.capacity) == 0;
+  return (tensor.step_number + chunk) % (4 * tensor.capacity) == 0;
 }
 
 // A tensor's buffer from element `begin` on, stored as Code says; with scales, the block of that

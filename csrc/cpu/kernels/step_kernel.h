@@ -61,7 +61,8 @@ class ChunkStep {
   }
 
   bool makes_words_by_tiles() const {
-    return !has_int8_moments() && has_own_counters(tensor_.places, chunk_ * kChunkSize, kChunkSize);
+    return !has_int8_moments() &&
+           has_own_counters(tensor_.shard_layout, chunk_ * kChunkSize, kChunkSize);
   }
 
   // A block at a time of what is copied, or has its words made elsewhere.

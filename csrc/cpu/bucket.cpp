@@ -1,4 +1,4 @@
-#include "describe.h"
+#include "bucket.h"
 
 #include <algorithm>
 #include <cmath>
@@ -36,24 +36,37 @@ std::unique_ptr<const StridedLayout> strided_layout(
 // More than any float32 counts to, and few enough for an int64 to go on from.
 constexpr float kMaxSteps = 0x1p62F;
 
-void read_step_count(size_t i, TensorStep& tensor) {
-  const float count = *tensor.step_count;
+void read_step(size_t i, TensorStep& tensor) {
+  const float count = *tensor.step;
   STD_TORCH_CHECK(
       count >= 0.0F && std::isfinite(count), "steps[", i, "] must be finite and >= 0, got ", count);
   STD_TORCH_CHECK(count < kMaxSteps, "steps[", i, "] must be below 2^62, got ", count);
-  tensor.step = static_cast<int64_t>(count) + 1;
+  tensor.step_number = static_cast<int64_t>(count) + 1;
 }
 
-// 1 - beta^t in float64. Tensors of a group mostly share their t, so the last result is kept.
+// base^exponent, with the multiplications of the Triton kernel's _power in their order: the same
+// bits.
+double power(double base, int64_t exponent) {
+  double result = 1.0;
+  for (; exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) {
+      result *= base;
+    }
+    base *= base;
+  }
+  return result;
+}
+
+// 1 - beta^t in float64. Tensors of a group mostly share their t, so the last result is cached.
 class BiasCorrections {
  public:
   explicit BiasCorrections(const StepOptions& options) : options_(options) {}
 
   void set(TensorStep& tensor) {
-    if (tensor.step != step_) {
-      step_ = tensor.step;
-      bias_correction1_ = 1.0 - std::pow(options_.beta1, static_cast<double>(step_));
-      bias_correction2_ = 1.0 - std::pow(options_.beta2, static_cast<double>(step_));
+    if (tensor.step_number != step_number_) {
+      step_number_ = tensor.step_number;
+      bias_correction1_ = 1.0 - power(options_.beta1, step_number_);
+      bias_correction2_ = 1.0 - power(options_.beta2, step_number_);
     }
     tensor.bias_correction1 = bias_correction1_;
     tensor.bias_correction2 = bias_correction2_;
@@ -61,36 +74,22 @@ class BiasCorrections {
 
  private:
   const StepOptions& options_;
-  int64_t step_ = 0;
+  int64_t step_number_ = 0;
   double bias_correction1_ = 0.0;
   double bias_correction2_ = 0.0;
 };
 
-// Behind a tensor's last element in memory.
-const char* end_of(const TensorView& tensor) {
-  int64_t extent = tensor.numel == 0 ? 0 : 1;
-  for (size_t d = 0; tensor.numel > 0 && d < tensor.sizes.size(); ++d) {
-    extent += (tensor.sizes[d] - 1) * tensor.strides[d];
-  }
-  return static_cast<const char*>(tensor.data) +
-         extent * static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype));
-}
-
-// Describes parameter i's part in this step.
-void describe_tensor(size_t i, const StateTensors& state, const Tensor& param, const Tensor& grad,
+// Binds parameter i to this step.
+void bind_tensor(size_t i, const StateTensors& state, const Tensor& param, const Tensor& grad,
     const StepOptions& options, TensorStep& tensor) {
-  const void* const before = tensor.param;
-  const ParamViews views = describe_param(i, state, param, grad, tensor);
+  const ParamViews views = bind_param(i, state, param, grad, tensor);
   check_device("params", i, views.param.device, cpu_device());
-  const char* const end = end_of(views.param);
-  tensor.param_moved |= tensor.param != before || tensor.param_end != end;
-  tensor.param_end = end;
-  describe_layouts(views, tensor);
+  bind_layouts(views, tensor);
   tensor.slot = kNoSlot;
   if (tensor.pending_slot != nullptr) {
     read_pending_slot(i, tensor);
   }
-  read_step_count(i, tensor);
+  read_step(i, tensor);
   // An empty buffer's sum is 0 whatever divides it.
   tensor.mean_divisor =
       options.mean_over_capacity
@@ -100,7 +99,7 @@ void describe_tensor(size_t i, const StateTensors& state, const Tensor& param, c
 
 }  // namespace
 
-void describe_layouts(const ParamViews& views, TensorStep& tensor) {
+void bind_layouts(const ParamViews& views, TensorStep& tensor) {
   tensor.param_layout = strided_layout(views.param, views.order);
   tensor.grad_layout = strided_layout(views.grad, views.order);
 }
@@ -111,12 +110,12 @@ void read_pending_slot(size_t i, TensorStep& tensor) {
       "] must be in [-1, ", tensor.capacity, "), got ", tensor.slot);
 }
 
-void describe_bucket(const StateTensors& state, std::span<const Tensor> params,
+void bind_bucket(const StateTensors& state, std::span<const Tensor> params,
     std::span<const Tensor> grads, const StepOptions& options, BucketStep& bucket) {
-  check_lengths(state, params, grads);
+  check_step(state, params, grads);
   bucket.resize(params.size());
   for_each_tensor(bucket.size(),
-      [&](size_t i) { describe_tensor(i, state, params[i], grads[i], options, bucket[i]); });
+      [&](size_t i) { bind_tensor(i, state, params[i], grads[i], options, bucket[i]); });
   BiasCorrections bias_corrections(options);
   for (auto& tensor : bucket) {
     bias_corrections.set(tensor);
