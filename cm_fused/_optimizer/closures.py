@@ -52,7 +52,8 @@ class TwoCalls:
 
     def first(self) -> float:
         """Call the closure, and find out what it does with the gradients that it finds."""
-        found = Found(self._params)
+        # Weakly, so that their memory is free once the closure has dropped them.
+        found = [(p, TensorWeakRef(p.grad)) for p in self._params if p.grad is not None]
         self._found_any = bool(found)
         # Counting reads all gradients, so it is not done for a closure that zeroed the last ones.
         # A CUDA graph captures no check: the steps before it have checked.
@@ -60,7 +61,12 @@ class TwoCalls:
         nonzero = None if known else count_nonzero(self._params)
         with torch.enable_grad():
             loss = self._closure()
-        self._reused = found.reused()
+        # A gradient with a graph is not replaced: `backward(create_graph=True)` adds out of place.
+        self._reused = [
+            param
+            for param, ref in found
+            if param.grad is not None and (param.grad.requires_grad or ref() is param.grad)
+        ]
         if self._reused and not self._is_captured():
             self._must_zero = nonzero is None or bool(self._total(nonzero).item())
         return loss
@@ -112,32 +118,6 @@ class TwoCalls:
 
     def _is_captured(self) -> bool:
         return any(map(is_capturing, {param.device for param in self._params}))
-
-
-class Found:
-    """The gradients that a closure is about to find.
-
-    They are referred to weakly: their memory is free once the closure has dropped them.
-    """
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self._refs = [
-            (param, TensorWeakRef(param.grad)) for param in params if param.grad is not None
-        ]
-
-    def __bool__(self) -> bool:
-        return bool(self._refs)
-
-    def reused(self) -> list[Tensor]:
-        """Return the parameters whose gradients have not been replaced since.
-
-        A gradient with a graph counts as reused: `backward(create_graph=True)` adds out of place.
-        """
-        return [
-            param
-            for param, ref in self._refs
-            if param.grad is not None and (param.grad.requires_grad or ref() is param.grad)
-        ]
 
 
 @torch.no_grad()
