@@ -13,6 +13,10 @@ STRICT = -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)
     'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')
 
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+# Every build of the CPU library here compiles only what has changed since the last one, and a warning
+# is an error; with a compiler that has warnings of its own: make WERROR=
+WERROR := -Werror
+BUILD_CPU := CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=$(WERROR) CM_FUSED_OBJECTS=$(CURDIR)/build/objects
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
 .PHONY: help demo test check bench bench-smoke paper torture torture-quick sanitize audit package \
@@ -22,11 +26,11 @@ help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
 	@echo "make test         run the test suite"
 	@echo "make check        format, lint, types, warnings as errors"
-	@echo "make bench        measure throughput; writes bench/results/ and the README's table"
+	@echo "make bench        measure throughput; writes bench/results/"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
 	@echo "make paper        test the paper's claims on its toy surfaces; writes bench/paper/results/"
 	@echo "make torture      run the reliability campaign; writes bench/RELIABILITY.md"
-	@echo "make torture-quick  a part of it, as CI runs it"
+	@echo "make torture-quick  a part of it, what make test does not run"
 	@echo "make sanitize     run the tests of the C++ code under its sanitizers and valgrind"
 	@echo "make audit        look for known vulnerabilities of what is installed for development"
 	@echo "make package      build and check sdist and CPU wheel; train with the wheel elsewhere"
@@ -40,12 +44,12 @@ $(VENV)/installed: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
 	@command -v $(CXX) >/dev/null || { echo "cm_fused needs a C++ compiler: $(CXX) not found"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) "$(TORCH)" "setuptools>=77" ninja
-	CM_FUSED_BUILD=cpu $(PIP_INSTALL) --no-build-isolation \
+	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation \
 	    --editable ".[demo,test,integration,bench,paper]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed
-	CM_FUSED_BUILD=cpu $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
+	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -59,8 +63,6 @@ check: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/mypy
-	CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=-Werror $(BIN)/python setup.py --quiet build_ext \
-	    --build-temp build/werror --build-lib build/werror
 	@if command -v $(ARM64_CXX) >/dev/null; then \
 	    for source in $(filter %.cpp,$(CPP_SOURCES)); do \
 	        echo "arm64: $$source"; \
@@ -76,31 +78,32 @@ check: $(VENV)/lint
 	else echo "cuda: not compiled, $(NVCC) is not installed"; fi
 
 bench: $(VENV)/installed
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.speed
 
 bench-smoke: $(VENV)/installed
-	$(BIN)/python -m bench.run --smoke
+	$(BIN)/python -m bench.speed --smoke
 
 paper: $(VENV)/installed
 	$(BIN)/python -m bench.paper
 
 torture: $(VENV)/installed
-	$(BIN)/python -m bench.torture
+	$(BIN)/python -m bench.reliability
 
 torture-quick: $(VENV)/installed
-	$(BIN)/python -m bench.torture --quick
+	$(BIN)/python -m bench.reliability --quick
 
 sanitize: $(VENV)/installed
-	$(BIN)/python -m bench.native
+	$(BIN)/python -m bench.reliability.native
 
 # Without the advisories' address it says of each package that it could not be audited, and passes.
 audit: $(VENV)/lint
 	$(BIN)/pip-audit --progress-spinner off --skip-editable
 
-# The wheel is built from the sdist, so that the sdist is known to build.
+# The wheel is built from the sdist, so that the sdist is known to build; of sources that are the
+# same as here, with the same objects.
 package: $(VENV)/lint
 	rm -rf dist build/installed build/other
-	CM_FUSED_BUILD=cpu $(BIN)/python -m build --no-isolation
+	$(BUILD_CPU) $(BIN)/python -m build --no-isolation
 	$(CHECK_PACKAGES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/packaging/train_installed.py

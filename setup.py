@@ -4,11 +4,16 @@ CM_FUSED_BUILD chooses: "auto" (default) builds the CPU library when torch and a
 at hand, and the CUDA library when torch has CUDA and there is a toolkit; "cpu" builds the CPU
 library alone, "cuda" both, and either makes it an error when that cannot be; "none" builds
 neither. Whether this machine has a GPU does not matter.
+
+CM_FUSED_OBJECTS names a folder that keeps objects for later builds, also of other copies of the
+sources; one build at a time may use it. CM_FUSED_CXXFLAGS adds flags.
 """
 
 import glob
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +122,34 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def kept_objects() -> Path | None:
+    """Return the folder for objects that later builds may use, or None.
+
+    ninja sees when the sources, the headers of csrc or the flags change, but not the headers of
+    torch and of the system, nor the compiler: their versions choose the folder.
+    """
+    if not (folder := os.environ.get("CM_FUSED_OBJECTS")):
+        return None
+    import torch
+
+    compiler = output_of(*os.environ.get("CXX", "c++").split(), "--version")
+    versions = f"{torch.__version__} {sys.version} {compiler}"
+    return Path(folder, hashlib.sha256(versions.encode()).hexdigest()[:16]).absolute()
+
+
+def mirror_sources(folder: Path) -> None:
+    """Make folder/csrc equal to csrc. A file that has not changed keeps its time, for ninja."""
+    sources = {path for path in Path("csrc").rglob("*") if path.is_file()}
+    for copy in list((folder / "csrc").rglob("*")):
+        if copy.is_file() and copy.relative_to(folder) not in sources:
+            copy.unlink()
+    for source in sources:
+        copy = folder / source
+        if not copy.exists() or copy.read_bytes() != source.read_bytes():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+
+
 def default_architectures(supported: str) -> str:
     """Return TORCH_CUDA_ARCH_LIST, given what `nvcc --list-gpu-arch` prints."""
     names = supported.split()
@@ -175,17 +208,28 @@ def extension_arguments() -> dict[str, object]:
 
         extensions: list[Extension]
         compiler: object
+        build_temp: str
 
         def run(self) -> None:
             compiler = self.compiler  # which a run replaces by what it made of it
             for report in (without_cuda, pure_python)[-len(self.extensions) :]:
                 self.compiler = compiler
                 try:
+                    self.keep_objects()
                     super().run()
                     return
                 except Exception as error:
                     report(f"{self.extensions[-1].name} did not build: {error}")
                     self.extensions = self.extensions[:-1]
+
+        def keep_objects(self) -> None:
+            """Compile copies of the sources whose paths are the same in every build."""
+            if (folder := kept_objects()) is None:
+                return
+            mirror_sources(folder)
+            self.build_temp = str(folder)
+            for extension in self.extensions:
+                extension.sources = [str(folder / source) for source in extension.sources]
 
     extensions = [cpu_extension()]
     if BUILD != "cpu":

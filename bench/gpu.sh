@@ -39,7 +39,7 @@ deliver() {  # what there is, for there may be no later
     [ -n "${OUT:-}" ] || return 0
     mkdir -p "$OUT"
     if [ -n "$results" ]; then
-        cp "$results" "${results%.json}.png" "$OUT" 2>/dev/null
+        cp "$results" "$OUT" 2>/dev/null
     fi
     # One file: only some come back.
     for log in "$logs"/*.log; do
@@ -119,7 +119,7 @@ tests() {
 
 sanitizers() {
     # First without: it also leaves the compiled kernels for the others.
-    stage sanitize-plain 40 "$python" -m bench.sanitize || return
+    stage sanitize-plain 40 "$python" -m bench.reliability.sanitize || return
     if ! command -v compute-sanitizer >/dev/null; then
         echo "memcheck, racecheck: NOT RUN, compute-sanitizer is not installed" |
             tee -a "$logs/stages"
@@ -130,7 +130,7 @@ sanitizers() {
     for tool in memcheck racecheck; do
         stage "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
             --target-processes application-only --report-api-errors no --error-exitcode 9 \
-            "$python" -m bench.sanitize
+            "$python" -m bench.reliability.sanitize
     done
 }
 
@@ -146,16 +146,16 @@ seconds=$((deadline - SECONDS - 60))
 if [ "$seconds" -gt 230 ]; then
     seconds=230
 fi
-name=$("$python" -c 'from bench.run import default_name; print(default_name("cuda"))')
+name=$("$python" -c 'from bench.speed.__main__ import default_name; print(default_name("cuda"))')
 if [ -n "$name" ]; then
     out="bench/results/$name"
-    rm -f "$out" "${out%.json}.png"
-    stage bench $((seconds + 40)) "$python" -m bench.run --device cuda --seconds "$seconds" \
+    rm -f "$out"
+    stage bench $((seconds + 40)) "$python" -m bench.speed --device cuda --seconds "$seconds" \
         --out "$out"
     if [ -f "$out" ]; then
         results=$out
-        stage parity 40 "$python" -m bench.parity --device cuda "$results"
-        stage report 20 "$python" -m bench.report "$results"
+        stage parity 40 "$python" -m bench.reliability.parity --device cuda "$results"
+        stage report 20 "$python" -m bench.speed.report "$results"
     fi
 else
     echo "bench: FAILED: the GPU has no name" | tee -a "$logs/stages"
@@ -163,7 +163,7 @@ fi
 
 echo
 if [ -n "$results" ]; then
-    "$python" -m bench.report --summary "$results" | tail -c 10000
+    "$python" -m bench.speed.report --summary "$results" | tail -c 10000
 fi
 echo
 cat "$logs/stages"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from bench import internals
 from cm_fused import AdamCM
-from cm_fused._backends import cpu
 
 DEVICES = ("cpu", "cuda")
 Description = dict[str, str | int | float]
@@ -52,7 +52,7 @@ def _describe_cpu() -> Description:
     return {
         "type": "cpu",
         "model": _cpu_model(),
-        "instructions": cpu.capability() if cpu.unavailable_reason is None else "none",
+        "instructions": internals.instruction_set(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "cache": _last_cache(),

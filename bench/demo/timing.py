@@ -1,14 +1,13 @@
 """The time of the optimizer's step alone, as a ratio to a baseline."""
 
-import time
 from collections.abc import Sequence
-from statistics import median
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from bench.demo.contenders import BASELINE, CONTENDERS, Contender
+from bench.timing import interleave
 
 # Enough steps to fill a critical buffer several times over.
 _WARM_UP = 20
@@ -24,9 +23,9 @@ def _with_fixed_gradients(contender: Contender, shapes: Sequence[torch.Size]) ->
 def step_time_ratios(shapes: Sequence[torch.Size], rounds: int) -> dict[str, float]:
     """Return each contender's step time over the baseline's.
 
-    The contenders step in turn, in rotating order, on one thread (it stays the process's
-    setting), so that whatever else the machine does falls on all alike; the ratio is taken
-    within a round and the median over the rounds.
+    The contenders step in turn, on one thread (it stays the process's setting), so that whatever
+    else the machine does falls on all alike; the ratio is taken within a round and the median over
+    the rounds.
     Gradients that never change keep the critical buffer replacing a slot at every step
     (the stored keys decay, the new one does not), its most expensive regime.
 
@@ -36,19 +35,9 @@ def step_time_ratios(shapes: Sequence[torch.Size], rounds: int) -> dict[str, flo
     """
     # A second thread would wait at every kernel for a core that other programs hold.
     torch.set_num_threads(1)
-    optimizers = {
-        label: _with_fixed_gradients(contender, shapes) for label, contender in CONTENDERS.items()
+    steps = {
+        label: _with_fixed_gradients(contender, shapes).step
+        for label, contender in CONTENDERS.items()
     }
-    labels = list(optimizers)
-    ratios: dict[str, list[float]] = {label: [] for label in labels}
-    for turn in range(_WARM_UP + rounds):
-        first = turn % len(labels)
-        seconds: dict[str, float] = {}
-        for label in labels[first:] + labels[:first]:
-            start = time.perf_counter()
-            optimizers[label].step()
-            seconds[label] = time.perf_counter() - start
-        if turn >= _WARM_UP:
-            for label in labels:
-                ratios[label].append(seconds[label] / seconds[BASELINE.label])
-    return {label: median(values) for label, values in ratios.items()}
+    timed = interleave(steps, rounds, warm_up=_WARM_UP)
+    return {label: timed.ratio(label, BASELINE.label) for label in steps}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from torch.optim import Adam, Optimizer
@@ -41,35 +42,11 @@ def _adam(params: Params, h: Hyperparameters) -> Optimizer:
     return Adam(params, h.lr, (h.beta1, h.beta2))
 
 
-def _adam_cg(params: Params, h: Hyperparameters) -> Optimizer:
-    return AdamCG(
-        params,
-        h.lr,
-        (h.beta1, h.beta2),
-        capacity=h.capacity,
-        priority_decay=h.priority_decay,
-    )
-
-
-def _adam_cm(params: Params, h: Hyperparameters) -> Optimizer:
-    return AdamCM(
-        params,
-        h.lr,
-        (h.beta1, h.beta2),
-        capacity=h.capacity,
-        priority_decay=h.priority_decay,
-    )
-
-
-def _adamw_cm(params: Params, h: Hyperparameters) -> Optimizer:
-    return AdamWCM(
-        params,
-        h.lr,
-        (h.beta1, h.beta2),
-        weight_decay=h.weight_decay,
-        capacity=h.capacity,
-        priority_decay=h.priority_decay,
-    )
+def _critical(
+    kind: Callable[..., Optimizer], params: Params, h: Hyperparameters, **more: float
+) -> Optimizer:
+    options = {"capacity": h.capacity, "priority_decay": h.priority_decay, **more}
+    return kind(params, h.lr, (h.beta1, h.beta2), **options)
 
 
 def _ademamix(params: Params, h: Hyperparameters) -> Optimizer:
@@ -87,11 +64,11 @@ def _ademamix(params: Params, h: Hyperparameters) -> Optimizer:
 
 SYSTEMS: dict[str, Callable[[Params, Hyperparameters], Optimizer]] = {
     "Adam": _adam,
-    "Adam+CG": _adam_cg,
+    "Adam+CG": partial(_critical, AdamCG),
     "Adam+SAM": lambda params, h: SAM(_adam(params, h), h.rho),
-    "Adam+CM": _adam_cm,
-    "Adam+SAM+CM": lambda params, h: SAM(_adam_cm(params, h), h.rho),
-    "AdamW+CM": _adamw_cm,
+    "Adam+CM": partial(_critical, AdamCM),
+    "Adam+SAM+CM": lambda params, h: SAM(_critical(AdamCM, params, h), h.rho),
+    "AdamW+CM": lambda params, h: _critical(AdamWCM, params, h, weight_decay=h.weight_decay),
     RIVAL: _ademamix,
 }
 

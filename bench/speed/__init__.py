@@ -1,1 +1,1 @@
-"""How fast a step is."""
+"""What a step takes of time and memory: `python -m bench.speed`."""

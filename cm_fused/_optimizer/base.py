@@ -280,7 +280,7 @@ class CriticalAdam(CheckpointedOptimizer):
             self._untraced_step()
             return
         plans = Plans()
-        plans.find(self.param_groups, self.state, self._waiting)
+        plans.read(self.param_groups, self._waiting)
         plan = self._new_plan(plans, self.param_groups, 0, [])
         self._run(plan, plans, self.param_groups)
 
@@ -330,9 +330,9 @@ class CriticalAdam(CheckpointedOptimizer):
         """Take a plan's step in all groups, or in none."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[SkippedSteps] = []
-        if plans.needs_norm or grad_scale is not None or found_inf is not None:
-            skipped = scale_(plan, groups, plans.processes, grad_scale, found_inf)
         try:
+            if plans.needs_norm or grad_scale is not None or found_inf is not None:
+                scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
             if plan.has_eager and not plan.is_traced:
                 with Undo(plan.eager_buckets()):
                     self._run_buckets(plan, groups, plans.processes)

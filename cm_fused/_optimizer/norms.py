@@ -127,7 +127,8 @@ def scale_(
     among: Processes | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> list["SkippedSteps"]:
+    counts: list["SkippedSteps"],
+) -> None:
     """Unscale and clip the gradients of a step by its buckets' options, and mark what is skipped.
 
     Args:
@@ -136,16 +137,13 @@ def scale_(
         among: The processes that parameters are sharded among.
         grad_scale: What the gradients were multiplied by (`torch.amp.GradScaler`), or None.
         found_inf: Not 0 where one of them is not finite, or None.
-
-    Returns:
-        The counts of skipped steps as they were, to restore them after an error.
+        counts: The counts of skipped steps are added as they were, to restore them after an error.
     """
     unscale = None if grad_scale is None else _reciprocal(grad_scale)
     scalars = [(unscale, found_inf)] * len(groups)
-    counts: list[SkippedSteps] = []
     if any(map(needs_norm, groups)):
         norm = _total_norm(plan, among, unscale)
-        counts = [SkippedSteps(group) for group in groups if group["skip_nonfinite"]]
+        counts += [SkippedSteps(group) for group in groups if group["skip_nonfinite"]]
         scalars = [_clip_(group, norm, unscale, found_inf) for group in groups]
     plan.options, plan.scalars = None, scalars
     for bucket in plan.buckets:
@@ -153,7 +151,6 @@ def scale_(
         if found is not None:
             found = found.to(torch.float64).reshape(())
         bucket.options = bucket.options._replace(grad_factor=factor, found_inf=found)
-    return counts
 
 
 def _reciprocal(grad_scale: Tensor) -> Tensor:

@@ -177,10 +177,7 @@ class Plans:
             waiting: The ids of parameters that take no part although they have gradients.
         """
         params = [param for group in groups for param in group["params"]]
-        self.grads = [param.grad for param in params]
-        if waiting:
-            pairs = zip(params, self.grads, strict=True)
-            self.grads = [None if id(param) in waiting else grad for param, grad in pairs]
+        self._read_gradients(params, waiting)
         self._read_params(params, list(map(len, map(_params_of, groups))))
         self._read_options(groups)
         if state is not self._state or state.changes.count != self._changes:
@@ -191,6 +188,20 @@ class Plans:
             return None
         self._begin(plan)
         return plan
+
+    def read(self, groups: Groups, waiting: Set[int] = frozenset()) -> None:
+        """Read what `find` reads, in a form that torch.compile can trace; arguments likewise."""
+        self.params = [param for group in groups for param in group["params"]]
+        self._read_gradients(self.params, waiting)
+        self.sizes = [len(group["params"]) for group in groups]
+        self.options = [step_options(group) for group in groups]
+        self.needs_norm = any(needs_norm(group) for group in groups)
+
+    def _read_gradients(self, params: list[Tensor], waiting: Set[int]) -> None:
+        self.grads = [param.grad for param in params]
+        if waiting:
+            pairs = zip(params, self.grads, strict=True)
+            self.grads = [None if id(param) in waiting else grad for param, grad in pairs]
 
     def _begin(self, plan: Plan) -> None:
         """Give a plan this step's gradients and options."""

@@ -65,30 +65,17 @@ StoredDtype stored_dtype(const char* role, size_t i, int32_t dtype, ParamDtype p
 
 // Whether an operator looks at a row that is there.
 bool is_used(const StateRowInfo& row, const ParamData& data) {
-  if (row.shape == StateShape::kScales || row.shape == StateShape::kSlotScales) {
-    const bool of_slots = row.shape == StateShape::kSlotScales;
-    return has_scales(of_slots ? data.slot_dtype : data.moment_dtype);
-  }
-  return row.dtype != StateDtype::kHalf || is_half(data.dtype);
+  return (row.unit != StateUnit::kBlock ||
+             has_scales(row.each_slot ? data.slot_dtype : data.moment_dtype)) &&
+         (row.dtype != StateDtype::kHalf || is_half(data.dtype));
 }
 
 // The number of elements that a row's tensor must have.
-int64_t numel_of(StateShape shape, const ParamData& data) {
-  switch (shape) {
-    case StateShape::kParam:
-      return data.numel;
-    case StateShape::kSlots:
-      return data.capacity * data.numel;
-    case StateShape::kScales:
-      return num_scales(data.numel);
-    case StateShape::kSlotScales:
-      return data.capacity * num_scales(data.numel);
-    case StateShape::kKeys:
-      return data.capacity;
-    case StateShape::kOne:
-      break;
-  }
-  return 1;
+int64_t numel_of(const StateRowInfo& row, const ParamData& data) {
+  const int64_t each = row.unit == StateUnit::kElement ? data.numel
+                       : row.unit == StateUnit::kBlock ? num_scales(data.numel)
+                                                       : 1;
+  return row.each_slot ? data.capacity * each : each;
 }
 
 int32_t dtype_of(StateDtype dtype, const TensorView& order, const ParamData& data) {
@@ -102,11 +89,9 @@ int32_t dtype_of(StateDtype dtype, const TensorView& order, const ParamData& dat
       return aoti_torch_dtype_float32();
     case StateDtype::kInt64:
       return aoti_torch_dtype_int64();
-    case StateDtype::kMoment:
-    case StateDtype::kSlot:
-      break;
+    default:
+      return order.dtype;
   }
-  return order.dtype;
 }
 
 // Takes the capacity.
@@ -126,33 +111,25 @@ void check_slots(
   }
 }
 
-void check_dense(const char* role, size_t i, const TensorView& tensor) {
-  STD_TORCH_CHECK(tensor.numel == 0 || is_dense(tensor.sizes, tensor.strides), role, "[", i,
-      "] must fill its memory without gaps or overlaps, got shape ", to_string(tensor.sizes),
-      " and strides ", to_string(tensor.strides));
-}
-
 // Checks the tensor of a row and returns its address.
 void* bind_row(
     StateRow row, size_t i, const StateTensors& state, const TensorView& order, ParamData& data) {
-  const auto& [key, role, shape, dtype] = kStateRows[row];
+  const StateRowInfo& info = kStateRows[row];
+  const char* const role = info.role;
   const TensorView tensor = view(role, i, state.at(row, i));
   check_device(role, i, tensor.device, order.device);
-  if (dtype == StateDtype::kSlot) {
+  if (info.dtype == StateDtype::kSlot) {
     data.slot_dtype = stored_dtype(role, i, tensor.dtype, data.dtype);
   } else {
-    check_dtype(role, i, tensor.dtype, dtype_of(dtype, order, data));
+    check_dtype(role, i, tensor.dtype, dtype_of(info.dtype, order, data));
   }
-  if (shape == StateShape::kSlots) {
+  if (info.unit != StateUnit::kElement) {
+    check_flat(role, i, tensor, numel_of(info, data));
+  } else if (info.each_slot) {
     check_slots(role, i, tensor, order, data);
-  } else if (shape == StateShape::kParam) {
+  } else {
     check_sizes(role, i, tensor.sizes, order.sizes);
     check_strides(role, i, order.sizes, tensor.strides, order.strides);
-  } else {
-    check_flat(role, i, tensor, numel_of(shape, data));
-  }
-  if (row == kExpAvg) {
-    check_dense(role, i, tensor);
   }
   return tensor.data;
 }
@@ -165,8 +142,7 @@ bool has_moved(
   visit_state(data, [&](StateRow row, const void* address) {
     if (!moved && row != kExpAvg && address != nullptr) {
       const Tensor& tensor = state.at(row, i);
-      moved =
-          tensor.data_ptr() != address || tensor.numel() != numel_of(kStateRows[row].shape, data);
+      moved = tensor.data_ptr() != address || tensor.numel() != numel_of(kStateRows[row], data);
     }
   });
   return moved;
@@ -197,15 +173,17 @@ StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype) {
 
 void bind_state(
     size_t i, const StateTensors& state, StateRows rows, const TensorView& order, ParamData& data) {
+  STD_TORCH_CHECK((rows & bit(kExpAvg)) == 0 || order.numel == 0 ||
+                      extent_without_overlap(order.sizes, order.strides) == order.numel,
+      "exp_avgs[", i, "] must fill its memory without gaps or overlaps, got shape ",
+      to_string(order.sizes), " and strides ", to_string(order.strides));
   visit_state(data, [&](StateRow row, auto*& address) {
     const StateRowInfo& info = kStateRows[row];
     address = nullptr;
-    if ((rows >> row & 1) == 0 || !is_used(info, data)) {
+    if ((rows & bit(row)) == 0 || !is_used(info, data)) {
       return;
     }
-    const bool has_scales =
-        info.shape == StateShape::kScales || info.shape == StateShape::kSlotScales;
-    STD_TORCH_CHECK(!has_scales || state.has(row), info.role,
+    STD_TORCH_CHECK(info.unit != StateUnit::kBlock || state.has(row), info.role,
         " must be given: the state has a dtype with scales");
     if (state.has(row)) {
       address = static_cast<std::remove_reference_t<decltype(address)>>(
@@ -218,7 +196,8 @@ void check_step(
     const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads) {
   check_length("exp_avgs", state.count(), params.size());
   check_length("grads", grads.size(), params.size());
-  state.require(rows_of({kExpAvg, kExpAvgSq, kCriticalBuffer, kPriorities, kStep}));
+  state.require(
+      bit(kExpAvg) | bit(kExpAvgSq) | bit(kCriticalBuffer) | bit(kPriorities) | bit(kStep));
 }
 
 ParamViews bind_param(
@@ -237,9 +216,9 @@ ParamViews bind_param(
   data.moment_dtype = stored;
   data.param_moved |= bind_memory("params", i, param, param_view, data.param, data.param_extent);
   bind_memory("grads", i, grad, grad_view, data.grad, data.grad_extent);
-  STD_TORCH_CHECK(
-      lies_as(param_view, order) || has_no_overlap(param_view.sizes, param_view.strides), "params[",
-      i, "] must not hold two elements in one place (an expanded tensor?), got shape ",
+  STD_TORCH_CHECK(lies_as(param_view, order) ||
+                      extent_without_overlap(param_view.sizes, param_view.strides) > 0,
+      "params[", i, "] must not hold two elements in one place (an expanded tensor?), got shape ",
       to_string(param_view.sizes), " and strides ", to_string(param_view.strides));
   if (has_moved(i, state, order, data)) {
     data.is_bound = false;  // until the checks below have passed

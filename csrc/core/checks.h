@@ -211,15 +211,18 @@ inline std::vector<size_t> memory_order(
   return order;
 }
 
-// Whether the elements fill a range of memory, each its own place.
-inline bool is_dense(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
+// Elements from the first to behind the last in memory if no two share a place, else 0: sufficient,
+// and more than 0 for every slice of a dense tensor.
+inline int64_t extent_without_overlap(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
   const auto order = memory_order(sizes, strides);
-  int64_t expected = 1;
-  return std::all_of(order.rbegin(), order.rend(), [&](size_t d) {
-    const bool matches = strides[d] == expected;
-    expected *= sizes[d];
-    return matches;
-  });
+  int64_t extent = 1;
+  for (size_t d = order.size(); d-- > 0;) {
+    if (strides[order[d]] < extent) {
+      return 0;
+    }
+    extent += (sizes[order[d]] - 1) * strides[order[d]];
+  }
+  return extent;
 }
 
 inline std::vector<int64_t> contiguous_strides(IntHeaderOnlyArrayRef sizes) {
@@ -230,17 +233,6 @@ inline std::vector<int64_t> contiguous_strides(IntHeaderOnlyArrayRef sizes) {
     stride *= sizes[d];
   }
   return strides;
-}
-
-// Whether no two elements share a place: sufficient, and true of every slice of a dense tensor.
-inline bool has_no_overlap(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
-  const auto order = memory_order(sizes, strides);
-  int64_t extent = 0;
-  return std::all_of(order.rbegin(), order.rend(), [&](size_t d) {
-    const bool clears = strides[d] > extent;
-    extent += (sizes[d] - 1) * strides[d];
-    return clears;
-  });
 }
 
 }  // namespace cm_fused

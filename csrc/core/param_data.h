@@ -67,9 +67,8 @@ struct ParamData {
 
   void* param;
   const void* grad;
-#define CM_FUSED_ROW(Name, key, role, type, ...) type* key;
-  CM_FUSED_STATE(CM_FUSED_ROW)
-#undef CM_FUSED_ROW
+#define CM_FUSED_ROW_MEMBER(Name, key, role, type, ...) type* key;
+  CM_FUSED_STATE(CM_FUSED_ROW_MEMBER)
 
   // For the next step. The state has been checked, and its addresses are those above.
   bool is_bound;
@@ -83,9 +82,8 @@ struct ParamData {
 // Calls visit(row, address) for every row of the state.
 template <typename Data, typename Visit>
 void visit_state(Data& data, Visit visit) {
-#define CM_FUSED_ROW(Name, key, ...) visit(k##Name, data.key);
-  CM_FUSED_STATE(CM_FUSED_ROW)
-#undef CM_FUSED_ROW
+#define CM_FUSED_VISIT_ROW(Name, key, ...) visit(k##Name, data.key);
+  CM_FUSED_STATE(CM_FUSED_VISIT_ROW)
 }
 
 }  // namespace cm_fused

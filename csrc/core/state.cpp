@@ -52,7 +52,7 @@ ShardLayout StateTensors::shard_layout(size_t i) const {
 
 void StateTensors::require(StateRows rows) const {
   for (size_t row = 0; row < kNumStateRows && count_ > 0; ++row) {
-    if ((rows >> row & 1) != 0 && !has(static_cast<StateRow>(row))) {
+    if ((rows & bit(row)) != 0 && !has(static_cast<StateRow>(row))) {
       check_length(kStateRows[row].role, 0, count_);
     }
   }
@@ -101,11 +101,8 @@ void release_state(int64_t id) {
 }
 
 std::string state_keys() {
-  std::string keys;
-  for (const auto& row : kStateRows) {
-    keys += (keys.empty() ? "" : ",") + std::string(row.key);
-  }
-  return keys;
+#define CM_FUSED_ROW_KEY(Name, key, ...) "," #key
+  return &CM_FUSED_STATE(CM_FUSED_ROW_KEY)[1];
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ class StateTensors {
   }
 
   [[nodiscard]] bool has(StateRow row) const {
-    return (rows_ >> row & 1) != 0;
+    return (rows_ & bit(row)) != 0;
   }
 
   [[nodiscard]] const torch::stable::Tensor& at(StateRow row, size_t i) const {

@@ -5,18 +5,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 
 namespace cm_fused {
 
-// What the shape of a state tensor must be.
-enum class StateShape {
-  kParam,       // the parameter's, with the strides of exp_avg
-  kSlots,       // (capacity, *shape), slots one after the other, each with the strides of exp_avg
-  kScales,      // contiguous, one element for each block of the parameter
-  kSlotScales,  // contiguous, as many for each slot
-  kKeys,        // contiguous, one element for each slot
-  kOne,         // of one element
+// What a state tensor has an element for, or each of the buffer's slots has.
+enum class StateUnit {
+  kElement,  // each of the parameter's elements, in its shape, with the strides of exp_avg
+  kBlock,    // each block of elements that share a scale; only where the dtype has scales
+  kOne,
 };
 
 // What its dtype must be.
@@ -30,53 +26,43 @@ enum class StateDtype {
 };
 
 // In the order of register_state's mask: name, key, role in messages, type behind the address,
-// shape, dtype.
-#define CM_FUSED_STATE(ROW)                                                             \
-  ROW(ExpAvg, exp_avg, "exp_avgs", void, kParam, kMoment)                               \
-  ROW(ExpAvgSq, exp_avg_sq, "exp_avg_sqs", void, kParam, kMoment)                       \
-  ROW(MaxExpAvgSq, max_exp_avg_sq, "max_exp_avg_sqs", void, kParam, kUpdate)            \
-  ROW(CriticalBuffer, critical_buffer, "critical_buffers", void, kSlots, kSlot)         \
-  ROW(CriticalSum, critical_sum, "critical_sums", void, kParam, kUpdate)                \
-  ROW(Compensation, compensation, "compensations", void, kParam, kHalf)                 \
-  ROW(CriticalScales, critical_scales, "critical_scales", float, kSlotScales, kFloat32) \
-  ROW(ExpAvgScales, exp_avg_scales, "exp_avg_scales", float, kScales, kFloat32)         \
-  ROW(ExpAvgSqScales, exp_avg_sq_scales, "exp_avg_sq_scales", float, kScales, kFloat32) \
-  ROW(Priorities, priorities, "priorities", float, kKeys, kFloat32)                     \
-  ROW(PendingSlot, pending_slot, "pending_slots", int64_t, kOne, kInt64)                \
-  ROW(Step, step, "steps", float, kOne, kFloat32)
+// unit, whether for each slot, dtype. Slots come first in their shape, one after the other.
+#define CM_FUSED_STATE(ROW)                                                                   \
+  ROW(ExpAvg, exp_avg, "exp_avgs", void, kElement, false, kMoment)                            \
+  ROW(ExpAvgSq, exp_avg_sq, "exp_avg_sqs", void, kElement, false, kMoment)                    \
+  ROW(MaxExpAvgSq, max_exp_avg_sq, "max_exp_avg_sqs", void, kElement, false, kUpdate)         \
+  ROW(CriticalBuffer, critical_buffer, "critical_buffers", void, kElement, true, kSlot)       \
+  ROW(CriticalSum, critical_sum, "critical_sums", void, kElement, false, kUpdate)             \
+  ROW(Compensation, compensation, "compensations", void, kElement, false, kHalf)              \
+  ROW(CriticalScales, critical_scales, "critical_scales", float, kBlock, true, kFloat32)      \
+  ROW(ExpAvgScales, exp_avg_scales, "exp_avg_scales", float, kBlock, false, kFloat32)         \
+  ROW(ExpAvgSqScales, exp_avg_sq_scales, "exp_avg_sq_scales", float, kBlock, false, kFloat32) \
+  ROW(Priorities, priorities, "priorities", float, kOne, true, kFloat32)                      \
+  ROW(PendingSlot, pending_slot, "pending_slots", int64_t, kOne, false, kInt64)               \
+  ROW(Step, step, "steps", float, kOne, false, kFloat32)
 
-enum StateRow : size_t {
-#define CM_FUSED_ROW(Name, ...) k##Name,
-  CM_FUSED_STATE(CM_FUSED_ROW)
-#undef CM_FUSED_ROW
-      kNumStateRows,
-};
+#define CM_FUSED_ROW_NAME(Name, ...) k##Name,
+enum StateRow : size_t { CM_FUSED_STATE(CM_FUSED_ROW_NAME) kNumStateRows };
 
 struct StateRowInfo {
   const char* key;
   const char* role;
-  StateShape shape;
+  StateUnit unit;
+  bool each_slot;
   StateDtype dtype;
 };
 
-inline constexpr StateRowInfo kStateRows[] = {
-#define CM_FUSED_ROW(Name, key, role, type, shape, dtype) \
-  {#key, role, StateShape::shape, StateDtype::dtype},
-    CM_FUSED_STATE(CM_FUSED_ROW)
-#undef CM_FUSED_ROW
-};
+#define CM_FUSED_ROW_INFO(Name, key, role, type, unit, each_slot, dtype) \
+  {#key, role, StateUnit::unit, each_slot, StateDtype::dtype},
+inline constexpr StateRowInfo kStateRows[] = {CM_FUSED_STATE(CM_FUSED_ROW_INFO)};
 
-// A set of rows: bit r is row r.
+// A set of rows.
 using StateRows = int64_t;
 
-constexpr StateRows rows_of(std::initializer_list<StateRow> rows) {
-  StateRows set = 0;
-  for (const StateRow row : rows) {
-    set |= StateRows{1} << row;
-  }
-  return set;
+constexpr StateRows bit(size_t row) {
+  return StateRows{1} << row;
 }
 
-inline constexpr StateRows kAllStateRows = (StateRows{1} << kNumStateRows) - 1;
+inline constexpr StateRows kAllStateRows = bit(kNumStateRows) - 1;
 
 }  // namespace cm_fused

@@ -20,28 +20,49 @@ namespace {
 
 #define CM_FUSED_COUNT(type, name) +1
 constexpr size_t kNumHyperparameters = CM_FUSED_HYPERPARAMETERS(CM_FUSED_COUNT);
-#undef CM_FUSED_COUNT
 
 std::string hyperparameter_names() {
-  std::string names;
-#define CM_FUSED_NAME(type, name) names += names.empty() ? #name : "," #name;
-  CM_FUSED_HYPERPARAMETERS(CM_FUSED_NAME)
-#undef CM_FUSED_NAME
-  return names;
+#define CM_FUSED_NAME(type, name) "," #name
+  return &CM_FUSED_HYPERPARAMETERS(CM_FUSED_NAME)[1];
 }
 
 StepOptions step_options(const double* numbers, int64_t seed) {
   StepOptions options;
 #define CM_FUSED_READ(type, name) options.name = static_cast<type>(*numbers++);
   CM_FUSED_HYPERPARAMETERS(CM_FUSED_READ)
-#undef CM_FUSED_READ
   options.seed = seed;
   return options;
 }
 
-constexpr StateRows kPriorityRows = rows_of({kPriorities, kPendingSlot, kStep});
-constexpr StateRows kFlushRows =
-    rows_of({kExpAvg, kCriticalBuffer, kCriticalSum, kCriticalScales, kExpAvgScales, kPendingSlot});
+// State k's float64 in a list that has a tensor of one or more for each state, or none; nullptr.
+const double* scalar_of(
+    const char* role, const Tensors& list, size_t k, size_t num_states, int64_t numel = 1) {
+  STD_TORCH_CHECK(list.empty() || list.size() == num_states, role,
+      " must be empty or have one tensor for each of the ", num_states, " states, got ",
+      list.size());
+  return list.empty() ? nullptr : float64_data(role, k, list[k], numel, cpu_device());
+}
+
+double read_scalar(
+    const char* role, const Tensors& list, size_t k, size_t num_states, double otherwise) {
+  const double* const value = scalar_of(role, list, k, num_states);
+  return value == nullptr ? otherwise : *value;
+}
+
+// State k's sums of squares over the priority scope, one for each of `count` tensors, or empty.
+std::vector<double> read_sq_norms(const Tensors& list, size_t k, size_t num_states, size_t count) {
+  const bool is_one = k < list.size() && list[k].numel() == 1;
+  const auto numel = is_one ? 1 : static_cast<int64_t>(count);
+  const double* const values = scalar_of("sq_norms", list, k, num_states, numel);
+  if (values == nullptr) {
+    return {};
+  }
+  return is_one ? std::vector<double>(count, *values) : std::vector<double>(values, values + count);
+}
+
+constexpr StateRows kPriorityRows = bit(kPriorities) | bit(kPendingSlot) | bit(kStep);
+constexpr StateRows kFlushRows = bit(kExpAvg) | bit(kCriticalBuffer) | bit(kCriticalSum) |
+                                 bit(kCriticalScales) | bit(kExpAvgScales) | bit(kPendingSlot);
 
 // What is known of these states' parameters, in the order they were stepped.
 struct OverlapCache {
@@ -65,10 +86,6 @@ void step_registered_(std::vector<int64_t> ids, Tensors params, Tensors grads, T
   STD_TORCH_CHECK(params.size() == total, "params must have one tensor for each of the ", total,
       " that the states have, got ", params.size());
   check_length("grads", grads.size(), total);
-  const ScalarList sq_norm("sq_norms", sq_norms, count);
-  const ScalarList lr("lrs", lrs, count);
-  const ScalarList grad_factor("grad_factors", grad_factors, count);
-  const ScalarList found_inf("found_infs", found_infs, count);
   Steps steps;
   size_t first = 0;
   for (size_t k = 0; k < count; ++k) {
@@ -77,11 +94,12 @@ void step_registered_(std::vector<int64_t> ids, Tensors params, Tensors grads, T
     STD_TORCH_CHECK(state.has(kPendingSlot) || !local_sq_norms.has_value(),
         "local_sq_norms is for critical momenta; critical gradients need the norm before the step");
     StepOptions options = step_options(&hyperparameters[k * kNumHyperparameters], seeds[k]);
-    options.lr = lr.read(k, options.lr);
-    options.grad_factor = grad_factor.read(k, 1.0);
+    options.lr = read_scalar("lrs", lrs, k, count, options.lr);
+    options.grad_factor = read_scalar("grad_factors", grad_factors, k, count, 1.0);
     steps.add(state, std::span(params).subspan(first, length),
         std::span(grads).subspan(first, length),
-        {options, found_inf.read(k, 0.0) != 0.0, sq_norm.read_each(k, length)},
+        {options, read_scalar("found_infs", found_infs, k, count, 0.0) != 0.0,
+            read_sq_norms(sq_norms, k, count, length)},
         states[k].cache<BucketStep>());
     first += length;
   }
@@ -118,7 +136,7 @@ Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor
     // Any order without gaps will do.
     const auto contiguous = contiguous_strides(param.sizes);
     TensorView order = param;
-    if (!is_dense(param.sizes, param.strides)) {
+    if (extent_without_overlap(param.sizes, param.strides) != param.numel) {
       order.strides = {contiguous.data(), contiguous.size()};
     }
     auto& tensor = bucket.emplace_back();
@@ -155,8 +173,6 @@ void update_registered_priorities_(std::vector<int64_t> ids, Tensors sq_norms, T
       "sq_norms and priority_decays must have one for each of the ", count, " states, got ",
       sq_norms.size(), " and ", priority_decays.size());
   const LockedStates states(ids);
-  const ScalarList sq_norm("sq_norms", sq_norms, count);
-  const ScalarList found_inf("found_infs", found_infs, count);
   struct Update {
     TensorStep tensor;
     double sq_norm;
@@ -167,8 +183,8 @@ void update_registered_priorities_(std::vector<int64_t> ids, Tensors sq_norms, T
   for (size_t k = 0; k < count; ++k) {
     const StateTensors& state = states[k].tensors;
     state.require(kPriorityRows);
-    const auto scope = sq_norm.read_each(k, state.count());
-    const bool is_skipped = found_inf.read(k, 0.0) != 0.0;
+    const auto scope = read_sq_norms(sq_norms, k, count, state.count());
+    const bool is_skipped = read_scalar("found_infs", found_infs, k, count, 0.0) != 0.0;
     for (size_t i = 0; i < state.count(); ++i) {
       TensorStep tensor = bind_priorities(i, state);
       if (!is_skipped) {
@@ -177,7 +193,8 @@ void update_registered_priorities_(std::vector<int64_t> ids, Tensors sq_norms, T
     }
   }
   for (const auto& [tensor, sum, priority_decay] : updates) {
-    update_priorities(tensor, sum, priority_decay, tensor.pending_slot);
+    update_priorities({tensor.priorities, tensor.pending_slot, tensor.step, nullptr},
+        tensor.capacity, static_cast<float>(priority_decay), priority_key(sum));
   }
 }
 
@@ -201,7 +218,7 @@ void flush_registered_(std::vector<int64_t> ids) {
   BucketStep bucket;
   for (size_t k = 0; k < ids.size(); ++k) {
     const StateTensors& state = states[k].tensors;
-    state.require(rows_of({kExpAvg, kCriticalBuffer, kPendingSlot}));
+    state.require(bit(kExpAvg) | bit(kCriticalBuffer) | bit(kPendingSlot));
     for (size_t i = 0; i < state.count(); ++i) {
       TensorStep tensor = bind_flush(i, state);
       if (tensor.slot != kNoSlot) {

@@ -91,7 +91,6 @@ struct TensorStep : ParamData {
 struct StepOptions {
 #define CM_FUSED_MEMBER(type, name) type name = {};
   CM_FUSED_HYPERPARAMETERS(CM_FUSED_MEMBER)
-#undef CM_FUSED_MEMBER
   int64_t seed = 0;
   double grad_factor = 1.0;  // of every gradient, before all else
 };

@@ -27,33 +27,6 @@ int64_t param_bytes(ParamDtype dtype) {
 
 }  // namespace
 
-ScalarList::ScalarList(const char* role, std::span<const Tensor> tensors, size_t num_states)
-    : role_(role), tensors_(tensors) {
-  STD_TORCH_CHECK(tensors.empty() || tensors.size() == num_states, role,
-      " must be empty or have one tensor for each of the ", num_states, " states, got ",
-      tensors.size());
-}
-
-double ScalarList::read(size_t k, double otherwise) const {
-  return empty() ? otherwise : *float64_data(role_, k, tensors_[k], 1, cpu_device());
-}
-
-std::vector<double> ScalarList::read_each(size_t k, size_t count) const {
-  if (empty()) {
-    return {};
-  }
-  const int64_t numel = tensors_[k].numel() == 1 ? 1 : static_cast<int64_t>(count);
-  const double* values = float64_data(role_, k, tensors_[k], numel, cpu_device());
-  return numel == 1 ? std::vector<double>(count, *values)
-                    : std::vector<double>(values, values + count);
-}
-
-void update_priorities(
-    const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot) {
-  update_priorities({tensor.priorities, slot, tensor.step, nullptr}, tensor.capacity,
-      static_cast<float>(priority_decay), priority_key(sq_norm));
-}
-
 void Steps::add(const StateTensors& state, std::span<const Tensor> params,
     std::span<const Tensor> grads, StepScalars scalars, BucketStep& bucket) {
   bind_bucket(state, params, grads, scalars.options, bucket);
@@ -135,7 +108,8 @@ void Steps::finish_(Part& part, const Pass& pass) {
   }
   for (size_t i = 0; i < bucket.size(); ++i) {
     auto* const slot = part.critical_gradients ? &bucket[i].slot : bucket[i].pending_slot;
-    update_priorities(bucket[i], sq_norms[i], options.priority_decay, slot);
+    update_priorities({bucket[i].priorities, slot, bucket[i].step, nullptr}, bucket[i].capacity,
+        static_cast<float>(options.priority_decay), priority_key(sq_norms[i]));
   }
 }
 

@@ -10,36 +10,12 @@
 
 namespace cm_fused {
 
-// A list of scalars in float64 tensors: one for each of some states, or none at all.
-class ScalarList {
- public:
-  ScalarList(const char* role, std::span<const Tensor> tensors, size_t num_states);
-
-  [[nodiscard]] bool empty() const {
-    return tensors_.empty();
-  }
-
-  // State k's, or `otherwise`.
-  [[nodiscard]] double read(size_t k, double otherwise) const;
-
-  // State k's numbers, one for each of `count` tensors; one number is that of all.
-  [[nodiscard]] std::vector<double> read_each(size_t k, size_t count) const;
-
- private:
-  const char* role_;
-  std::span<const Tensor> tensors_;
-};
-
 // What one state's step is given besides its tensors.
 struct StepScalars {
   StepOptions options;
   bool is_skipped;
   std::vector<double> sq_norms;  // over the priority scope, one for each parameter, or empty
 };
-
-// Updates one parameter's priorities; `slot` is set to the slot that the step's item takes.
-void update_priorities(
-    const TensorStep& tensor, double sq_norm, double priority_decay, int64_t* slot);
 
 class Steps {
  public:

@@ -87,12 +87,9 @@ int64_t refuse_implied(int64_t, Tensors, Tensors, Tensor) {
 }
 
 std::string table_columns() {
-  std::string names;
-#define CM_FUSED_COLUMN(Name, key, ...) names += names.empty() ? #key : "," #key;
-  CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN)
-  CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN)
-#undef CM_FUSED_COLUMN
-  return names;
+#define CM_FUSED_COLUMN_KEY(Name, key, ...) "," #key
+  return &CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN_KEY)
+      CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN_KEY)[1];
 }
 
 }  // namespace

@@ -27,12 +27,11 @@ namespace cm_fused {
   COLUMN(NumChunks, num_chunks)          \
   COLUMN(Filled, filled)
 
+#define CM_FUSED_COLUMN_NAME(Name, ...) k##Name##Column,
 enum TableColumn : int64_t {
-#define CM_FUSED_COLUMN(Name, ...) k##Name##Column,
-  CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN) kNumRefreshedColumns,
+  CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN_NAME) kNumRefreshedColumns,
   kLastRefreshedColumn = kNumRefreshedColumns - 1,
-  CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN)
-#undef CM_FUSED_COLUMN
+  CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN_NAME)
 };
 
 // In int64: 192 bytes, three cache lines of a CPU and whole sectors of a GPU's.

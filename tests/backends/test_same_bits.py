@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM
-from cm_fused._backends import cpu
-from cm_fused._backends.triton.columns import CHUNK_SIZE, running_sum_min_capacity
+from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.cases import (
     CHUNK,
@@ -275,17 +274,3 @@ def test_a_running_sum_is_rebuilt_by_chunks_of_the_cpp_pass(cls: Class) -> None:
     total = optimizer.state[param]["critical_sum"]
     assert total[CHUNK:].abs().max() < 100  # one step earlier than the first
     assert total[:CHUNK].abs().min() > 100
-
-
-@pytest.mark.parametrize("capacity", CAPACITIES)
-@pytest.mark.parametrize("slot_bytes", [8, 4, 2, 1])
-def test_same_state(capacity: int, slot_bytes: int) -> None:
-    """Both backends keep the same keys in a parameter's state."""
-    from cm_fused._backends.triton import launch
-
-    for critical_gradients in (False, True):
-        keys = launch.state_keys(critical_gradients, capacity, slot_bytes)
-        sums = capacity >= running_sum_min_capacity(critical_gradients, slot_bytes)
-        assert ("critical_sum" in keys) == sums
-        if slot_bytes != 8:
-            assert keys == cpu.state_keys(critical_gradients, capacity, slot_bytes)

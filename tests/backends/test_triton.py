@@ -18,8 +18,7 @@ from cm_fused._backends.triton.columns import CHUNK_SIZE, COLUMNS, WIDTH
 from cm_fused._bucket import Batch, Bucket
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.plan import Member
-from cm_fused._state.table import fused_keys
-from tests.operators.test_ops import SAMPLES
+from cm_fused._state.table import KEYS, fused_keys
 from tests.support.cases import (
     KINDS,
     MIXED,
@@ -39,6 +38,7 @@ from tests.support.cases import (
 from tests.support.compare import saved
 from tests.support.lockstep import Lockstep, maker
 from tests.support.oracle import Options
+from tests.support.samples import SAMPLES
 
 triton = pytest.importorskip("cm_fused._backends.triton.launch", reason="triton is not installed")
 tables = pytest.importorskip("cm_fused._backends.triton.tables")
@@ -132,19 +132,11 @@ def test_running_sum_is_rebuilt(kind: Kind) -> None:
 
 
 def test_columns_are_those_of_csrc() -> None:
-    """Python's columns and csrc/priority/table.h's are the same ones."""
-    header = (ROOT / "csrc" / "table.h").read_text()
-    body = re.sub(r"//.*", "", header.split("enum TableColumn")[1].split("{")[1].split("}")[0])
-    values: dict[str, int] = {}
-    for entry in filter(None, map(str.strip, body.split(","))):
-        name, _, value = (part.strip() for part in entry.partition("="))
-        previous = -1 if not values else list(values.values())[-1]
-        values[name] = values[value] if value else previous + 1
-    del values["kNumRefreshedColumns"]
-    expected = {
-        "k" + name.title().replace("_", "") + "Column": column for name, column in COLUMNS.items()
-    }
-    assert values == expected
+    """Python's columns and csrc/priority/table.h's are the same ones, in one order."""
+    header = (ROOT / "csrc" / "priority" / "table.h").read_text()
+    rows = ", ".join(f"COLUMN(_, {key})" for key in KEYS)
+    names = re.findall(r"COLUMN\(\w+, (\w+)\)", header.replace("CM_FUSED_STATE(COLUMN)", rows))
+    assert names == list(COLUMNS)
     assert re.search(rf"kTableWidth = {WIDTH};", header)
 
 

@@ -38,6 +38,8 @@ from bench.paper.statistics import (
 )
 from bench.paper.systems import BUFFERED, SYSTEMS, Setting
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),

@@ -14,6 +14,8 @@ from bench.paper.tasks import TASKS
 from bench.paper.train import best, main, results_table
 from bench.paper.training_claims import buffer_claims, training_claims
 
+pytestmark = pytest.mark.slow
+
 _CONFIG = Config("wrn-digits", "Adam", Hyperparameters(3e-3), seed=0, steps=6)
 
 

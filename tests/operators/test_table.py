@@ -1,89 +1,68 @@
 """`refresh_table_`: the host's copy of a bucket's table follows the tensors."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cm_fused._bucket import Bucket
+from cm_fused._backends.triton.columns import PARAM_DTYPES, WIDTH
 from cm_fused.philox import Places
-from tests.operators.test_ops import BAD_LISTS, SAMPLES, BadLists, Sample, sample
 from tests.support.cases import needs_cpu_backend
+from tests.support.rows import REFUSED, Refused
+from tests.support.samples import SAMPLES, Sample, full_sample, sample
 from tests.support.training import SHAPES
 
 pytestmark = needs_cpu_backend
 
 UNCHANGED, CHANGED, NEEDS_COPIES = 0, 1, 2
-TABLE_WIDTH = 24
-# The lists in the order of the columns of addresses.
-COLUMNS = (
-    "params",
-    "grads",
-    "exp_avgs",
-    "exp_avg_sqs",
-    "max_exp_avg_sqs",
-    "critical_buffers",
-    "critical_sums",
-    "compensations",
-    "critical_scales",
-    "exp_avg_scales",
-    "exp_avg_sq_scales",
-    "priorities",
-    "pending_slots",
-    "steps",
-)
-SLOT, NUMEL = COLUMNS.index("pending_slots"), len(COLUMNS)
-PARAM_DTYPE = NUMEL + 1
-PLACES = NUMEL + 3
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What a table holds where nobody writes.
 UNTOUCHED = 77
+KEYS = ("params", "grads", *full_sample().state)
 
 
-def _bucket(case: Sample) -> Bucket:
-    return Bucket(**case.lists(), element_places=list(case.element_places))
+def _columns() -> list[str]:
+    names: str = torch.ops.cm_fused.table_columns()
+    return names.split(",")
 
 
 class Table:
-    """A sample's state, held, and its table."""
+    """A sample's state, registered, and its table."""
 
     def __init__(self, case: Sample) -> None:
         self.case = case
-        self.held: int = torch.ops.cm_fused.hold_state(*_bucket(case).state())
-        self.rows = torch.full((len(case.params), TABLE_WIDTH), UNTOUCHED)
+        self.state = case.register()
+        self.rows = torch.full((len(case.params), WIDTH), UNTOUCHED)
 
     def refresh(self) -> int:
         """Call the operator."""
         result: int = torch.ops.cm_fused.refresh_table_(
-            self.held, self.case.params, self.case.grads, self.rows
+            self.state.id, self.case.params, self.case.grads, self.rows
         )
         return result
 
+    def column(self, name: str) -> Tensor:
+        """Return a column by its name."""
+        return self.rows[:, _columns().index(name)]
+
     def expected(self) -> list[list[int]]:
         """Return the rows as the tensors say them."""
-        lists = [self.case.lists()[role] for role in COLUMNS]
-        return [
-            [
-                *(tensors[i].data_ptr() if tensors else 0 for tensors in lists),
-                param.numel(),
-                DTYPES.index(param.dtype),
-                i,
-                *(self.case.element_places[3 * i : 3 * i + 3] or Places()),
-                *[UNTOUCHED] * (TABLE_WIDTH - PLACES - len(Places())),
-            ]
-            for i, param in enumerate(self.case.params)
-        ]
+        return [self._row(i, param) for i, param in enumerate(self.case.params)]
 
-
-def _sample_with(role: str) -> Sample:
-    """Return a sample whose list of this role is not empty."""
-    if role == "compensations":
-        return SAMPLES["float8"]()
-    if role.endswith("scales"):
-        return SAMPLES["int8"]()
-    return sample(amsgrad=True, running_sum=True)
+    def _row(self, i: int, param: Tensor) -> list[int]:
+        layout = self.case.shard_layouts[3 * i : 3 * i + 3] or Places()
+        numbers: dict[str, int] = {
+            "param": param.data_ptr(),
+            "grad": self.case.grads[i].data_ptr(),
+            **{key: 0 for key in full_sample().state},
+            **{key: tensors[i].data_ptr() for key, tensors in self.case.state.items()},
+            "numel": param.numel(),
+            "param_dtype": PARAM_DTYPES.index(param.dtype),
+            "param_index": i,
+            **dict(zip(("shard_offset", "shard_length", "shard_stride"), layout, strict=True)),
+        }
+        row = [numbers.get(name, UNTOUCHED) for name in _columns()]
+        return row + [UNTOUCHED] * (WIDTH - len(row))
 
 
 DENSE = [name for name in SAMPLES if "strided" not in name]
@@ -99,10 +78,10 @@ def test_columns(name: str) -> None:
     assert table.rows.tolist() == table.expected()
 
 
-def test_places() -> None:
+def test_shard_layouts() -> None:
     """A parameter that is part of a larger one says where in it."""
     case = sample()
-    case.element_places = tuple(range(3, 3 + 3 * len(case.params)))
+    case.shard_layouts = list(range(3, 3 + 3 * len(case.params)))
     table = Table(case)
     assert table.refresh() == CHANGED
     assert table.rows.tolist() == table.expected()
@@ -110,44 +89,28 @@ def test_places() -> None:
 
 def test_slot_without_pending_slots() -> None:
     """Critical gradients have no pending slot: the caller's address stays."""
-    case = sample()
-    case.pending_slots = []
-    table = Table(case)
+    table = Table(sample().without("pending_slot"))
     assert table.refresh() == CHANGED
-    assert table.rows[:, SLOT].tolist() == [UNTOUCHED] * len(SHAPES)
+    slots = table.column("pending_slot")
+    assert slots.tolist() == [UNTOUCHED] * len(SHAPES)
     assert table.refresh() == UNCHANGED
-    table.rows[0, SLOT] = 5
+    slots[0] = 5
     assert table.refresh() == UNCHANGED
-    assert table.rows[0, SLOT] == 5
+    assert slots[0] == 5
 
 
-def _new_grad(case: Sample) -> None:
-    case.grads[2:] = [grad.clone() for grad in case.grads[2:]]
-
-
-def _new_data(case: Sample) -> None:
-    case.params[0].data = case.params[0].data.clone()
-
-
-def _move(role: str) -> Callable[[Sample], None]:
-    def move(case: Sample) -> None:
-        tensors = case.lists()[role]
-        tensors[0].data = tensors[0].data.clone()
-
-    return move
-
-
-@pytest.mark.parametrize(
-    ("change", "role"),
-    [(_new_grad, ""), (_new_data, ""), *((_move(role), role) for role in COLUMNS)],
-    ids=["new_grad", "new_data", *COLUMNS],
-)
-def test_moved_tensors_are_seen(change: Callable[[Sample], None], role: str) -> None:
+@pytest.mark.parametrize("new", [False, True], ids=["data", "tensor"])
+@pytest.mark.parametrize("key", KEYS)
+def test_moved_tensors_are_seen(key: str, new: bool) -> None:
     """A tensor that lies elsewhere is a changed table, once."""
-    table = Table(_sample_with(role) if role else sample(amsgrad=True, running_sum=True))
+    table = Table(full_sample())
     table.refresh()
     before = table.rows.clone()
-    change(table.case)
+    tensors = table.case.lists()[key]
+    if new and key in ("params", "grads"):
+        tensors[0] = tensors[0].clone()
+    else:
+        tensors[0].data = tensors[0].data.clone()
     assert table.refresh() == CHANGED
     assert table.rows.tolist() == table.expected()
     assert not torch.equal(table.rows, before)
@@ -155,12 +118,12 @@ def test_moved_tensors_are_seen(change: Callable[[Sample], None], role: str) -> 
 
 
 def test_another_table_is_written() -> None:
-    """What a state knows of its tensors does not stand for what a table holds."""
+    """What is cached of a state does not stand for what a table holds."""
     table = Table(sample())
     table.refresh()
     table.rows = torch.zeros_like(table.rows)
     assert table.refresh() == CHANGED
-    table.rows[1, NUMEL] += 1
+    table.column("numel")[1] += 1
     assert table.refresh() == CHANGED
 
 
@@ -199,12 +162,11 @@ def test_expanded_gradient_needs_copies() -> None:
 def test_memory_order_of_the_state() -> None:
     """Tensors that are all channels_last lie alike; empty and one-element ones always do."""
     case = sample(shapes=((2, 3, 4, 5), (0, 2), (1, 1)))
-    state = ("params", "grads", "exp_avgs", "exp_avg_sqs")
-    for role in state:
-        tensors = case.lists()[role]
+    for key in ("params", "grads", "exp_avg", "exp_avg_sq"):
+        tensors = case.lists()[key]
         tensors[0] = tensors[0].to(memory_format=torch.channels_last)
         tensors[1] = tensors[1].t().contiguous().t()
-    case.critical_buffers[0] = torch.stack([case.exp_avgs[0]] * 3)
+    case.state["critical_buffer"][0] = torch.stack([case.state["exp_avg"][0]] * 3)
     case.params[2] = torch.zeros(1, 7)[:, :1].as_strided((1, 1), (7, 3))
     table = Table(case)
     assert table.refresh() == CHANGED
@@ -212,24 +174,17 @@ def test_memory_order_of_the_state() -> None:
 
 
 def test_sizes_of_64_bits() -> None:
-    """Numbers of elements beyond 32 bits are held whole; tensors on any device are described."""
+    """Numbers of elements beyond 32 bits are held whole; tensors may be on any device."""
     numel = 2**33 + 5
-    meta: dict[str, Any] = {"device": "meta"}
-    case = Sample(
-        params=[torch.empty(numel, **meta)],
-        grads=[torch.empty(numel, **meta)],
-        exp_avgs=[torch.empty(numel, **meta)],
-        exp_avg_sqs=[torch.empty(numel, **meta)],
-        max_exp_avg_sqs=[],
-        critical_buffers=[torch.empty(3, numel, **meta)],
-        critical_sums=[],
-        priorities=[torch.empty(3, **meta)],
-        pending_slots=[torch.empty((), dtype=torch.int64, **meta)],
-        steps=[torch.empty((), **meta)],
-    )
-    table = Table(case)
+
+    def meta(*shape: int) -> list[Tensor]:
+        return [torch.empty(shape, device="meta")]
+
+    state = {key: meta(numel) for key in ("exp_avg", "exp_avg_sq")}
+    state |= {"critical_buffer": meta(3, numel), "priorities": meta(3), "step": meta()}
+    table = Table(Sample(meta(numel), meta(numel), state))
     assert table.refresh() == CHANGED
-    assert table.rows[0, NUMEL] == numel
+    assert table.column("numel").tolist() == [numel]
 
 
 def test_no_params() -> None:
@@ -239,39 +194,24 @@ def test_no_params() -> None:
 
 # Checks
 
-# Of what lies in device memory, which is not read: CPU steps alone check it.
-READ = (
-    *("pending_slot_", "step_", "dtype_sq_norm", "shape_sq_norm", "shape_local_sq_norms"),
-    *("dtype_lr_tensor", "dtype_grad_factor", "dtype_found_inf"),
-)
-BAD_STATES = [bad for bad in BAD_LISTS if "adam_cm_" in bad.ops and not bad.name.startswith(READ)]
+# Numbers in device memory are not read: CPU steps alone check them.
+BAD_STATES = [bad for bad in REFUSED if "step" in bad.ops and not bad.is_number]
 
 
 @pytest.mark.parametrize("refreshed", [False, True])
 @pytest.mark.parametrize("bad", BAD_STATES, ids=str)
-def test_bad_lists_leave_the_table(bad: BadLists, refreshed: bool) -> None:
-    """A list that does not fit is the CPU step's error, at every call; the table is unchanged."""
-    case = sample(amsgrad=True, running_sum=True)
-    table = Table(case)
+def test_bad_tensors_leave_the_table(bad: Refused, refreshed: bool) -> None:
+    """A tensor that does not fit is the CPU step's error, at every call."""
+    table = Table(full_sample())
     if refreshed:
         table.refresh()
     before = table.rows.clone()
-    bad.spoil(case)
-    table.held = torch.ops.cm_fused.hold_state(*Bucket(**case.lists()).state())
+    bad.spoil(table.case)
+    table.state = table.case.register()
     for _ in range(2):
         with pytest.raises(RuntimeError, match=bad.message):
             table.refresh()
     assert torch.equal(table.rows, before)
-
-
-@pytest.mark.parametrize("role", [role for role in COLUMNS if role != "params"])
-def test_other_device_is_refused(role: str) -> None:
-    """Every tensor must be where its parameter is."""
-    case = _sample_with(role)
-    tensors = case.lists()[role]
-    tensors[1] = tensors[1].to("meta")
-    with pytest.raises(RuntimeError, match=rf"{role}\[1\] must be on cpu, got "):
-        Table(case).refresh()
 
 
 BAD_TABLES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -294,10 +234,10 @@ def test_bad_table_is_refused(name: str) -> None:
 
 
 def test_unknown_state_is_refused() -> None:
-    """A state that is not held is an error that shows its id."""
+    """A state that is not registered is an error that shows its id."""
     table = Table(sample())
-    torch.ops.cm_fused.release_state(table.held)
-    with pytest.raises(RuntimeError, match="held must name a state that is held, got"):
+    torch.ops.cm_fused.release_state(table.state.id)
+    with pytest.raises(RuntimeError, match="ids must be of registered states, got"):
         table.refresh()
 
 
@@ -306,6 +246,6 @@ def test_schema() -> None:
     table = Table(sample())
     torch.library.opcheck(
         torch.ops.cm_fused.refresh_table_.default,
-        (table.held, table.case.params, table.case.grads, table.rows),
+        (table.state.id, table.case.params, table.case.grads, table.rows),
         test_utils=("test_schema", "test_autograd_registration"),
     )

@@ -35,6 +35,7 @@ from tests.support.cases import (
     to_array,
 )
 from tests.support.compare import OracleRun, see
+from tests.support.effort import effort, record_cases
 from tests.support.oracle import Options
 
 F = float(torch.finfo(torch.float32).max)
@@ -42,7 +43,10 @@ DENORMAL = 2.0**-149
 EPS = 2.0**-24  # the most that a rounding changes a normal number by
 # A whole vector and a tail of every instruction set.
 NUMEL = 37
-POSITIONS = (0, 18, NUMEL - 1)
+POSITIONS = effort((0, 18, NUMEL - 1), tuple(range(NUMEL)))
+EXPONENTS = effort(
+    (-149, -140, -127, -126, -100, -75, -64, 0, 62, 64, 100, 127), tuple(range(-149, 128))
+)
 
 any_backend = pytest.mark.parametrize("backend", backend_params())
 any_kind = pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +73,7 @@ def _keys(param: Tensor, optimizer: CriticalAdam) -> list[float]:
 
 @any_backend
 @any_kind
-@pytest.mark.parametrize("exponent", [-149, -140, -127, -126, -100, -75, -64, 0, 62, 64, 100, 127])
+@pytest.mark.parametrize("exponent", EXPONENTS)
 def test_any_magnitude_in_any_position(backend: str, kind: Kind, exponent: int) -> None:
     """The key of one number among zeros is its magnitude; what may be finite is.
 
@@ -83,6 +87,7 @@ def test_any_magnitude_in_any_position(backend: str, kind: Kind, exponent: int) 
         param, optimizer = _stepped(backend, options, [grad])
         assert _keys(param, optimizer) == [value, -math.inf]
         assert param.isfinite().all()
+    record_cases(len(POSITIONS))
 
 
 @pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))

@@ -206,3 +206,25 @@ def test_build_none_leaves_the_extension_out(source: Path) -> None:
     assert (
         "CM_FUSED_BUILD must be auto, cpu, cuda or none, got 'gpu'" in result.stdout + result.stderr
     )
+
+
+def test_build_uses_kept_objects(source: Path, cuda_torch: dict[str, str]) -> None:
+    """With CM_FUSED_OBJECTS only what has changed is compiled, whichever copy is built."""
+    log = source.parent / "log"
+    compiler = Path(cuda_torch["CXX"])
+    write_script(compiler, f'#!/bin/sh\necho "$@" >> {log}\n{COMPILER.partition(chr(10))[2]}')
+    other = shutil.copytree(source, source.parent / "other" / "source")
+    environment = {"CM_FUSED_BUILD": "cpu", "CM_FUSED_OBJECTS": str(source.parent / "objects")}
+
+    def compiled(tree: Path) -> set[str]:
+        log.write_text("")
+        result = build_wheel(tree, **cuda_torch, **environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return set(re.findall(r"(\w+\.cpp) -o", log.read_text()))
+
+    (source / "csrc" / "removed.h").touch()
+    assert compiled(source) == {path.name for path in (source / "csrc").rglob("*.cpp")}
+    assert compiled(other) == set()
+    (other / "csrc" / "priority" / "table.cpp").write_text("// changed\n")
+    assert compiled(other) == {"table.cpp"}
+    assert not list((source.parent / "objects").rglob("removed.h"))

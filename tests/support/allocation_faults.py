@@ -23,6 +23,7 @@ class FailingOperator:
     def __init__(self, library: str, operator: Callable[..., Any]) -> None:
         self._library = ctypes.CDLL(library)
         self._operator = operator
+        self.default = self  # the one overload
         self.at: int | None = None
         self.has_failed = False
 

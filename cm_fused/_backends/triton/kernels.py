@@ -81,7 +81,7 @@ def launch_options(
 
     Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
     AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
-    which no variant spills, at half of a multiprocessor's warps for float32 (python -m bench.sass).
+    which no variant spills, at half of a multiprocessor's warps for float32 (bench.machine_code).
     State of low precision spills 40 to 112 bytes a thread at 80 registers, none at 96 but for 8 to
     32 on sm_100 with 8-bit floats or a compensation; int8 moments spill 48 there.
     """

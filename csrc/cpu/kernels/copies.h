@@ -34,12 +34,20 @@ class Copies {
 
   // Copies the elements [begin, begin + n).
   [[gnu::noinline]] void load(int64_t begin, int64_t n) {
-    with_types(n, [&](auto param, auto size) { load<decltype(param)>(begin, size); });
+    with_param_type<state_t>(
+        tensor_.dtype, [&](auto param) { load_data<decltype(param)>(begin, n); });
+    with_block_size(n, [&](auto size) {
+      stored_g_ = gradients_.effective(stored_g_, param_, size, grad_scratch_);
+      update_g_ = gradients_.with_late_l2_term(stored_g_, param_, size, late_grad_scratch_);
+    });
+    with_param_type<state_t>(tensor_.dtype,
+        [&](auto param) { add_compensation<state_t, decltype(param)>(tensor_, begin, n, param_); });
   }
 
   // Writes the parameters back.
   [[gnu::noinline]] void store(int64_t begin, int64_t n) {
-    with_types(n, [&](auto param, auto size) { store<decltype(param)>(begin, size); });
+    with_param_type<state_t>(
+        tensor_.dtype, [&](auto param) { store_data<decltype(param)>(begin, n); });
   }
 
   state_t* param() {
@@ -55,31 +63,16 @@ class Copies {
   }
 
  private:
-  // Calls visit with a value of the parameter's type and n, for whole blocks as a constant.
-  template <typename Visit>
-  void with_types(int64_t n, Visit visit) {
-    with_param_type<state_t>(tensor_.dtype, [&](auto param) {
-      if (n == kLargestBlock) {
-        visit(param, std::integral_constant<int64_t, kLargestBlock>{});
-      } else {
-        visit(param, n);
-      }
-    });
-  }
-
   template <typename param_t>
-  CM_FUSED_INLINE void load(int64_t begin, auto n) {
+  CM_FUSED_INLINE void load_data(int64_t begin, int64_t n) {
     param_ = load_block(
         static_cast<param_t*>(tensor_.param), tensor_.param_layout.get(), begin, n, param_scratch_);
-    const state_t* const grad = load_block(static_cast<const param_t*>(tensor_.grad),
-        tensor_.grad_layout.get(), begin, n, grad_scratch_);
-    stored_g_ = gradients_.effective(grad, param_, n, grad_scratch_);
-    update_g_ = gradients_.with_late_l2_term(stored_g_, param_, n, late_grad_scratch_);
-    add_compensation<state_t, param_t>(tensor_, begin, n, param_);
+    stored_g_ = load_block(static_cast<const param_t*>(tensor_.grad), tensor_.grad_layout.get(),
+        begin, n, grad_scratch_);
   }
 
   template <typename param_t>
-  CM_FUSED_INLINE void store(int64_t begin, auto n) {
+  CM_FUSED_INLINE void store_data(int64_t begin, int64_t n) {
     constexpr bool kRounds = !std::is_same_v<state_t, param_t>;
     if constexpr (kRounds) {
       if (options_.stochastic_update) {

@@ -179,7 +179,7 @@ inline uint32_t largest_magnitude_bits(const c10::BFloat16* values, auto n) {
 }
 
 template <typename stored_t>
-inline BlockScale block_scale(const stored_t* values, auto n, float largest_stored) {
+inline BlockScale block_scale(const stored_t* values, int64_t n, float largest_stored) {
   // All but a tensor's last block are whole: without remainders for the loop.
   constexpr std::integral_constant<int64_t, kScaleBlock> kWhole;
   const uint32_t largest_bits =

@@ -75,33 +75,38 @@ template <bool kSigned>
       values, words, kFirstBit<kSigned>, n, static_cast<int8_t*>(data) + begin);
 }
 
-// Stores a tile of a moment as it is, or rounded to bfloat16 stochastically by 16 bits of each
-// word.
-template <bool kSigned, typename Code, typename vector_t, int64_t kCount>
-CM_FUSED_INLINE void store_moments(
-    typename Code::stored_t* stored, const vector_t (&values)[kCount], const uint32_t* words) {
-  if constexpr (std::is_same_v<Code, Unchanged<Element<vector_t>>>) {
-    store_vectors<Code>(stored, values);
-  } else {
-    Bits<vector_t> bits[kCount];
-    for (int64_t v = 0; v < kCount; ++v) {
-      const auto random = load_vector<Bits<vector_t>>(words + v * kWidth<vector_t>);
-      bits[v] = bfloat16_bits(values[v], (random >> kFirstBit<kSigned>)&0xFFFFU);
+// The values at `index` of a moment, which is stored as the update computes, or rounded to
+// bfloat16.
+template <typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void load_moments(
+    const void* data, int64_t index, auto rounded, vector_t (&values)[kCount]) {
+  using value_t = Element<vector_t>;
+  if constexpr (std::is_same_v<value_t, float>) {
+    if (rounded) {
+      load_vectors<Halved<c10::BFloat16>>(static_cast<const c10::BFloat16*>(data) + index, values);
+      return;
     }
-    store_bits(stored, bits);
   }
+  load_vectors<Unchanged<value_t>>(static_cast<const value_t*>(data) + index, values);
 }
 
-// Calls visit with the code of moments that a step reads and stores by tiles; those of int8 are
-// float by then.
-template <typename state_t, typename Visit>
-inline auto with_moment_code(StoredDtype dtype, Visit visit) {
-  if constexpr (std::is_same_v<state_t, float>) {
-    if (dtype == StoredDtype::kBFloat16) {
-      return visit(Halved<c10::BFloat16>{});
+// Stores them; to round them, stochastically by 16 bits of each word.
+template <bool kSigned, typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void store_moments(void* data, int64_t index, auto rounded,
+    const vector_t (&values)[kCount], const uint32_t* words) {
+  using value_t = Element<vector_t>;
+  if constexpr (std::is_same_v<value_t, float>) {
+    if (rounded) {
+      Bits<vector_t> bits[kCount];
+      for (int64_t v = 0; v < kCount; ++v) {
+        const auto random = load_vector<Bits<vector_t>>(words + v * kWidth<vector_t>);
+        bits[v] = bfloat16_bits(values[v], (random >> kFirstBit<kSigned>)&0xFFFFU);
+      }
+      store_bits(static_cast<c10::BFloat16*>(data) + index, bits);
+      return;
     }
   }
-  return visit(Unchanged<state_t>{});
+  store_vectors<Unchanged<value_t>>(static_cast<value_t*>(data) + index, values);
 }
 
 }  // namespace cm_fused::CM_FUSED_ISA

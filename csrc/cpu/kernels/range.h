@@ -15,15 +15,15 @@ static_assert(kTile % (kWordsPerCounter * static_cast<int64_t>(kCountersOfGroup)
 
 // Consecutive elements of a tensor, as a step reads and changes them: its own memory, or copies in
 // the update's type.
-template <typename state_t, typename moment_t>
+template <typename state_t>
 struct Range {
   int64_t begin;  // with scales or random words, a multiple of kLargestBlock
   int64_t n;
   bool copies_moments;
   bool rebuilds_sum;
   const state_t* grad;
-  moment_t* exp_avg;
-  moment_t* exp_avg_sq;
+  void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
+  void* exp_avg_sq;
   state_t* max_exp_avg_sq;  // nullptr without amsgrad
   state_t* param;
   const uint32_t* words;  // of rounded moments; nullptr: to be made by tiles
@@ -34,26 +34,48 @@ struct Range {
   const state_t* update_g;
 };
 
-template <bool kCriticalGradients, typename state_t, typename SlotCode, typename MomentCode>
-class RangeStep {
- public:
-  using moment_t = typename MomentCode::stored_t;
-  using DataRange = Range<state_t, moment_t>;
+// A kind of step that is compiled for.
+template <bool kCriticalGradients, typename SlotCode, bool kRoundsMoments>
+struct KindOf {
+  static constexpr SlotCode slot_code{};
+  static constexpr std::bool_constant<kCriticalGradients> critical_gradients{};
+  static constexpr std::bool_constant<kRoundsMoments> rounds_moments{};
+};
 
+// One that is looked up as it goes.
+struct AnyKind {
+  AnyCode slot_code;
+  bool critical_gradients;
+  bool rounds_moments;
+};
+
+template <typename state_t>
+SquareSum step_tail(const TensorStep& tensor, const StepOptions& options,
+    const Scalars<Vector<state_t>>& scalars, Gradients<state_t> gradients, Range<state_t> range,
+    AnyKind kind, Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares);
+
+template <typename state_t, typename Kind>
+class RangeStep {
+  using SlotBuffer = Buffer<state_t>;
+  using vector_t = Vector<state_t>;
+  static constexpr int64_t kVectors = kTile / kWidth<vector_t>;
+
+ public:
   CM_FUSED_INLINE RangeStep(const TensorStep& tensor, const StepOptions& options,
       const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
-      const DataRange& range)
+      const Range<state_t>& range, Kind kind)
       : tensor_(tensor),
         options_(options),
         scalars_(scalars),
         gradients_(gradients),
         range_(range),
+        kind_(kind),
         philox_(tensor, options, Stream::kMoments, first_counter(0)) {}
 
   // Adds the sum of g^2, of critical momenta, to `squares`.
   CM_FUSED_INLINE void run(SquareSum& squares) {
     SquareSum sum = squares;
-    const int64_t block_size = SlotCode::kScaled ? kScaleBlock : range_.n;
+    const int64_t block_size = kIsScaled ? kScaleBlock : range_.n;
     for (int64_t at = 0; at < range_.n; at += block_size) {
       step_block(at, std::min(block_size, range_.n - at), sum);
     }
@@ -61,21 +83,32 @@ class RangeStep {
     squares = sum;
   }
 
- private:
-  using SlotBuffer = Buffer<state_t, SlotCode>;
-  using vector_t = Vector<state_t>;
-  static constexpr int64_t kVectors = kTile / kWidth<vector_t>;
+  // Steps the elements [at, n) of a block, fewer than a tile.
+  CM_FUSED_INLINE void step_tail(
+      const SlotBuffer& buffer, int64_t block, int64_t at, int64_t n, SquareSum& squares) {
+    begin_tile(block + at, n - at, squares);
+    const int64_t tile = at;
+    for (; at + kWidth<vector_t> <= n; at += kWidth<vector_t>) {
+      step_remainder(scalars_, buffer, block, at, at - tile);
+    }
+    const Scalars<state_t> scalars(tensor_, options_);
+    for (; at < n; ++at) {
+      step_remainder(scalars, buffer, block, at, at - tile);
+    }
+  }
 
+ private:
   CM_FUSED_INLINE void step_block(int64_t block, int64_t n, SquareSum& squares) {
-    SlotBuffer buffer(tensor_, range_.rebuilds_sum, range_.begin + block);
-    if (buffer.admits()) {
+    SlotBuffer buffer(kind_.slot_code, tensor_, range_.rebuilds_sum, range_.begin + block);
+    const bool finds_scale = kIsScaled && buffer.admits();
+    if (finds_scale) {
       find_scale(buffer, block, n);
-      if (!kCriticalGradients) {
+      if (!kind_.critical_gradients) {
         buffer.set_scale();
       }
     }
     step_tiles(buffer, block, n, squares);
-    if (kCriticalGradients && buffer.admits()) {
+    if (finds_scale && kind_.critical_gradients) {
       buffer.set_scale();
     }
   }
@@ -96,17 +129,10 @@ class RangeStep {
       store_vectors<Unchanged<state_t>>(last_numerator_, numerator);
       store_vectors<Unchanged<state_t>>(last_second_moment_, second_moment);
     }
-    if (at == n) {
-      return;
-    }
-    begin_tile(block + at, n - at, squares);
-    const int64_t tile = at;
-    for (; at + kWidth<vector_t> <= n; at += kWidth<vector_t>) {
-      step_remainder(scalars_, buffer, block, at, at - tile);
-    }
-    const Scalars<state_t> scalars(tensor_, options_);
-    for (; at < n; ++at) {
-      step_remainder(scalars, buffer, block, at, at - tile);
+    if (at < n) {
+      const AnyKind kind{{}, kind_.critical_gradients, kind_.rounds_moments};
+      squares = cm_fused::CM_FUSED_ISA::step_tail(
+          tensor_, options_, scalars_, gradients_, range_, kind, buffer, block, at, n, squares);
     }
   }
 
@@ -145,13 +171,14 @@ class RangeStep {
       prefetch(range_.param + begin, kBlockSize);
     }
     if (!range_.copies_moments) {
-      prefetch(range_.exp_avg + begin, kBlockSize);
-      prefetch(range_.exp_avg_sq + begin, kBlockSize);
+      const int64_t bytes = kind_.rounds_moments ? sizeof(c10::BFloat16) : sizeof(state_t);
+      prefetch(static_cast<const char*>(range_.exp_avg) + begin * bytes, kBlockSize * bytes);
+      prefetch(static_cast<const char*>(range_.exp_avg_sq) + begin * bytes, kBlockSize * bytes);
     }
     if (range_.max_exp_avg_sq != nullptr) {
       prefetch(range_.max_exp_avg_sq + begin, kBlockSize);
     }
-    buffer.prefetch_slots(at);
+    buffer.prefetch_slots(kind_.slot_code, at);
   }
 
   CM_FUSED_INLINE bool is_copy() const {
@@ -159,16 +186,17 @@ class RangeStep {
   }
 
   CM_FUSED_INLINE void find_scale(SlotBuffer& buffer, int64_t block, int64_t n) {
-    if constexpr (SlotCode::kScaled) {
-      if constexpr (!kCriticalGradients) {
-        buffer.find_scale(range_.exp_avg + block, n);
-      } else if (is_copy()) {
-        buffer.find_scale(range_.stored_g + block, n);
-      } else {
-        alignas(64) state_t scratch[kScaleBlock];
-        buffer.find_scale(
-            gradients_.effective(range_.grad + block, range_.param + block, n, scratch), n);
-      }
+    if (kind_.critical_gradients) {
+      alignas(64) state_t scratch[kScaleBlock];
+      const state_t* const item =
+          is_copy() ? range_.stored_g + block
+                    : gradients_.effective(range_.grad + block, range_.param + block, n, scratch);
+      buffer.find_scale(kind_.slot_code, item, n);
+    } else if (kind_.rounds_moments) {
+      buffer.find_scale(
+          kind_.slot_code, static_cast<const c10::BFloat16*>(range_.exp_avg) + block, n);
+    } else {
+      buffer.find_scale(kind_.slot_code, static_cast<const state_t*>(range_.exp_avg) + block, n);
     }
   }
 
@@ -182,14 +210,12 @@ class RangeStep {
       stored_g_ = gradients_.effective(range_.grad + at, param, n, stored_scratch_);
       update_g_ = gradients_.with_late_l2_term(stored_g_, param, n, update_scratch_);
     }
-    if constexpr (!kCriticalGradients) {
+    if (!kind_.critical_gradients) {
       squares.add(stored_g_, n);
     }
-    if constexpr (kRounds) {
-      if (range_.words == nullptr) {
-        constexpr std::integral_constant<uint64_t, kTile / kWordsPerCounter> kCount;
-        philox_.set_words(first_counter(at), kCount, words_);
-      }
+    if (kind_.rounds_moments && range_.words == nullptr) {
+      constexpr std::integral_constant<uint64_t, kTile / kWordsPerCounter> kCount;
+      philox_.set_words(first_counter(at), kCount, words_);
     }
   }
 
@@ -210,36 +236,31 @@ class RangeStep {
     item_t exp_avg[kCount];
     item_t exp_avg_sq[kCount];
     item_t sum[kCount];
-    load_vectors<MomentCode>(range_.exp_avg + begin, exp_avg);
-    if constexpr (kCriticalGradients) {
-      buffer.sum(at, sum);
-      if (buffer.admits()) {
-        load_vectors<Unchanged<state_t>>(stored_g_ + in_tile, g);
-        buffer.put(at, g);
-      }
+    load_moments(range_.exp_avg, begin, kind_.rounds_moments, exp_avg);
+    if (kind_.critical_gradients) {
+      load_vectors<Unchanged<state_t>>(stored_g_ + in_tile, g);
+      buffer.exchange(kind_.slot_code, kind_.critical_gradients, at, g, sum);
     } else {
-      if (buffer.admits()) {
-        buffer.put_before_sum(at, exp_avg);
-      }
-      buffer.sum(at, sum);
+      buffer.exchange(kind_.slot_code, kind_.critical_gradients, at, exp_avg, sum);
     }
     load_vectors<Unchanged<state_t>>(update_g_ + in_tile, g);
-    load_vectors<MomentCode>(range_.exp_avg_sq + begin, exp_avg_sq);
-    update_moments<kCriticalGradients>(s, g, sum, exp_avg, exp_avg_sq,
+    load_moments(range_.exp_avg_sq, begin, kind_.rounds_moments, exp_avg_sq);
+    update_moments(s, kind_.critical_gradients, g, sum, exp_avg, exp_avg_sq,
         range_.max_exp_avg_sq == nullptr ? nullptr : range_.max_exp_avg_sq + begin, numerator,
         second_moment);
     const uint32_t* const words = range_.words == nullptr ? words_ + in_tile : range_.words + begin;
-    store_moments<true, MomentCode>(range_.exp_avg + begin, exp_avg, words);
-    store_moments<false, MomentCode>(range_.exp_avg_sq + begin, exp_avg_sq, words);
+    store_moments<true>(range_.exp_avg, begin, kind_.rounds_moments, exp_avg, words);
+    store_moments<false>(range_.exp_avg_sq, begin, kind_.rounds_moments, exp_avg_sq, words);
   }
 
-  static constexpr bool kRounds = !std::is_same_v<MomentCode, Unchanged<state_t>>;
+  static constexpr bool kIsScaled = std::remove_cvref_t<decltype(Kind::slot_code)>::kScaled;
 
   const TensorStep& tensor_;
   const StepOptions& options_;
   const Scalars<Vector<state_t>>& scalars_;
   const Gradients<state_t> gradients_;
-  const DataRange range_;
+  const Range<state_t> range_;
+  const Kind kind_;
   const Philox philox_;
 
   // Of one tile.
@@ -255,15 +276,28 @@ class RangeStep {
   alignas(64) state_t last_second_moment_[kTile];
 };
 
-// Once for each kind of state, whatever the parameter's dtype. All is inlined and copied here,
-// where no store through a pointer to bytes can change it.
-template <bool kCriticalGradients, typename SlotCode, typename MomentCode, typename state_t>
+// The rest of a tensor that is no whole tile: code that all kinds of step share, since most of a
+// kind's code would be this. All is passed as copies, so that callers may keep theirs in registers.
+template <typename state_t>
+[[gnu::noinline]] SquareSum step_tail(const TensorStep& tensor, const StepOptions& options,
+    const Scalars<Vector<state_t>>& scalars, Gradients<state_t> gradients, Range<state_t> range,
+    AnyKind kind, Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares) {
+  RangeStep<state_t, AnyKind>(tensor, options, scalars, gradients, range, kind)
+      .step_tail(buffer, block, at, n, squares);
+  return squares;
+}
+
+template <typename state_t>
+using StepRange = void (*)(const TensorStep&, const StepOptions&, const Scalars<Vector<state_t>>&,
+    const Gradients<state_t>&, const Range<state_t>&, SquareSum&);
+
+// Once for each kind, whatever the parameter's dtype. All is inlined and copied here, where no
+// store through a pointer to bytes can change it.
+template <typename Kind, typename state_t>
 [[gnu::noinline]] void step_range(const TensorStep& tensor, const StepOptions& options,
     const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
-    const Range<state_t, typename MomentCode::stored_t>& range, SquareSum& squares) {
-  RangeStep<kCriticalGradients, state_t, SlotCode, MomentCode>(
-      tensor, options, scalars, gradients, range)
-      .run(squares);
+    const Range<state_t>& range, SquareSum& squares) {
+  RangeStep<state_t, Kind>(tensor, options, scalars, gradients, range, Kind{}).run(squares);
 }
 
 }  // namespace cm_fused::CM_FUSED_ISA

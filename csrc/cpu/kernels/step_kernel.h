@@ -30,12 +30,15 @@ namespace cm_fused::CM_FUSED_ISA {
 
 // One chunk's step: all of it at once where the tensors are as the step computes, else a block at a
 // time, of which copies are made.
-template <bool kCriticalGradients, typename state_t, typename SlotCode, typename MomentCode>
+template <typename state_t>
 class ChunkStep {
  public:
-  ChunkStep(const TensorStep& tensor, const StepOptions& options, int64_t chunk)
+  ChunkStep(
+      const TensorStep& tensor, const StepOptions& options, bool critical_gradients, int64_t chunk)
       : tensor_(tensor),
         options_(options),
+        step_range_(
+            critical_gradients ? find_step_range<true>(tensor) : find_step_range<false>(tensor)),
         chunk_(chunk),
         rebuilds_sum_(rebuilds_sum(tensor, chunk)),
         scalars_(tensor, options),
@@ -53,11 +56,12 @@ class ChunkStep {
   }
 
  private:
-  using moment_t = typename MomentCode::stored_t;
-  using DataRange = Range<state_t, moment_t>;
-
   bool has_int8_moments() const {
     return tensor_.moment_dtype == StoredDtype::kInt8;
+  }
+
+  bool rounds_moments() const {
+    return tensor_.moment_dtype == StoredDtype::kBFloat16;
   }
 
   bool makes_words_by_tiles() const {
@@ -73,14 +77,13 @@ class ChunkStep {
   }
 
   void step(int64_t begin, int64_t n) {
-    DataRange range{};
+    Range<state_t> range{};
     range.begin = begin;
     range.n = n;
     range.rebuilds_sum = rebuilds_sum_;
     set_data(range);
     set_moments(range);
-    step_range<kCriticalGradients, SlotCode, MomentCode>(
-        tensor_, options_, scalars_, gradients_, range, squares_);
+    step_range_(tensor_, options_, scalars_, gradients_, range, squares_);
     if (has_int8_moments()) {
       store_int8_moments(range);
     }
@@ -89,7 +92,21 @@ class ChunkStep {
     }
   }
 
-  void set_data(DataRange& range) {
+  // The function for this kind of step.
+  template <bool kCriticalGradients>
+  static StepRange<state_t> find_step_range(const TensorStep& tensor) {
+    return with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
+      using SlotCode = decltype(slot_code);
+      if constexpr (std::is_same_v<state_t, float>) {
+        if (tensor.moment_dtype == StoredDtype::kBFloat16) {
+          return &step_range<KindOf<kCriticalGradients, SlotCode, true>, state_t>;
+        }
+      }
+      return &step_range<KindOf<kCriticalGradients, SlotCode, false>, state_t>;
+    });
+  }
+
+  void set_data(Range<state_t>& range) {
     if (copies_.are_needed()) {
       copies_.load(range.begin, range.n);
       range.param = copies_.param();
@@ -102,11 +119,11 @@ class ChunkStep {
   }
 
   // And the words for them that tiles don't make.
-  void set_moments(DataRange& range) {
+  void set_moments(Range<state_t>& range) {
     if (tensor_.max_exp_avg_sq != nullptr) {
       range.max_exp_avg_sq = static_cast<state_t*>(tensor_.max_exp_avg_sq) + range.begin;
     }
-    if constexpr (std::is_same_v<moment_t, float>) {
+    if constexpr (std::is_same_v<state_t, float>) {
       if (has_int8_moments()) {
         load_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n,
             exp_avg_scratch_);
@@ -118,26 +135,28 @@ class ChunkStep {
         return;
       }
     }
-    range.exp_avg = static_cast<moment_t*>(tensor_.exp_avg) + range.begin;
-    range.exp_avg_sq = static_cast<moment_t*>(tensor_.exp_avg_sq) + range.begin;
-    if (tensor_.moment_dtype == StoredDtype::kBFloat16 && !makes_words_by_tiles()) {
+    const int64_t offset = range.begin * stored_bytes(tensor_.moment_dtype, sizeof(state_t));
+    range.exp_avg = static_cast<char*>(tensor_.exp_avg) + offset;
+    range.exp_avg_sq = static_cast<char*>(tensor_.exp_avg_sq) + offset;
+    if (rounds_moments() && !makes_words_by_tiles()) {
       random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
       range.words = words_;
     }
   }
 
-  void store_int8_moments(const DataRange& range) {
-    if constexpr (std::is_same_v<moment_t, float>) {
+  void store_int8_moments(const Range<state_t>& range) {
+    if constexpr (std::is_same_v<state_t, float>) {
       random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
       store_moment<true>(
-          tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n, range.exp_avg, words_);
+          tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n, exp_avg_scratch_, words_);
       store_moment<false>(tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, range.begin, range.n,
-          range.exp_avg_sq, words_);
+          exp_avg_sq_scratch_, words_);
     }
   }
 
   const TensorStep& tensor_;
   const StepOptions& options_;
+  const StepRange<state_t> step_range_;
   const int64_t chunk_;
   const bool rebuilds_sum_;
   const Scalars<Vector<state_t>> scalars_;
@@ -149,29 +168,33 @@ class ChunkStep {
   alignas(64) uint32_t words_[kLargestBlock];
 };
 
-template <typename state_t, typename param_t>
+template <typename state_t>
 double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
-  alignas(64) state_t grad_scratch[kBlockSize];
-  alignas(64) state_t param_scratch[kBlockSize];
+  alignas(64) state_t grad_scratch[kLargestBlock];
+  alignas(64) state_t param_scratch[kLargestBlock];
   const Gradients<state_t> gradients(options);
   SquareSum squares;
   const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
-  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kBlockSize) {
-    const int64_t n = std::min(kBlockSize, chunk_end - begin);
+  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
+    const int64_t n = std::min(kLargestBlock, chunk_end - begin);
+    const state_t* g = nullptr;
     const state_t* param = nullptr;
-    if (gradients.adds_l2_term()) {
-      param = load_block(static_cast<const param_t*>(tensor.param), tensor.param_layout.get(),
-          begin, n, param_scratch);
-    }
-    const state_t* g = load_block(
-        static_cast<const param_t*>(tensor.grad), tensor.grad_layout.get(), begin, n, grad_scratch);
+    with_param_type<state_t>(tensor.dtype, [&](auto type) {
+      using param_t = decltype(type);
+      g = load_block(static_cast<const param_t*>(tensor.grad), tensor.grad_layout.get(), begin, n,
+          grad_scratch);
+      if (gradients.adds_l2_term()) {
+        param = load_block(static_cast<const param_t*>(tensor.param), tensor.param_layout.get(),
+            begin, n, param_scratch);
+      }
+    });
     squares.add(gradients.effective(g, param, n, grad_scratch), n);
   }
   return squares.total();
 }
 
 // Only the deferred commit of a chunk.
-template <typename state_t, typename SlotCode>
+template <typename state_t>
 class ChunkCommit {
  public:
   ChunkCommit(const TensorStep& tensor, int64_t chunk) : tensor_(tensor), chunk_(chunk) {}
@@ -186,18 +209,20 @@ class ChunkCommit {
  private:
   void commit(int64_t begin, int64_t n) {
     const state_t* const item = as_state(begin, n);
-    Buffer<state_t, SlotCode> buffer(tensor_, rebuilds_sum(tensor_, chunk_), begin);
-    buffer.find_scale(item, n);
-    buffer.set_scale();
-    int64_t at = 0;
-    for (; at + kWidth<Vector<state_t>> <= n; at += kWidth<Vector<state_t>>) {
-      const Vector<state_t> values[] = {load_vector<Vector<state_t>>(item + at)};
-      buffer.put(at, values);
-    }
-    for (; at < n; ++at) {
-      const state_t values[] = {item[at]};
-      buffer.put(at, values);
-    }
+    with_slot_code<state_t>(tensor_.slot_dtype, [&](auto slot_code) {
+      Buffer<state_t> buffer(slot_code, tensor_, rebuilds_sum(tensor_, chunk_), begin);
+      buffer.find_scale(slot_code, item, n);
+      buffer.set_scale();
+      int64_t at = 0;
+      for (; at + kWidth<Vector<state_t>> <= n; at += kWidth<Vector<state_t>>) {
+        const Vector<state_t> values[] = {load_vector<Vector<state_t>>(item + at)};
+        buffer.commit(slot_code, at, values);
+      }
+      for (; at < n; ++at) {
+        const state_t values[] = {item[at]};
+        buffer.commit(slot_code, at, values);
+      }
+    });
   }
 
   // exp_avg in the update's type.
@@ -229,32 +254,19 @@ inline double with_state_type(ParamDtype dtype, Visit visit) {
 template <bool kCriticalGradients>
 double step(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
   return with_state_type(tensor.dtype, [&](auto state) {
-    using state_t = decltype(state);
-    return with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
-      return with_moment_code<state_t>(tensor.moment_dtype, [&](auto moment_code) {
-        return ChunkStep<kCriticalGradients, state_t, decltype(slot_code), decltype(moment_code)>(
-            tensor, options, chunk)
-            .run();
-      });
-    });
+    return ChunkStep<decltype(state)>(tensor, options, kCriticalGradients, chunk).run();
   });
 }
 
 double sq_norm(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
-  return with_state_type(tensor.dtype, [&](auto state) {
-    using state_t = decltype(state);
-    return with_param_type<state_t>(tensor.dtype, [&](auto param) {
-      return sq_norm_chunk<state_t, decltype(param)>(tensor, options, chunk);
-    });
-  });
+  return with_state_type(tensor.dtype,
+      [&](auto state) { return sq_norm_chunk<decltype(state)>(tensor, options, chunk); });
 }
 
 double commit(const TensorStep& tensor, const StepOptions&, int64_t chunk) {
   return with_state_type(tensor.dtype, [&](auto state) {
-    return with_slot_code<decltype(state)>(tensor.slot_dtype, [&](auto slot_code) {
-      ChunkCommit<decltype(state), decltype(slot_code)>(tensor, chunk).run();
-      return 0.0;
-    });
+    ChunkCommit<decltype(state)>(tensor, chunk).run();
+    return 0.0;
   });
 }
 

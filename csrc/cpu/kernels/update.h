@@ -33,15 +33,15 @@ struct Scalars {
 
 // Eqs. (3) to (6) for a tile; max_exp_avg_sq is a nullptr without amsgrad. Sets what Eq. (7)
 // divides and what it divides by the root of.
-template <bool kCriticalGradients, typename vector_t, int64_t kCount>
-CM_FUSED_INLINE void update_moments(const Scalars<vector_t>& s, const vector_t (&g)[kCount],
-    const vector_t (&buffer_sum)[kCount], vector_t (&exp_avg)[kCount],
+template <typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void update_moments(const Scalars<vector_t>& s, auto critical_gradients,
+    const vector_t (&g)[kCount], const vector_t (&buffer_sum)[kCount], vector_t (&exp_avg)[kCount],
     vector_t (&exp_avg_sq)[kCount], Element<vector_t>* max_exp_avg_sq,
     vector_t (&numerator)[kCount], vector_t (&second_moment)[kCount]) {
   for (int64_t v = 0; v < kCount; ++v) {
     const vector_t mean = s.inverse_divisor * buffer_sum[v];  // Eq. (6)
     vector_t aggregate;
-    if constexpr (kCriticalGradients) {
+    if (critical_gradients) {
       aggregate = g[v] + mean;  // Eq. (3)
       exp_avg[v] = s.beta1 * exp_avg[v] + s.one_minus_beta1 * aggregate;
       numerator[v] = exp_avg[v];
