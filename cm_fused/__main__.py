@@ -1,4 +1,4 @@
-"""`python -m cm_fused`: what is installed, what is at work, and whether it computes what it should.
+"""`python -m cm_fused`: print what is installed and available, and whether it computes correctly.
 
 Exits with 1 where a backend's results are not the reference's.
 """
@@ -16,7 +16,7 @@ from cm_fused._backends.select import NAMES, select
 
 _SHAPES = ((300, 70), (5,), ())
 _STEPS = 12
-# Two implementations that round differently, after a dozen steps.
+# For two implementations that round differently, after a dozen steps.
 _TOLERANCE = 1e-4
 
 
@@ -46,14 +46,14 @@ def _run(kind: type[AdamCM | AdamCG], backend: str, device: torch.device) -> lis
 
 
 def _self_test(backend: str, device: torch.device) -> str | None:
-    """Return what is wrong with a backend, or None."""
+    """Return an error of a backend, or None."""
     for kind in (AdamCM, AdamCG):
         try:
             params, expected = (_run(kind, name, device) for name in (backend, "eager"))
         except Exception as error:
             return f"{kind.__name__} raises {type(error).__name__}: {error}"
         pairs = zip(params, expected, strict=True)
-        # Of a NaN the maximum of a tensor is one, that of numbers may not be.
+        # With a NaN a tensor's maximum is NaN; Python's `max` may not be.
         difference = torch.stack([(mine - theirs).abs().max() for mine, theirs in pairs]).max()
         if not difference <= _TOLERANCE:
             return f"{kind.__name__} is {difference:.1e} off the reference"
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def _diagnosis(name: str, device: torch.device) -> tuple[str, bool]:
-    """Return a line on a backend, and whether it is as it should be: right, or not there."""
+    """Return a line on a backend, and whether all is well: it is correct, or not available."""
     try:
         backend = select(name, device)
     except RuntimeError as error:

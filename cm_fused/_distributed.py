@@ -1,8 +1,8 @@
-"""Parameters that are DTensors: what of them this process holds, and sums over all processes.
+"""Parameters that are DTensors: their local tensors, and sums over all processes.
 
 The backends step local tensors. State of a parameter's shape is a DTensor placed as the parameter
-is, so that `torch.distributed.checkpoint` can save it on one mesh and load it on another; keys and
-step counts are the same on every process and plain tensors.
+is, so that `torch.distributed.checkpoint` can save it on one mesh and load it on another. Keys and
+step counts are plain tensors, the same on every process.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 from cm_fused._works import hold
 from cm_fused.philox import ShardLayout
 
-# Not to import torch.distributed.tensor, half a second, for those who do without.
+# Types that need no import of torch.distributed.tensor, which takes half a second.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -54,7 +54,7 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
 def local_grad(param: Tensor) -> Tensor:
     """Return the gradient of `local(param)`, which must have one.
 
-    A gradient that is placed otherwise, of which the processes hold summands say, is redistributed.
+    A gradient that is placed otherwise, as summands on the processes for one, is redistributed.
     """
     grad = param.grad
     assert grad is not None
@@ -67,9 +67,9 @@ def local_grad(param: Tensor) -> Tensor:
 
 
 def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state with whole tensors, gathered from all processes where they are sharded.
+    """Return a state with full tensors, gathered from all processes where they are sharded.
 
-    It must have no scales that belong to blocks of what a process holds.
+    It must have no scales, which belong to blocks of local tensors.
     """
     return {
         key: value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value  # type: ignore[attr-defined]
@@ -78,11 +78,11 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:
-    """Return a DTensor, placed as a parameter, of what this process holds of it.
+    """Return a DTensor, placed as another one, of this process's local tensor.
 
     Args:
-        tensor: Of the shape of the parameter's local tensor, or several of it: of the slots.
-        param: A DTensor.
+        tensor: The local tensor, of the shape of the other's, or several of it: the slots.
+        param: The other DTensor: a parameter, or state that is placed as its parameter.
         leading: The dimensions of `tensor` before those of the parameter, 0 or 1.
     """
     from torch.distributed.tensor import DTensor
@@ -99,18 +99,6 @@ def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:
     return placed
 
 
-def placed_with(tensor: Tensor, placed: Tensor) -> Tensor:
-    """Return a DTensor of local values of another one, placed as that is."""
-    from torch.distributed.tensor import DTensor
-
-    spec: Any = placed
-    shape, stride = placed.shape, placed.stride()
-    result: Tensor = DTensor.from_local(
-        tensor, spec.device_mesh, spec.placements, run_check=False, shape=shape, stride=stride
-    )
-    return result
-
-
 def _moved(placement: Any, by: int) -> Any:
     """Return how a tensor with `by` more dimensions in front is placed as one without."""
     if not by or not _is_cut(placement):
@@ -121,10 +109,10 @@ def _moved(placement: Any, by: int) -> Any:
 
 
 def local_as(value: Any, param: Tensor, leading: int = 0) -> Any:
-    """Return what of a value belongs to the local tensor of a parameter.
+    """Return the part of a value that belongs to the local tensor of a parameter.
 
     Args:
-        value: A whole tensor or a DTensor, of the parameter's shape or several of it; any other
+        value: A full tensor or a DTensor, of the parameter's shape or several of it; any other
             value is returned.
         param: A parameter.
         leading: As of `sharded_as`.
@@ -148,29 +136,30 @@ def local_as(value: Any, param: Tensor, leading: int = 0) -> Any:
 
 
 def shard_layout_of(param: Tensor, order: Tensor) -> ShardLayout:
-    """Return where the elements that this process holds of a parameter lie in the whole one.
+    """Return where the elements of a parameter's local tensor lie in the full parameter.
 
-    Known where they are runs of one length, evenly apart, in the order in which the whole parameter
-    has them: where no dimension but the first and one more is sharded, in slices of consecutive
-    indices, and the parameter is dense. Where they are not, they are counted from 0 on.
+    They must be runs of one length, evenly apart, in the order in which the full parameter has
+    them. They are where only the first dimension and one more are sharded, in slices of consecutive
+    indices, and the parameter is dense. Otherwise the local elements are numbered from 0 on.
 
     Args:
-        param: A parameter; of a plain tensor all is held.
-        order: A dense tensor of the local tensor's shape, in whose memory order it is counted.
+        param: A parameter; the local tensor of a plain one is the full one.
+        order: A dense tensor of the local tensor's shape, whose memory order numbers the elements.
     """
     if not is_sharded(param) or not order.numel():
         return ShardLayout()
     dims = [dim for dim in range(param.ndim) if param.shape[dim] > 1]
     firsts = {dim: _first_index(param, dim) for dim in dims}
-    # From the innermost dimension on: how many elements, how far apart in the whole parameter.
+    # From the innermost dimension on: how many elements, how far apart in the full parameter.
     runs = [(1, 1)]
-    offset, held, whole = 0, 1, 1
+    offset, local_numel, full_numel = 0, 1, 1
     for dim in sorted(dims, key=param.stride):
         first, size, stride = firsts[dim], order.shape[dim], param.stride(dim)
-        in_order = stride == whole and (size == 1 or order.stride(dim) == held)
+        in_order = stride == full_numel and (size == 1 or order.stride(dim) == local_numel)
         if first is None or not in_order:
             return ShardLayout()
-        offset, held, whole = offset + first * stride, held * size, whole * param.shape[dim]
+        offset += first * stride
+        local_numel, full_numel = local_numel * size, full_numel * param.shape[dim]
         length, apart = runs[-1]
         if size > 1 and stride == length * apart:
             runs[-1] = (length * size, apart)
@@ -193,7 +182,7 @@ def _first_index(param: Tensor, dim: int) -> int | None:
         _moved(placement, -placement.dim) if of_this else Replicate()
         for placement, of_this in zip(spec.placements, cut, strict=True)
     ]
-    # Without a source every process takes its own part, and nothing is sent.
+    # Without a source rank every process takes its own part, and nothing is sent.
     indices = torch.arange(param.shape[dim], device="cpu")
     indices = local(distribute_tensor(indices, spec.device_mesh, placements, src_data_rank=None))
     first, last = int(indices[0]), int(indices[-1])
@@ -204,9 +193,9 @@ class Processes:
     """The processes among which the parameters of an optimizer are sharded.
 
     Attributes:
-        device: Where sums over them are taken.
-        counted: For every parameter of the optimizer, 1.0 where this process is to count what it
-            holds of it and 0.0 where another one with the same does; float64 on `device`.
+        device: The device of tensors that are summed over them.
+        counted: For every parameter of the optimizer, 1.0 where this process counts its local
+            tensor and 0.0 where another process with the same one does; float64 on `device`.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
@@ -217,10 +206,10 @@ class Processes:
         self.counted = torch.tensor(counted, dtype=torch.float64, device=self.device)
 
     def start_sum(self, values: Tensor) -> Any:
-        """Start to add up a tensor on `device` over the processes, in place.
+        """Start to sum a tensor on `device` over the processes, in place.
 
         Returns:
-            A work whose `wait()` has an accelerator's stream wait for the sum, the host not.
+            A work. Its `wait()` makes an accelerator's stream wait for the sum, not the host.
         """
         *first, last = self._groups
         for group in first:
@@ -242,10 +231,10 @@ def processes(params: list[Tensor]) -> Processes | None:
 
 
 def _common_mesh(meshes: list[Any]) -> Any:
-    """Return a mesh that the others are cut from.
+    """Return a mesh with the processes of all meshes.
 
-    That is the largest of them, and the one that all are cut from only if need be: it may have
-    processes with other parameters, those of other stages of a pipeline.
+    The largest of them is preferred to the root mesh, which may have processes with other
+    parameters: those of other stages of a pipeline.
     """
     largest = max(meshes, key=lambda mesh: mesh.size())
     for candidate in (largest, largest._get_root_mesh()):
@@ -262,7 +251,7 @@ def _ranks(mesh: Any) -> set[int]:
 
 
 def _groups(mesh: Any) -> list[Any]:
-    """Return the process groups over which one sum after the other is that over a mesh."""
+    """Return the process groups whose sums, one after the other, make the sum over a mesh."""
     import torch.distributed as dist
 
     if mesh.size() == dist.get_world_size():
@@ -278,7 +267,7 @@ def _device_of(mesh: Any) -> torch.device:
 
 
 def _counts(param: Tensor, mesh: Any) -> bool:
-    """Return whether this process is the first of those that hold the same part of a parameter.
+    """Return whether this process is the first of those with the same part of a parameter.
 
     Args:
         param: A parameter; a plain tensor is the same on every process.
@@ -294,7 +283,7 @@ def _counts(param: Tensor, mesh: Any) -> bool:
         raise RuntimeError(
             f"a parameter must be sharded or replicated, got placements {spec.placements}"
         )
-    # Of the cuts of a mesh with the same dimensions, which hold the same, one has the first.
+    # Meshes cut along the same dimensions have the same parts; one of them has the first process.
     return first in _ranks(spec.device_mesh) and not any(
         coordinate
         for coordinate, placement in zip(
@@ -309,8 +298,8 @@ def _is_cut(placement: Any) -> bool:
     return hasattr(placement, "dim")
 
 
-# What makes an optimizer of a part of the parameters. It tells the optimizer nothing of the others,
-# so that who calls is all there is to go by.
+# Code that makes an optimizer of a part of the parameters, by its module. It does not tell the
+# optimizer of the others, so that the optimizer can only look for its caller.
 _PARTITIONERS = {
     "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
     "torch.distributed.optim.optimizer": "DistributedOptimizer",
@@ -320,7 +309,7 @@ _PARTITIONERS = {
 
 
 def partitioner() -> str | None:
-    """Return what is making an optimizer of its share of the parameters; None if nothing is."""
+    """Return the name of the code that makes an optimizer of a part of the parameters, or None."""
     if not any(name in sys.modules for name in _PARTITIONERS):
         return None
     frame: FrameType | None = sys._getframe()
@@ -335,9 +324,9 @@ def partitioner() -> str | None:
 def is_flattened(param: Tensor) -> bool:
     """Return whether FSDP1 (`FullyShardedDataParallel`) may have cut a parameter into shards.
 
-    It marks every parameter that it manages, its flat ones and, with `use_orig_params=True`, the
-    model's own, and shards none where there is one process. Whether it shards them otherwise
-    (`NO_SHARD`), the model's own do not tell.
+    FSDP1 marks every parameter that it manages: its flat ones and, with `use_orig_params=True`, the
+    model's own. It shards none where there is one process. With several, the model's own parameters
+    do not show whether it shards them (`NO_SHARD`).
     """
     if not getattr(param, "_fsdp_flattened", False):
         return False

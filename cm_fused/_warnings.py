@@ -9,8 +9,8 @@ _OURS = ("cm_fused", "torch")
 
 
 def warn(message: str) -> None:
-    """Warn with the line that called into this package, past its frames and torch's wrappers."""
-    if torch.compiler.is_compiling():  # which traces no look at frames
+    """Warn at the line of the user's code that called this package, past torch's wrappers."""
+    if torch.compiler.is_compiling():  # it cannot trace frames
         warnings.warn(message, UserWarning, stacklevel=2)
         return
     level, frame = 2, sys._getframe(1)

@@ -1,13 +1,13 @@
-"""Sums over processes at the end of the interpreter.
+"""Keeps sums over processes alive until their threads have finished.
 
-gloo adds up in threads of its own. Such a thread frees the work, which holds a tensor of Python's,
-and asks for the interpreter lock to do so, unless Python still holds the work. A thread that asks
-after Python has begun to finalize is ended there, in the middle of a destructor: the process
-aborts ("terminate called without an active exception").
+gloo adds up in threads of its own. Such a thread frees the work, which refers to a tensor of
+Python's, and asks for the interpreter lock to do so, unless Python still refers to the work. A
+thread that asks after Python has begun to finalize is ended there, in the middle of a destructor:
+the process aborts ("terminate called without an active exception").
 
-So Python holds the latest works, whatever becomes of the optimizers that started them, and at exit
-waits for those that have not finished. torch's own works (of `fully_shard`) are not known here:
-a pause at exit lets their threads have the lock.
+So this module refers to the latest works, whatever becomes of the optimizers that started them, and
+at exit waits for those that have not finished. It does not know torch's own works (of
+`fully_shard`): a pause at exit lets their threads have the lock.
 """
 
 import atexit
@@ -19,18 +19,18 @@ from collections import deque
 from datetime import timedelta
 from typing import Any
 
-# A work is freed when so many later ones have been started and it has finished.
+# A work is freed once it has finished and this many later ones have been started.
 _NUM_HELD = 16
-# At exit, for a sum that a process which has died does not take part in.
+# At exit, for a sum in which a process that has died takes no part.
 _LONGEST_WAIT = timedelta(seconds=10)
-# In which the threads that have finished a work free it; they take microseconds.
+# In this time, threads that have finished a work free it; they need microseconds.
 _PAUSE_SECONDS = 0.1
 
 _works: deque[Any] = deque()
 
 
 def hold(work: Any) -> None:
-    """Hold a work until its thread has surely let go of it.
+    """Refer to a work until its thread no longer does.
 
     Args:
         work: A `torch.distributed.Work` of gloo's, just started.
@@ -50,11 +50,11 @@ def _register() -> None:
 
 
 def _finish() -> None:
-    """Wait for all works, and let the threads free what is theirs."""
+    """Wait for all works, and give the threads time to free theirs."""
     if not _works:
         return
     for work in _works:
-        # What has failed was an error of the step that waited for it, if any.
+        # The step that waited for a work has raised its error.
         with contextlib.suppress(RuntimeError):
             work.wait(_LONGEST_WAIT)
     time.sleep(_PAUSE_SECONDS)

@@ -4,7 +4,7 @@ from cm_fused._optimizer.base import CriticalAdam
 
 
 class AdamCG(CriticalAdam):
-    r"""Adam with critical gradients: the buffer keeps gradients instead of momenta.
+    r"""Adam with critical gradients: the buffer has gradients instead of momenta.
 
     .. math::
         a_t &= g_t + \tfrac1C \sum_{b \in \text{buffer}} b && (3) \\
@@ -14,8 +14,8 @@ class AdamCG(CriticalAdam):
             {\sqrt{v_t / (1 - \beta_2^t) + \epsilon}} && (7)
 
     Then :math:`g_t` asks for a slot with its norm, by the rule of `AdamCM`, whose arguments, state
-    and errors are this class's too. The gradient's norm is taken in a pass of its own, 4 bytes an
-    element more than `AdamCM`.
+    and errors are this class's too. The gradient's norm takes a pass of its own, which
+    reads 4 bytes an element more than `AdamCM`.
 
     Source: Malviya et al., eq. (3), the baseline of "Promoting Exploration in Memory-Augmented
     Adam using Critical Momenta"; the gradients' buffer is McRae et al.'s, "Memory Augmented

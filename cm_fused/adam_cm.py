@@ -25,32 +25,32 @@ class AdamCM(CriticalAdam):
     computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
     `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
     amsgrad `max_exp_avg_sq`, and on the fused backends `critical_sum`, the running sum of the slots
-    (of float32 slots from capacity 3 on, of 2 bytes from 6 on, of 1 byte from 10 on). A parameter
-    without a gradient takes no part in a step.
+    (of float32 slots from capacity 3 on, of slots of 2 bytes from 6 on, of 1 byte from 10 on). A
+    parameter without a gradient takes no part in a step.
 
-    Critical momenta are copied to their slot at the next step (`pending_slot`, -1 for none).
-    Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`: call it
-    before `exp_avg` is changed in place.
+    The fused backends copy critical momenta to their slot at the next step (`pending_slot`, -1 for
+    none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`:
+    call it before you change `exp_avg` in place.
 
-    `buffer_dtype` and `moment_dtype` keep the state in lower precision; it is read and computed
-    with in float32. int8 and float8_e4m3fn have one float32 scale for each 256 elements, in memory
+    `buffer_dtype` and `moment_dtype` store the state in lower precision; a step computes with it in
+    float32. int8 and float8_e4m3fn have one float32 scale for each 256 elements, in memory
     order: `critical_scales` ((C, blocks)), `exp_avg_scales` and `exp_avg_sq_scales` ((blocks,)).
     Slots are rounded to nearest, moments stochastically, so that a slow average is not stuck:
-    without bias, by random numbers that depend on `seed`, parameter, step and element alone.
+    without bias, by random bits that depend only on `seed`, parameter, step and element.
     `cm_fused.rounding` defines every rounding and cites its source.
 
-    Of a DTensor (`fully_shard`, tensor parallel) an element is its place in the whole parameter, so
-    that its random numbers do not depend on the sharding; but of one that is sharded along two
-    dimensions neither of which is the first, or is not dense, each process counts its own.
-    Blocks of 256 are those of what a process holds. State of such blocks is saved as float32
-    values, to be loaded on any mesh: on the same one it has the same bits, on another it is rounded
-    once. See `state_dict`.
+    Elements of a DTensor (`fully_shard`, tensor parallel) are numbered by their position in the
+    full parameter, so that their random bits do not depend on the sharding. The exceptions are
+    DTensors that are not dense or are sharded along two dimensions neither of which is the first:
+    each process numbers its own elements. Blocks of 256 are blocks of the local tensor. State with
+    such blocks is saved as float32 values, to be loaded on any mesh: on the same mesh it has the
+    same bits, on another it is rounded once. See `state_dict`.
 
     Source: Malviya et al., "Promoting Exploration in Memory-Augmented Adam using Critical Momenta",
     Algorithm 1.
 
     Args:
-        params: Parameters, named parameters or param groups. Changed by `step()`; `.grad` is not.
+        params: Parameters, named parameters or param groups. `step()` changes them, not `.grad`.
         lr: Learning rate, >= 0; a float or a one-element tensor.
         betas: Decay rates of m and v, each in [0, 1).
         eps: Added to the denominator, >= 0.
@@ -59,35 +59,35 @@ class AdamCM(CriticalAdam):
         amsgrad: Divide by the running maximum of v.
         capacity: C, the number of slots, an int >= 1. One slot is one more copy of the parameters.
         priority_decay: lambda, in [0, 1]. Smaller forgets faster; 1 keeps the largest for ever.
-        priority_scope: What the norm is taken over: "group", all gradients of the param group that
-            take part in the step (Algorithm 1), or "tensor", each parameter's own.
+        priority_scope: The gradients that share a norm: "group", all of the param group that take
+            part in the step (Algorithm 1), or "tensor", each parameter's own.
         buffer_mean: Divide the buffer's sum by "capacity", even while it fills, or by "size", the
             number of filled slots.
         eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch.
-        buffer_dtype: Of the slots: torch.float32, bfloat16, float16, float8_e4m3fn or int8; None is
-            float32, float64 for float64 parameters, which like complex ones take no other.
-        moment_dtype: Of `exp_avg` and `exp_avg_sq`: torch.float32, bfloat16 or int8; None likewise.
-            `max_exp_avg_sq` stays float32.
+        buffer_dtype: The slots' dtype: torch.float32, bfloat16, float16, float8_e4m3fn or int8.
+            None is float32, float64 for float64 parameters, which like complex ones take no other.
+        moment_dtype: The dtype of `exp_avg` and `exp_avg_sq`: torch.float32, bfloat16 or int8; None
+            likewise. `max_exp_avg_sq` stays float32.
         low_precision_update: How bfloat16 and float16 parameters are rounded: "nearest",
-            "stochastic" (without bias), or "kahan": what rounding takes is kept in their state, as
-            `compensation` (dtype and shape of the parameter), and added at the next step. Others
-            are not rounded.
-        seed: Of stochastic rounding, an int in [0, 2^63). Saved in checkpoints. No generator of
-            torch's is used.
+            "stochastic" (without bias), or "kahan": their state has what rounding took, as
+            `compensation` (dtype and shape of the parameter), and the next step adds it. Parameters
+            of other dtypes are not rounded.
+        seed: The seed of stochastic rounding, an int in [0, 2^63). Saved in checkpoints. No
+            generator of torch's is used.
         max_grad_norm: Clip the gradients within the step, > 0: as
             `torch.nn.utils.clip_grad_norm_` over all parameters of the optimizer before it, for one
             more read of the gradients, which are not changed. None: do not. Groups may have
             different bounds; the norm is over all of them.
         skip_nonfinite: A step whose gradients' norm, over all groups, is not finite changes
             nothing, and is counted in its param groups' `skipped_steps`, an int64 (). Costs the
-            same read; clipping has made it already.
+            same read, which clipping shares.
         amp_scaling: Unscale the gradients of a `torch.amp.GradScaler` within the step, and skip it
             where the scaler found one that is not finite, without waiting for the device. The same
             for all groups, never loaded from checkpoints. Trainers refuse to clip gradients then,
             which are still scaled: use `max_grad_norm`.
         maximize: Ascend instead of descend.
-        capturable: `step()` may be captured in a CUDA graph, once a step outside has made the
-            state. Parameters on other devices are refused. For a learning rate that changes
+        capturable: `step()` may be captured in a CUDA graph, once a step outside of one has made
+            the state. Parameters on other devices are refused. For a learning rate that changes
             between replays, pass `lr` as a tensor on the device.
         decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of the L2 term.
         backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
@@ -95,7 +95,7 @@ class AdamCM(CriticalAdam):
 
     Raises:
         ValueError: An option is out of its range.
-        RuntimeError: The backend asked for cannot be had; the message says why.
+        RuntimeError: The requested backend is not available; the message says why.
 
     Example:
         >>> import torch

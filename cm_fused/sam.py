@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused._distributed import is_sharded, local, local_grad
+from cm_fused._distributed import local, local_grad
 from cm_fused._optimizer.ascent import Sums, ascend_, count_nonzero
-from cm_fused._optimizer.checks import check_not_flattened
+from cm_fused._optimizer.checks import check_not_flattened, check_placement
 from cm_fused._optimizer.closures import TwoCalls
 
 # The attributes of a copy; between the half-steps `_originals` has the unperturbed parameters.
@@ -17,7 +17,7 @@ _COPIED = ("optimizer", "rho", "adaptive", "_originals")
 
 
 class SAM(Optimizer):
-    r"""Sharpness-aware minimization: the gradient a step uses is taken where the loss is worst.
+    r"""Sharpness-aware minimization: a step uses the gradient from where the loss is worst.
 
     The wrapped optimizer steps from :math:`\theta` with the gradient at :math:`\theta + \epsilon`,
 
@@ -25,27 +25,27 @@ class SAM(Optimizer):
         \epsilon = \rho \, g / \lVert g \rVert, \qquad
         \epsilon = \rho \, \theta^2 g / \lVert \theta g \rVert \text{ if adaptive},
 
-    where the norm is over all gradients of all param groups. The parameters are put back exactly,
-    to the bit, before the wrapped optimizer steps. Nothing waits for a device, with two exceptions:
-    parameters on several devices, and a closure that does not set the gradients to None.
+    where the norm is over all gradients of all param groups. The parameters get back every bit
+    before the wrapped optimizer steps. Nothing waits for a device, with two exceptions: parameters
+    on several devices, and a closure that does not set the gradients to None.
 
     Parameters may be DTensors (FSDP2, tensor parallelism), and plain tensors beside them: the norm
-    is that of the whole tensors, by one sum of a float64 over the processes.
+    is that of the full tensors, by one sum of a float64 over the processes.
 
     Gradients accumulate over micro-batches in a closure that zeroes them and then runs all backward
     passes, or by hand: all backward passes, ``first_step(zero_grad=True)``, the same passes again,
-    ``second_step(zero_grad=True)``. A closure of the last micro-batch alone, as Lightning's
-    ``accumulate_grad_batches`` passes, is refused.
+    ``second_step(zero_grad=True)``. A closure that computes only the last micro-batch, as
+    Lightning's ``accumulate_grad_batches`` passes, is refused.
 
     Groups, state, hooks, `zero_grad` and checkpoints are the wrapped optimizer's: a checkpoint of
     one loads into the other. Step hooks run once a step, around the wrapped optimizer's. Between
-    `first_step` and `second_step` one more copy of the parameters with gradients is kept.
+    `first_step` and `second_step` there is one more copy of the parameters with gradients.
 
     Source: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization";
     adaptive: Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization".
 
     Args:
-        optimizer: The optimizer that steps. Changed by `step()`, and its parameters.
+        optimizer: The optimizer that steps. `step()` changes it and its parameters.
         rho: Radius of the neighbourhood, >= 0.
         adaptive: Scale the neighbourhood by each parameter's magnitude (ASAM).
 
@@ -73,7 +73,7 @@ class SAM(Optimizer):
     """
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False) -> None:
-        # Optimizer's own constructor would make groups and state, which are the wrapped one's.
+        # Optimizer's own constructor would make groups and state: SAM's are the wrapped one's.
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
@@ -98,8 +98,8 @@ class SAM(Optimizer):
         self._closure_zeroes = False
 
     def __getattr__(self, name: str) -> Any:
-        """Find what Optimizer keeps of itself, hooks for one, where it is: in the wrapped one."""
-        if name == "optimizer":  # not there yet while a copy is made
+        """Return the wrapped optimizer's attribute: its hooks, for one."""
+        if name == "optimizer":  # of a copy that is not complete yet
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
@@ -135,10 +135,10 @@ class SAM(Optimizer):
                 not accumulate them (FSDP2 does, and a closure may copy them).
 
                 None is allowed if every gradient is zero or None. The step is then the wrapped
-                optimizer's. `torch.distributed.checkpoint` makes an optimizer's state so.
+                optimizer's. `torch.distributed.checkpoint` steps so to get an optimizer's state.
 
         Returns:
-            What the first call returned: the loss where the parameters were.
+            The loss of the first call, at the unperturbed parameters.
 
         Raises:
             RuntimeError: There is no closure, and a gradient is not zero; or the closure adds to
@@ -173,7 +173,7 @@ class SAM(Optimizer):
 
     def _step_wrapped(self) -> None:
         self.optimizer.step()
-        self._opt_called = True  # what a scheduler looks for, where `step` was not called
+        self._opt_called = True  # a scheduler looks for it, where `step` was not called
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -183,9 +183,9 @@ class SAM(Optimizer):
             zero_grad: Reset the gradients afterwards.
 
         Raises:
-            RuntimeError: The parameters are there already, a gradient is sparse, or a plain tensor
-                for a DTensor or the reverse, or a parameter is a shard of FSDP1. Nothing has been
-                changed then.
+            RuntimeError: The parameters have been moved already, a gradient is sparse, or a plain
+                tensor for a DTensor or the reverse, or a parameter is a shard of FSDP1. Nothing has
+                been changed then.
         """
         if self._originals is not None:
             raise RuntimeError("first_step was called twice; call second_step before the next one")
@@ -230,15 +230,20 @@ class SAM(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _participants(self) -> list[Tensor]:
-        """Return the parameters that have a gradient, which must be dense and placed as they are.
+        """Return the parameters that have a gradient.
 
         Raises:
-            RuntimeError: A gradient is neither.
+            RuntimeError: A gradient is sparse, or is not a DTensor as its parameter is.
         """
-        params = [param for param in self._params() if param.grad is not None]
-        for i, param in enumerate(params):
-            _check_gradient(i, param)
-        return params
+        pairs = [(param, param.grad) for param in self._params() if param.grad is not None]
+        for i, (param, grad) in enumerate(pairs):
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"SAM needs dense gradients, got layout {grad.layout} for the gradient of "
+                    f"parameter {i}; for an embedding, use sparse=False"
+                )
+            check_placement(f"the gradient of parameter {i}", param, grad)
+        return [param for param, _ in pairs]
 
     def _total(self, value: Tensor) -> Tensor:
         """Return the sum of a value over the processes that the parameters are sharded among."""
@@ -296,18 +301,3 @@ def _check_not_released(optimizer: Optimizer) -> None:
 def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _check_gradient(index: int, param: Tensor) -> None:
-    grad = param.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"SAM needs dense gradients, got layout {grad.layout} for the gradient of parameter "
-            f"{index}; for an embedding, use sparse=False"
-        )
-    if is_sharded(grad) != is_sharded(param):
-        raise RuntimeError(
-            f"the gradient of parameter {index} must be a DTensor as its parameter is, or neither, "
-            f"got {type(grad)} for {type(param)}"
-        )

@@ -1,4 +1,4 @@
-"""Tells a gradient's hook whether its backward pass may add more to that gradient."""
+"""Backward passes, as a gradient's hook sees them: may more be added to its gradient?"""
 
 import sys
 import weakref
@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 # Reentrant checkpointing computes each checkpoint again and runs a backward pass of its own for it,
 # within the outermost pass. The outermost pass does not know of those passes: a parameter that they
 # share gets a part of its gradient from each of them, and is used again by the next computation.
-# Such a pass therefore lets all parameters wait until it ends. The engine calls a callback when
-# the pass in which it was queued ends, so the callback must be queued by the outermost pass; that
-# pass runs the hooks on the model's outputs.
+# In such a pass all parameters therefore wait until it ends. The engine calls a callback when the
+# pass in which it was queued ends, so the outermost pass must queue it: that pass runs the hooks on
+# the model's outputs.
 
 # How the engine calls the backward of a Function; the names differ between torch releases.
 _BACKWARD_CALLS: frozenset[CodeType] = frozenset(
@@ -34,16 +34,16 @@ _REMEDY = (
 class _Pass:
     """An outermost backward pass, called by the engine when it ends.
 
-    The engine alone keeps it alive. It is gone after the pass, also after one that failed.
+    Only the engine refers to it. It is gone after the pass, also after one that failed.
     """
 
     def __init__(self, graph_task: int, at_end: Callable[[], None]) -> None:
         self.graph_task = graph_task
-        # Whether it may run others within it.
+        # Whether it may run other passes within it.
         self.has_others = False
         # The parameters that have been stepped in it, by id.
         self.stepped: set[int] = set()
-        # The sequence numbers of the nodes in which checkpoints have been looked for.
+        # The sequence numbers of the nodes that have been searched for checkpoints.
         self.searched: set[int] = set()
         self._at_end = at_end
 
@@ -65,7 +65,7 @@ class BackwardPasses:
         self._waiting: dict[int, Tensor] = {}
 
     def watch(self, outputs: Any) -> None:
-        """Notice the backward pass that begins at these outputs of the model."""
+        """Watch for the backward pass that begins at these outputs of the model."""
         hook = _OutputHook(self)
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor) and output.grad_fn is not None:
@@ -75,11 +75,11 @@ class BackwardPasses:
         """Return whether a gradient is final; else its parameter waits for the end of the pass.
 
         Args:
-            param: A parameter whose gradient has just been accumulated, in a hook of it.
+            param: A parameter in its hook, whose gradient has just been accumulated.
 
         Raises:
-            RuntimeError: The gradient is a part, and the end of the pass cannot be found or the
-                parameter has already been stepped with another part.
+            RuntimeError: The gradient is a part of the pass's. The end of the pass cannot be found,
+                or the parameter has already been stepped with another part.
         """
         outermost = self._current()
         if outermost is None:
@@ -106,22 +106,22 @@ class BackwardPasses:
         return False
 
     def forget(self) -> None:
-        """Have no parameter wait; their gradients stay."""
+        """Forget the waiting parameters; their gradients stay."""
         self._waiting.clear()
 
     def _current(self) -> _Pass | None:
         return None if self._outermost is None else self._outermost()
 
     def enter(self) -> None:
-        """Begin an outermost pass, in the hook of an output, unless one has begun."""
+        """Begin an outermost pass unless one has begun; an output's hook calls this."""
         outermost = self._current()
         if outermost is None:
-            # What a failed pass has left is no part of this pass's gradients.
+            # Gradients that a failed pass has left are no part of this pass's.
             for param in self._waiting.values():
                 param.grad = None
             self._waiting.clear()
             outermost = _Pass(_graph_task(), self._finish)
-            # torch has no public name for it, and no type.
+            # torch has no public name for the engine, and no type.
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(outermost)
             self._outermost = weakref.ref(outermost)
@@ -136,12 +136,12 @@ class BackwardPasses:
 
 
 def is_outermost_forward() -> bool:
-    """Return whether a backward pass may follow; none does that of a checkpoint, or no_grad."""
+    """Return whether a backward pass may follow: neither a checkpoint's forward nor no_grad's."""
     return torch.is_grad_enabled() and _graph_task() == -1
 
 
 class _OutputHook:
-    """Notices a backward pass; a graph that it is kept alive by keeps no model alive."""
+    """Notices a backward pass. The graph that refers to it does not keep the model alive."""
 
     def __init__(self, passes: BackwardPasses) -> None:
         self._passes = weakref.ref(passes)
@@ -173,7 +173,7 @@ def _leads_to_checkpoint(node: Any, searched: set[int]) -> bool:
     Args:
         node: Where the backward pass begins.
         searched: The sequence numbers of the nodes that other searches have seen; changed.
-            Numbers, since a node that is kept alive keeps the tensors that a Function stored.
+            Numbers, since a reference to a node keeps the tensors alive that a Function stored.
     """
     seen = set()
     pending = [node]

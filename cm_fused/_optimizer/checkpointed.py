@@ -17,9 +17,9 @@ from cm_fused._state.tracking import OptimizerState
 
 
 class CheckpointedOptimizer(Optimizer):
-    """Saving, loading, copying and resizing of the state; nothing of a step."""
+    """An optimizer whose state can be saved, loaded, copied and resized; it takes no step."""
 
-    # Captured graphs go on with the tensors that loading writes to.
+    # Captured graphs go on using the tensors that a load writes to.
     _captured_plans: list[Plan]
 
     @abstractmethod
@@ -39,7 +39,7 @@ class CheckpointedOptimizer(Optimizer):
         """Check that the parameters can be stepped with the options of these groups."""
 
     def state_dict(self) -> StateDict:
-        """Return the state as `torch.optim.Optimizer.state_dict`, with every commit made.
+        """Return the state as `torch.optim.Optimizer.state_dict`, flushed.
 
         The tensors are references, not copies: the next step changes them, as it does those of
         torch's optimizers. Loading does not change them. Once a step was captured in a CUDA graph,
@@ -47,11 +47,11 @@ class CheckpointedOptimizer(Optimizer):
         optimizer's groups have: options of the process (`backend`, `amp_scaling`) are saved as None
         and False and never loaded, and dtypes are saved by name.
 
-        State of DTensors that has scales is the exception: its scales belong to blocks of what a
-        process holds, which is another on another mesh. It is saved as float32 DTensors of the
-        values, new tensors of 4 bytes an element (of int8 slots and moments 4 C + 8 in place of
-        C + 2), each with a scale of 1 in place of its scales. A `torch.distributed.checkpoint` of
-        it is one of such an optimizer, on any mesh; for plain parameters gather it
+        DTensors' state with scales is the exception: its scales belong to blocks of the local
+        tensor, which differs between meshes. It is saved as float32 DTensors of the values, new
+        tensors of 4 bytes an element (for int8 slots and moments 4 C + 8 instead of C + 2), each
+        with a scale of 1 instead of its scales. A `torch.distributed.checkpoint` of it loads into
+        such an optimizer on any mesh; for plain parameters gather it
         (`StateDictOptions(full_state_dict=True)`).
         """
         self._flush()
@@ -64,7 +64,7 @@ class CheckpointedOptimizer(Optimizer):
             saved_form.remove()
 
     def _flush(self) -> None:
-        """Have in the state what Algorithm 1 has in it after the last step."""
+        """Make the state what it is in Algorithm 1 after the last step."""
         self._finish_step()
         try:
             flush_all_(param_states(self.state))
@@ -78,15 +78,15 @@ class CheckpointedOptimizer(Optimizer):
 
         Float32 state of half-precision parameters stays float32. `buffer_dtype` and `moment_dtype`
         stay this optimizer's: state of another precision is rounded to nearest, with a warning.
-        Options the state dict lacks keep their values; those that another optimizer's brings are
-        named in a warning. The values are copied into new tensors, so
-        that neither `state_dict` nor any state dict taken before changes; besides the two states,
-        memory is needed for that of one parameter at a time. Once a step of this optimizer was
-        captured in a CUDA graph they are copied into the tensors that the graph uses; what the
-        graph uses and `state_dict` lacks starts anew there.
+        Options that are missing in the state dict stay as they are. A warning names the options
+        that a state dict of another kind of optimizer brings. The values are copied into new
+        tensors, so that neither `state_dict` nor any state dict taken before changes; besides the
+        two states, memory is needed for that of one parameter at a time. Once a step of this
+        optimizer was captured in a CUDA graph, they are copied into the tensors that the graph
+        uses; state of the graph that is missing in `state_dict` starts anew there.
 
         Args:
-            state_dict: What `state_dict()` returned.
+            state_dict: A state dict, as `state_dict()` returns it.
 
         Raises:
             ValueError: Groups, shapes or capacity do not match, or gradient release is enabled and
@@ -122,16 +122,16 @@ class CheckpointedOptimizer(Optimizer):
 
     @torch.no_grad()
     def resize_buffer(self, capacity: int) -> None:
-        """Change the capacity of all buffers; of too many slots those with the highest keys stay.
+        """Change the capacity of all buffers. A smaller one drops the slots with the lowest keys.
 
         The buffers are new tensors: a state dict that was taken before stays as it is, and a step
         that was captured in a CUDA graph has to be captured again.
 
         Args:
-            capacity: An int >= 1.
+            capacity: The number of slots, an int >= 1.
 
         Raises:
-            ValueError: It is none. Nothing has been changed then.
+            ValueError: The capacity is not an int >= 1. Nothing has been changed then.
         """
         (capacity,) = plain_options({"capacity": capacity}).values()
         check_capacity(capacity)
@@ -145,7 +145,7 @@ class CheckpointedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._flush()
         state = super().__getstate__()
-        # `pending_slot` travels too: processes that share the state share what is pending.
+        # With `pending_slot`: processes that share the state share what is pending.
         return {**state, "state": checkpoint.picklable(state["state"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What users pass in: hyperparameters and gradients. Every message names the argument or tensor."""
+"""Checks of hyperparameters and gradients. Every message names the argument or tensor."""
 
 import contextlib
 import math
@@ -65,8 +65,8 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
 
     Args:
         options: As `plain_options` returns them.
-        in_training: Whether they are those of a run, whose learning rate and weight decay a
-            scheduler may have made negative: a checkpoint of what trains can be loaded.
+        in_training: Whether they are a run's. A scheduler may have made its learning rate and
+            weight decay negative, and its checkpoint must load.
 
     Raises:
         ValueError: An option is out of its range.
@@ -95,7 +95,7 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
 
 
 def check_capacity(capacity: object) -> None:
-    """Check the number of slots.
+    """Check a number of slots.
 
     Raises:
         ValueError: It is not an int >= 1.
@@ -124,14 +124,14 @@ def check_optimizer_option(
 
 
 def check_partitioner(options: Mapping[str, Any]) -> None:
-    """Check that a group needs no norm over parameters that its optimizer is not given.
+    """Check that a group needs no norm over parameters that its optimizer does not get.
 
     Args:
-        options: Those of the group.
+        options: The group's options.
 
     Raises:
-        ValueError: The optimizer is made by something that gives it a part of the parameters, and
-            the group needs one; or a part of each parameter.
+        ValueError: The caller that makes the optimizer gives it a part of the parameters, and the
+            group needs such a norm; or it gives a part of each parameter.
     """
     name = partitioner()
     if name is None:
@@ -164,12 +164,12 @@ def check_not_flattened(
     """Check that no parameter of a group is a shard of FSDP1, whose norm is not the parameter's.
 
     Args:
-        index: Names the group, for messages.
+        index: The index of the group, for messages.
         group: The group.
-        error: What is raised.
+        error: The exception to raise.
 
     Raises:
-        error: One may be.
+        error: A parameter may be such a shard.
     """
     for i, param in enumerate(group["params"]):
         if is_flattened(param):
@@ -186,12 +186,12 @@ def check_no_duplicates(groups: list[dict[str, Any]]) -> None:
     """Check that the groups have every parameter once; torch checks it where groups are added.
 
     Raises:
-        RuntimeError: They have one twice, whose one state two steps would change.
+        RuntimeError: They have one twice. Two steps would change its one state.
     """
-    places: dict[int, tuple[int, int]] = {}
+    indices: dict[int, tuple[int, int]] = {}
     for i, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
-            first = places.setdefault(id(param), (i, j))
+            first = indices.setdefault(id(param), (i, j))
             if first != (i, j):
                 raise RuntimeError(
                     f"the groups must have every parameter once, got parameter {first[1]} of group "
@@ -202,11 +202,11 @@ def check_no_duplicates(groups: list[dict[str, Any]]) -> None:
 def check_low_precision(group: Mapping[str, Any]) -> None:
     """Check that the parameters of a group can have the state that its options ask for.
 
-    A parameter that is frozen may be any: it is checked when it takes part in a step.
+    Frozen parameters are not checked until they take part in a step.
 
     Raises:
-        ValueError: One that is trained is float64 or complex, and buffer_dtype or moment_dtype is
-            not None.
+        ValueError: A parameter that is not frozen is float64 or complex, and buffer_dtype or
+            moment_dtype is not None.
     """
     for i, param in enumerate(group["params"]):
         if not param.requires_grad:
@@ -236,7 +236,7 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
 
 
 def check_capturable(params: list[Tensor]) -> None:
-    """Check that a CUDA graph could hold a step of these parameters.
+    """Check that a CUDA graph could capture a step of these parameters.
 
     Raises:
         RuntimeError: One is not on a CUDA device.
@@ -253,9 +253,9 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
     """Check that every gradient fits its parameter; strides may differ.
 
     Args:
-        group_index: Names the group, for messages.
+        group_index: The index of the group, for messages.
         params: Parameters of a group; those without a gradient are passed over.
-        first: The position in the group of the first of them, for messages.
+        first: The index in the group of the first of them, for messages.
 
     Raises:
         RuntimeError: A gradient is sparse or integer, or its dtype, shape or device is not its
@@ -271,11 +271,7 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 f"{where} must be dense, got layout {grad.layout}; for an embedding, use "
                 "sparse=False"
             )
-        if is_sharded(grad) != is_sharded(param):
-            raise RuntimeError(
-                f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "
-                f"{type(param)}"
-            )
+        check_placement(where, param, grad)
         for name, value, expected in (
             ("dtype", grad.dtype, param.dtype),
             ("shape", grad.shape, param.shape),
@@ -288,6 +284,19 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 )
         if not (grad.is_floating_point() or grad.is_complex()):
             raise RuntimeError(f"{where} must be floating point or complex, got {grad.dtype}")
+
+
+def check_placement(where: str, param: Tensor, grad: Tensor) -> None:
+    """Check that a gradient and its parameter are both DTensors or both plain tensors.
+
+    Raises:
+        RuntimeError: One of them is a DTensor, the other one is not.
+    """
+    if is_sharded(grad) != is_sharded(param):
+        raise RuntimeError(
+            f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "
+            f"{type(param)}"
+        )
 
 
 def _plain(value: object) -> object:

@@ -52,15 +52,21 @@ class TwoCalls:
 
     def first(self) -> float:
         """Call the closure, and find out what it does with the gradients that it finds."""
-        found = Found(self._params)
+        # Weakly, so that their memory is free once the closure has dropped them.
+        found = [(p, TensorWeakRef(p.grad)) for p in self._params if p.grad is not None]
         self._found_any = bool(found)
-        # All gradients are read to count them, which a closure that zeroed the last ones is
-        # spared. A CUDA graph captures no check: the steps before have made it.
+        # Counting reads all gradients, so it is not done for a closure that zeroed the last ones.
+        # A CUDA graph captures no check: the steps before it have checked.
         known = not found or self.zeroes or self._is_captured()
         nonzero = None if known else count_nonzero(self._params)
         with torch.enable_grad():
             loss = self._closure()
-        self._reused = found.reused()
+        # A gradient with a graph is not replaced: `backward(create_graph=True)` adds out of place.
+        self._reused = [
+            param
+            for param, ref in found
+            if param.grad is not None and (param.grad.requires_grad or ref() is param.grad)
+        ]
         if self._reused and not self._is_captured():
             self._must_zero = nonzero is None or bool(self._total(nonzero).item())
         return loss
@@ -114,32 +120,6 @@ class TwoCalls:
         return any(map(is_capturing, {param.device for param in self._params}))
 
 
-class Found:
-    """The gradients that a closure is about to find.
-
-    They are referred to weakly: their memory is free once the closure has dropped them.
-    """
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self._refs = [
-            (param, TensorWeakRef(param.grad)) for param in params if param.grad is not None
-        ]
-
-    def __bool__(self) -> bool:
-        return bool(self._refs)
-
-    def reused(self) -> list[Tensor]:
-        """Return the parameters whose gradients have not been replaced since.
-
-        A gradient with a graph counts as reused: `backward(create_graph=True)` adds out of place.
-        """
-        return [
-            param
-            for param, ref in self._refs
-            if param.grad is not None and (param.grad.requires_grad or ref() is param.grad)
-        ]
-
-
 @torch.no_grad()
 def reset(params: list[Tensor], in_place: list[Tensor]) -> None:
     """Reset the gradients of parameters.
@@ -158,14 +138,14 @@ def reset(params: list[Tensor], in_place: list[Tensor]) -> None:
 
 
 class Marks:
-    """Marks in gradients, which show whether a closure adds to the gradients that it finds.
+    """Marks in gradients that show whether a closure adds to the gradients that it finds.
 
     The first element of each gradient becomes NaN. It stays NaN whatever is added to it and however
     the gradient is scaled or clipped, until the gradient is zeroed or overwritten.
 
-    The closure's own gradients may be NaN too. Hence autograd is asked to look for the mark before
-    it adds to a gradient: the mark is gone by then if the closure zeroes. Autograd does not add
-    where FSDP2 does, or where a closure replays a graph or copies gradients; these are `unsure`.
+    The closure's own gradients may be NaN too. Hence hooks of autograd look for the mark before it
+    adds to a gradient: the mark is gone by then if the closure zeroes. Autograd does not add where
+    FSDP2 does, or where a closure replays a graph or copies gradients; these are `unsure`.
 
     This is a context around the call of the closure.
 
@@ -217,11 +197,11 @@ class Marks:
         return self._params[i].grad is self._grads[i]
 
     def added_to(self) -> list[Tensor]:
-        """Return for each gradient that autograd added to whether its mark was there, bool ()."""
+        """Return a bool () for each gradient that autograd added to: whether it had its mark."""
         return [flag for flag in self._seen.values() if flag is not None]
 
     def unsure(self) -> list[Tensor]:
-        """Return the parameters whose gradients are the same and that autograd did not add to."""
+        """Return the parameters whose gradients were neither replaced nor added to by autograd."""
         return [
             param
             for i, param in enumerate(self._params)
@@ -231,7 +211,7 @@ class Marks:
 
 @torch.no_grad()
 def are_nan(params: list[Tensor]) -> list[Tensor]:
-    """Return for each gradient whether its first element is NaN, bool ()."""
+    """Return a bool () for each gradient: whether its first element is NaN."""
     return [_first_element(param).isnan() for param in params]
 
 

@@ -1,4 +1,4 @@
-"""The form of state dicts: what is saved, and what is checked before an optimizer changes."""
+"""The form of state dicts, and their checks before a load changes an optimizer."""
 
 import copy
 from collections import defaultdict
@@ -23,8 +23,8 @@ FLOAT8 = torch.float8_e4m3fn
 LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
 # Options that stay the optimizer's own; the state is converted to them.
 PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
-# Options of Adam's, whose best values are not those of an update with critical momenta, and those
-# that would change a run unnoticed.
+# Options of Adam that a load warns of: those whose best values differ for an update with critical
+# momenta, and those that would change a run unnoticed.
 ADAM_OPTIONS = (
     *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad"),
     *("maximize", "capturable"),
@@ -33,47 +33,38 @@ ADAM_OPTIONS = (
 _IMMUTABLE = (bool, int, float, str, type(None))
 
 
-def saved_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return an optimizer's state, its commits made, in plain dicts without what is not saved."""
-    return {
-        key: {name: entry for name, entry in value.items() if name not in UNSAVED_KEYS}
-        if isinstance(value, dict)
-        else value
-        for key, value in state.items()
-    }
-
-
 def picklable(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a state, as `saved_state`, whose 8-bit floats are bytes: torch pickles none."""
+    """Return a state with bytes instead of 8-bit floats, which torch does not pickle."""
     return {key: _with_viewed(value, FLOAT8, torch.uint8) for key, value in state.items()}
 
 
 def unpickled(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the state that `picklable` was given."""
+    """Return the state from which `picklable` returned this one."""
     return {key: _with_viewed(value, torch.uint8, FLOAT8) for key, value in state.items()}
 
 
-def _with_viewed(state: Any, held: torch.dtype, viewed: torch.dtype) -> Any:
+def _with_viewed(state: Any, stored: torch.dtype, viewed: torch.dtype) -> Any:
     buffer = state.get("critical_buffer") if isinstance(state, dict) else None
-    if not isinstance(buffer, Tensor) or buffer.dtype != held:
+    if not isinstance(buffer, Tensor) or buffer.dtype != stored:
         return state
     return {**state, "critical_buffer": buffer.view(viewed)}
 
 
 def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
-    """Return a state dict, its commits made, without what is not saved; a post hook.
+    """Return a flushed optimizer's state dict as it is saved; a state dict post hook.
 
     Args:
-        optimizer: Whose it is.
-        state_dict: What torch returns.
-        copies: Whether its tensors are to be copies.
+        optimizer: The optimizer.
+        state_dict: The state dict that torch made.
+        copies: Whether its tensors become copies.
     """
-    state = saved_state(state_dict["state"])
     saved = {
         **state_dict,
         "state": {
-            key: unscaled(value) if isinstance(value, dict) else value
-            for key, value in state.items()
+            key: unscaled({name: state[name] for name in state if name not in UNSAVED_KEYS})
+            if isinstance(state, dict)
+            else state
+            for key, state in state_dict["state"].items()
         },
         "param_groups": [_saved_group(group) for group in state_dict["param_groups"]],
     }
@@ -96,10 +87,10 @@ def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_form(state_dict: Any) -> None:
-    """Check that a state dict has the parts that all have.
+    """Check that a state dict has the parts that every state dict has.
 
     Raises:
-        ValueError: It has not.
+        ValueError: A part is missing or of another type.
     """
     parts = {"state": dict, "param_groups": list}
     for name, expected in parts.items():
@@ -215,8 +206,8 @@ def take_over_state(
         groups: The param groups.
         own: The optimizer's state. Its parameters are removed as theirs are loaded; after an error,
             which only an allocation can raise, it has what was loaded.
-        in_place: Write into the optimizer's tensors where there are such, for a captured CUDA
-            graph: into all that it has. Nobody else may have them: see `copied`.
+        in_place: Write into all tensors that the optimizer's state has, for a captured CUDA graph.
+            No state dict may refer to them: see `saved_form`.
     """
     state: dict[Any, State] = defaultdict(dict)
     params = list(chain.from_iterable(group["params"] for group in groups))
@@ -263,11 +254,11 @@ def _written_into(old: State, new: State, param: Tensor, group: Mapping[str, Any
 
 
 def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
-    """Keep the tensors among the groups' options, with their loaded values, for a captured graph.
+    """Write loaded values into the tensors among the groups' options, for a captured graph.
 
     Args:
         groups: The param groups. Their tensors are changed.
-        loaded: The loaded ones, which get these tensors.
+        loaded: The loaded groups, which get these tensors.
     """
     for group, new in zip(groups, loaded, strict=True):
         for name, own in group.items():
@@ -276,14 +267,14 @@ def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any
 
 
 def copied(value: Any, params: Iterable[Tensor]) -> Any:
-    """Return a deep copy of what a subclass keeps, in which these parameters are themselves."""
+    """Return a deep copy of a value, in which these parameters are not copied."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     return copy.deepcopy(value, {id(param): param for param in params})
 
 
 def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
-    """Say which groups' state was saved in another precision than they keep it in."""
+    """Warn of groups whose state was saved in another precision than theirs."""
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         # A checkpoint of torch.optim has no buffer.
         names = PRECISION_OPTIONS if "capacity" in saved else ("moment_dtype",)
@@ -300,12 +291,12 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
 def warn_of_another_kind(
     groups: list[dict[str, Any]], loaded: list[dict[str, Any]], state_dict: Mapping[str, Any]
 ) -> None:
-    """Say which options the state dict of another kind of optimizer brings.
+    """Warn of the options that a state dict of another kind of optimizer brings.
 
     Args:
-        groups: The optimizer's.
-        loaded: The same with the options of the state dict.
-        state_dict: torch.optim's have neither a capacity nor buffers.
+        groups: The optimizer's param groups.
+        loaded: The same groups with the options of the state dict.
+        state_dict: The state dict; those of torch.optim have neither a capacity nor buffers.
     """
     saved_groups = state_dict["param_groups"]
     states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))

@@ -70,10 +70,8 @@ def check_entry(entry: Entry) -> None:
                 f"{key!r} in the state of {where} must have shape {expected} (capacity "
                 f"{group['capacity']}), got {tuple(value.shape)}"
             )
-        if key in SCALES and value.dtype in LARGEST:
-            _check_scales(entry, SCALES[key], shapes)
     try:
-        # Of no state, which leaves the checks of the parameter and its options.
+        # With no state and no keys it only checks the parameter and its options.
         missing_state(local(param), {}, (), group)
     except RuntimeError as error:
         raise ValueError(f"the state of {where} does not fit it: {error}") from error
@@ -81,18 +79,25 @@ def check_entry(entry: Entry) -> None:
 
 
 def _loaded_values(entry: Entry) -> dict[str, Tensor]:
-    """Return the tensors of an entry that are loaded; numbers become tensors.
+    """Return the tensors of an entry that are loaded, codes with their scales.
 
-    In one order in every process: whoever gathers state goes through it key by key.
+    Numbers become tensors. The order is the same in every process: gathering state goes through it
+    key by key.
     """
-    return {
+    values = {
         key: value if isinstance(value, Tensor) else _as_tensor(entry.where, key, value)
         for key, value in entry.saved.items()
         if key in _LOADED
     }
+    for key, scales in SCALES.items():
+        if key in values and values[key].dtype in LARGEST:
+            values[scales] = _as_tensor(entry.where, scales, entry.saved.get(scales))
+    return values
 
 
 def _as_tensor(where: str, key: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
     try:
         # The default dtype may be too short for a count of steps.
         dtype = torch.float64 if isinstance(value, float) else None
@@ -114,20 +119,6 @@ def _shapes(param: Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
         Shape.KEYS: (capacity,),
         Shape.SCALAR: (),
     }
-
-
-def _check_scales(entry: Entry, key: str, shapes: Mapping[Shape, tuple[int, ...]]) -> None:
-    found, expected = _scales(entry, key), shapes[ROWS[key].shape]
-    if found is None or found.shape != expected:
-        raise ValueError(
-            f"{key!r} in the state of {entry.where} must have shape {expected}, got "
-            f"{None if found is None else tuple(found.shape)}"
-        )
-
-
-def _scales(entry: Entry, key: str) -> Tensor | None:
-    found = entry.saved.get(key)
-    return found if found is None or isinstance(found, Tensor) else _as_tensor(entry[0], key, found)
 
 
 def _check_step(where: str, step: Tensor) -> None:
@@ -198,12 +189,12 @@ def _loaded_state(entry: Entry) -> State:
     values = _loaded_values(entry)
     not_copied = {*values, *SCALES.values()}
     state = {key: value for key, value in saved.items() if key not in not_copied}
-    for key, value in values.items():
+    for key in filter(_LOADED.__contains__, values):
         new = new_tensor(key, param, {}, group)
         if key in SCALES:
-            state |= _loaded_in_precision(entry, key, value, new)
+            state |= _loaded_in_precision(entry, key, values, new)
         else:
-            state[key] = new.copy_(value.reshape(new.shape))
+            state[key] = new.copy_(values[key].reshape(new.shape))
     if "critical_sum" in state and "critical_buffer" in state:
         _follow_slots_(state, values["critical_buffer"])
     if not state.keys() >= set(keys):
@@ -220,7 +211,9 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
     critical_sum.copy_(torch.where(same, critical_sum, sum_slots(slots)))
 
 
-def _loaded_in_precision(entry: Entry, key: str, value: Tensor, new: Tensor) -> State:
+def _loaded_in_precision(
+    entry: Entry, key: str, values: Mapping[str, Tensor], new: Tensor
+) -> State:
     """Return a tensor of `SCALES` and its scales, if any, in the precision of a group's options.
 
     A value of the same precision is copied. Any other is rounded to nearest.
@@ -228,28 +221,28 @@ def _loaded_in_precision(entry: Entry, key: str, value: Tensor, new: Tensor) -> 
     Args:
         entry: The entry, of local tensors.
         key: A key of `SCALES`.
-        value: The saved tensor.
+        values: The loaded tensors of the entry.
         new: A new tensor of the state; changed.
     """
+    value, leading, scales_key = values[key], LEADING[key], SCALES[key]
     if value.dtype not in LARGEST and new.dtype not in LARGEST:
         return {key: new.copy_(value)}
-    leading, scales_key = LEADING[key], SCALES[key]
-    saved = {key: value, scales_key: _scales(entry, scales_key)}
+    new_scales: Tensor | None
     same_order = value.numel() == 0 or value.stride() == new.stride()
     if value.dtype == new.dtype and same_order:
         new.copy_(value)
-        new_scales = saved[scales_key]
+        new_scales = values[scales_key]
     else:
         order = new[0] if leading else new
-        values = dequantized(saved, key).to(new.device, torch.float32)
+        wide = dequantized(values, key).to(new.device, torch.float32)
         if leading:
-            flat = torch.stack([flat_as(slot, order) for slot in values])
+            flat = torch.stack([flat_as(slot, order) for slot in wide])
             stored, new_scales = quantize(flat, new.dtype)
         elif new.dtype in LARGEST:
-            flat = flat_as(values, order)
+            flat = flat_as(wide, order)
             stored, new_scales = quantize_moment(flat, None, signed=key == "exp_avg")
         else:
-            stored, new_scales = flat_as(values, order).to(new.dtype), None
+            stored, new_scales = flat_as(wide, order).to(new.dtype), None
         as_flat(new, leading).copy_(stored)
     if new_scales is None:
         return {key: new}

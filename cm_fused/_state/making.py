@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import rounding
-from cm_fused._distributed import is_sharded, local, local_state, placed_with, sharded_as
+from cm_fused._distributed import is_sharded, local, local_state, sharded_as
 from cm_fused._state.table import (
     BUFFER_KEYS,
     LEADING,
@@ -212,7 +212,7 @@ def unscaled(state: Group) -> State:
         stored = state.get(key)
         if scales in state and isinstance(stored, Tensor) and is_sharded(stored):
             codes = {key: local(stored), scales: state[scales]}
-            values[key] = placed_with(dequantized(codes, key), stored)
+            values[key] = sharded_as(dequantized(codes, key), stored)
             values[scales] = torch.ones((), dtype=torch.float32, device=codes[key].device)
     return values
 

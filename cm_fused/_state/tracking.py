@@ -1,4 +1,4 @@
-"""An optimizer's state that counts its changes, so that a step need not look for them."""
+"""An optimizer's state that counts its changes, so that a step does not look for them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ _NOBODYS = Changes()
 class _Counted(dict[Any, Any]):
     """A dict that counts its changes.
 
-    Written out, since torch.compile traces no generated methods.
+    Its methods are written out, since torch.compile traces no generated ones.
     """
 
     changes: Changes
@@ -72,8 +72,8 @@ class ParamState(_Counted):
     """The state of a parameter: a dict that counts its changes.
 
     A step of many small tensors would otherwise spend most of its time finding out that no entry
-    was replaced. What walks nested data makes another one of a mapping, as of a dict; it counts
-    once an optimizer's state takes it over.
+    was replaced. Code that walks nested data makes a new one from a mapping, as with a dict; its
+    changes are counted once an optimizer's state has taken it over.
     """
 
     __slots__ = ("changes",)
@@ -101,7 +101,7 @@ class ParamState(_Counted):
         super().update(*arguments, **items)
 
     def _flush_before(self, *keys: Any) -> None:
-        """Make the deferred commit of `exp_avg` before that is replaced."""
+        """Flush `exp_avg` to its slot before it is replaced."""
         if "exp_avg" in keys and "exp_avg" in self and "pending_slot" in self:
             flush_where_it_fits_(self)
 
@@ -112,8 +112,8 @@ class ParamState(_Counted):
 class OptimizerState(_Counted, defaultdict[Any, Any]):
     """The state of an optimizer, parameter to `ParamState`; counts changes of both.
 
-    Made as a defaultdict is, since that is how a defaultdict copies itself, or as a dict is, of a
-    mapping or of pairs alone.
+    Its arguments are a defaultdict's, since a defaultdict copies itself by them, or a dict's: a
+    mapping or pairs.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ def _flatten_with_keys(state: dict[Any, Any]) -> tuple[list[tuple[Any, Any]], li
     return [(pytree.MappingKey(key), value) for key, value in state.items()], list(state)
 
 
-# A pytree walks only what it knows by its exact type.
+# A pytree walks only containers whose exact type it knows.
 for _kind in (ParamState, OptimizerState):
     pytree.register_pytree_node(
         _kind,

@@ -7,7 +7,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-# The groups' options that become ours; the rest of the package's have no meaning here.
+# The package's options by their names here; its other options have no meaning here.
 _OPTIONS = {
     "lr": "lr",
     "betas": "betas",
@@ -28,11 +28,11 @@ def read_checkpoint(file: str | PathLike[str] | IO[bytes]) -> Any:
     """Read a file that was saved with the research package, which need not be installed.
 
     Args:
-        file: As of `torch.load`.
+        file: As `torch.load` takes it.
 
     Returns:
-        What was saved, on the CPU; `convert_state_dict` takes an optimizer's state dict of it.
-        Nothing but tensors, plain values and the package's buffers is read
+        The saved object, on the CPU; `convert_state_dict` takes an optimizer's state dict of it.
+        Only tensors, plain values and the package's buffers are read
         (`torch.load(weights_only=True)`).
     """
     names: list[Any] = [(_TensorList, "cmoptimizer.prioritydict.TensorList")]
@@ -47,10 +47,10 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     `cm_fused.AdamCM` and `AdamCG` load it too and go on by their own rules.
 
     Args:
-        state_dict: What the package's `optimizer.state_dict()` returned; not changed.
+        state_dict: A state dict, as the package's `optimizer.state_dict()` returns it; not changed.
 
     Returns:
-        A state dict; moments are copied by whoever loads it.
+        A state dict whose moments are references, which a load copies.
 
     Raises:
         ValueError: A parameter's state has no buffer of the package's.

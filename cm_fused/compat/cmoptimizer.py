@@ -1,7 +1,7 @@
 """`Adam_CM` and `Adam_C` of the research package, on cm_fused's backends.
 
-They take that package's arguments and follow its trajectory, where that differs from the paper's
-(Malviya et al.) and `cm_fused.AdamCM`'s:
+They take that package's arguments and follow its trajectory. It differs from that of the paper
+(Malviya et al.) and of `cm_fused.AdamCM`:
 
 1. The buffer's mean is over its filled slots, eps is outside of the root, and with `synced` the key
    is the sum of the tensors' norms instead of the norm of them all.
@@ -11,11 +11,11 @@ They take that package's arguments and follow its trajectory, where that differs
 3. `Adam_CM` decays weights as AdamW does; `Adam_C` adds an L2 term to the aggregate, which neither
    keys nor buffer have.
 
-What was in its way is gone: checkpoints resume (its own too: `convert_state_dict`), `kappa=0` is
-AdamW (of `Adam_C`: Adam), bad hyperparameters raise, nothing waits for the device, no generator of
+The package's faults are gone: checkpoints resume (its own too: `convert_state_dict`), `kappa=0` is
+AdamW (`Adam_C`: Adam), bad hyperparameters raise, nothing waits for the device, no generator of
 NumPy's is used. A key that is not finite is not admitted, sums are float32 whatever `buffer_dtype`,
-and a slot chosen by chance (`critical_test`) is given up as one of key 0: a gradient of zeros does
-not take it, and of several slots of key 0 the first one goes.
+and a slot chosen by chance (`critical_test`) is replaced as one of key 0: a gradient of zeros does
+not take it, and of several slots of key 0 the first one is replaced.
 """
 
 import math
@@ -42,7 +42,7 @@ from cm_fused.philox import Stream, random_words
 
 __all__ = ["Adam_C", "Adam_CM", "convert_state_dict", "read_checkpoint"]
 
-# Names of options that are other ones here.
+# Options whose names differ here.
 _NAMES = {"topC": "capacity", "decay": "priority_decay"}
 
 
@@ -55,7 +55,7 @@ def _translated(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _ResearchAdam(CriticalAdam):
-    """What both share; see `Adam_CM` for the arguments."""
+    """Base of both optimizers; see `Adam_CM` for the arguments."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class _ResearchAdam(CriticalAdam):
             group = {**self._extra, **_translated(param_group)}
             _check(group["kappa"], group["critical_test"])
             if not group["kappa"]:
-                group["capacity"] = 1  # which stays empty
+                group["capacity"] = 1  # the slot stays empty
             param_group.clear()
             param_group.update(group)
         super().add_param_group(param_group)
@@ -142,12 +142,12 @@ class _ResearchAdam(CriticalAdam):
     def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if groups is self.param_groups and any(map(self._first_timers, groups)):
             self._check(groups, None)
-        # What is prepared here is little, and undone where it or the steps fail.
+        # Little is prepared here. It is undone where it or the steps fail.
         made: list[tuple[Tensor, Iterable[str]]] = []
         try:
             with Undo([]) as undo:
                 self._prepare_(plan, groups, undo, made)
-                # Which slot changes is chosen now.
+                # From here on it is known which slot changes.
                 with Undo(plan.eager_buckets()):
                     plan.run_()
         except BaseException:
@@ -163,8 +163,8 @@ class _ResearchAdam(CriticalAdam):
         Args:
             plan: The plan of the step.
             groups: The param groups, or one with a parameter that is stepped alone.
-            undo: Keeps what is changed.
-            made: The parameters whose state is made are added, with its keys.
+            undo: Gets the tensors that are changed.
+            made: Gets the parameters that get new state, with its keys.
         """
         plan.options = None
         for index, group in enumerate(groups):
@@ -189,7 +189,7 @@ class _ResearchAdam(CriticalAdam):
             for bucket in buckets:
                 self._choose_slots_(group, bucket, options, undo, made)
                 if not group["kappa"]:
-                    # Which is never admitted.
+                    # NaN is never admitted.
                     bucket.sq_norm = torch.full(
                         (), math.nan, dtype=torch.float64, device=bucket.device
                     )
@@ -205,7 +205,7 @@ class _ResearchAdam(CriticalAdam):
 
     def _forget_plans(self) -> None:
         super()._forget_plans()
-        # Those of `_started`, and the state they were found in.
+        # The ids that `_started` returned, and the state and its count of changes then.
         self._started_ids: set[int] = set()
         self._started_at: tuple[int, int | None] | None = None
 
@@ -226,10 +226,10 @@ class _ResearchAdam(CriticalAdam):
         undo: Undo,
         made: list[tuple[Tensor, Iterable[str]]],
     ) -> None:
-        """Where chance has it, have the next admission take a slot whatever the keys.
+        """Draw for each parameter whether the next admission takes a slot whatever the keys.
 
-        That slot is the one which was the smallest when it was last looked for, at first slot 0.
-        The state of a parameter has it as `smallest`.
+        That slot is the one that was the smallest at the last search for it, at first slot 0. A
+        parameter's state has its index as `smallest`.
         """
         chance = group["critical_test"] if group["kappa"] else 0.0
         if not chance:
@@ -244,12 +244,12 @@ class _ResearchAdam(CriticalAdam):
             undo.keep(keys)
             undo.keep(smallest)
             # No moment is rounded here, so that this stream is free.
-            word = random_words(options.seed, index, bucket["step"][i], 1, Stream.MOMENTS)[0]
-            chosen = word.to(torch.float64) < chance * 2.0**32
+            bits = random_words(options.seed, index, bucket["step"][i], 1, Stream.MOMENTS)[0]
+            chosen = bits.to(torch.float64) < chance * 2.0**32
             full = (keys > -torch.inf).all()
             smallest.copy_(torch.where(full & ~chosen, keys.argmin(), smallest))
             slots = torch.arange(len(keys), device=keys.device)
-            # The number of filled slots is counted after this: an unfilled key would not do.
+            # Not -inf: the step counts the filled slots after this.
             keys.masked_fill_(full & chosen & (slots == smallest), 0.0)
 
     def _store_first_(
@@ -315,7 +315,7 @@ class Adam_CM(_ResearchAdam):  # noqa: N801
         lr: Learning rate, >= 0.
         betas: Decay rates of momentum and second moment, each in [0, 1).
         eps: Added to the root of the second moment, >= 0.
-        decay: Of the keys at every step, in [0, 1].
+        decay: Factor of the keys at every step, in [0, 1].
         kappa: 0 is AdamW; every other number >= 0 is 1.
         topC: Capacity of the buffer, an int >= 1.
         weight_decay: Decoupled, >= 0.
@@ -323,7 +323,7 @@ class Adam_CM(_ResearchAdam):  # noqa: N801
         critical_test: In [0, 1]: the probability with which a full buffer takes a momentum whatever
             its key, in the slot that was the smallest when it was last looked for.
         synced: The key is the sum of the gradients' norms over the group, else the norm of each.
-        buffer_dtype: Of the slots, as of `cm_fused.AdamCM`.
+        buffer_dtype: The slots' dtype, as of `cm_fused.AdamCM`.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -335,8 +335,8 @@ class Adam_CM(_ResearchAdam):  # noqa: N801
 class Adam_C(_ResearchAdam, defaults={"topC": 10}):  # noqa: N801
     """The research package's Adam with critical gradients, step by step.
 
-    Source: `cmoptimizer.Adam_C`. The arguments are `Adam_CM`'s, but for `weight_decay`, an L2 term
-    that is added to the aggregate, and `kappa=0`, which is Adam.
+    Source: `cmoptimizer.Adam_C`. The arguments are `Adam_CM`'s, except that `weight_decay` is an L2
+    term, added to the aggregate, that `kappa=0` is Adam, and that `topC` is 10 by default.
     """
 
     _critical_gradients = True

@@ -1,8 +1,8 @@
-"""What a critical buffer holds while training goes on, and how sharp the loss is.
+"""Readings of critical buffers during training, and the sharpness of the loss.
 
-Nothing here changes what an optimizer computes: training with it has the same bits as without. It
-does wait for the device, and makes commits that the fused backends would make in the next step, as
-`state_dict` does.
+Nothing here changes an optimizer's results: training with it has the same bits as without. It does
+wait for the device, and flushes the state, as `state_dict` does, which the fused backends would do
+in the next step.
 """
 
 from cm_fused.diagnostics._history import History

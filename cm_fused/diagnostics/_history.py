@@ -1,4 +1,4 @@
-"""What happened to the critical buffers and the parameters of an optimizer."""
+"""The history of an optimizer's critical buffers and parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from cm_fused.diagnostics._reading import flat, weighted_mean
 
 @dataclass(frozen=True)
 class History:
-    """What happened to some parameters up to a step.
+    """The history of some parameters up to a step.
 
     Attributes:
         mean_age: Steps since a filled slot was admitted, mean over the slots; 0 for the last step.
-        max_age: The oldest one's.
+        max_age: The age of the oldest slot.
         admission_rate: Share of the steps since the last record in which something was admitted.
         distance: L2 distance from where the parameters were when recording began.
     """
@@ -36,7 +36,7 @@ class Track:
         self.steps = 0
 
     def follow(self, keys: Tensor | None) -> None:
-        """Begin with keys, (C,) on the CPU, whose slots count as filled now."""
+        """Begin anew with keys, (C,) on the CPU, whose slots count as filled now."""
         self.keys = keys
         self.ages = (
             None if keys is None else torch.zeros(len(keys), dtype=torch.int64, device="cpu")
@@ -47,13 +47,13 @@ class Track:
         if self.keys is None or self.ages is None or len(self.keys) != len(keys):
             self.keys = torch.full_like(keys, -torch.inf)
             self.ages = torch.zeros(len(keys), dtype=torch.int64, device="cpu")
-        # Only the smallest key can go, the first of equal ones; an unfilled slot's is -inf.
+        # Only the smallest key can be replaced, the first of equal ones; unfilled slots have -inf.
         slot = int(self.keys.argmin())
         self.ages += 1
         self.steps += 1
-        kept = self.keys[slot] * decay if self.keys[slot] > -torch.inf else self.keys[slot]
+        decayed = self.keys[slot] * decay if self.keys[slot] > -torch.inf else self.keys[slot]
         # With a decay of 0 all keys are 0 after a step, and any gradient but zero is admitted.
-        if keys[slot] != kept or (decay == 0 and kept > -torch.inf):
+        if keys[slot] != decayed or (decay == 0 and decayed > -torch.inf):
             self.ages[slot] = 0
             self.admissions += 1
         self.keys = keys.clone()
@@ -73,6 +73,7 @@ class Track:
 
 
 def combine_histories(histories: Mapping[Tensor, History]) -> History:
+    """Return the history of several parameters together, means weighted by their elements."""
     weights = [param.numel() for param in histories]
     every = list(histories.values())
     ages = [h.max_age for h in every if h.max_age == h.max_age]

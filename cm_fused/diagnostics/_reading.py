@@ -1,4 +1,4 @@
-"""What the critical buffers of an optimizer hold."""
+"""Readings of an optimizer's critical buffers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from cm_fused.sam import SAM
 
 @dataclass(frozen=True)
 class Reading:
-    """What the buffers of some parameters hold after a step.
+    """The contents of some parameters' buffers after a step, in numbers.
 
     A quantity that does not exist yet is NaN. Over several parameters norms are those of all their
     elements together, and the others are means weighted by the number of elements.
@@ -41,7 +41,7 @@ class Reading:
 
 
 def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
-    """Return what the buffer of every parameter that has one holds.
+    """Return the reading of every parameter that has a buffer.
 
     Args:
         optimizer: `AdamCM`, `AdamCG` or a decoupled form, or `SAM` around one. Not changed. The
@@ -74,6 +74,11 @@ def combine(readings: Mapping[Tensor, Reading]) -> Reading:
 
 
 def critical(optimizer: Optimizer) -> CriticalAdam:
+    """Return an optimizer of this package, without the `SAM` around it.
+
+    Raises:
+        TypeError: It is another optimizer.
+    """
     base = optimizer.optimizer if isinstance(optimizer, SAM) else optimizer
     if not isinstance(base, CriticalAdam):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Recording what a live optimizer's buffers hold, to CSV and TensorBoard."""
+"""Recording a live optimizer's buffers, to CSV and TensorBoard."""
 
 import csv
 from collections.abc import Iterable, Mapping
@@ -32,7 +32,8 @@ class Recorder:
             change.
         path: The CSV file to write, or None.
         every: Steps between records, >= 1.
-        names: Of the parameters, as `model.named_parameters()` gives them; else they are numbered.
+        names: The parameters with their names, as `model.named_parameters()` yields them. Others
+            are numbered.
         tensorboard: Folder for TensorBoard, or None.
 
     Raises:
@@ -109,7 +110,7 @@ class Recorder:
             self.record()
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """Follow the loaded buffers: what is in them is no admission of the next step."""
+        """Follow the loaded buffers: their slots are no admissions of the next step."""
         for param, track in self._tracks.items():
             track.follow(self._keys(param))
             self._counts[param] = self._count(param)

@@ -1,4 +1,4 @@
-"""How sharp the loss is."""
+"""The sharpness of the loss."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ class Sharpness:
         eigenvalue: The largest one, with its sign.
         converged: Whether the residual is at most the tolerance. The distance of the estimate to an
             eigenvalue is then at most that; it is the largest one for almost every start.
-        iterations: Hessian-vector products that were made.
+        iterations: The number of Hessian-vector products.
     """
 
     eigenvalue: float
@@ -40,13 +40,13 @@ def sharpness(
     Each iteration makes one Hessian-vector product. It takes the vector of the largest Rayleigh
     quotient :math:`\lambda` among the combinations of the last vector :math:`x`, its residual
     :math:`Hx - \lambda x` and the last direction. It stops where the residual's norm is at most the
-    tolerance times the largest :math:`\lVert Hx \rVert` of the unit vectors so far, and a product
-    made for that confirms it.
+    tolerance times the largest :math:`\lVert Hx \rVert` of the unit vectors so far, and a new
+    product confirms it.
 
-    About ten vectors of the parameters' size are in memory, in float32 or wider. Products are made
-    in the parameters' dtype, without autocast; a tolerance below their rounding is not reached. The
-    result does not depend on torch's global generators and leaves them alone; `.grad` is not
-    touched.
+    About ten vectors of the parameters' size are in memory, in float32 or wider. Products are
+    computed in the parameters' dtype, without autocast; a tolerance below their rounding is not
+    reached. The result does not depend on torch's global generators and does not change them or
+    `.grad`.
 
     Source: Knyazev, "Toward the Optimal Preconditioned Eigensolver: Locally Optimal Block
     Preconditioned Conjugate Gradient Method" (2001), for one vector and without a preconditioner;
@@ -54,17 +54,17 @@ def sharpness(
     Hessian" (2020).
 
     Args:
-        loss: A scalar with its graph, which is kept; not changed.
+        loss: A scalar with its graph, which is not freed; not changed.
         params: Real tensors that the loss depends on; not changed.
-        tolerance: Of the residual, relative to the largest product, > 0.
-        max_iterations: Hessian-vector products at most, >= 1.
-        seed: Of the vector that it starts from.
+        tolerance: The tolerance of the residual, relative to the largest product, > 0.
+        max_iterations: The largest number of Hessian-vector products, >= 1.
+        seed: The seed of the vector that it starts from.
 
     Raises:
         ValueError: There are no parameters or elements, a parameter is complex, or a number is out
             of its range.
     """
-    # A parameter of two modules is one.
+    # A parameter that two modules share counts once.
     params = list({id(param): param for param in params}.values())
     _check(params, tolerance, max_iterations)
     with _without_autocast([loss, *params]):
@@ -138,11 +138,11 @@ class _Search:
         self._largest = 0.0
         self._vectors = [start]
         self._products = [self._product_of(start)]
-        # Whether the product of x was made, not combined from others.
+        # Whether the product of x was computed, not combined from others.
         self._is_exact = True
 
     def run(self) -> Sharpness:
-        """Iterate until it has converged or can go no further."""
+        """Return the result, once the iteration has converged or can go no further."""
         while True:
             eigenvalue = _dot(self._vectors[0], self._products[0])
             residual = _combined([1.0, -eigenvalue], [self._products[0], self._vectors[0]])
@@ -178,7 +178,7 @@ class _Search:
     def _direction(self, residual: Vector, norm: float) -> Vector | None:
         """Return a unit vector towards the residual and orthogonal to the vectors, or None.
 
-        It gives up the last direction where the residual lies along it.
+        Drops the last direction where the residual lies along it.
         """
         unit = _scaled(residual, 1 / norm)
         direction = _orthonormalized(unit, self._vectors)
@@ -193,11 +193,11 @@ class _Search:
         self._products.append(self._product_of(direction))
         rows = [[_dot(v, p) for p in self._products] for v in self._vectors]
         gram = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        if not gram.isfinite().all():  # there is no best: the next residual is not finite
+        if not gram.isfinite().all():  # no vector is best: the next residual is not finite
             best = torch.full((len(rows),), math.nan, dtype=torch.float64, device="cpu")
         else:
             best = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -1]
-        # What is added to x, without what of it lies along the new one.
+        # The part that is added to x, orthogonal to the new x.
         along = best.clone()
         along[0] = 0.0
         along -= along.dot(best) * best
@@ -219,16 +219,16 @@ def _scaled(vector: Vector, factor: float) -> Vector:
     return list(torch._foreach_mul(vector, factor))
 
 
-# What is left of a unit vector below it is rounding errors.
+# A part of a unit vector with a smaller norm is rounding errors.
 _NOTHING = 1e-3
 
 
 def _orthonormalized(unit: Vector, basis: list[Vector]) -> Vector | None:
-    """Return the part of a unit vector that is orthogonal to a basis, of norm 1.
+    """Return the part of a unit vector that is orthogonal to a basis, scaled to norm 1.
 
-    None if next to nothing is left.
+    None if that part is next to nothing.
     """
-    for attempt in range(2):  # the second removes what rounding left
+    for attempt in range(2):  # the second removes rounding errors of the first
         for vector in basis:
             unit = _combined([1.0, -_dot(unit, vector)], [unit, vector])
         norm = _norm(unit)

@@ -685,3 +685,42 @@ def test_another_capacity_names_the_remedy() -> None:
     source, optimizer = new_optimizer(AdamCM, capacity=3), new_optimizer(AdamCM)
     with pytest.raises(ValueError, match="resize_buffer"):
         optimizer.load_state_dict(source.state_dict())
+
+
+def test_a_running_sum_without_its_buffer_starts_anew() -> None:
+    """A state with the sum of slots that it does not have gets an empty buffer and its sum.
+
+    Situation: the buffer is deleted from a state dict, to go on without it. Loading raised
+    KeyError, as the sum was compared with its slots.
+    """
+    source, optimizer = new_optimizer(AdamCM), new_optimizer(AdamCM)
+    train(source, range(4))
+    state_dict = copy.deepcopy(source.state_dict())
+    for state in state_dict["state"].values():
+        state["critical_sum"] = torch.ones_like(state["exp_avg"])
+        del state["critical_buffer"], state["priorities"]
+    optimizer.load_state_dict(state_dict)
+    for state in optimizer.state.values():
+        assert not state["critical_sum"].any()
+        assert not state["critical_buffer"].any()
+        assert (state["priorities"] == -torch.inf).all()
+
+
+def test_a_load_checks_the_parameters_first() -> None:
+    """A parameter that a step would refuse is found before any state has been replaced.
+
+    Situation: the last parameter is a lazy conjugate. The parameters before it had been loaded.
+    """
+    params = [torch.randn(3, dtype=torch.complex64) for _ in range(2)]
+    optimizer = AdamCM(params, backend="eager")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    before = snapshot(optimizer)
+    params[1].data = params[1].data.conj()
+    with pytest.raises(ValueError, match=r"parameter 1 does not fit it: .* lazy conjugate"):
+        optimizer.load_state_dict(state_dict)
+    params[1].data = params[1].data.conj()
+    assert_same(snapshot(optimizer), before)
