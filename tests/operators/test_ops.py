@@ -371,3 +371,26 @@ def test_names_of_another_version() -> None:
     assert library.check_names(keys, names) is None
     for wrong in ((keys[1:], names), (keys, names[::-1])):
         assert "another version's, reinstall" in str(library.check_names(*wrong))
+
+
+def test_parameters_that_overlap_after_a_step_of_one_state() -> None:
+    """States whose parameters have memory in common are stepped in turn, whoever moved when."""
+    shapes = ((100_000,),)
+    results = []
+    threads = torch.get_num_threads()
+    for together in (True, False):
+        cases = [sample(shapes=shapes), sample(shapes=shapes)]
+        states = [case.register() for case in cases]
+        torch.set_num_threads(2)
+        step_(states, cases)
+        cases[1].params = cases[0].params
+        step_(states[1:], cases[1:])
+        for _ in range(8):
+            if together:
+                step_(states, cases)
+            else:
+                step_(states[:1], cases[:1])
+                step_(states[1:], cases[1:])
+        torch.set_num_threads(threads)
+        results.append(cases[0].params)
+    assert_same(*results)
