@@ -210,11 +210,14 @@ ParamViews bind_param(
   const ParamDtype dtype = param_dtype("params", i, param_view.dtype);
   const StoredDtype stored = moment_dtype(i, order.dtype, dtype);
   if (data.dtype != dtype || data.moment_dtype != stored) {
-    data = {};  // what all was checked against has changed
+    // What all was checked against has changed.
+    data.is_bound = false;
+    data.param = nullptr;
+    data.grad = nullptr;
   }
   data.dtype = dtype;
   data.moment_dtype = stored;
-  data.param_moved |= bind_memory("params", i, param, param_view, data.param, data.param_extent);
+  data.num_moves += bind_memory("params", i, param, param_view, data.param, data.param_extent);
   bind_memory("grads", i, grad, grad_view, data.grad, data.grad_extent);
   STD_TORCH_CHECK(lies_as(param_view, order) ||
                       extent_without_overlap(param_view.sizes, param_view.strides) > 0,

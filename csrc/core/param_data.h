@@ -72,8 +72,8 @@ struct ParamData {
 
   // For the next step. The state has been checked, and its addresses are those above.
   bool is_bound;
-  // The parameter has moved since parameters that overlap were last looked for.
-  bool param_moved;
+  // How often the parameter has moved, for whoever looks for parameters that overlap.
+  int64_t num_moves;
   // Elements from the first to behind the last in memory.
   int64_t param_extent;
   int64_t grad_extent;

@@ -117,13 +117,16 @@ LockedStates::LockedStates(const std::vector<int64_t>& ids) {
       states_.push_back(found->second);
     }
   }
+  for (const auto& state : states_) {
+    locks_.emplace_back(state->mutex_, std::defer_lock);
+  }
   // All callers lock in one order, so that no two wait for each other.
-  auto order = states_;
-  std::sort(order.begin(), order.end());
-  STD_TORCH_CHECK(std::adjacent_find(order.begin(), order.end()) == order.end(),
+  const auto mutex_of = [](const auto& lock) { return lock.mutex(); };
+  std::ranges::sort(locks_, {}, mutex_of);
+  STD_TORCH_CHECK(std::ranges::adjacent_find(locks_, {}, mutex_of) == locks_.end(),
       "ids must name each state once, got ", to_string({ids.data(), ids.size()}));
-  for (const auto& state : order) {
-    locks_.emplace_back(state->mutex_);
+  for (auto& lock : locks_) {
+    lock.lock();
   }
 }
 

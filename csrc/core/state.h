@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <typeindex>
 #include <unordered_map>
 #include <vector>
 
@@ -61,7 +60,8 @@ class RegisteredState {
   // What an operator caches for its next call, in a type of its own. Needs the lock.
   template <typename Cache>
   Cache& cache() {
-    auto& cached = caches_[typeid(Cache)];
+    static const char key = 0;
+    auto& cached = caches_[&key];
     if (cached == nullptr) {
       cached = std::make_shared<Cache>();
     }
@@ -74,7 +74,7 @@ class RegisteredState {
   friend class LockedStates;
 
   std::mutex mutex_;
-  std::unordered_map<std::type_index, std::shared_ptr<void>> caches_;
+  std::unordered_map<const char*, std::shared_ptr<void>> caches_;
 };
 
 // The states that an operator works on, in the order of their ids, locked for as long as this

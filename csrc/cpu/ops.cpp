@@ -67,6 +67,7 @@ constexpr StateRows kFlushRows = bit(kExpAvg) | bit(kCriticalBuffer) | bit(kCrit
 // What is known of these states' parameters, in the order they were stepped.
 struct OverlapCache {
   std::vector<int64_t> ids;
+  int64_t num_moves;
   bool has_overlap;
 };
 
@@ -111,9 +112,9 @@ void step_registered_(std::vector<int64_t> ids, Tensors params, Tensors grads, T
     return;
   }
   auto& cache = states[0].cache<OverlapCache>();
-  if (steps.has_moved() || cache.ids != ids) {
-    cache.has_overlap = steps.find_overlap();
-    cache.ids = ids;
+  const int64_t num_moves = steps.num_moves();
+  if (cache.num_moves != num_moves || cache.ids != ids) {
+    cache = {ids, num_moves, steps.find_overlap()};
   }
   steps.take_(local, cache.has_overlap);
 }

@@ -36,18 +36,20 @@ void Steps::add(const StateTensors& state, std::span<const Tensor> params,
       {!state.has(kPendingSlot), &bucket, has_sq_norms, std::move(scalars), nullptr, 0});
 }
 
-bool Steps::has_moved() const {
-  return std::any_of(parts_.begin(), parts_.end(), [](const Part& part) {
-    return std::any_of(part.bucket->begin(), part.bucket->end(),
-        [](const TensorStep& tensor) { return tensor.param_moved; });
-  });
+int64_t Steps::num_moves() const {
+  int64_t moves = 0;
+  for (const auto& part : parts_) {
+    for (const auto& tensor : *part.bucket) {
+      moves += tensor.num_moves;
+    }
+  }
+  return moves;
 }
 
-bool Steps::find_overlap() {
+bool Steps::find_overlap() const {
   std::vector<std::pair<const char*, const char*>> extents;
   for (const auto& part : parts_) {
-    for (auto& tensor : *part.bucket) {
-      tensor.param_moved = false;
+    for (const auto& tensor : *part.bucket) {
       if (tensor.numel > 0) {
         const auto* const begin = static_cast<const char*>(tensor.param);
         extents.emplace_back(begin, begin + tensor.param_extent * param_bytes(tensor.dtype));

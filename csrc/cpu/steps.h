@@ -24,11 +24,11 @@ class Steps {
   void add(const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads,
       StepScalars scalars, BucketStep& bucket);
 
-  // Whether a parameter has moved since parameters that overlap were last looked for.
-  [[nodiscard]] bool has_moved() const;
+  // How often the parameters have moved: more each time that one has.
+  [[nodiscard]] int64_t num_moves() const;
 
   // Looks whether two parameters have memory in common, or lie between each other's elements.
-  [[nodiscard]] bool find_overlap();
+  [[nodiscard]] bool find_overlap() const;
 
   // Takes the steps, but for those that are to be skipped. With local_sq_norms, which has a number
   // for each parameter in the order they were added, the sums of squares go there and the

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cm_fused._backends import library
 from tests.support.cases import needs_cpu_backend
 from tests.support.samples import SAMPLES, Sample, float64, rounded_sample, sample, step_
 from tests.support.training import SHAPES, assert_same
@@ -361,3 +362,35 @@ def test_state_is_released_with_its_object() -> None:
 def test_capability_is_a_known_one() -> None:
     """The instruction set in use is one of those compiled."""
     assert torch.ops.cm_fused.cpu_capability() in ("default", "avx2", "avx512")
+
+
+def test_names_of_another_version() -> None:
+    """The package and its library must have the same rows and hyperparameters."""
+    ops = torch.ops.cm_fused
+    keys, names = (tuple(of().split(",")) for of in (ops.state_keys, ops.hyperparameter_names))
+    assert library.check_names(keys, names) is None
+    for wrong in ((keys[1:], names), (keys, names[::-1])):
+        assert "another version's, reinstall" in str(library.check_names(*wrong))
+
+
+def test_parameters_that_overlap_after_a_step_of_one_state() -> None:
+    """States whose parameters have memory in common are stepped in turn, whoever moved when."""
+    shapes = ((100_000,),)
+    results = []
+    threads = torch.get_num_threads()
+    for together in (True, False):
+        cases = [sample(shapes=shapes), sample(shapes=shapes)]
+        states = [case.register() for case in cases]
+        torch.set_num_threads(2)
+        step_(states, cases)
+        cases[1].params = cases[0].params
+        step_(states[1:], cases[1:])
+        for _ in range(8):
+            if together:
+                step_(states, cases)
+            else:
+                step_(states[:1], cases[:1])
+                step_(states[1:], cases[1:])
+        torch.set_num_threads(threads)
+        results.append(cases[0].params)
+    assert_same(*results)
