@@ -19,6 +19,7 @@ from bench.speed.cases import cases
 _RESULTS = Path(__file__).parents[1] / "results"
 _DIGITS = 5
 _SMOKE_ELEMENTS = 1_000_000
+_SMOKE_CASES = "ResNet and not eager"
 # A case that hangs is given this much after the time is up.
 _GRACE_SECONDS = 20.0
 # The same in all cases: kept once.
@@ -64,6 +65,13 @@ def _throughput(
     except subprocess.TimeoutExpired:
         problem = "the time was up before it or in it"
     return [json.loads(line) for line in record.read_text().splitlines()], problem
+
+
+def _smoke_pytest_benchmark(device: str) -> bool:
+    """Run some cases under pytest-benchmark, as users do; return whether they passed."""
+    suite = str(Path(__file__).with_name("test_throughput.py"))
+    command = [sys.executable, "-m", "pytest", "-q", suite, "-k", _SMOKE_CASES, "--benchmark-only"]
+    return subprocess.run([*command, "--smoke", f"--device={device}"]).returncode == 0
 
 
 def _rounded(value: Any) -> Any:
@@ -137,6 +145,8 @@ def main() -> None:
         print(report.markdown_report(results))
         if problem is not None:
             sys.exit(f"bench: not every case was measured: {problem}")
+    if smoke and not _smoke_pytest_benchmark(device):
+        sys.exit("bench: a case failed under pytest-benchmark")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -54,10 +56,7 @@ def main() -> None:
         if arguments.deadline is not None and time.time() > arguments.deadline:
             break
         complete &= _record(case, arguments.device, bandwidth, arguments.record)
-        # One case's gigabytes, before the next needs them; cycles hold some.
-        gc.collect()
-        if arguments.device == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(arguments.device)
     sys.exit(not complete)
 
 
@@ -75,8 +74,16 @@ def _record(case: Case, device: str, bandwidth: float, path: Path) -> bool:
     return True
 
 
+def free_memory(device: str) -> None:
+    """Free one case's gigabytes before the next case needs them; reference cycles hold some."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+@cache
 def copy_bytes_per_second(device: str, smoke: bool) -> float:
-    """Return the bytes per second that a large copy reads and writes.
+    """Return the bytes per second that a large copy reads and writes, measured once.
 
     The target's lines, which a processor may read before it overwrites them, are not counted; a
     step reads what it writes, so it can move more than a copy by this count.
@@ -89,13 +96,16 @@ def copy_bytes_per_second(device: str, smoke: bool) -> float:
     return 2 * source.nbytes / timed.median("copy")
 
 
-def measure(case: Case, device: str, bandwidth: float) -> dict[str, Any]:
+def measure(
+    case: Case, device: str, bandwidth: float, loop: Callable[..., Timed] = interleave
+) -> dict[str, Any]:
     """Time steps of a case, each right after a step of the baseline on tensors of its own.
 
     Args:
         case: What is measured.
         device: "cpu" or "cuda".
         bandwidth: Bytes per second of a copy.
+        loop: Takes the rounds on the host's clock; called as `interleave` is.
 
     Raises:
         RuntimeError: The buffers were not in the case's regime.
@@ -112,7 +122,7 @@ def measure(case: Case, device: str, bandwidth: float) -> dict[str, Any]:
 
     steps = {"baseline": baseline.step, "own": contestant.step}
     waiting = steps if device == "cpu" else {k: _and_wait(step) for k, step in steps.items()}
-    timed = interleave(
+    timed = loop(
         waiting,
         case.rounds,
         warm_up=_WARM_UP,
