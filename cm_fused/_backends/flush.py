@@ -15,7 +15,10 @@ def flush_all_(states: list[State]) -> None:
     for state in states:
         if not COMMIT_KEYS.issubset(state):
             continue
-        if state["exp_avg"].device.type == "cpu" and cpu.unavailable_reason is None:
+        exp_avg = state["exp_avg"]
+        # A tensor of a subclass, as a fake one, may have no memory.
+        is_plain = type(exp_avg) is Tensor and exp_avg.device.type == "cpu"
+        if is_plain and cpu.unavailable_reason is None:
             in_cpp.append(
                 {key: as_real(value) for key, value in state.items() if isinstance(value, Tensor)}
             )

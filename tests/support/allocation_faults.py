@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cm_fused import AdamCG, AdamCM
-from tests.backends.test_faults import OPTIONS, Make, after, assert_alike
+from tests.support.faults import OPTIONS, Make, after, assert_alike
 
 
 class FailingOperator:
