@@ -72,6 +72,8 @@ class SAM(Optimizer):
         >>> loss = optimizer.step(closure)
     """
 
+    _ascend_ = staticmethod(ascend_)
+
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False) -> None:
         # Optimizer's own constructor would make groups and state: SAM's are the wrapped one's.
         if not isinstance(optimizer, Optimizer):
@@ -202,7 +204,7 @@ class SAM(Optimizer):
         try:
             self._sums.follow(self._params())
             pairs = list(zip(params, grads, strict=True))
-            ascend_(pairs, self.rho, self.adaptive, self._sums)
+            self._ascend_(pairs, self.rho, self.adaptive, self._sums)
         except BaseException:
             self._restore()
             raise

@@ -42,10 +42,13 @@ class RowwiseSAM(SAM):
     the others.
     """
 
-    def _perturb(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        for param, grad in zip(params, grads, strict=True):
+    @staticmethod
+    def _ascend_(
+        pairs: list[tuple[Tensor, Tensor]], rho: float, adaptive: bool, sums: object
+    ) -> None:
+        for param, grad in pairs:
             norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-            param.add_(grad * (self.rho / (norm + 1e-12)))
+            param.add_(grad * (rho / (norm + 1e-12)))
 
 
 class Batch:
