@@ -351,7 +351,7 @@ def place_of(backend: str) -> str:
 def _run_all(backend: str) -> dict[str, dict[str, Hashes]]:
     torch.set_num_threads(1)
     if backend == "triton":
-        importlib.import_module("tests.interpreter").mend()
+        importlib.import_module("tests.support.interpreter").mend()
     return {place_of(backend): {str(case): Run(case, backend).hashes() for case in CASES}}
 
 
