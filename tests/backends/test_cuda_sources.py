@@ -33,6 +33,7 @@ def compiled(source: Path, directory: Path) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_kernels_keep_to_registers(source: Path, tmp_path: Path) -> None:

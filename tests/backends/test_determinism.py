@@ -29,6 +29,7 @@ def test_threads(threads: int) -> None:
     assert digest() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", capability_params())
 def test_instruction_sets(capability: str) -> None:
     """Every instruction set, since nothing is contracted and no sum depends on its width."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cm_fused import AdamCG, AdamCM
+from cm_fused import AdamCM
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.table import RUNNING_SUM_MIN_CAPACITY
 from tests.support.training import (

@@ -8,18 +8,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.cases import needs_cpu_backend
-from tests.support.sharded import CASES, WORLDS
+from tests.support.sharded import CASES, WORLDS, is_slow
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str]:
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], str]:
     """Return what became of every case: its traceback, or nothing."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "tests.support.sharded", str(folder)]
+    is_quick = not any(item.get_closest_marker("slow") for item in request.session.items)
+    which = "quick" if is_quick else "all"
+    command = [sys.executable, "-m", "tests.support.sharded", str(folder), which]
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -30,10 +35,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], s
     }
 
 
+def _params() -> list[Any]:
+    pairs = [(name, world) for name, case in CASES.items() for world in case.worlds]
+    return [
+        pytest.param(*pair, marks=[pytest.mark.slow] if is_slow(*pair) else []) for pair in pairs
+    ]
+
+
 @needs_cpu_backend
-@pytest.mark.parametrize(
-    ("name", "world"), [(name, world) for name, case in CASES.items() for world in case.worlds]
-)
+@pytest.mark.parametrize(("name", "world"), _params())
 def test_case(name: str, world: int, results: dict[tuple[str, int], str]) -> None:
     """Every process runs the case through; its docstring says what it holds."""
     assert not results[name, world], results[name, world]
