@@ -66,7 +66,7 @@ class Plan:
         buckets: Of every group and device, in the order of the groups.
         batches: The same buckets by backend: the reference first, whose steps can be undone, then
             the C++ operator, which may yet fail with nothing changed.
-        orders: For each batch the places of its parameters in `params`; None: all, in their order.
+        orders: For each batch the positions of its parameters in `params`; None: all, in order.
         spans: For each group its first parameter's index among the optimizer's, and their number.
         divided: The buckets of groups that have several, whose norms are added up.
         local_params: The local tensors of `params`, where some are DTensors.
@@ -252,13 +252,13 @@ class Plans:
         params = [param for member in members for param in member.params]
         # In the order of the groups, whatever their devices.
         indices = [i for member in members for i in member.indices]
-        places = {index: place for place, index in enumerate(sorted(indices))}
+        positions = {index: position for position, index in enumerate(sorted(indices))}
         params = [param for _, param in sorted(zip(indices, params, strict=True), key=_index_of)]
         views = view_as_real_(buckets)
         batches, orders = [], []
         for backend in sorted({m.backend for m in members}, key=_rank_of):
             chosen = [b for m, b in zip(members, buckets, strict=True) if m.backend is backend]
-            order = [places[i] for bucket in chosen for i in bucket.param_indices]
+            order = [positions[i] for bucket in chosen for i in bucket.param_indices]
             batches.append((backend, Batch(chosen, [p for b in chosen for p in b.params])))
             orders.append(None if order == list(range(len(params))) else order)
         counts = Counter(bucket.group for bucket in buckets)
