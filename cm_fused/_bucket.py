@@ -183,12 +183,7 @@ class Batch:
 
 
 def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
-    """Return the sums of squares over the priority scope, where there is no more to the group.
-
-    Args:
-        sq_norms: Those of each parameter, float64 (params,).
-        options: The hyperparameters.
-    """
+    """Return the sum of float64 (params,) sums of squares over the scope, which has no others."""
     if options.priority_scope == "tensor":
         return sq_norms
     return sq_norms.sqrt().sum().square() if options.sum_of_norms else sq_norms.sum()

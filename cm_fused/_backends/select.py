@@ -89,15 +89,7 @@ def _triton_on(device: torch.device) -> "Backend | str":
 
 
 def select(requested: str | None, device: torch.device) -> Backend:
-    """Return the backend for parameters on `device`.
-
-    Args:
-        requested: The param group's `backend` option. None chooses the best there is.
-        device: Where the parameters are.
-
-    Raises:
-        RuntimeError: An explicit request cannot be met; the message says why.
-    """
+    """Return the requested backend for parameters on a device, or the best; RuntimeError says why not."""
     if requested == "eager":
         return EAGER
     if requested == "triton":

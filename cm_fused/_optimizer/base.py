@@ -67,10 +67,7 @@ class CriticalAdam(CheckpointedOptimizer):
     def __init_subclass__(cls, defaults: dict[str, Any] | None = None, **arguments: Any) -> None:
         """Give the class a constructor of its own, whose errors name it and not its base.
 
-        Args:
-            defaults: The constructor's arguments whose defaults are not the base's, with their
-                defaults.
-            arguments: Those of other bases.
+        `defaults` has those arguments of the constructor whose defaults are not the base's.
         """
         super().__init_subclass__(**arguments)
         if "__init__" in cls.__dict__:
@@ -243,10 +240,8 @@ class CriticalAdam(CheckpointedOptimizer):
     def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
         """Validate the cached plan or make a new one, and run it.
 
-        Args:
-            plans: Those of these groups.
-            groups: The param groups, or one with a parameter that is stepped alone.
-            first: The index of their first parameter among the optimizer's.
+        `groups` are the param groups, or one with a parameter that is stepped alone, which is the
+        optimizer's parameter number `first`.
         """
         plan = cached = plans.find(groups, self.state, self._waiting)
         if plans.on_gpu:
@@ -292,12 +287,7 @@ class CriticalAdam(CheckpointedOptimizer):
 
     @torch.no_grad()
     def _step_alone(self, index: int, position: int) -> None:
-        """Step one parameter, which is a priority scope of its own, if it has a gradient.
-
-        Args:
-            index: The index of its group.
-            position: The index of the parameter in the group.
-        """
+        """Step a parameter, by its group and position, as a priority scope of its own."""
         group = self.param_groups[index]
         param = group["params"][position]
         check_gradients(index, [param], position)
@@ -384,11 +374,7 @@ class CriticalAdam(CheckpointedOptimizer):
     ) -> Plan:
         """Return a plan of the step that was looked for, with its gradients and options.
 
-        Args:
-            plans: Those of the groups.
-            groups: The param groups.
-            first: The index of their first parameter among the optimizer's.
-            made: The state that is made is added, for `_unmake_state`.
+        New state is added to `made`, for `_unmake_state`; `first` is as of `_take_step`.
         """
         self._check(groups, None)
         members = plans.members(groups, first)
@@ -397,11 +383,7 @@ class CriticalAdam(CheckpointedOptimizer):
         return plans.new_plan(members, buckets, groups)
 
     def _make_state(self, members: list[Member], groups: Groups) -> list[tuple[Tensor, State]]:
-        """Make the state that parameters which take part do not have, all of it or none.
-
-        Returns:
-            What was made, for `_unmake_state`.
-        """
+        """Make the state that parameters which take part lack, all of it or none, and return it."""
         missing = []
         for member in members:
             group = groups[member.group]

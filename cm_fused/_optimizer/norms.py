@@ -22,10 +22,7 @@ def gathered(
 ) -> Tensor:
     """Return the sums of squares of all of the optimizer's parameters, float64 (params,).
 
-    Args:
-        plan: The plan of the step.
-        of_buckets: Those of each bucket's parameters, float64 (params,).
-        among: The processes that parameters are sharded among; what another process counts is 0.
+    `of_buckets` has those of each bucket's. What another process of `among` counts is 0.
     """
     pairs = list(of_buckets)
     device = among.device if among is not None else _home([values.device for _, values in pairs])
@@ -37,21 +34,16 @@ def gathered(
 
 
 def _home(devices: list[torch.device]) -> torch.device:
-    """Return where to add up: on an accelerator, which is not waited for, or the CPU.
+    """Return where to add up: on an accelerator, which is not waited for, unless there is a CPU.
 
-    A CPU among the devices needs the sum, and has to wait for it.
+    A CPU needs the sum, and has to wait for it.
     """
     cpu = torch.device("cpu")
     return next((device for device in devices if device.type == "cpu"), (devices or [cpu])[0])
 
 
 def set_sq_norms(plan: Plan, sums: Tensor) -> None:
-    """Give every bucket the sums over its priority scopes, on its device.
-
-    Args:
-        plan: The plan of the step.
-        sums: As of `gathered`, added up over processes.
-    """
+    """Give every bucket, on its device, the sums over its priority scope, of those of `gathered`."""
     for bucket in plan.buckets:
         first, count = plan.spans[bucket.group]
         if bucket.options.priority_scope == "group":
@@ -85,11 +77,7 @@ def set_scope_norms(plan: Plan, among: Processes | None) -> None:
 
 
 def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
-    """Step critical momenta without their priorities; return the buckets with their norms' parts.
-
-    Returns:
-        Each bucket with the sum of squares of each of its gradients, float64 (params,).
-    """
+    """Step critical momenta without their priorities; return each bucket's norms, squared (params,)."""
     pairs: list[tuple[Bucket, Tensor]] = []
     for backend, batch in plan.batches:
         pairs += zip(batch.buckets, backend.update_(batch), strict=True)
@@ -101,10 +89,8 @@ def sq_norms_of_buckets(
 ) -> list[tuple[Bucket, Tensor]]:
     """Return the sums of squares of each bucket's gradients, float64 (params,) of each.
 
-    Args:
-        plan: The plan of the step.
-        options_of: The hyperparameters by which a bucket's gradients are read.
-        group: The index of the group whose buckets they are; None: of all groups.
+    `options_of` has the hyperparameters by which they are read. The buckets are those of a group by
+    its index, or all.
     """
     pairs = []
     for backend, batch in plan.batches:
@@ -131,13 +117,9 @@ def scale_(
 ) -> None:
     """Unscale and clip the gradients of a step by its buckets' options, and mark what is skipped.
 
-    Args:
-        plan: The plan of the step. The options of its buckets are replaced.
-        groups: The param groups. Their `skipped_steps` are changed.
-        among: The processes that parameters are sharded among.
-        grad_scale: What the gradients were multiplied by (`torch.amp.GradScaler`), or None.
-        found_inf: Not 0 where one of them is not finite, or None.
-        counts: The counts of skipped steps are added as they were, to restore them after an error.
+    The gradients were multiplied by `grad_scale` (`torch.amp.GradScaler`); `found_inf` is not 0
+    where one is not finite. The groups' `skipped_steps` are changed; `counts` gets those of before,
+    to restore them after an error.
     """
     unscale = None if grad_scale is None else _reciprocal(grad_scale)
     scalars = [(unscale, found_inf)] * len(groups)

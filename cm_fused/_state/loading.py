@@ -46,8 +46,7 @@ class Entry(NamedTuple):
 def check_entry(entry: Entry) -> None:
     """Check that an entry fits its parameter and its group's options; makes no state.
 
-    Raises:
-        ValueError: A tensor is missing or does not fit the parameter or the capacity.
+    ValueError where a tensor is missing or does not fit the parameter or the capacity.
     """
     where, param, saved, group, _ = entry
     if not saved:
@@ -79,10 +78,9 @@ def check_entry(entry: Entry) -> None:
 
 
 def _loaded_values(entry: Entry) -> dict[str, Tensor]:
-    """Return the tensors of an entry that are loaded, codes with their scales.
+    """Return the tensors of an entry that are loaded, codes with their scales, numbers as tensors.
 
-    Numbers become tensors. The order is the same in every process: gathering state goes through it
-    key by key.
+    Their order is that of every process, since gathering state goes through it key by key.
     """
     values = {
         key: value if isinstance(value, Tensor) else _as_tensor(entry.where, key, value)
@@ -153,10 +151,7 @@ def loaded_state_of(entry: Entry) -> State:
 def write_into(own: Any, value: Any) -> Any:
     """Return `own` with the value of another tensor, or the other where the two differ in form.
 
-    Args:
-        own: An entry of the optimizer's state. Changed where both are tensors of the same shape,
-            dtype, device and strides.
-        value: The loaded one.
+    Its form is its shape, dtype, device and strides.
     """
     if not (isinstance(own, Tensor) and isinstance(value, Tensor)):
         return value
@@ -214,15 +209,10 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
 def _loaded_in_precision(
     entry: Entry, key: str, values: Mapping[str, Tensor], new: Tensor
 ) -> State:
-    """Return a tensor of `SCALES` and its scales, if any, in the precision of a group's options.
+    """Return a row of `SCALES` and its scales, if any, in the precision of a group's options.
 
-    A value of the same precision is copied. Any other is rounded to nearest.
-
-    Args:
-        entry: The entry, of local tensors.
-        key: A key of `SCALES`.
-        values: The loaded tensors of the entry.
-        new: A new tensor of the state; changed.
+    The tensors are local; `new`, of the state, is changed. A value of the same precision is copied.
+    Any other is rounded to nearest.
     """
     value, leading, scales_key = values[key], LEADING[key], SCALES[key]
     if value.dtype not in LARGEST and new.dtype not in LARGEST:

@@ -135,13 +135,9 @@ class Tables:
     def refresh(self, params: list[Tensor], grads: list[Tensor]) -> Tensor | None:
         """Return the table of these tensors, int64 (params, `WIDTH`) on the device.
 
-        Returns:
-            None where a tensor does not lie in memory as its exp_avg does, so that a copy is to be
-            passed in its place.
-
-        Raises:
-            RuntimeError: The lists do not fit each other.
-            OutdatedTablesError: A parameter has another dtype than when these tables were made.
+        None where a tensor does not lie in memory as its exp_avg does, so that a copy is to be
+        passed in its place. RuntimeError where the lists do not fit each other; OutdatedTablesError
+        where a parameter has another dtype than when these tables were made.
         """
         capturing = is_capturing(self._device)
         host = self._host.clone() if capturing else self._host
