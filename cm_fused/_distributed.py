@@ -174,18 +174,14 @@ def _first_index(param: Tensor, dim: int) -> int | None:
 
 
 class Processes:
-    """The processes among which the parameters of an optimizer are sharded.
-
-    Attributes:
-        device: The device of tensors that are summed over them.
-        counted: For every parameter of the optimizer, 1.0 where this process counts its local
-            tensor and 0.0 where another process with the same one does; float64 on `device`.
-    """
+    """The processes among which the parameters of an optimizer are sharded."""
 
     def __init__(self, params: list[Tensor]) -> None:
         mesh = _common_mesh([param.device_mesh for param in params if is_sharded(param)])  # type: ignore[attr-defined]
         self._groups = _groups(mesh)
         self.device = _device_of(mesh)
+        # For every parameter 1.0 where this process counts its local tensor, and 0.0 where another
+        # process with the same one does.
         counted = [float(_counts(param, mesh)) for param in params]
         self.counted = torch.tensor(counted, dtype=torch.float64, device=self.device)
 

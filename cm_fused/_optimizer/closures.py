@@ -21,11 +21,7 @@ _ACCUMULATES = (
 
 
 class TwoCalls:
-    """The two calls of a step's closure.
-
-    Attributes:
-        zeroes: Whether the closure of the last step that found gradients zeroed them.
-    """
+    """The two calls of a step's closure."""
 
     def __init__(
         self,
@@ -35,6 +31,7 @@ class TwoCalls:
         zeroes: bool,
     ) -> None:
         """Make no call; `total` sums a value over the processes of the parameters."""
+        # Whether the closure of the last step that found gradients zeroed them.
         self.zeroes = zeroes
         self._closure, self._params, self._total = closure, params, total
         self._found_any = False
@@ -65,9 +62,9 @@ class TwoCalls:
         return loss
 
     def second(self) -> None:
-        """Call the closure again, on gradients of zero; RuntimeError if it has to zero and does not.
+        """Call the closure again, on gradients of zero.
 
-        The gradients are reset then.
+        Where it does not zero gradients and has to, they are reset and RuntimeError is raised.
         """
         reset(self._params, self._reused)
         if self._must_zero:

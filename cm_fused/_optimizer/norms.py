@@ -43,7 +43,7 @@ def _home(devices: list[torch.device]) -> torch.device:
 
 
 def set_sq_norms(plan: Plan, sums: Tensor) -> None:
-    """Give every bucket, on its device, the sums over its priority scope, of those of `gathered`."""
+    """Give every bucket the sums over its priority scope, from `gathered` sums over processes."""
     for bucket in plan.buckets:
         first, count = plan.spans[bucket.group]
         if bucket.options.priority_scope == "group":
@@ -77,7 +77,7 @@ def set_scope_norms(plan: Plan, among: Processes | None) -> None:
 
 
 def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
-    """Step critical momenta without their priorities; return each bucket's norms, squared (params,)."""
+    """Step critical momenta without their priorities; return each bucket's `sq_norms`."""
     pairs: list[tuple[Bucket, Tensor]] = []
     for backend, batch in plan.batches:
         pairs += zip(batch.buckets, backend.update_(batch), strict=True)

@@ -53,7 +53,7 @@ def active_ddp() -> Any:
 
 
 def check_ddp(params: list[Tensor]) -> None:
-    """Check that this is no forward pass of a DDP that reduces the gradients of these parameters."""
+    """Check that no DDP, which would reduce these parameters' gradients, is in its forward pass."""
     ddp = active_ddp()
     if ddp is None:
         return

@@ -26,21 +26,13 @@ _BUFFER_KEYS = ("critical_buffer", "priorities")
 
 
 class Entry(NamedTuple):
-    """A parameter's entry of a state dict.
+    """A parameter's entry of a state dict."""
 
-    Attributes:
-        where: Names the parameter, for messages.
-        param: The parameter.
-        saved: The entry; not changed.
-        group: The options of the parameter's group.
-        keys: The state keys that every backend needs under these options.
-    """
-
-    where: str
+    where: str  # names the parameter, for messages
     param: Tensor
-    saved: Mapping[str, Any]
-    group: Mapping[str, Any]
-    keys: tuple[str, ...]
+    saved: Mapping[str, Any]  # the entry; not changed
+    group: Mapping[str, Any]  # the options of the parameter's group
+    keys: tuple[str, ...]  # the state keys that every backend needs under these options
 
 
 def check_entry(entry: Entry) -> None:

@@ -102,12 +102,7 @@ def launch_options(
 
 @dataclass(frozen=True)
 class _Variant:
-    """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through.
-
-    Attributes:
-        FULL: The chunk has CHUNK_SIZE elements, and every tensor is aligned.
-        BLOCK: The elements that are worked on at a time.
-    """
+    """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through."""
 
     PARAM_DTYPE: tl.dtype
     STATE_DTYPE: tl.dtype
@@ -119,8 +114,8 @@ class _Variant:
     STOCHASTIC: bool
     KAHAN: bool
     BY_FOURS: bool
-    FULL: bool = False
-    BLOCK: int = 0
+    FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
+    BLOCK: int = 0  # the elements that are worked on at a time
 
     def of_chunk(self, full: bool) -> "_Variant":
         """Return the variant with its block: whole blocks of elements that share scales."""
@@ -440,18 +435,10 @@ def _follow_commit(buffer, item, follow, block, V: tl.constexpr):
 
 @triton.jit
 def _sum_and_commit(buffer, item, commit, follow, block, V: tl.constexpr):
-    """Return the sum of the buffer, and put an item in its slot.
+    """Return the sum of the buffer, and put an item, rounded, in its slot where `commit` is set.
 
     A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
-    comes after.
-
-    Args:
-        buffer: The chunk's.
-        item: The momentum or gradient, which is rounded as a slot stores it.
-        commit: Whether it goes into a slot.
-        follow: Whether a running sum has yet to follow.
-        block: The elements.
-        V: The variant.
+    comes after. `follow` is set where a running sum has yet to follow.
     """
     BLOCK: tl.constexpr = V.BLOCK
     stored, scales = to_slot(item, V.SLOT_DTYPE, BLOCK)
@@ -630,70 +617,40 @@ def _chunk_of(table_ptr, chunks_ptr):
 
 @entry
 def critical_adam_kernel(
-    table_ptr,
-    chunks_ptr,
+    table_ptr,  # the bucket's table; what it names is changed, but for gradients and keys
+    chunks_ptr,  # int32 (programs, 2): tensor and number of each program's chunk within it
+    # float64 (programs,): the sum of g^2 of each chunk. Written by critical momenta; critical
+    # gradients have taken their norm before.
     chunk_sq_norms_ptr,
-    lr_ptr,
-    grad_factor_ptr,
-    found_inf_ptr,
+    lr_ptr,  # the learning rate on the device, or None: `lr`
+    grad_factor_ptr,  # float64 (): what every gradient is multiplied by; None for 1
+    found_inf_ptr,  # float64 (): where it is not 0 nothing is changed; or None
     lr: tl.float64,
     beta1: tl.float64,
     beta2: tl.float64,
-    eps_inside: tl.float64,
-    eps_outside: tl.float64,
-    l2: tl.float64,
-    late_l2: tl.float64,
+    eps_inside: tl.float64,  # added inside the root
+    eps_outside: tl.float64,  # added outside of it; one of the two is 0
+    l2: tl.float64,  # coupled weight decay
+    late_l2: tl.float64,  # that of critical gradients which neither norms nor slots have
     decoupled_weight_decay: tl.float64,
-    sign: tl.float64,
+    sign: tl.float64,  # -1 to maximize, else 1
     capacity: tl.int32,
-    mean_over_capacity: tl.int32,
-    seed: tl.int64,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    MOMENT_DTYPE: tl.constexpr,
-    SLOT_DTYPE: tl.constexpr,
-    CRITICAL_GRADIENTS: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    SUMMED_SLOTS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    KAHAN: tl.constexpr,
+    mean_over_capacity: tl.int32,  # else the buffer's sum is divided by its filled slots
+    seed: tl.int64,  # of the random bits, in [0, 2^63)
+    PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
+    STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state but for the next two
+    MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
+    SLOT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats
+    CRITICAL_GRADIENTS: tl.constexpr,  # the buffer holds gradients, else momenta
+    AMSGRAD: tl.constexpr,  # divide by the running maximum of the second moment
+    SUMMED_SLOTS: tl.constexpr,  # the capacity where slots are summed, 0 where there are sums
+    STOCHASTIC: tl.constexpr,  # a half-precision parameter is rounded stochastically
+    KAHAN: tl.constexpr,  # it has a compensation, which takes what rounding leaves
+    # Each four consecutive elements, from the first on, are four of the whole parameter's that
+    # share a counter of random bits.
     BY_FOURS: tl.constexpr,
 ):
-    """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part.
-
-    Args:
-        table_ptr: The bucket's table. What it names is changed, but for gradients and keys.
-        chunks_ptr: int32 (programs, 2): tensor and number of each program's chunk within it.
-        chunk_sq_norms_ptr: float64 (programs,): the sum of g^2 of each chunk. Written by critical
-            momenta; critical gradients have taken their norm before.
-        lr_ptr: The learning rate on the device, or None: `lr`.
-        grad_factor_ptr: float64 (): what every gradient is multiplied by; None for 1.
-        found_inf_ptr: float64 (): where it is not 0 nothing is changed. Or None.
-        lr: The learning rate.
-        beta1: Decay of the momentum, in [0, 1).
-        beta2: Decay of the second moment, in [0, 1).
-        eps_inside: Added inside the root.
-        eps_outside: Added outside of it. One of the two is 0.
-        l2: Coupled weight decay, 0 for none.
-        late_l2: That of critical gradients which neither norms nor slots have, 0 for none.
-        decoupled_weight_decay: Decoupled weight decay, 0 for none.
-        sign: -1 to maximize, else 1.
-        capacity: Slots of each buffer.
-        mean_over_capacity: Whether the buffer's sum is divided by its capacity, or by its filled
-            slots.
-        seed: Of the random bits, in [0, 2^63).
-        PARAM_DTYPE: Of parameters and gradients.
-        STATE_DTYPE: Of the arithmetic, and of the state but for the next two.
-        MOMENT_DTYPE: Of the moments: STATE_DTYPE, bfloat16 or int8.
-        SLOT_DTYPE: Of the slots: STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats.
-        CRITICAL_GRADIENTS: The buffer holds gradients, else momenta.
-        AMSGRAD: Divide by the running maximum of the second moment.
-        SUMMED_SLOTS: The capacity where the slots are summed, 0 where the table has running sums.
-        STOCHASTIC: A half-precision parameter is rounded stochastically.
-        KAHAN: It has a compensation, which takes what rounding leaves.
-        BY_FOURS: Each four consecutive elements, from the first on, are four of the whole
-            parameter's that share a counter of random bits.
-    """
+    """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
     if is_set(found_inf_ptr):
         return
     VARIANT: tl.constexpr = _variant(

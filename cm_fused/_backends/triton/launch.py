@@ -146,28 +146,16 @@ def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
 
 
 def update_priorities_of_table_(
-    table: Tensor,
-    chunk_sq_norms: Tensor,
-    sq_norm: Tensor | None,
-    found_inf: Tensor | None,
+    table: Tensor,  # int64 (params, `WIDTH`); keys, slots, steps and filled slots are changed
+    chunk_sq_norms: Tensor,  # the sum of g^2 of each chunk, float64 (chunks,)
+    sq_norm: Tensor | None,  # over the scope, float64 () or (params,), if not that of these chunks
+    found_inf: Tensor | None,  # float64 (); where it is not 0 nothing is changed
     *,
     capacity: int,
     priority_decay: float,
-    group_scope: bool,
+    group_scope: bool,  # whether every key is the norm over the group, or each over its tensor
 ) -> None:
-    """Update the priorities: cm_fused::update_priorities_ where its kernel is not built.
-
-    Args:
-        table: The bucket's table, int64 (params, `WIDTH`). What it names of keys, slots, steps and
-            filled slots is changed.
-        chunk_sq_norms: The sum of g^2 of each chunk, float64 (chunks,).
-        sq_norm: The sum of the squares over the priority scope, float64 () or (params,), where it
-            is not that of these chunks.
-        found_inf: float64 (); where it is not 0 nothing is changed. None for 0.
-        capacity: Slots of each buffer, >= 1.
-        priority_decay: What the keys are multiplied by, in [0, 1].
-        group_scope: Whether every key is the norm over the group, or each over its tensor.
-    """
+    """Update the priorities: cm_fused::update_priorities_ where its kernel is not built."""
     if not len(table):
         return
     if group_scope and sq_norm is None:
@@ -306,7 +294,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         return result
 
     def update_priorities(self, sq_norm: Tensor | None) -> None:
-        """Launch the priority kernel on the pass's norms, or on a larger scope's where it is given."""
+        """Launch the priority kernel on the norms of the pass before, unless a larger scope's is given."""
         _update_priorities(self.tables, self._table, self.bucket, sq_norm, self._found_inf)
 
     def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:

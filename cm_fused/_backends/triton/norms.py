@@ -111,29 +111,16 @@ def tensor_sq_norms_kernel(table_ptr, chunk_sq_norms_ptr, sq_norms_ptr):
 
 @entry
 def update_priorities_kernel(
-    table_ptr,
-    chunk_sq_norms_ptr,
-    sq_norm_ptr,
-    found_inf_ptr,
-    sq_norm_stride: tl.int32,
+    table_ptr,  # keys, slots, steps and, where there are such, counts of filled slots are changed
+    chunk_sq_norms_ptr,  # float64: the sum of g^2 of each chunk
+    sq_norm_ptr,  # float64: those over the priority scope, or None for each tensor's chunks'
+    found_inf_ptr,  # float64 (): where it is not 0 nothing is changed; or None
+    sq_norm_stride: tl.int32,  # 1 for a sum for each row, 0 for one for all
     capacity: tl.int32,
-    priority_decay,
-    CAPACITY_BLOCK: tl.constexpr,
+    priority_decay,  # float32
+    CAPACITY_BLOCK: tl.constexpr,  # the capacity rounded up to a power of two
 ):
-    """Update the priorities of one tensor: key, admission, decay, slot, step (csrc/priority).
-
-    Args:
-        table_ptr: The bucket's table. Keys, slots, step counts and, where there are such, numbers
-            of filled slots are changed.
-        chunk_sq_norms_ptr: float64: the sum of g^2 of each chunk.
-        sq_norm_ptr: float64: the sums of g^2 over the priority scope, or None for those of each
-            tensor's chunks.
-        found_inf_ptr: float64 (): where it is not 0 nothing is changed. Or None.
-        sq_norm_stride: 1 for a sum for each row, 0 for one for all.
-        capacity: Slots of the buffer.
-        priority_decay: What the keys are multiplied by, float32.
-        CAPACITY_BLOCK: The capacity rounded up to a power of two.
-    """
+    """Update the priorities of one tensor: key, admission, decay, slot, step (csrc/priority)."""
     if is_set(found_inf_ptr):
         return
     row = tl.program_id(0).to(tl.int64)
