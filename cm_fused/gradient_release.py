@@ -56,20 +56,11 @@ class GradientRelease:
             self._optimizer._single_plans = {}
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Check that groups which are about to be loaded can be stepped in backward.
-
-        Raises:
-            ValueError: An option needs all gradients at once.
-        """
+        """Check that groups which are about to be loaded can be stepped in backward."""
         check_options(groups)
 
     def _follow_groups(self) -> None:
-        """Serve the parameters that the optimizer has now, and no others.
-
-        Raises:
-            ValueError: An option needs all gradients at once. Nothing has been changed then.
-            RuntimeError: A parameter cannot be stepped in backward. Nothing has been changed then.
-        """
+        """Serve the parameters that the optimizer has now, and no others, or change nothing."""
         groups = self._optimizer.param_groups
         params = list(chain.from_iterable(group["params"] for group in groups))
         if len(params) == len(self._params) and all(map(is_, params, self._params)):
@@ -87,12 +78,7 @@ class GradientRelease:
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _before_forward(self) -> None:
-        """Follow what has changed since the last forward pass, before anything is stepped.
-
-        Raises:
-            ValueError: An option needs all gradients at once.
-            RuntimeError: DDP reduces gradients, or a parameter cannot be stepped in backward.
-        """
+        """Follow or refuse what has changed since the last forward pass, before a step."""
         if not is_outermost_forward():
             return
         if dist.is_available() and dist.is_initialized():

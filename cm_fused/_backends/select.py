@@ -80,7 +80,7 @@ def _triton_on(device: torch.device) -> "Backend | str":
 
 
 def select(requested: str | None, device: torch.device) -> Backend:
-    """Return the requested backend for a device, or the best; RuntimeError says why there is none."""
+    """Return the requested backend for a device, or the best; RuntimeError says why not."""
     if requested == "eager":
         return EAGER
     if requested == "triton":

@@ -32,10 +32,7 @@ _REMEDY = (
 
 
 class _Pass:
-    """An outermost backward pass, called by the engine when it ends.
-
-    Only the engine refers to it. It is gone after the pass, also after one that failed.
-    """
+    """An outermost backward pass, called by the engine when it ends; nothing else refers to it."""
 
     def __init__(self, graph_task: int, at_end: Callable[[], None]) -> None:
         self.graph_task = graph_task

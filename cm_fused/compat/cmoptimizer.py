@@ -160,11 +160,8 @@ class _ResearchAdam(CriticalAdam):
     ) -> None:
         """Choose slots by chance and take first steps; give the buckets their options and norms.
 
-        Args:
-            plan: The plan of the step.
-            groups: The param groups, or one with a parameter that is stepped alone.
-            undo: Gets the tensors that are changed.
-            made: Gets the parameters that get new state, with its keys.
+        `undo` gets the tensors that are changed, `made` the parameters that get new state, with its
+        keys.
         """
         plan.options = None
         for index, group in enumerate(groups):

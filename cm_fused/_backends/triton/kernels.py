@@ -14,32 +14,13 @@ import triton.language as tl
 from cm_fused._backends.triton.common import (
     BLOCK_SIZE,
     CHUNK_SIZE,
-    COMPENSATION_COLUMN,
-    CRITICAL_BUFFER_COLUMN,
-    CRITICAL_SCALES_COLUMN,
-    CRITICAL_SUM_COLUMN,
-    EXP_AVG_COLUMN,
-    EXP_AVG_SCALES_COLUMN,
-    EXP_AVG_SQ_COLUMN,
-    EXP_AVG_SQ_SCALES_COLUMN,
-    FILLED_COLUMN,
-    GRAD_COLUMN,
     LAUNCH_OPTIONS,
-    MAX_EXP_AVG_SQ_COLUMN,
-    NUMEL_COLUMN,
-    PARAM_COLUMN,
-    PARAM_INDEX_COLUMN,
-    PRIORITIES_COLUMN,
     REBUILT_CHUNK_SIZE,
     ROW,
-    SHARD_LENGTH_COLUMN,
-    SHARD_OFFSET_COLUMN,
-    SHARD_STRIDE_COLUMN,
-    SLOT_COLUMN,
-    STEP_COLUMN,
     TAIL_BLOCK_SIZE,
     THREADS,
     at,
+    cell,
     double,
     effective_gradient,
     empty_sum,
@@ -263,14 +244,14 @@ def _tensors_of(chunk, V: tl.constexpr):
     start = chunk.start
     scale = start // SCALE_BLOCK
     return _Tensors(
-        at(pointer(row_ptr, PARAM_COLUMN, V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, GRAD_COLUMN, V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, EXP_AVG_COLUMN, V.MOMENT_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, EXP_AVG_SQ_COLUMN, V.MOMENT_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, MAX_EXP_AVG_SQ_COLUMN, V.STATE_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, COMPENSATION_COLUMN, V.PARAM_DTYPE), start, V.FULL),
-        pointer(row_ptr, EXP_AVG_SCALES_COLUMN, tl.float32) + scale,
-        pointer(row_ptr, EXP_AVG_SQ_SCALES_COLUMN, tl.float32) + scale,
+        at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "grad", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "exp_avg", V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "exp_avg_sq", V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "max_exp_avg_sq", V.STATE_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "compensation", V.PARAM_DTYPE), start, V.FULL),
+        pointer(row_ptr, "exp_avg_scales", tl.float32) + scale,
+        pointer(row_ptr, "exp_avg_sq_scales", tl.float32) + scale,
     )
 
 
@@ -279,11 +260,11 @@ def _buffer_of(chunk, admission, V: tl.constexpr):
     """Return a chunk's buffer."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    slots_ptr = at(pointer(row_ptr, CRITICAL_BUFFER_COLUMN, V.SLOT_DTYPE), start, V.FULL)
+    slots_ptr = at(pointer(row_ptr, "critical_buffer", V.SLOT_DTYPE), start, V.FULL)
     return _Buffer(
         slots_ptr,
-        pointer(row_ptr, CRITICAL_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK,
-        at(pointer(row_ptr, CRITICAL_SUM_COLUMN, V.STATE_DTYPE), start, V.FULL),
+        pointer(row_ptr, "critical_scales", tl.float32) + start // SCALE_BLOCK,
+        at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
         chunk.numel,
         admission.capacity,
         admission.slot,
@@ -296,11 +277,11 @@ def _counters_of(chunk, seed, step):
     """Return what a tensor's random bits are drawn from."""
     return Counters(
         seed,
-        tl.load(chunk.row_ptr + PARAM_INDEX_COLUMN),
+        cell(chunk.row_ptr, "param_index"),
         step,
-        tl.load(chunk.row_ptr + SHARD_OFFSET_COLUMN),
-        tl.load(chunk.row_ptr + SHARD_LENGTH_COLUMN),
-        tl.load(chunk.row_ptr + SHARD_STRIDE_COLUMN),
+        cell(chunk.row_ptr, "shard_offset"),
+        cell(chunk.row_ptr, "shard_length"),
+        cell(chunk.row_ptr, "shard_stride"),
     )
 
 
@@ -570,9 +551,9 @@ def _mean_divisor(row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS: tl.
     if mean_over_capacity == 0:
         filled = tl.full((), 0, tl.int32)
         if CRITICAL_GRADIENTS:
-            filled = tl.load(pointer(row_ptr, FILLED_COLUMN, tl.int64)).to(tl.int32)
+            filled = tl.load(pointer(row_ptr, "filled", tl.int64)).to(tl.int32)
         else:
-            keys_ptr = pointer(row_ptr, PRIORITIES_COLUMN, tl.float32)
+            keys_ptr = pointer(row_ptr, "priorities", tl.float32)
             for slot in range(0, capacity):
                 filled += (tl.load(keys_ptr + slot) >= 0).to(tl.int32)
         # An empty buffer's sum is 0 whatever divides it.
@@ -611,7 +592,7 @@ def _chunk_of(table_ptr, chunks_ptr):
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
     start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK_SIZE
-    numel = tl.load(row_ptr + NUMEL_COLUMN)
+    numel = cell(row_ptr, "numel")
     return _Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
 
 
@@ -669,7 +650,7 @@ def critical_adam_kernel(
     aligned = is_aligned(chunk.row_ptr, chunk.numel, SLOT_DTYPE.primitive_bitwidth // 8)
     # The priorities of critical momenta are updated after the pass, those of critical gradients
     # before.
-    step = tl.load(pointer(chunk.row_ptr, STEP_COLUMN, tl.float32)).to(tl.int64)
+    step = tl.load(pointer(chunk.row_ptr, "step", tl.float32)).to(tl.int64)
     if not CRITICAL_GRADIENTS:
         step += 1
     hyperparameters = _Hyperparameters(
@@ -685,7 +666,7 @@ def critical_adam_kernel(
     )
     divisor = _mean_divisor(chunk.row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS)
     s = _scalars_of(hyperparameters, step, divisor, STATE_DTYPE)
-    slot = tl.load(pointer(chunk.row_ptr, SLOT_COLUMN, tl.int64)).to(tl.int32)
+    slot = tl.load(pointer(chunk.row_ptr, "pending_slot", tl.int64)).to(tl.int32)
     # A running sum loses a rounding with every admission: each part of a tensor is summed anew once
     # in 4 C steps, a different part each step (see csrc/cpu/kernels/slots.h).
     turn = step + chunk.start // REBUILT_CHUNK_SIZE
