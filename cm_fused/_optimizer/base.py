@@ -10,37 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from cm_fused._backends.capture import (
-    check_not_captured_sharded,
-    check_not_capturing,
-    is_capturing,
-)
+from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing, is_capturing
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import drop_derived
 from cm_fused._backends.select import Backend, select
 from cm_fused._bucket import Bucket
 from cm_fused._distributed import Processes, is_sharded, local, local_state, shard_layout_of
+from cm_fused._optimizer import checks, norms
 from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
-from cm_fused._optimizer.checks import (
-    check_capturable,
-    check_gradients,
-    check_low_precision,
-    check_no_duplicates,
-    check_not_flattened,
-    check_optimizer_option,
-    check_options,
-    check_partitioner,
-    plain_options,
-)
-from cm_fused._optimizer.norms import (
-    SkippedSteps,
-    clear_sq_norms,
-    gathered,
-    scale_,
-    set_scope_norms,
-    set_sq_norms,
-    update_all_,
-)
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
 from cm_fused._state.making import check_param, missing_state_of
 from cm_fused._state.table import State, fused_keys, required_keys
@@ -118,31 +95,12 @@ class CriticalAdam(CheckpointedOptimizer):
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "capacity": capacity,
-            "priority_decay": priority_decay,
-            "priority_scope": priority_scope,
-            "buffer_mean": buffer_mean,
-            "eps_inside_sqrt": eps_inside_sqrt,
-            "buffer_dtype": buffer_dtype,
-            "moment_dtype": moment_dtype,
-            "low_precision_update": low_precision_update,
-            "seed": seed,
-            "max_grad_norm": max_grad_norm,
-            "skip_nonfinite": skip_nonfinite,
-            "amp_scaling": amp_scaling,
-            "maximize": maximize,
-            "capturable": capturable,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "backend": backend,
-        }
-        defaults = plain_options(defaults)
-        check_options(defaults)
+        # First of all: the only other names are those of a method.
+        arguments = dict(locals())
+        for name in ("self", "params", "__class__"):
+            del arguments[name]
+        defaults = checks.plain_options(arguments)
+        checks.check_options(defaults)
         super().__init__(params, defaults)
         self.state = OptimizerState()
         self._forget_plans()
@@ -176,18 +134,18 @@ class CriticalAdam(CheckpointedOptimizer):
                 nothing is added.
         """
         if isinstance(param_group, dict):
-            options = plain_options(
+            options = checks.plain_options(
                 {name: value for name, value in param_group.items() if name != "params"}
             )
-            check_options({**self.defaults, **options})
-            check_partitioner({**self.defaults, **options})
-            check_optimizer_option("amp_scaling", options, self.defaults)
+            checks.check_options({**self.defaults, **options})
+            checks.check_partitioner({**self.defaults, **options})
+            checks.check_optimizer_option("amp_scaling", options, self.defaults)
             param_group.update(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_not_flattened(len(self.param_groups) - 1, group, ValueError)
-            check_low_precision(group)
+            checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
+            checks.check_low_precision(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
                     select(group["backend"], device)
@@ -290,7 +248,7 @@ class CriticalAdam(CheckpointedOptimizer):
         """Step a parameter, by its group and position, as a priority scope of its own."""
         group = self.param_groups[index]
         param = group["params"][position]
-        check_gradients(index, [param], position)
+        checks.check_gradients(index, [param], position)
         if param in self.state:
             self._check_state(param)
         first = position + sum(len(group["params"]) for group in self.param_groups[:index])
@@ -310,19 +268,19 @@ class CriticalAdam(CheckpointedOptimizer):
             return
         plan, sums, work = self._pending
         work.wait()
-        set_sq_norms(plan, sums)
+        norms.set_sq_norms(plan, sums)
         for backend, batch in plan.batches:
             backend.update_priorities_(batch)
-        clear_sq_norms(plan)
+        norms.clear_sq_norms(plan)
         self._pending = None
 
     def _run(self, plan: Plan, plans: Plans, groups: Groups) -> None:
         """Take a plan's step in all groups, or in none."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        skipped: list[SkippedSteps] = []
+        skipped: list[norms.SkippedSteps] = []
         try:
             if plans.needs_norm or grad_scale is not None or found_inf is not None:
-                scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
+                norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
             if plan.has_eager and not plan.is_traced:
                 with Undo(plan.eager_buckets()):
                     self._run_buckets(plan, groups, plans.processes)
@@ -338,23 +296,23 @@ class CriticalAdam(CheckpointedOptimizer):
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:
                 # While the norms are added up over processes the next backward may begin.
-                sums = gathered(plan, update_all_(plan), among)
+                sums = norms.gathered(plan, norms.update_all_(plan), among)
                 self._pending = plan, sums, among.start_sum(sums)
                 return
         if among is not None or plan.divided:
-            set_scope_norms(plan, among)
+            norms.set_scope_norms(plan, among)
         plan.run_()
 
     def _check(self, groups: Groups, cached: Plan | None) -> None:
         """Check all gradients, and parameters against the state of a cached plan."""
         for i, group in enumerate(groups):
             # A model may have been wrapped since the group was added.
-            check_not_flattened(i, group)
-            check_gradients(i, group["params"])
+            checks.check_not_flattened(i, group)
+            checks.check_gradients(i, group["params"])
             if cached is None and group["capturable"]:
-                check_capturable(_with_gradients(group["params"]))
+                checks.check_capturable(_with_gradients(group["params"]))
         if cached is None:
-            check_no_duplicates(groups)
+            checks.check_no_duplicates(groups)
         else:
             for param in cached.params:
                 self._check_state(param)

@@ -186,10 +186,7 @@ def _new_shaped(key: str, param: Tensor, state: State, capacity: int, dtype: tor
 def _new_buffer(like: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
     buffer = torch.empty_strided(
-        (capacity, *slot.shape),
-        (like.numel(), *slot.stride()),
-        dtype=dtype,
-        device=like.device,
+        (capacity, *slot.shape), (like.numel(), *slot.stride()), dtype=dtype, device=like.device
     )
     return buffer.zero_()
 

@@ -161,8 +161,5 @@ def _flatten_with_keys(state: dict[Any, Any]) -> tuple[list[tuple[Any, Any]], li
 # A pytree walks only containers whose exact type it knows.
 for _kind in (ParamState, OptimizerState):
     pytree.register_pytree_node(
-        _kind,
-        _flatten,
-        partial(_unflatten, _kind),
-        flatten_with_keys_fn=_flatten_with_keys,
+        _kind, _flatten, partial(_unflatten, _kind), flatten_with_keys_fn=_flatten_with_keys
     )

@@ -5,12 +5,14 @@ a fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correct
 parameter's bits depend neither on the path its chunk takes nor on the device.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from cm_fused._backends.triton import rounding
 from cm_fused._backends.triton.common import (
     BLOCK_SIZE,
     CHUNK_SIZE,
@@ -31,22 +33,6 @@ from cm_fused._backends.triton.common import (
     signed_factor,
     spread,
     sum_squares,
-)
-from cm_fused._backends.triton.rounding import (
-    MOMENTS_STREAM,
-    PARAM_STREAM,
-    SCALE_BLOCK,
-    Counters,
-    from_moment,
-    from_slot,
-    has_scales,
-    load_scales,
-    random_bits,
-    round_to_bfloat16,
-    round_to_float16,
-    store_scales,
-    to_moment,
-    to_slot,
 )
 from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
 
@@ -117,90 +103,37 @@ def _of_chunk(variant, full):
     return variant.of_chunk(full)
 
 
-class _Hyperparameters(NamedTuple):
-    """The numbers of a launch, see `critical_adam_kernel`."""
+# The numbers of a launch, see `critical_adam_kernel`.
+_Hyperparameters = namedtuple(
+    "_Hyperparameters",
+    "lr beta1 beta2 eps_inside eps_outside l2 late_l2 decoupled_weight_decay factor",
+)
 
-    lr: Any
-    beta1: Any
-    beta2: Any
-    eps_inside: Any
-    eps_outside: Any
-    l2: Any
-    late_l2: Any
-    decoupled_weight_decay: Any
-    factor: Any
+# The scalars of a tensor's step, rounded once to the state's dtype.
+_Scalars = namedtuple(
+    "_Scalars",
+    "inverse_divisor beta1 one_minus_beta1 beta2 one_minus_beta2 inverse_bias_correction2 "
+    "step_size eps_inside eps_outside decay_factor l2 late_l2 factor",
+)
 
+# The elements of one program: `count` from `start` of a tensor.
+_Chunk = namedtuple("_Chunk", "row_ptr start count numel")
 
-class _Scalars(NamedTuple):
-    """The scalars of a tensor's step, rounded once to the state's dtype."""
+# The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum.
+_Admission = namedtuple("_Admission", "capacity slot rebuild")
 
-    inverse_divisor: Any
-    beta1: Any
-    one_minus_beta1: Any
-    beta2: Any
-    one_minus_beta2: Any
-    inverse_bias_correction2: Any
-    step_size: Any
-    eps_inside: Any
-    eps_outside: Any
-    decay_factor: Any
-    l2: Any
-    late_l2: Any
-    factor: Any
+# Addresses of a chunk's first element; an option's tensor is not touched without it.
+_Tensors = namedtuple(
+    "_Tensors",
+    "param grad exp_avg exp_avg_sq max_exp_avg_sq compensation exp_avg_scales exp_avg_sq_scales",
+)
 
+# A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. `slot`
+# is the one to write, or -1.
+_Buffer = namedtuple("_Buffer", "slots scales critical_sum numel capacity slot slot_ptr")
 
-class _Chunk(NamedTuple):
-    """The elements of one program: `count` from `start` of a tensor."""
-
-    row_ptr: Any
-    start: Any
-    count: Any
-    numel: Any
-
-
-class _Admission(NamedTuple):
-    """The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum."""
-
-    capacity: Any
-    slot: Any
-    rebuild: Any
-
-
-class _Tensors(NamedTuple):
-    """Addresses of a chunk's first element; an option's tensor is not touched without it."""
-
-    param: Any
-    grad: Any
-    exp_avg: Any
-    exp_avg_sq: Any
-    max_exp_avg_sq: Any
-    compensation: Any
-    exp_avg_scales: Any
-    exp_avg_sq_scales: Any
-
-
-class _Buffer(NamedTuple):
-    """A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale.
-
-    `slot` is the one to write, or -1.
-    """
-
-    slots: Any
-    scales: Any
-    critical_sum: Any
-    numel: Any
-    capacity: Any
-    slot: Any
-    slot_ptr: Any
-
-
-class _Block(NamedTuple):
-    """The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements."""
-
-    begin: Any
-    count: Any
-    offsets: Any
-    mask: Any
+# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
+_Block = namedtuple("_Block", "begin count offsets mask")
 
 
 # Arithmetic
@@ -242,7 +175,7 @@ def _tensors_of(chunk, V: tl.constexpr):
     """Return the addresses of a chunk's tensors, except the buffer's."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    scale = start // SCALE_BLOCK
+    scale = start // rounding.SCALE_BLOCK
     return _Tensors(
         at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "grad", V.PARAM_DTYPE), start, V.FULL),
@@ -263,7 +196,7 @@ def _buffer_of(chunk, admission, V: tl.constexpr):
     slots_ptr = at(pointer(row_ptr, "critical_buffer", V.SLOT_DTYPE), start, V.FULL)
     return _Buffer(
         slots_ptr,
-        pointer(row_ptr, "critical_scales", tl.float32) + start // SCALE_BLOCK,
+        pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
         at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
         chunk.numel,
         admission.capacity,
@@ -275,7 +208,7 @@ def _buffer_of(chunk, admission, V: tl.constexpr):
 @triton.jit
 def _counters_of(chunk, seed, step):
     """Return what a tensor's random bits are drawn from."""
-    return Counters(
+    return rounding.Counters(
         seed,
         cell(chunk.row_ptr, "param_index"),
         step,
@@ -303,8 +236,8 @@ def _load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.cons
     BLOCK: tl.constexpr = V.BLOCK
     stored = tl.load(moment_ptr + block.offsets, mask=block.mask, other=0)
     if stored.dtype == tl.int8:
-        scales = load_scales(scales_ptr, block.begin, block.count, BLOCK)
-        return from_moment(stored, scales, SIGNED, BLOCK)
+        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
+        return rounding.from_moment(stored, scales, SIGNED, BLOCK)
     else:
         return stored.to(V.STATE_DTYPE)
 
@@ -320,11 +253,15 @@ def _store_moment(
     else:
         half = bits >> 16 if SIGNED else bits & 0xFFFF
         if V.MOMENT_DTYPE == tl.int8:
-            codes, scales = to_moment(values, half, SIGNED, BLOCK)
-            store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
+            codes, scales = rounding.to_moment(values, half, SIGNED, BLOCK)
+            rounding.store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
             tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
-            tl.store(moment_ptr + block.offsets, round_to_bfloat16(values, half), mask=block.mask)
+            tl.store(
+                moment_ptr + block.offsets,
+                rounding.round_to_bfloat16(values, half),
+                mask=block.mask,
+            )
 
 
 @triton.jit
@@ -332,7 +269,7 @@ def _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V: tl.c
     """Store both moments of the elements from `first` of a tensor."""
     bits = 0
     if V.MOMENT_DTYPE != V.STATE_DTYPE:
-        bits = random_bits(counters, first, MOMENTS_STREAM, V.BY_FOURS, V.BLOCK)
+        bits = rounding.random_bits(counters, first, rounding.MOMENTS_STREAM, V.BY_FOURS, V.BLOCK)
     _store_moment(tensors.exp_avg, tensors.exp_avg_scales, block, exp_avg, bits, True, V)
     _store_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, exp_avg_sq, bits, False, V)
 
@@ -359,10 +296,10 @@ def _load_slot(buffer, slot, block, mask, V: tl.constexpr):
     slot_ptr = at(buffer.slots, slot * buffer.numel, V.FULL)
     stored = tl.load(slot_ptr + block.offsets, mask=mask, other=0)
     scales = 0
-    if has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, SCALE_BLOCK)
-        scales = load_scales(scales_ptr, block.begin, block.count, BLOCK)
-    return from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
+    return rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
 
 
 @triton.jit
@@ -386,8 +323,8 @@ def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
         item = buffer_sum
         if not V.CRITICAL_GRADIENTS:
             item = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
-        stored, scales = to_slot(item, V.SLOT_DTYPE, BLOCK)
-        item = from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+        stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
+        item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
         for other in range(0, buffer.capacity):
             buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
         tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
@@ -422,16 +359,16 @@ def _sum_and_commit(buffer, item, commit, follow, block, V: tl.constexpr):
     comes after. `follow` is set where a running sum has yet to follow.
     """
     BLOCK: tl.constexpr = V.BLOCK
-    stored, scales = to_slot(item, V.SLOT_DTYPE, BLOCK)
+    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
     # What is stored is what is summed.
-    item = from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+    item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
     if V.SUMMED_SLOTS > 0:
         buffer_sum = _sum_of_slots(buffer, item, block, V)
     else:
         buffer_sum = _follow_commit(buffer, item, follow, block, V)
-    if has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, SCALE_BLOCK)
-        store_scales(scales_ptr, block.begin, block.count, scales, buffer.slot >= 0, BLOCK)
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        rounding.store_scales(scales_ptr, block.begin, block.count, scales, buffer.slot >= 0, BLOCK)
     # Where nothing is committed this is no slot, and it is not touched.
     tl.store(buffer.slot_ptr + block.offsets, stored, mask=block.mask & commit)
     return buffer_sum
@@ -478,11 +415,13 @@ def _update_param(s, param, numerator, second_moment):
 def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
     """Store the parameter, rounded as the variant says, of the elements from `first`."""
     if V.STOCHASTIC:
-        bits = random_bits(counters, first, PARAM_STREAM, V.BY_FOURS, V.BLOCK) >> 16
+        bits = (
+            rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK) >> 16
+        )
         if V.PARAM_DTYPE == tl.bfloat16:
-            rounded = round_to_bfloat16(param, bits)
+            rounded = rounding.round_to_bfloat16(param, bits)
         else:
-            rounded = round_to_float16(param, bits)
+            rounded = rounding.round_to_float16(param, bits)
     else:
         rounded = param.to(V.PARAM_DTYPE)
     tl.store(tensors.param + block.offsets, rounded, mask=block.mask)
@@ -493,14 +432,7 @@ def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
 
 @triton.jit
 def _update_chunk(
-    chunk,
-    chunk_sq_norm_ptr,
-    admission,
-    s,
-    seed,
-    step,
-    VARIANT: tl.constexpr,
-    FULL: tl.constexpr,
+    chunk, chunk_sq_norm_ptr, admission, s, seed, step, VARIANT: tl.constexpr, FULL: tl.constexpr
 ):
     """Update a chunk, and write its sum of g^2 where that has not been taken before.
 
