@@ -192,8 +192,3 @@ def flush_(states: list[State]) -> None:
 def capability() -> str:
     """Return the instruction set in use: "avx512", "avx2" or "default"."""
     return str(torch.ops.cm_fused.cpu_capability())
-
-
-def describe(device: torch.device) -> str:
-    """Return what is at work on a device."""
-    return f"cpu on {device.type}"

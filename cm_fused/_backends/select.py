@@ -46,7 +46,7 @@ def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
         module.update_,
         module.update_priorities_,
         getattr(module, "sq_norms", reference.sq_norms),
-        module.describe,
+        getattr(module, "describe", lambda device: f"{name} on {device.type}"),
         is_fused=is_fused,
         checks_lists=is_fused and library.unavailable_reason is None,
     )

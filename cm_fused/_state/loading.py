@@ -6,18 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cm_fused import rounding
 from cm_fused._distributed import is_sharded, local, local_as
-from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
-from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, Shape, State
-from cm_fused.rounding import (
-    LARGEST,
-    as_flat,
-    flat_as,
-    num_blocks,
-    quantize,
-    quantize_moment,
-    sum_slots,
-)
+from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as, shapes_of
+from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, State
 
 # Keys that are loaded where the state dict has them, whatever the options; scales come with them.
 _LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
@@ -51,7 +43,7 @@ def check_entry(entry: Entry) -> None:
         raise ValueError(
             f"the state of {where} must have both of {_BUFFER_KEYS} or neither, got {sorted(saved)}"
         )
-    shapes = _shapes(param, group["capacity"])
+    shapes = shapes_of(param, group["capacity"])
     for key, value in values.items():
         expected = shapes[ROWS[key].shape]
         if key == "compensation" and param.dtype not in (torch.bfloat16, torch.float16):
@@ -80,7 +72,7 @@ def _loaded_values(entry: Entry) -> dict[str, Tensor]:
         if key in _LOADED
     }
     for key, scales in SCALES.items():
-        if key in values and values[key].dtype in LARGEST:
+        if key in values and values[key].dtype in rounding.LARGEST:
             values[scales] = _as_tensor(entry.where, scales, entry.saved.get(scales))
     return values
 
@@ -96,19 +88,6 @@ def _as_tensor(where: str, key: str, value: Any) -> Tensor:
         raise ValueError(
             f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"
         ) from error
-
-
-def _shapes(param: Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
-    """Return the shapes of a parameter's state tensors."""
-    shape, blocks = tuple(param.shape), num_blocks(param.numel())
-    return {
-        Shape.PARAM: shape,
-        Shape.SLOTS: (capacity, *shape),
-        Shape.SCALES: (blocks,),
-        Shape.SLOT_SCALES: (capacity, blocks),
-        Shape.KEYS: (capacity,),
-        Shape.SCALAR: (),
-    }
 
 
 def _check_step(where: str, step: Tensor) -> None:
@@ -164,7 +143,7 @@ def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         stored = saved.get(key)
         if not isinstance(stored, Tensor) or is_sharded(stored):
             continue
-        if stored.dtype in LARGEST:
+        if stored.dtype in rounding.LARGEST:
             values[key] = dequantized(saved, key)
             values.pop(scales, None)
     return values
@@ -195,7 +174,7 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
         return
     slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
     same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
-    critical_sum.copy_(torch.where(same, critical_sum, sum_slots(slots)))
+    critical_sum.copy_(torch.where(same, critical_sum, rounding.sum_slots(slots)))
 
 
 def _loaded_in_precision(
@@ -207,7 +186,7 @@ def _loaded_in_precision(
     Any other is rounded to nearest.
     """
     value, leading, scales_key = values[key], LEADING[key], SCALES[key]
-    if value.dtype not in LARGEST and new.dtype not in LARGEST:
+    if value.dtype not in rounding.LARGEST and new.dtype not in rounding.LARGEST:
         return {key: new.copy_(value)}
     new_scales: Tensor | None
     same_order = value.numel() == 0 or value.stride() == new.stride()
@@ -218,14 +197,14 @@ def _loaded_in_precision(
         order = new[0] if leading else new
         wide = dequantized(values, key).to(new.device, torch.float32)
         if leading:
-            flat = torch.stack([flat_as(slot, order) for slot in wide])
-            stored, new_scales = quantize(flat, new.dtype)
-        elif new.dtype in LARGEST:
-            flat = flat_as(wide, order)
-            stored, new_scales = quantize_moment(flat, None, signed=key == "exp_avg")
+            flat = torch.stack([rounding.flat_as(slot, order) for slot in wide])
+            stored, new_scales = rounding.quantize(flat, new.dtype)
+        elif new.dtype in rounding.LARGEST:
+            flat = rounding.flat_as(wide, order)
+            stored, new_scales = rounding.quantize_moment(flat, None, signed=key == "exp_avg")
         else:
-            stored, new_scales = flat_as(wide, order).to(new.dtype), None
-        as_flat(new, leading).copy_(stored)
+            stored, new_scales = rounding.flat_as(wide, order).to(new.dtype), None
+        rounding.as_flat(new, leading).copy_(stored)
     if new_scales is None:
         return {key: new}
     scales = new_tensor(scales_key, entry.param, {}, entry.group)
