@@ -125,9 +125,8 @@ class GradientRelease:
         if indices is None:  # `optimizer.step()` would pass over it too
             return
         try:
-            release_checks.check_options(
-                self._optimizer.param_groups[indices[0] : indices[0] + 1], indices[0]
-            )
+            group = self._optimizer.param_groups[indices[0]]
+            release_checks.check_options([group], indices[0])
             self._optimizer._step_alone(*indices)
         finally:
             param.grad = None

@@ -310,7 +310,7 @@ class CriticalAdam(CheckpointedOptimizer):
             checks.check_not_flattened(i, group)
             checks.check_gradients(i, group["params"])
             if cached is None and group["capturable"]:
-                checks.check_capturable(_with_gradients(group["params"]))
+                checks.check_capturable([p for p in group["params"] if p.grad is not None])
         if cached is None:
             checks.check_no_duplicates(groups)
         else:
@@ -427,10 +427,6 @@ class CriticalAdam(CheckpointedOptimizer):
             )
         )
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
-
-
-def _with_gradients(params: list[Tensor]) -> list[Tensor]:
-    return [param for param in params if param.grad is not None]
 
 
 def _shard_layouts(

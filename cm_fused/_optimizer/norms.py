@@ -16,6 +16,8 @@ from cm_fused._bucket import Bucket, StepOptions, over_scope
 from cm_fused._distributed import Processes
 from cm_fused._optimizer.plan import Groups, Plan, needs_norm
 
+_OptionsOf = Callable[[Bucket], StepOptions]
+
 
 def gathered(
     plan: Plan, of_buckets: Iterable[tuple[Bucket, Tensor]], among: Processes | None
@@ -66,11 +68,7 @@ def set_scope_norms(plan: Plan, among: Processes | None) -> None:
         if plan.divided:
             clear_sq_norms(plan)
         return
-
-    def options_of(bucket: Bucket) -> StepOptions:
-        return bucket.options
-
-    sums = gathered(plan, sq_norms_of_buckets(plan, options_of), among)
+    sums = gathered(plan, sq_norms_of_buckets(plan), among)
     if among is not None:
         among.start_sum(sums).wait()
     set_sq_norms(plan, sums)
@@ -85,19 +83,20 @@ def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
 
 
 def sq_norms_of_buckets(
-    plan: Plan, options_of: Callable[[Bucket], StepOptions], group: int | None = None
+    plan: Plan, options_of: _OptionsOf | None = None, group: int | None = None
 ) -> list[tuple[Bucket, Tensor]]:
     """Return the sums of squares of each bucket's gradients, float64 (params,) of each.
 
-    `options_of` has the hyperparameters by which they are read. The buckets are those of a group by
-    its index, or all.
+    `options_of` has the hyperparameters by which they are read, if not the buckets' own. The
+    buckets are those of a group by its index, or all.
     """
     pairs = []
     for backend, batch in plan.batches:
         batch.split_gradients()
         for bucket in batch.buckets:
             if group is None or bucket.group == group:
-                pairs.append((bucket, _sq_norms(backend, bucket, options_of(bucket))))
+                options = bucket.options if options_of is None else options_of(bucket)
+                pairs.append((bucket, _sq_norms(backend, bucket, options)))
     return pairs
 
 

@@ -172,7 +172,7 @@ class _ResearchAdam(CriticalAdam):
             first = self._first_timers(group)
             keys = [_norm(param) for param in first]
             if options.priority_scope == "group" and (first or len(buckets) > 1):
-                pairs = sq_norms_of_buckets(plan, _options_of, index)
+                pairs = sq_norms_of_buckets(plan, group=index)
                 total = _total([*(sums.sqrt() for _, sums in pairs), *keys])
                 keys = [total] * len(first)
                 for bucket in buckets:
@@ -256,10 +256,6 @@ class _ResearchAdam(CriticalAdam):
         if isinstance(lr, Tensor):
             lr = lr.to(param.device).reshape(())
         param.mul_(1 - lr * options.weight_decay)
-
-
-def _options_of(bucket: Bucket) -> StepOptions:
-    return bucket.options
 
 
 def _check(kappa: object, critical_test: object) -> None:

@@ -8,10 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from cm_fused._backends.triton.columns import CHUNK_SIZE as _CHUNK_SIZE
-from cm_fused._backends.triton.columns import COLUMNS
-from cm_fused._backends.triton.columns import REBUILT_CHUNK_SIZE as _REBUILT_CHUNK_SIZE
-from cm_fused._backends.triton.columns import WIDTH as _WIDTH
+from cm_fused._backends.triton import columns
 
 # Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -24,12 +21,13 @@ TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
 # What every launch is given besides its arguments. A kernel that changes its arguments in place is
 # never autotuned: the trials would be steps.
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
-CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
-REBUILT_CHUNK_SIZE = tl.constexpr(_REBUILT_CHUNK_SIZE)
+CHUNK_SIZE = tl.constexpr(columns.CHUNK_SIZE)
+REBUILT_CHUNK_SIZE = tl.constexpr(columns.REBUILT_CHUNK_SIZE)
 FULL_BLOCK = tl.constexpr(BLOCK_SIZE)
 TAIL_BLOCK = tl.constexpr(TAIL_BLOCK_SIZE)
 THREADS = tl.constexpr(NUM_THREADS)
-ROW = tl.constexpr(_WIDTH)
+_COLUMNS = columns.COLUMNS
+ROW = tl.constexpr(columns.WIDTH)
 
 
 # One variant for all values of the options. A later dtype's chunks start anywhere in the lists of
@@ -76,12 +74,12 @@ def is_set(flag_ptr):
 
 @triton.constexpr_function
 def _column(name):
-    return COLUMNS[name]
+    return _COLUMNS[name]
 
 
 @triton.jit
 def cell(row_ptr, NAME: tl.constexpr):
-    """Return what a row has in a column of `COLUMNS`."""
+    """Return what a row has in a column of the table."""
     return tl.load(row_ptr + _column(NAME))
 
 

@@ -88,26 +88,17 @@ class Tables:
             sum(-(-param.numel() // CHUNK_SIZE) for param in params if param.dtype == dtype)
             for dtype in dtypes
         ]
-        self.launches = [
-            Chunks(*of_dtype)
-            for of_dtype in zip(
-                dtypes,
-                torch.split(chunks, counts),
-                torch.split(self.chunk_sq_norms, counts),
-                strict=True,
-            )
-        ]
+        self.launches = self._split(dtypes, counts)
 
     def launches_one_by_one(self) -> list[tuple[int, Chunks]]:
         """Return the number and the chunks of each parameter, in the order of `launches`."""
         counts = [int(self._host[i, COLUMNS["num_chunks"]]) for i in self._order]
-        split = zip(
-            [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order],
-            torch.split(self._chunks, counts),
-            torch.split(self.chunk_sq_norms, counts),
-            strict=True,
-        )
-        return [(i, Chunks(*of_param)) for i, of_param in zip(self._order, split, strict=True)]
+        dtypes = [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order]
+        return list(zip(self._order, self._split(dtypes, counts), strict=True))
+
+    def _split(self, dtypes: list[torch.dtype], counts: list[int]) -> list[Chunks]:
+        sq_norms = torch.split(self.chunk_sq_norms, counts)
+        return list(map(Chunks, dtypes, torch.split(self._chunks, counts), sq_norms))
 
     def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
         """Give critical gradients a place for this step's slots and counts of filled ones."""
