@@ -161,7 +161,10 @@ class Batch:
 
 
 def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
-    """Return the sum of float64 (params,) sums of squares over the scope, which has no others."""
+    """Return the sums of squares over the priority scope, where there is no more to the group.
+
+    Given those of each parameter, float64 (params,).
+    """
     if options.priority_scope == "tensor":
         return sq_norms
     return sq_norms.sqrt().sum().square() if options.sum_of_norms else sq_norms.sum()

@@ -58,6 +58,7 @@ def local_grad(param: Tensor) -> Tensor:
     if not is_sharded(param):
         return grad
     placed: Any = grad
+    # It may be placed otherwise: as summands on the processes, for one.
     if placed.placements != param.placements:  # type: ignore[attr-defined]
         placed = placed.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(placed)
@@ -65,6 +66,7 @@ def local_grad(param: Tensor) -> Tensor:
 
 def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state with full tensors, gathered from all processes; it must have no scales."""
+    # Those belong to blocks of local tensors.
     return {
         key: value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value  # type: ignore[attr-defined]
         for key, value in state.items()

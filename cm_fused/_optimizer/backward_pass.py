@@ -32,7 +32,7 @@ _REMEDY = (
 
 
 class _Pass:
-    """An outermost backward pass, called by the engine when it ends; nothing else refers to it."""
+    """An outermost backward pass, called by the engine when it ends, to which only it refers."""
 
     def __init__(self, graph_task: int, at_end: Callable[[], None]) -> None:
         self.graph_task = graph_task
@@ -68,8 +68,8 @@ class BackwardPasses:
         """Return whether a gradient is final; else its parameter waits for the end of the pass.
 
         Its hook calls this when the gradient has been accumulated. RuntimeError where that is a
-        part of the pass's: the end of the pass cannot be found, or another part has been stepped
-        with.
+        part of the pass's, and the end of the pass cannot be found or the parameter has already
+        been stepped with another part.
         """
         outermost = self._current()
         if outermost is None:

@@ -95,7 +95,7 @@ class CriticalAdam(CheckpointedOptimizer):
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
     ) -> None:
-        # First of all: the only other names are those of a method.
+        # So far the names are the arguments, and what every method has.
         arguments = dict(locals())
         for name in ("self", "params", "__class__"):
             del arguments[name]
@@ -198,8 +198,8 @@ class CriticalAdam(CheckpointedOptimizer):
     def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
         """Validate the cached plan or make a new one, and run it.
 
-        `groups` are the param groups, or one with a parameter that is stepped alone, which is the
-        optimizer's parameter number `first`.
+        `groups` are the param groups, or one with a parameter that is stepped alone. `first` is the
+        index of their first parameter among the optimizer's.
         """
         plan = cached = plans.find(groups, self.state, self._waiting)
         if plans.on_gpu:

@@ -72,6 +72,7 @@ def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
         name: str(value) if isinstance(value, torch.dtype) else value
         for name, value in plain_options(group).items()
     }
+    # A group has it from its first step with `skip_nonfinite` on.
     count = torch.zeros((), dtype=torch.int64, device="cpu")
     return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
 

@@ -159,21 +159,14 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
     row, capacity, dtype = ROWS[key], group["capacity"], dtype_of(key, param, group)
     if row.shape in (Shape.PARAM, Shape.SLOTS):
         return _new_shaped(key, param, state, capacity, dtype)
-    size = shapes_of(param, capacity)[row.shape]
-    return torch.full(size, row.fill, dtype=dtype, device=param.device)
-
-
-def shapes_of(param: Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
-    """Return the shapes of a parameter's state tensors."""
-    shape, blocks = tuple(param.shape), num_blocks(param.numel())
-    return {
-        Shape.PARAM: shape,
-        Shape.SLOTS: (capacity, *shape),
+    blocks = num_blocks(param.numel())
+    size = {
+        Shape.SCALAR: (),
+        Shape.KEYS: (capacity,),
         Shape.SCALES: (blocks,),
         Shape.SLOT_SCALES: (capacity, blocks),
-        Shape.KEYS: (capacity,),
-        Shape.SCALAR: (),
-    }
+    }[row.shape]
+    return torch.full(size, row.fill, dtype=dtype, device=param.device)
 
 
 def _new_shaped(key: str, param: Tensor, state: State, capacity: int, dtype: torch.dtype) -> Tensor:

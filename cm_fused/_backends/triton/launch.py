@@ -294,7 +294,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         return result
 
     def update_priorities(self, sq_norm: Tensor | None) -> None:
-        """Launch the priority kernel on the pass's norms, or on a larger scope's sum."""
+        """Launch the priority kernel on the norms of the pass before, or on a given sum."""
         _update_priorities(self.tables, self._table, self.bucket, sq_norm, self._found_inf)
 
     def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
