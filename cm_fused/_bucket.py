@@ -15,16 +15,7 @@ _CHANGED = tuple(key for key in KEYS if key not in ("critical_sum", "pending_slo
 
 
 class StepOptions(NamedTuple):
-    """The hyperparameters of one step of one param group, as the optimizers' docstrings define.
-
-    Attributes:
-        l2_in_aggregate: The L2 term of critical gradients is added to the aggregate alone: neither
-            norms nor slots have it (`cm_fused.compat`).
-        sum_of_norms: A group's key is the sum of its parameters' norms, not the norm of them all
-            (`cm_fused.compat`).
-        grad_factor: What every gradient is multiplied by before all else, float64 (); None for 1.
-        found_inf: float64 (); where it is not 0 the step changes nothing. None for 0.
-    """
+    """The hyperparameters of one step of one param group, as the optimizers' docstrings define."""
 
     lr: float | Tensor
     beta1: float
@@ -39,9 +30,14 @@ class StepOptions(NamedTuple):
     decoupled_weight_decay: bool
     low_precision_update: str
     seed: int
+    # Of `cm_fused.compat`: the L2 term of critical gradients is added to the aggregate alone, so
+    # that neither norms nor slots have it.
     l2_in_aggregate: bool = False
+    # Of `cm_fused.compat`: a group's key is the sum of its parameters' norms, not that of them all.
     sum_of_norms: bool = False
+    # What every gradient is multiplied by before all else, float64 (); None for 1.
     grad_factor: Tensor | None = None
+    # float64 (); where it is not 0 the step changes nothing. None for 0.
     found_inf: Tensor | None = None
 
 
@@ -91,35 +87,24 @@ class Bucket:
 
     Item i of every list belongs to parameter i. Real dtypes only: complex tensors come as views of
     pairs. `bucket[key]` is the list of a state key.
-
-    Attributes:
-        params: Changed by the step. Any strides.
-        grads: Never changed. Shape and dtype of their parameter, any strides.
-        state: The lists of the state tensors there are, by key, as `cm_fused._state.table`
-            describes them. Changed.
-        param_indices: The index of each parameter among the optimizer's, the key of its random
-            bits; empty where the bucket is all there is.
-        shard_layouts: Where each parameter's elements lie in the full parameter, which keys their
-            random bits: the three numbers of `cm_fused.philox.ShardLayout` for each; empty where
-            all are full.
-        critical_gradients: Whether the buffers hold gradients, else momenta.
-        options: This step's hyperparameters.
-        sq_norm: This step's sum of g^2 over the priority scope, float64 () or (params,), where the
-            bucket is not all of the scope; else None.
-        group: The index of its param group.
-        registered: What its backend prepared for all steps of these tensors.
     """
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    state: dict[str, list[Tensor]]
+    params: list[Tensor]  # changed by the step, any strides
+    grads: list[Tensor]  # never changed; shape and dtype of their parameter, any strides
+    state: dict[str, list[Tensor]]  # changed; by the keys of `cm_fused._state.table` there are
+    # The index of each parameter among the optimizer's, the key of its random bits; empty where the
+    # bucket is all there is.
     param_indices: list[int] = field(default_factory=list)
+    # Where each parameter's elements lie in the full parameter, which keys their random bits: the
+    # three numbers of `cm_fused.philox.ShardLayout` for each; empty where all are full.
     shard_layouts: list[int] = field(default_factory=list)
-    critical_gradients: bool = False
+    critical_gradients: bool = False  # whether the buffers hold gradients, else momenta
     options: StepOptions = field(default=None)  # type: ignore[assignment]
+    # This step's sum of g^2 over the priority scope, float64 () or (params,), where the bucket is
+    # not all of the scope.
     sq_norm: Tensor | None = None
-    group: int = 0
-    registered: Any = None
+    group: int = 0  # the index of its param group
+    registered: Any = None  # what its backend prepared for all steps of these tensors
     _indices: Tensor | None = None
 
     def __getitem__(self, key: str) -> list[Tensor]:
@@ -160,19 +145,12 @@ class Bucket:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """The buckets of a step that one backend steps in one call.
+    """The buckets of a step that one backend steps in one call."""
 
-    Attributes:
-        buckets: In the order of their param groups.
-        params: The parameters of all of them, one bucket after the other.
-        grads: Their gradients.
-        registered: What the backend prepared for all steps of these buckets.
-    """
-
-    buckets: list[Bucket]
-    params: list[Tensor]
+    buckets: list[Bucket]  # in the order of their param groups
+    params: list[Tensor]  # those of all of them, one bucket after the other
     grads: list[Tensor] = field(default_factory=list)
-    registered: Any = None
+    registered: Any = None  # what the backend prepared for all steps of these buckets
 
     def split_gradients(self) -> None:
         """Give the buckets their gradients."""
@@ -185,9 +163,7 @@ class Batch:
 def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
     """Return the sums of squares over the priority scope, where there is no more to the group.
 
-    Args:
-        sq_norms: Those of each parameter, float64 (params,).
-        options: The hyperparameters.
+    Given those of each parameter, float64 (params,).
     """
     if options.priority_scope == "tensor":
         return sq_norms

@@ -52,25 +52,21 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_grad(param: Tensor) -> Tensor:
-    """Return the gradient of `local(param)`, which must have one.
-
-    A gradient that is placed otherwise, as summands on the processes for one, is redistributed.
-    """
+    """Return the gradient of `local(param)`, which must have one, placed as the parameter."""
     grad = param.grad
     assert grad is not None
     if not is_sharded(param):
         return grad
     placed: Any = grad
+    # It may be placed otherwise: as summands on the processes, for one.
     if placed.placements != param.placements:  # type: ignore[attr-defined]
         placed = placed.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(placed)
 
 
 def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state with full tensors, gathered from all processes where they are sharded.
-
-    It must have no scales, which belong to blocks of local tensors.
-    """
+    """Return a state with full tensors, gathered from all processes; it must have no scales."""
+    # Those belong to blocks of local tensors.
     return {
         key: value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value  # type: ignore[attr-defined]
         for key, value in state.items()
@@ -78,12 +74,9 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sharded_as(tensor: Tensor, param: Tensor, leading: int = 0) -> Tensor:
-    """Return a DTensor, placed as another one, of this process's local tensor.
+    """Return a DTensor, placed as the DTensor `param`, of this process's local tensor.
 
-    Args:
-        tensor: The local tensor, of the shape of the other's, or several of it: the slots.
-        param: The other DTensor: a parameter, or state that is placed as its parameter.
-        leading: The dimensions of `tensor` before those of the parameter, 0 or 1.
+    That has the local shape of `param`, after `leading` dimensions more, 0 or 1: the slots.
     """
     from torch.distributed.tensor import DTensor
 
@@ -109,13 +102,9 @@ def _moved(placement: Any, by: int) -> Any:
 
 
 def local_as(value: Any, param: Tensor, leading: int = 0) -> Any:
-    """Return the part of a value that belongs to the local tensor of a parameter.
+    """Return the part of a full tensor or DTensor that belongs to the local tensor of a parameter.
 
-    Args:
-        value: A full tensor or a DTensor, of the parameter's shape or several of it; any other
-            value is returned.
-        param: A parameter.
-        leading: As of `sharded_as`.
+    It has the parameter's shape, after `leading` dimensions more. Any other value is returned.
     """
     if not isinstance(value, Tensor):
         return value
@@ -140,11 +129,8 @@ def shard_layout_of(param: Tensor, order: Tensor) -> ShardLayout:
 
     They must be runs of one length, evenly apart, in the order in which the full parameter has
     them. They are where only the first dimension and one more are sharded, in slices of consecutive
-    indices, and the parameter is dense. Otherwise the local elements are numbered from 0 on.
-
-    Args:
-        param: A parameter; the local tensor of a plain one is the full one.
-        order: A dense tensor of the local tensor's shape, whose memory order numbers the elements.
+    indices, and the parameter is dense. Otherwise the local elements are numbered from 0 on. The
+    memory order of `order`, dense and of the local tensor's shape, numbers them.
     """
     if not is_sharded(param) or not order.numel():
         return ShardLayout()
@@ -190,26 +176,21 @@ def _first_index(param: Tensor, dim: int) -> int | None:
 
 
 class Processes:
-    """The processes among which the parameters of an optimizer are sharded.
-
-    Attributes:
-        device: The device of tensors that are summed over them.
-        counted: For every parameter of the optimizer, 1.0 where this process counts its local
-            tensor and 0.0 where another process with the same one does; float64 on `device`.
-    """
+    """The processes among which the parameters of an optimizer are sharded."""
 
     def __init__(self, params: list[Tensor]) -> None:
         mesh = _common_mesh([param.device_mesh for param in params if is_sharded(param)])  # type: ignore[attr-defined]
         self._groups = _groups(mesh)
         self.device = _device_of(mesh)
+        # For every parameter 1.0 where this process counts its local tensor, and 0.0 where another
+        # process with the same one does.
         counted = [float(_counts(param, mesh)) for param in params]
         self.counted = torch.tensor(counted, dtype=torch.float64, device=self.device)
 
     def start_sum(self, values: Tensor) -> Any:
-        """Start to sum a tensor on `device` over the processes, in place.
+        """Start to sum a tensor on `device` over the processes, in place; return the work.
 
-        Returns:
-            A work. Its `wait()` makes an accelerator's stream wait for the sum, not the host.
+        Its `wait()` makes an accelerator's stream wait for the sum, not the host.
         """
         *first, last = self._groups
         for group in first:
@@ -231,10 +212,9 @@ def processes(params: list[Tensor]) -> Processes | None:
 
 
 def _common_mesh(meshes: list[Any]) -> Any:
-    """Return a mesh with the processes of all meshes.
+    """Return a mesh with the processes of all meshes: the largest, if it has them, else the root.
 
-    The largest of them is preferred to the root mesh, which may have processes with other
-    parameters: those of other stages of a pipeline.
+    The root mesh may have processes with other parameters: those of other stages of a pipeline.
     """
     largest = max(meshes, key=lambda mesh: mesh.size())
     for candidate in (largest, largest._get_root_mesh()):
@@ -267,12 +247,7 @@ def _device_of(mesh: Any) -> torch.device:
 
 
 def _counts(param: Tensor, mesh: Any) -> bool:
-    """Return whether this process is the first of those with the same part of a parameter.
-
-    Args:
-        param: A parameter; a plain tensor is the same on every process.
-        mesh: The mesh of all sums.
-    """
+    """Return whether this process is a mesh's first of those with the same part of a parameter."""
     import torch.distributed as dist
 
     first = int(mesh.mesh.flatten()[0])

@@ -30,11 +30,7 @@ _works: deque[Any] = deque()
 
 
 def hold(work: Any) -> None:
-    """Refer to a work until its thread no longer does.
-
-    Args:
-        work: A `torch.distributed.Work` of gloo's, just started.
-    """
+    """Refer to a work of gloo's, just started, until its thread no longer does."""
     _register()
     _works.append(work)
     while len(_works) > _NUM_HELD and _works[0].is_completed():

@@ -11,15 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cm_fused._optimizer import release_checks
 from cm_fused._optimizer.backward_pass import BackwardPasses, is_outermost_forward
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._optimizer.release_checks import (
-    active_ddp,
-    check_ddp,
-    check_model,
-    check_options,
-    check_params,
-)
 from cm_fused.sam import SAM
 
 
@@ -56,27 +50,18 @@ class GradientRelease:
             self._optimizer._single_plans = {}
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Check that groups which are about to be loaded can be stepped in backward.
-
-        Raises:
-            ValueError: An option needs all gradients at once.
-        """
-        check_options(groups)
+        """Check that groups which are about to be loaded can be stepped in backward."""
+        release_checks.check_options(groups)
 
     def _follow_groups(self) -> None:
-        """Serve the parameters that the optimizer has now, and no others.
-
-        Raises:
-            ValueError: An option needs all gradients at once. Nothing has been changed then.
-            RuntimeError: A parameter cannot be stepped in backward. Nothing has been changed then.
-        """
+        """Serve the parameters that the optimizer has now, and no others, or change nothing."""
         groups = self._optimizer.param_groups
         params = list(chain.from_iterable(group["params"] for group in groups))
         if len(params) == len(self._params) and all(map(is_, params, self._params)):
             return
-        check_options(groups)
-        check_model(self._model)
-        check_params(self._model, groups, self._handles)
+        release_checks.check_options(groups)
+        release_checks.check_model(self._model)
+        release_checks.check_params(self._model, groups, self._handles)
         self._hook_params(params)
         self._params = params
         self._indices = {
@@ -87,25 +72,22 @@ class GradientRelease:
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _before_forward(self) -> None:
-        """Follow what has changed since the last forward pass, before anything is stepped.
-
-        Raises:
-            ValueError: An option needs all gradients at once.
-            RuntimeError: DDP reduces gradients, or a parameter cannot be stepped in backward.
-        """
+        """Follow or refuse what has changed since the last forward pass, before a step."""
         if not is_outermost_forward():
             return
         if dist.is_available() and dist.is_initialized():
-            check_model(self._model)
-            check_ddp(self._params)
-        check_options(self._optimizer.param_groups)
+            release_checks.check_model(self._model)
+            release_checks.check_ddp(self._params)
+        release_checks.check_options(self._optimizer.param_groups)
         self._follow_groups()
 
     def _after_forward(self, outputs: Any) -> None:
         """Watch for the backward pass that begins at these outputs of the model."""
         if not is_outermost_forward():
             return
-        check_ddp(self._params)  # `replicate` may become active after the hook before forward
+        release_checks.check_ddp(
+            self._params
+        )  # `replicate` may become active after the hook before forward
         self._passes.watch(outputs)
 
     def _hook_params(self, params: list[Tensor]) -> None:
@@ -143,7 +125,8 @@ class GradientRelease:
         if indices is None:  # `optimizer.step()` would pass over it too
             return
         try:
-            check_options(self._optimizer.param_groups[indices[0] : indices[0] + 1], indices[0])
+            group = self._optimizer.param_groups[indices[0]]
+            release_checks.check_options([group], indices[0])
             self._optimizer._step_alone(*indices)
         finally:
             param.grad = None
@@ -198,7 +181,7 @@ class _BeforeForward(_ModelHook):
     def __call__(self, *_: Any) -> None:
         # A compiled forward pass is left as it is, unless it has to be refused.
         if self.release is not None and not (
-            torch.compiler.is_compiling() and active_ddp() is None
+            torch.compiler.is_compiling() and release_checks.active_ddp() is None
         ):
             self.release._before_forward()
 

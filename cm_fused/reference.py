@@ -232,12 +232,7 @@ def _words(bucket: Bucket, i: int, stream: Stream, options: StepOptions) -> Tens
 
 
 def _update_(
-    bucket: Bucket,
-    i: int,
-    v: Tensor,
-    aggregate: Tensor,
-    numerator: Tensor,
-    options: StepOptions,
+    bucket: Bucket, i: int, v: Tensor, aggregate: Tensor, numerator: Tensor, options: StepOptions
 ) -> None:
     """Update second moment v and parameter i."""
     param, step = bucket.params[i], bucket["step"][i] + 1

@@ -232,11 +232,7 @@ class SAM(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _participants(self) -> list[Tensor]:
-        """Return the parameters that have a gradient.
-
-        Raises:
-            RuntimeError: A gradient is sparse, or is not a DTensor as its parameter is.
-        """
+        """Return the parameters that have a gradient; RuntimeError where one does not fit."""
         pairs = [(param, param.grad) for param in self._params() if param.grad is not None]
         for i, (param, grad) in enumerate(pairs):
             if grad.layout != torch.strided:

@@ -9,11 +9,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def check_not_capturing(device: torch.device) -> None:
-    """Check that state is not made inside a graph, whose every replay would make it anew.
-
-    Raises:
-        RuntimeError: A CUDA graph is being captured.
-    """
+    """Check that state is not made inside a graph, whose every replay would make it anew."""
     if is_capturing(device):
         raise RuntimeError(
             "the state of every parameter must be there before a CUDA graph is captured; take a "
@@ -22,11 +18,7 @@ def check_not_capturing(device: torch.device) -> None:
 
 
 def check_not_captured_sharded(device: torch.device) -> None:
-    """Check that no step of DTensors goes into a graph: it ends in the next, by the norms' sum.
-
-    Raises:
-        RuntimeError: A CUDA graph is being captured.
-    """
+    """Check that no step of DTensors goes into a graph: it ends in the next, by the norms' sum."""
     if is_capturing(device):
         raise RuntimeError(
             "a step of DTensor parameters cannot be captured in a CUDA graph: its norms are waited "

@@ -73,11 +73,7 @@ def prepare(batch: Batch) -> Callable[[], None]:
 
 
 def update_(batch: Batch) -> list[Tensor]:
-    """Step critical momenta without their priorities; return each gradient's sum of squares.
-
-    Returns:
-        Of each bucket, float64 (params,).
-    """
+    """Step critical momenta without their priorities; return each gradient's sum of squares."""
     # Nobody reads those of a skipped step.
     sq_norms = torch.zeros(len(batch.params), dtype=torch.float64, device=_CPU)
     _step_(batch, sq_norms)
@@ -140,12 +136,7 @@ def _lrs(options: list[StepOptions]) -> list[Tensor]:
 
 
 def _for_each(scalars: list[Tensor | None], otherwise: float) -> list[Tensor]:
-    """Return scalars of several buckets as the operators take them: none, or one for each.
-
-    Args:
-        scalars: Those that are given, else None.
-        otherwise: What None means.
-    """
+    """Return scalars of several buckets as the operators take them: none, or one for each."""
     if all(scalar is None for scalar in scalars):
         return []
     default = torch.tensor(otherwise, dtype=torch.float64, device=_CPU)
@@ -184,8 +175,7 @@ def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
 def flush_(states: list[State]) -> None:
     """Make the deferred commits of local states of real tensors, all of them or none.
 
-    Args:
-        states: Each has an `exp_avg`, a `critical_buffer` and a `pending_slot`, which becomes -1.
+    Each has an `exp_avg`, a `critical_buffer` and a `pending_slot`, which becomes -1.
     """
     keys = ("exp_avg", "critical_buffer", "critical_sum", "critical_scales", "exp_avg_scales")
     batches: dict[int, list[State]] = {}
@@ -202,8 +192,3 @@ def flush_(states: list[State]) -> None:
 def capability() -> str:
     """Return the instruction set in use: "avx512", "avx2" or "default"."""
     return str(torch.ops.cm_fused.cpu_capability())
-
-
-def describe(device: torch.device) -> str:
-    """Return what is at work on a device."""
-    return f"cpu on {device.type}"

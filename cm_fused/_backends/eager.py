@@ -7,7 +7,6 @@ first change. The reference allocates between its changes.
 from collections.abc import Callable, Iterable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from cm_fused import reference
@@ -85,8 +84,3 @@ class Undo:
             tensor.copy_(before)
         for buffer, slot, before in self._slots:
             buffer.index_copy_(0, slot, before)
-
-
-def describe(device: torch.device) -> str:
-    """Return what is at work on a device."""
-    return f"eager on {device.type}"

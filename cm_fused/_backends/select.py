@@ -21,29 +21,20 @@ class Backend:
 
     A batch's step is taken whole or, where it raises, not at all: with the reference this is
     `cm_fused._backends.eager.Undo`'s doing.
-
-    Attributes:
-        name: The value of the `backend` option that asks for it.
-        register: Prepares all steps of a batch.
-        prepare: Prepares one step of a batch without changing anything; returns what takes it.
-        update_: Steps critical momenta without their priorities; returns for each bucket what
-            `sq_norms` does.
-        update_priorities_: Updates the priorities, once the norms are known.
-        sq_norms: The sum of the squares of each of a bucket's gradients.
-        describe: What of it is at work on a device, for `repr`.
-        is_fused: Whether it keeps the state of `cm_fused._state.table.fused_keys`.
-        checks_lists: Whether a registered step checks the lists before it changes anything.
     """
 
-    name: str
-    register: Callable[[Batch], None]
+    name: str  # the value of the `backend` option that asks for it
+    register: Callable[[Batch], None]  # prepares all steps of a batch
+    # Prepares one step of a batch without changing anything; returns what takes it.
     prepare: Callable[[Batch], Callable[[], None]]
+    # Steps critical momenta without their priorities; returns each bucket's `sq_norms`.
     update_: Callable[[Batch], list[Tensor]]
-    update_priorities_: Callable[[Batch], None]
+    update_priorities_: Callable[[Batch], None]  # once the norms are known
+    # The sum of the squares of each of a bucket's gradients, float64 (params,).
     sq_norms: Callable[[Bucket, StepOptions], Tensor]
-    describe: Callable[[torch.device], str]
-    is_fused: bool
-    checks_lists: bool
+    describe: Callable[[torch.device], str]  # what of it is at work on a device, for `repr`
+    is_fused: bool  # whether it keeps the state of `cm_fused._state.table.fused_keys`
+    checks_lists: bool  # whether a registered step checks the lists before it changes anything
 
 
 def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
@@ -55,7 +46,7 @@ def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
         module.update_,
         module.update_priorities_,
         getattr(module, "sq_norms", reference.sq_norms),
-        module.describe,
+        getattr(module, "describe", lambda device: f"{name} on {device.type}"),
         is_fused=is_fused,
         checks_lists=is_fused and library.unavailable_reason is None,
     )
@@ -89,15 +80,7 @@ def _triton_on(device: torch.device) -> "Backend | str":
 
 
 def select(requested: str | None, device: torch.device) -> Backend:
-    """Return the backend for parameters on `device`.
-
-    Args:
-        requested: The param group's `backend` option. None chooses the best there is.
-        device: Where the parameters are.
-
-    Raises:
-        RuntimeError: An explicit request cannot be met; the message says why.
-    """
+    """Return the requested backend for a device, or the best; RuntimeError says why not."""
     if requested == "eager":
         return EAGER
     if requested == "triton":

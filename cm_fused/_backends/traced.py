@@ -90,20 +90,7 @@ def step_op(
 ) -> None:
     """Take a step of either kind, its arguments those of `Bucket` and `StepOptions`.
 
-    Args:
-        params: Changed.
-        grads: Not changed.
-        state: The tensors of each state key of the mask, row by row. Changed.
-        mask: Which rows of the STATE table there are.
-        param_indices: As of `Bucket`.
-        shard_layouts: As of `Bucket`.
-        sq_norm: As of `Bucket`.
-        lr: The learning rate, one element.
-        grad_factor: As of `StepOptions`.
-        found_inf: As of `StepOptions`.
-        backend: The name of the backend that takes it.
-        critical_gradients: Whether the buffers hold gradients, else momenta.
-        options: The other fields of `StepOptions`.
+    `state` has the tensors of each row of the STATE table in the mask, row by row.
     """
     count = len(params)
     lists = {key: list(state[i * count : (i + 1) * count]) for i, key in enumerate(keys_of(mask))}

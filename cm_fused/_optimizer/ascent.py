@@ -32,10 +32,7 @@ class Sums:
             self._counted = {id(param) for param, share in pairs if share}
 
     def counts(self, param: Tensor) -> bool:
-        """Return whether this process counts its part of a parameter in a sum.
-
-        Where several processes have the same part, one of them counts it.
-        """
+        """Return whether this process, of those with the same part, counts that of a parameter."""
         return self._processes is None or id(param) in self._counted
 
     def total(self, value: Tensor) -> Tensor:
@@ -52,15 +49,7 @@ class Sums:
 
 
 def ascend_(pairs: list[_Pair], rho: float, adaptive: bool, sums: Sums) -> None:
-    """Move parameters along their gradients, as `SAM` defines.
-
-    Args:
-        pairs: The parameters that have a gradient, which are changed, and the gradients of their
-            local tensors.
-        rho: The radius.
-        adaptive: Whether the neighbourhood is scaled by each parameter's magnitude.
-        sums: Follows the optimizer's parameters.
-    """
+    """Move the parameters of the pairs along their local gradients, as `SAM` defines."""
     lists = _by_kind(pairs)
     counted = [pair for pair in pairs if sums.counts(pair[0])]
     norm = sums.norm(
@@ -83,10 +72,7 @@ def ascend_(pairs: list[_Pair], rho: float, adaptive: bool, sums: Sums) -> None:
 
 
 def _by_kind(pairs: list[_Pair]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return local tensors and gradients by device and dtype, as multi-tensor kernels need them.
-
-    Complex tensors become views as pairs of reals.
-    """
+    """Return local tensors and gradients by device and dtype for multi-tensor kernels, all real."""
     lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for param, grad in pairs:
         target = _as_real(local(param))

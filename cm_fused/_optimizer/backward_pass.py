@@ -32,10 +32,7 @@ _REMEDY = (
 
 
 class _Pass:
-    """An outermost backward pass, called by the engine when it ends.
-
-    Only the engine refers to it. It is gone after the pass, also after one that failed.
-    """
+    """An outermost backward pass, called by the engine when it ends, to which only it refers."""
 
     def __init__(self, graph_task: int, at_end: Callable[[], None]) -> None:
         self.graph_task = graph_task
@@ -55,11 +52,7 @@ class BackwardPasses:
     """The backward passes of a model, each from its outputs to its parameters."""
 
     def __init__(self, step: Callable[[Tensor], None]) -> None:
-        """Start with no pass.
-
-        Args:
-            step: Called with a parameter that had to wait, at the end of the pass.
-        """
+        """Start with no pass; its end calls `step` with each parameter that had to wait."""
         self._step = step
         self._outermost: weakref.ref[_Pass] | None = None
         self._waiting: dict[int, Tensor] = {}
@@ -74,12 +67,9 @@ class BackwardPasses:
     def may_step(self, param: Tensor) -> bool:
         """Return whether a gradient is final; else its parameter waits for the end of the pass.
 
-        Args:
-            param: A parameter in its hook, whose gradient has just been accumulated.
-
-        Raises:
-            RuntimeError: The gradient is a part of the pass's. The end of the pass cannot be found,
-                or the parameter has already been stepped with another part.
+        Its hook calls this when the gradient has been accumulated. RuntimeError where that is a
+        part of the pass's, and the end of the pass cannot be found or the parameter has already
+        been stepped with another part.
         """
         outermost = self._current()
         if outermost is None:
@@ -170,10 +160,8 @@ def _is_within_backward() -> bool:
 def _leads_to_checkpoint(node: Any, searched: set[int]) -> bool:
     """Return whether the graph of a node has a reentrant checkpoint.
 
-    Args:
-        node: Where the backward pass begins.
-        searched: The sequence numbers of the nodes that other searches have seen; changed.
-            Numbers, since a reference to a node keeps the tensors alive that a Function stored.
+    `searched` has the sequence numbers of the nodes that were seen, and is changed. Numbers, since
+    a reference to a node keeps the tensors alive that a Function stored.
     """
     seen = set()
     pending = [node]

@@ -10,37 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from cm_fused._backends.capture import (
-    check_not_captured_sharded,
-    check_not_capturing,
-    is_capturing,
-)
+from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing, is_capturing
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import drop_derived
 from cm_fused._backends.select import Backend, select
 from cm_fused._bucket import Bucket
 from cm_fused._distributed import Processes, is_sharded, local, local_state, shard_layout_of
+from cm_fused._optimizer import checks, norms
 from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
-from cm_fused._optimizer.checks import (
-    check_capturable,
-    check_gradients,
-    check_low_precision,
-    check_no_duplicates,
-    check_not_flattened,
-    check_optimizer_option,
-    check_options,
-    check_partitioner,
-    plain_options,
-)
-from cm_fused._optimizer.norms import (
-    SkippedSteps,
-    clear_sq_norms,
-    gathered,
-    scale_,
-    set_scope_norms,
-    set_sq_norms,
-    update_all_,
-)
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
 from cm_fused._state.making import check_param, missing_state_of
 from cm_fused._state.table import State, fused_keys, required_keys
@@ -67,10 +44,7 @@ class CriticalAdam(CheckpointedOptimizer):
     def __init_subclass__(cls, defaults: dict[str, Any] | None = None, **arguments: Any) -> None:
         """Give the class a constructor of its own, whose errors name it and not its base.
 
-        Args:
-            defaults: The constructor's arguments whose defaults are not the base's, with their
-                defaults.
-            arguments: Those of other bases.
+        `defaults` has those arguments of the constructor whose defaults are not the base's.
         """
         super().__init_subclass__(**arguments)
         if "__init__" in cls.__dict__:
@@ -121,31 +95,12 @@ class CriticalAdam(CheckpointedOptimizer):
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "capacity": capacity,
-            "priority_decay": priority_decay,
-            "priority_scope": priority_scope,
-            "buffer_mean": buffer_mean,
-            "eps_inside_sqrt": eps_inside_sqrt,
-            "buffer_dtype": buffer_dtype,
-            "moment_dtype": moment_dtype,
-            "low_precision_update": low_precision_update,
-            "seed": seed,
-            "max_grad_norm": max_grad_norm,
-            "skip_nonfinite": skip_nonfinite,
-            "amp_scaling": amp_scaling,
-            "maximize": maximize,
-            "capturable": capturable,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "backend": backend,
-        }
-        defaults = plain_options(defaults)
-        check_options(defaults)
+        # So far the names are the arguments, and what every method has.
+        arguments = dict(locals())
+        for name in ("self", "params", "__class__"):
+            del arguments[name]
+        defaults = checks.plain_options(arguments)
+        checks.check_options(defaults)
         super().__init__(params, defaults)
         self.state = OptimizerState()
         self._forget_plans()
@@ -179,18 +134,18 @@ class CriticalAdam(CheckpointedOptimizer):
                 nothing is added.
         """
         if isinstance(param_group, dict):
-            options = plain_options(
+            options = checks.plain_options(
                 {name: value for name, value in param_group.items() if name != "params"}
             )
-            check_options({**self.defaults, **options})
-            check_partitioner({**self.defaults, **options})
-            check_optimizer_option("amp_scaling", options, self.defaults)
+            checks.check_options({**self.defaults, **options})
+            checks.check_partitioner({**self.defaults, **options})
+            checks.check_optimizer_option("amp_scaling", options, self.defaults)
             param_group.update(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_not_flattened(len(self.param_groups) - 1, group, ValueError)
-            check_low_precision(group)
+            checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
+            checks.check_low_precision(group)
             for device in {param.device for param in group["params"]}:
                 if group["backend"] is not None:
                     select(group["backend"], device)
@@ -243,10 +198,8 @@ class CriticalAdam(CheckpointedOptimizer):
     def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
         """Validate the cached plan or make a new one, and run it.
 
-        Args:
-            plans: Those of these groups.
-            groups: The param groups, or one with a parameter that is stepped alone.
-            first: The index of their first parameter among the optimizer's.
+        `groups` are the param groups, or one with a parameter that is stepped alone. `first` is the
+        index of their first parameter among the optimizer's.
         """
         plan = cached = plans.find(groups, self.state, self._waiting)
         if plans.on_gpu:
@@ -292,15 +245,10 @@ class CriticalAdam(CheckpointedOptimizer):
 
     @torch.no_grad()
     def _step_alone(self, index: int, position: int) -> None:
-        """Step one parameter, which is a priority scope of its own, if it has a gradient.
-
-        Args:
-            index: The index of its group.
-            position: The index of the parameter in the group.
-        """
+        """Step a parameter, by its group and position, as a priority scope of its own."""
         group = self.param_groups[index]
         param = group["params"][position]
-        check_gradients(index, [param], position)
+        checks.check_gradients(index, [param], position)
         if param in self.state:
             self._check_state(param)
         first = position + sum(len(group["params"]) for group in self.param_groups[:index])
@@ -320,19 +268,19 @@ class CriticalAdam(CheckpointedOptimizer):
             return
         plan, sums, work = self._pending
         work.wait()
-        set_sq_norms(plan, sums)
+        norms.set_sq_norms(plan, sums)
         for backend, batch in plan.batches:
             backend.update_priorities_(batch)
-        clear_sq_norms(plan)
+        norms.clear_sq_norms(plan)
         self._pending = None
 
     def _run(self, plan: Plan, plans: Plans, groups: Groups) -> None:
         """Take a plan's step in all groups, or in none."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        skipped: list[SkippedSteps] = []
+        skipped: list[norms.SkippedSteps] = []
         try:
             if plans.needs_norm or grad_scale is not None or found_inf is not None:
-                scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
+                norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
             if plan.has_eager and not plan.is_traced:
                 with Undo(plan.eager_buckets()):
                     self._run_buckets(plan, groups, plans.processes)
@@ -348,23 +296,23 @@ class CriticalAdam(CheckpointedOptimizer):
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:
                 # While the norms are added up over processes the next backward may begin.
-                sums = gathered(plan, update_all_(plan), among)
+                sums = norms.gathered(plan, norms.update_all_(plan), among)
                 self._pending = plan, sums, among.start_sum(sums)
                 return
         if among is not None or plan.divided:
-            set_scope_norms(plan, among)
+            norms.set_scope_norms(plan, among)
         plan.run_()
 
     def _check(self, groups: Groups, cached: Plan | None) -> None:
         """Check all gradients, and parameters against the state of a cached plan."""
         for i, group in enumerate(groups):
             # A model may have been wrapped since the group was added.
-            check_not_flattened(i, group)
-            check_gradients(i, group["params"])
+            checks.check_not_flattened(i, group)
+            checks.check_gradients(i, group["params"])
             if cached is None and group["capturable"]:
-                check_capturable(_with_gradients(group["params"]))
+                checks.check_capturable([p for p in group["params"] if p.grad is not None])
         if cached is None:
-            check_no_duplicates(groups)
+            checks.check_no_duplicates(groups)
         else:
             for param in cached.params:
                 self._check_state(param)
@@ -384,11 +332,7 @@ class CriticalAdam(CheckpointedOptimizer):
     ) -> Plan:
         """Return a plan of the step that was looked for, with its gradients and options.
 
-        Args:
-            plans: Those of the groups.
-            groups: The param groups.
-            first: The index of their first parameter among the optimizer's.
-            made: The state that is made is added, for `_unmake_state`.
+        New state is added to `made`, for `_unmake_state`; `first` is as of `_take_step`.
         """
         self._check(groups, None)
         members = plans.members(groups, first)
@@ -397,11 +341,7 @@ class CriticalAdam(CheckpointedOptimizer):
         return plans.new_plan(members, buckets, groups)
 
     def _make_state(self, members: list[Member], groups: Groups) -> list[tuple[Tensor, State]]:
-        """Make the state that parameters which take part do not have, all of it or none.
-
-        Returns:
-            What was made, for `_unmake_state`.
-        """
+        """Make the state that parameters which take part lack, all of it or none, and return it."""
         missing = []
         for member in members:
             group = groups[member.group]
@@ -487,10 +427,6 @@ class CriticalAdam(CheckpointedOptimizer):
             )
         )
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
-
-
-def _with_gradients(params: list[Tensor]) -> list[Tensor]:
-    return [param for param in params if param.grad is not None]
 
 
 def _shard_layouts(

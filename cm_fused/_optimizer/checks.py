@@ -61,15 +61,10 @@ def _python_numbers(values: Iterable[Any]) -> list[Any]:
 
 
 def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> None:
-    """Check the hyperparameters of a param group, or the defaults of an optimizer.
+    """Check hyperparameters as `plain_options` returns them; ValueError where one is out of range.
 
-    Args:
-        options: As `plain_options` returns them.
-        in_training: Whether they are a run's. A scheduler may have made its learning rate and
-            weight decay negative, and its checkpoint must load.
-
-    Raises:
-        ValueError: An option is out of its range.
+    A scheduler may make a run's learning rate and weight decay negative, and its checkpoint must
+    load: `in_training` lets them pass.
     """
     lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -95,11 +90,7 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
 
 
 def check_capacity(capacity: object) -> None:
-    """Check a number of slots.
-
-    Raises:
-        ValueError: It is not an int >= 1.
-    """
+    """Check a number of slots."""
     _require(_is_int(capacity) and capacity >= 1, "capacity must be an int >= 1", capacity)
 
 
@@ -110,11 +101,7 @@ def _is_int(value: object) -> TypeGuard[int]:
 def check_optimizer_option(
     name: str, param_group: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """Check that a group does not change an option of the whole optimizer.
-
-    Raises:
-        ValueError: It has another value.
-    """
+    """Check that a group does not change an option of the whole optimizer."""
     value = param_group.get(name, defaults[name])
     _require(
         value == defaults[name],
@@ -124,15 +111,7 @@ def check_optimizer_option(
 
 
 def check_partitioner(options: Mapping[str, Any]) -> None:
-    """Check that a group needs no norm over parameters that its optimizer does not get.
-
-    Args:
-        options: The group's options.
-
-    Raises:
-        ValueError: The caller that makes the optimizer gives it a part of the parameters, and the
-            group needs such a norm; or it gives a part of each parameter.
-    """
+    """Check that a group needs no norm over parameters that its optimizer does not get."""
     name = partitioner()
     if name is None:
         return
@@ -161,16 +140,7 @@ def check_partitioner(options: Mapping[str, Any]) -> None:
 def check_not_flattened(
     index: int, group: Mapping[str, Any], error: type[Exception] = RuntimeError
 ) -> None:
-    """Check that no parameter of a group is a shard of FSDP1, whose norm is not the parameter's.
-
-    Args:
-        index: The index of the group, for messages.
-        group: The group.
-        error: The exception to raise.
-
-    Raises:
-        error: A parameter may be such a shard.
-    """
+    """Check that no parameter of a group is a shard of FSDP1, whose norm is not the parameter's."""
     for i, param in enumerate(group["params"]):
         if is_flattened(param):
             name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
@@ -183,10 +153,9 @@ def check_not_flattened(
 
 
 def check_no_duplicates(groups: list[dict[str, Any]]) -> None:
-    """Check that the groups have every parameter once; torch checks it where groups are added.
+    """Check that no parameter stands twice: two steps would change its one state.
 
-    Raises:
-        RuntimeError: They have one twice. Two steps would change its one state.
+    Torch checks it where groups are added.
     """
     indices: dict[int, tuple[int, int]] = {}
     for i, group in enumerate(groups):
@@ -203,10 +172,6 @@ def check_low_precision(group: Mapping[str, Any]) -> None:
     """Check that the parameters of a group can have the state that its options ask for.
 
     Frozen parameters are not checked until they take part in a step.
-
-    Raises:
-        ValueError: A parameter that is not frozen is float64 or complex, and buffer_dtype or
-            moment_dtype is not None.
     """
     for i, param in enumerate(group["params"]):
         if not param.requires_grad:
@@ -225,22 +190,14 @@ def _require(condition: bool, rule: str, value: object) -> None:
 
 
 def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
-    """Check that an argument is a number for which a rule holds.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Check that an argument is a number for which a rule holds."""
     number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
     if not (number and holds(float(value))):  # type: ignore[arg-type]
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
 def check_capturable(params: list[Tensor]) -> None:
-    """Check that a CUDA graph could capture a step of these parameters.
-
-    Raises:
-        RuntimeError: One is not on a CUDA device.
-    """
+    """Check that a CUDA graph could capture a step of these parameters."""
     for i, param in enumerate(params):
         if not param.is_cuda and not torch.compiler.is_compiling():
             raise RuntimeError(
@@ -252,14 +209,8 @@ def check_capturable(params: list[Tensor]) -> None:
 def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> None:
     """Check that every gradient fits its parameter; strides may differ.
 
-    Args:
-        group_index: The index of the group, for messages.
-        params: Parameters of a group; those without a gradient are passed over.
-        first: The index in the group of the first of them, for messages.
-
-    Raises:
-        RuntimeError: A gradient is sparse or integer, or its dtype, shape or device is not its
-            parameter's.
+    `first` is the index in the group of the first of these parameters, for messages. Those without
+    a gradient are passed over.
     """
     for i, param in enumerate(params, first):
         grad = param.grad
@@ -287,11 +238,7 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
 
 
 def check_placement(where: str, param: Tensor, grad: Tensor) -> None:
-    """Check that a gradient and its parameter are both DTensors or both plain tensors.
-
-    Raises:
-        RuntimeError: One of them is a DTensor, the other one is not.
-    """
+    """Check that a gradient and its parameter are both DTensors or both plain tensors."""
     if is_sharded(grad) != is_sharded(param):
         raise RuntimeError(
             f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "

@@ -21,11 +21,7 @@ _ACCUMULATES = (
 
 
 class TwoCalls:
-    """The two calls of a step's closure.
-
-    Attributes:
-        zeroes: Whether the closure of the last step that found gradients zeroed them.
-    """
+    """The two calls of a step's closure."""
 
     def __init__(
         self,
@@ -34,14 +30,8 @@ class TwoCalls:
         total: Callable[[Tensor], Tensor],
         zeroes: bool,
     ) -> None:
-        """Make no call.
-
-        Args:
-            closure: Computes the loss and the gradients.
-            params: All parameters of the optimizer.
-            total: Returns the sum of a value over the processes of the parameters.
-            zeroes: As the attribute, before this step.
-        """
+        """Make no call; `total` sums a value over the processes of the parameters."""
+        # Whether the closure of the last step that found gradients zeroed them.
         self.zeroes = zeroes
         self._closure, self._params, self._total = closure, params, total
         self._found_any = False
@@ -74,8 +64,7 @@ class TwoCalls:
     def second(self) -> None:
         """Call the closure again, on gradients of zero.
 
-        Raises:
-            RuntimeError: It does not zero gradients, and has to. The gradients are reset then.
+        Where it does not zero gradients and has to, they are reset and RuntimeError is raised.
         """
         reset(self._params, self._reused)
         if self._must_zero:
@@ -122,12 +111,7 @@ class TwoCalls:
 
 @torch.no_grad()
 def reset(params: list[Tensor], in_place: list[Tensor]) -> None:
-    """Reset the gradients of parameters.
-
-    Args:
-        params: All parameters.
-        in_place: Those whose gradients are filled with zeros. The others' become None.
-    """
+    """Fill the gradients of those in `in_place` with zeros; the other parameters' become None."""
     filled = set(map(id, in_place))
     for param in params:
         if id(param) not in filled:
@@ -145,12 +129,8 @@ class Marks:
 
     The closure's own gradients may be NaN too. Hence hooks of autograd look for the mark before it
     adds to a gradient: the mark is gone by then if the closure zeroes. Autograd does not add where
-    FSDP2 does, or where a closure replays a graph or copies gradients; these are `unsure`.
-
-    This is a context around the call of the closure.
-
-    Args:
-        params: Parameters with gradients, which are changed.
+    FSDP2 does, or where a closure replays a graph or copies gradients; these are `unsure`. This is
+    a context around the call of the closure.
     """
 
     def __init__(self, params: list[Tensor]) -> None:

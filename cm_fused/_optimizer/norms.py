@@ -16,16 +16,15 @@ from cm_fused._bucket import Bucket, StepOptions, over_scope
 from cm_fused._distributed import Processes
 from cm_fused._optimizer.plan import Groups, Plan, needs_norm
 
+_OptionsOf = Callable[[Bucket], StepOptions]
+
 
 def gathered(
     plan: Plan, of_buckets: Iterable[tuple[Bucket, Tensor]], among: Processes | None
 ) -> Tensor:
     """Return the sums of squares of all of the optimizer's parameters, float64 (params,).
 
-    Args:
-        plan: The plan of the step.
-        of_buckets: Those of each bucket's parameters, float64 (params,).
-        among: The processes that parameters are sharded among; what another process counts is 0.
+    `of_buckets` has those of each bucket's. What another process of `among` counts is 0.
     """
     pairs = list(of_buckets)
     device = among.device if among is not None else _home([values.device for _, values in pairs])
@@ -37,21 +36,16 @@ def gathered(
 
 
 def _home(devices: list[torch.device]) -> torch.device:
-    """Return where to add up: on an accelerator, which is not waited for, or the CPU.
+    """Return where to add up: on an accelerator, which is not waited for, unless there is a CPU.
 
-    A CPU among the devices needs the sum, and has to wait for it.
+    A CPU needs the sum, and has to wait for it.
     """
     cpu = torch.device("cpu")
     return next((device for device in devices if device.type == "cpu"), (devices or [cpu])[0])
 
 
 def set_sq_norms(plan: Plan, sums: Tensor) -> None:
-    """Give every bucket the sums over its priority scopes, on its device.
-
-    Args:
-        plan: The plan of the step.
-        sums: As of `gathered`, added up over processes.
-    """
+    """Give every bucket the sums over its priority scope, from `gathered` sums over processes."""
     for bucket in plan.buckets:
         first, count = plan.spans[bucket.group]
         if bucket.options.priority_scope == "group":
@@ -74,22 +68,14 @@ def set_scope_norms(plan: Plan, among: Processes | None) -> None:
         if plan.divided:
             clear_sq_norms(plan)
         return
-
-    def options_of(bucket: Bucket) -> StepOptions:
-        return bucket.options
-
-    sums = gathered(plan, sq_norms_of_buckets(plan, options_of), among)
+    sums = gathered(plan, sq_norms_of_buckets(plan), among)
     if among is not None:
         among.start_sum(sums).wait()
     set_sq_norms(plan, sums)
 
 
 def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
-    """Step critical momenta without their priorities; return the buckets with their norms' parts.
-
-    Returns:
-        Each bucket with the sum of squares of each of its gradients, float64 (params,).
-    """
+    """Step critical momenta without their priorities; return each bucket's `sq_norms`."""
     pairs: list[tuple[Bucket, Tensor]] = []
     for backend, batch in plan.batches:
         pairs += zip(batch.buckets, backend.update_(batch), strict=True)
@@ -97,21 +83,20 @@ def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
 
 
 def sq_norms_of_buckets(
-    plan: Plan, options_of: Callable[[Bucket], StepOptions], group: int | None = None
+    plan: Plan, options_of: _OptionsOf | None = None, group: int | None = None
 ) -> list[tuple[Bucket, Tensor]]:
     """Return the sums of squares of each bucket's gradients, float64 (params,) of each.
 
-    Args:
-        plan: The plan of the step.
-        options_of: The hyperparameters by which a bucket's gradients are read.
-        group: The index of the group whose buckets they are; None: of all groups.
+    `options_of` has the hyperparameters by which they are read, if not the buckets' own. The
+    buckets are those of a group by its index, or all.
     """
     pairs = []
     for backend, batch in plan.batches:
         batch.split_gradients()
         for bucket in batch.buckets:
             if group is None or bucket.group == group:
-                pairs.append((bucket, _sq_norms(backend, bucket, options_of(bucket))))
+                options = bucket.options if options_of is None else options_of(bucket)
+                pairs.append((bucket, _sq_norms(backend, bucket, options)))
     return pairs
 
 
@@ -131,13 +116,9 @@ def scale_(
 ) -> None:
     """Unscale and clip the gradients of a step by its buckets' options, and mark what is skipped.
 
-    Args:
-        plan: The plan of the step. The options of its buckets are replaced.
-        groups: The param groups. Their `skipped_steps` are changed.
-        among: The processes that parameters are sharded among.
-        grad_scale: What the gradients were multiplied by (`torch.amp.GradScaler`), or None.
-        found_inf: Not 0 where one of them is not finite, or None.
-        counts: The counts of skipped steps are added as they were, to restore them after an error.
+    The gradients were multiplied by `grad_scale` (`torch.amp.GradScaler`); `found_inf` is not 0
+    where one is not finite. The groups' `skipped_steps` are changed; `counts` gets those of before,
+    to restore them after an error.
     """
     unscale = None if grad_scale is None else _reciprocal(grad_scale)
     scalars = [(unscale, found_inf)] * len(groups)

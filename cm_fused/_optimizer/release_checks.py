@@ -25,15 +25,7 @@ _NEEDED: dict[str, tuple[Any, str]] = {
 
 
 def check_options(groups: list[dict[str, Any]], first: int = 0) -> None:
-    """Check that groups need no norm over gradients.
-
-    Args:
-        groups: Param groups.
-        first: The index of the first of them, for messages.
-
-    Raises:
-        ValueError: An option needs all gradients at once.
-    """
+    """Check that groups, the first of which has this index, need no norm over gradients."""
     for i, group in enumerate(groups, first):
         for name, (required, reason) in _NEEDED.items():
             if group[name] != required:
@@ -44,11 +36,7 @@ def check_options(groups: list[dict[str, Any]], first: int = 0) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Check that nothing in a model reduces or shards gradients after the hooks.
-
-    Raises:
-        RuntimeError: It is or has a `DistributedDataParallel` or `FullyShardedDataParallel`.
-    """
+    """Check that no DDP or FSDP in a model reduces or shards gradients after the hooks."""
     fsdp = getattr(sys.modules.get(_FSDP), "FullyShardedDataParallel", ())
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -65,11 +53,7 @@ def active_ddp() -> Any:
 
 
 def check_ddp(params: list[Tensor]) -> None:
-    """Check that this is no forward pass of DDP over these parameters, whose gradients it reduces.
-
-    Raises:
-        RuntimeError: It is one.
-    """
+    """Check that no DDP, which would reduce these parameters' gradients, is in its forward pass."""
     ddp = active_ddp()
     if ddp is None:
         return
@@ -88,13 +72,7 @@ def _refuse_fsdp() -> None:
 def check_params(model: nn.Module, groups: list[dict[str, Any]], served: Container[int]) -> None:
     """Check that backward through a model may step the parameters of an optimizer.
 
-    Args:
-        model: The model.
-        groups: The optimizer's param groups.
-        served: The ids of the parameters that this optimizer already steps in backward.
-
-    Raises:
-        RuntimeError: A parameter is not the model's, a DTensor, or another optimizer steps it.
+    It already steps those whose ids are `served`.
     """
     own = {id(param) for param in model.parameters()}
     for i, group in enumerate(groups):

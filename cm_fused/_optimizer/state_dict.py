@@ -51,13 +51,7 @@ def _with_viewed(state: Any, stored: torch.dtype, viewed: torch.dtype) -> Any:
 
 
 def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
-    """Return a flushed optimizer's state dict as it is saved; a state dict post hook.
-
-    Args:
-        optimizer: The optimizer.
-        state_dict: The state dict that torch made.
-        copies: Whether its tensors become copies.
-    """
+    """Return a flushed optimizer's state dict as it is saved; a state dict post hook."""
     saved = {
         **state_dict,
         "state": {
@@ -72,26 +66,19 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> 
 
 
 def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a param group as it is saved: with every key that any optimizer's group can have.
-
-    Those include the count of skipped steps, which a group has from its first step with
-    `skip_nonfinite` on.
-    """
+    """Return a param group as it is saved: with every key that any optimizer's group can have."""
     named = {
         # torch.distributed.checkpoint cannot gather dtypes.
         name: str(value) if isinstance(value, torch.dtype) else value
         for name, value in plain_options(group).items()
     }
+    # A group has it from its first step with `skip_nonfinite` on.
     count = torch.zeros((), dtype=torch.int64, device="cpu")
     return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
 
 
 def check_form(state_dict: Any) -> None:
-    """Check that a state dict has the parts that every state dict has.
-
-    Raises:
-        ValueError: A part is missing or of another type.
-    """
+    """Check that a state dict has the parts that every state dict has; else ValueError."""
     parts = {"state": dict, "param_groups": list}
     for name, expected in parts.items():
         found = state_dict.get(name) if isinstance(state_dict, Mapping) else None
@@ -116,11 +103,7 @@ def check_form(state_dict: Any) -> None:
 def loaded_groups(
     groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the param groups with saved options over their own; changes neither.
-
-    Raises:
-        ValueError: Numbers of groups or parameters differ, or a saved option is out of range.
-    """
+    """Return the param groups with saved options over their own; changes neither."""
     if len(groups) != len(saved_groups):
         raise ValueError(
             f"the state dict must have {len(groups)} param groups, got {len(saved_groups)}"
@@ -154,14 +137,8 @@ def checked_entries(
 ) -> dict[Any, Entry | None]:
     """Return each index of a state dict's state with its parameter's entry, None for no parameter.
 
-    Makes no state.
-
-    Args:
-        groups: The param groups with the loaded options.
-        state_dict: What `check_form` has passed; not changed.
-
-    Raises:
-        ValueError: The state of a parameter does not fit it.
+    `groups` have the loaded options. The state dict is one that `check_form` has passed. Makes no
+    state; ValueError where that of a parameter does not fit it.
     """
     indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     members = [
@@ -197,17 +174,12 @@ def take_over_state(
 ) -> dict[Any, State]:
     """Return the state of a state dict for the parameters of `groups`, in new tensors.
 
-    Besides the state dict and the optimizer's state, one parameter's is needed at a time: what it
-    replaces is given up parameter by parameter. Entries that belong to no parameter are copied.
+    Besides the state dict and the optimizer's `own` state, one parameter's is needed at a time:
+    parameters are removed from `own` as theirs are loaded. After an error, which only an allocation
+    can raise, `own` has what was loaded. Entries that belong to no parameter are copied.
 
-    Args:
-        entries: What `checked_entries` returned.
-        saved: The state of the state dict; not changed.
-        groups: The param groups.
-        own: The optimizer's state. Its parameters are removed as theirs are loaded; after an error,
-            which only an allocation can raise, it has what was loaded.
-        in_place: Write into all tensors that the optimizer's state has, for a captured CUDA graph.
-            No state dict may refer to them: see `saved_form`.
+    `in_place` writes into all tensors of `own`, for a captured CUDA graph. No state dict may refer
+    to them: see `saved_form`.
     """
     state: dict[Any, State] = defaultdict(dict)
     params = list(chain.from_iterable(group["params"] for group in groups))
@@ -237,16 +209,10 @@ def take_over_state(
 
 
 def _written_into(old: State, new: State, param: Tensor, group: Mapping[str, Any]) -> State:
-    """Return a loaded state in the tensors that a captured graph goes on using.
+    """Return a loaded state in the tensors, `old`, that a captured graph goes on using.
 
     State that the graph has and the state dict does not have starts anew with what was loaded: no
     commit is pending, and the running sum is that of the loaded slots.
-
-    Args:
-        old: The parameter's state. Its tensors are changed.
-        new: The loaded state.
-        param: The parameter.
-        group: The options of its group.
     """
     of_graph = tuple(key for key in KEYS if key in old)
     whole = new | missing_state_of(param, new, of_graph, group)
@@ -254,11 +220,9 @@ def _written_into(old: State, new: State, param: Tensor, group: Mapping[str, Any
 
 
 def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
-    """Write loaded values into the tensors among the groups' options, for a captured graph.
+    """Write loaded values into the tensors of the groups' options, which a captured graph uses.
 
-    Args:
-        groups: The param groups. Their tensors are changed.
-        loaded: The loaded groups, which get these tensors.
+    The loaded groups get these tensors.
     """
     for group, new in zip(groups, loaded, strict=True):
         for name, own in group.items():
@@ -293,10 +257,8 @@ def warn_of_another_kind(
 ) -> None:
     """Warn of the options that a state dict of another kind of optimizer brings.
 
-    Args:
-        groups: The optimizer's param groups.
-        loaded: The same groups with the options of the state dict.
-        state_dict: The state dict; those of torch.optim have neither a capacity nor buffers.
+    Those of torch.optim have neither a capacity nor buffers. `loaded` are the groups with the
+    options of the state dict.
     """
     saved_groups = state_dict["param_groups"]
     states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))

@@ -11,11 +11,8 @@ COMMIT_KEYS = frozenset({"pending_slot", "critical_buffer", "exp_avg"})
 def flush_(state: State) -> None:
     """Copy the momentum of a local state to its pending slot; the running sum follows.
 
-    The form of `cm_fused::flush_registered_` for any device and dtype, with the same bits.
-
-    Args:
-        state: It has `COMMIT_KEYS`. The buffer, its scales, the running sum and the pending slot
-            are changed.
+    The form of `cm_fused::flush_registered_` for any device and dtype, with the same bits. The
+    state has `COMMIT_KEYS`.
     """
     buffer, pending_slot = state["critical_buffer"], state["pending_slot"]
     critical_scales, critical_sum = state.get("critical_scales"), state.get("critical_sum")

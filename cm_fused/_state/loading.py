@@ -6,18 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cm_fused import rounding
 from cm_fused._distributed import is_sharded, local, local_as
 from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
 from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, Shape, State
-from cm_fused.rounding import (
-    LARGEST,
-    as_flat,
-    flat_as,
-    num_blocks,
-    quantize,
-    quantize_moment,
-    sum_slots,
-)
 
 # Keys that are loaded where the state dict has them, whatever the options; scales come with them.
 _LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
@@ -26,28 +18,19 @@ _BUFFER_KEYS = ("critical_buffer", "priorities")
 
 
 class Entry(NamedTuple):
-    """A parameter's entry of a state dict.
+    """A parameter's entry of a state dict."""
 
-    Attributes:
-        where: Names the parameter, for messages.
-        param: The parameter.
-        saved: The entry; not changed.
-        group: The options of the parameter's group.
-        keys: The state keys that every backend needs under these options.
-    """
-
-    where: str
+    where: str  # names the parameter, for messages
     param: Tensor
-    saved: Mapping[str, Any]
-    group: Mapping[str, Any]
-    keys: tuple[str, ...]
+    saved: Mapping[str, Any]  # the entry; not changed
+    group: Mapping[str, Any]  # the options of the parameter's group
+    keys: tuple[str, ...]  # the state keys that every backend needs under these options
 
 
 def check_entry(entry: Entry) -> None:
     """Check that an entry fits its parameter and its group's options; makes no state.
 
-    Raises:
-        ValueError: A tensor is missing or does not fit the parameter or the capacity.
+    ValueError where a tensor is missing or does not fit the parameter or the capacity.
     """
     where, param, saved, group, _ = entry
     if not saved:
@@ -79,10 +62,9 @@ def check_entry(entry: Entry) -> None:
 
 
 def _loaded_values(entry: Entry) -> dict[str, Tensor]:
-    """Return the tensors of an entry that are loaded, codes with their scales.
+    """Return the tensors of an entry that are loaded, codes with their scales, numbers as tensors.
 
-    Numbers become tensors. The order is the same in every process: gathering state goes through it
-    key by key.
+    Their order is that of every process, since gathering state goes through it key by key.
     """
     values = {
         key: value if isinstance(value, Tensor) else _as_tensor(entry.where, key, value)
@@ -90,7 +72,7 @@ def _loaded_values(entry: Entry) -> dict[str, Tensor]:
         if key in _LOADED
     }
     for key, scales in SCALES.items():
-        if key in values and values[key].dtype in LARGEST:
+        if key in values and values[key].dtype in rounding.LARGEST:
             values[scales] = _as_tensor(entry.where, scales, entry.saved.get(scales))
     return values
 
@@ -110,7 +92,7 @@ def _as_tensor(where: str, key: str, value: Any) -> Tensor:
 
 def _shapes(param: Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
     """Return the shapes of a parameter's state tensors."""
-    shape, blocks = tuple(param.shape), num_blocks(param.numel())
+    shape, blocks = tuple(param.shape), rounding.num_blocks(param.numel())
     return {
         Shape.PARAM: shape,
         Shape.SLOTS: (capacity, *shape),
@@ -153,10 +135,7 @@ def loaded_state_of(entry: Entry) -> State:
 def write_into(own: Any, value: Any) -> Any:
     """Return `own` with the value of another tensor, or the other where the two differ in form.
 
-    Args:
-        own: An entry of the optimizer's state. Changed where both are tensors of the same shape,
-            dtype, device and strides.
-        value: The loaded one.
+    Its form is its shape, dtype, device and strides.
     """
     if not (isinstance(own, Tensor) and isinstance(value, Tensor)):
         return value
@@ -177,7 +156,7 @@ def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         stored = saved.get(key)
         if not isinstance(stored, Tensor) or is_sharded(stored):
             continue
-        if stored.dtype in LARGEST:
+        if stored.dtype in rounding.LARGEST:
             values[key] = dequantized(saved, key)
             values.pop(scales, None)
     return values
@@ -208,24 +187,19 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
         return
     slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
     same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
-    critical_sum.copy_(torch.where(same, critical_sum, sum_slots(slots)))
+    critical_sum.copy_(torch.where(same, critical_sum, rounding.sum_slots(slots)))
 
 
 def _loaded_in_precision(
     entry: Entry, key: str, values: Mapping[str, Tensor], new: Tensor
 ) -> State:
-    """Return a tensor of `SCALES` and its scales, if any, in the precision of a group's options.
+    """Return a row of `SCALES` and its scales, if any, in the precision of a group's options.
 
-    A value of the same precision is copied. Any other is rounded to nearest.
-
-    Args:
-        entry: The entry, of local tensors.
-        key: A key of `SCALES`.
-        values: The loaded tensors of the entry.
-        new: A new tensor of the state; changed.
+    The tensors are local; `new`, of the state, is changed. A value of the same precision is copied.
+    Any other is rounded to nearest.
     """
     value, leading, scales_key = values[key], LEADING[key], SCALES[key]
-    if value.dtype not in LARGEST and new.dtype not in LARGEST:
+    if value.dtype not in rounding.LARGEST and new.dtype not in rounding.LARGEST:
         return {key: new.copy_(value)}
     new_scales: Tensor | None
     same_order = value.numel() == 0 or value.stride() == new.stride()
@@ -236,14 +210,14 @@ def _loaded_in_precision(
         order = new[0] if leading else new
         wide = dequantized(values, key).to(new.device, torch.float32)
         if leading:
-            flat = torch.stack([flat_as(slot, order) for slot in wide])
-            stored, new_scales = quantize(flat, new.dtype)
-        elif new.dtype in LARGEST:
-            flat = flat_as(wide, order)
-            stored, new_scales = quantize_moment(flat, None, signed=key == "exp_avg")
+            flat = torch.stack([rounding.flat_as(slot, order) for slot in wide])
+            stored, new_scales = rounding.quantize(flat, new.dtype)
+        elif new.dtype in rounding.LARGEST:
+            flat = rounding.flat_as(wide, order)
+            stored, new_scales = rounding.quantize_moment(flat, None, signed=key == "exp_avg")
         else:
-            stored, new_scales = flat_as(wide, order).to(new.dtype), None
-        as_flat(new, leading).copy_(stored)
+            stored, new_scales = rounding.flat_as(wide, order).to(new.dtype), None
+        rounding.as_flat(new, leading).copy_(stored)
     if new_scales is None:
         return {key: new}
     scales = new_tensor(scales_key, entry.param, {}, entry.group)

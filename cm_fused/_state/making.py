@@ -42,9 +42,8 @@ def refused_precision(param: Tensor, group: Group) -> str | None:
 def check_param(param: Tensor, state: State) -> None:
     """Check that a step could write a parameter and that its state, if any, fits it.
 
-    Raises:
-        RuntimeError: The parameter is an expanded tensor, or a lazy conjugate or negative, or its
-            shape or dtype is not its state's.
+    RuntimeError where it is an expanded tensor, or a lazy conjugate or negative, or its shape or
+    dtype is not its state's.
     """
     if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
@@ -88,11 +87,9 @@ def _check_shape(key: str, tensor: Tensor, param: Tensor, leading: int) -> None:
 def missing_state(param: Tensor, state: State, keys: tuple[str, ...], group: Group) -> State:
     """Return new tensors for those of `keys` that `state` lacks; changes nothing.
 
-    Where a part of the buffer is missing, all of it is new.
-
-    Raises:
-        RuntimeError: As `check_param`, or the state's capacity or a dtype of it is another than the
-            group's, or the parameter cannot have state of the group's precision.
+    Where a part of the buffer is missing, all of it is new. RuntimeError as of `check_param`, or
+    where the state's capacity or a dtype of it is not the group's, or the parameter cannot have
+    state of the group's precision.
     """
     if not ("critical_buffer" in state and "priorities" in state):
         keys = (*keys, *(key for key in BUFFER_KEYS if key in state and key not in keys))
@@ -154,14 +151,10 @@ def dtype_of(key: str, param: Tensor, group: Group) -> torch.dtype:
 
 
 def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
-    """Return the tensor of a state key as it is before the first step.
+    """Return the tensor of a key of the STATE table as it is before the first step.
 
-    Args:
-        key: One of the STATE table's.
-        param: The parameter.
-        state: What there is of its state, whose memory order a new tensor follows; a running sum
-            starts as the sum of its slots.
-        group: The options: the number of slots, and dtypes.
+    `state` is what there is of the parameter's, whose memory order it follows. A running sum starts
+    as the sum of its slots.
     """
     row, capacity, dtype = ROWS[key], group["capacity"], dtype_of(key, param, group)
     if row.shape in (Shape.PARAM, Shape.SLOTS):
@@ -193,10 +186,7 @@ def _new_shaped(key: str, param: Tensor, state: State, capacity: int, dtype: tor
 def _new_buffer(like: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
     buffer = torch.empty_strided(
-        (capacity, *slot.shape),
-        (like.numel(), *slot.stride()),
-        dtype=dtype,
-        device=like.device,
+        (capacity, *slot.shape), (like.numel(), *slot.stride()), dtype=dtype, device=like.device
     )
     return buffer.zero_()
 
@@ -218,10 +208,7 @@ def unscaled(state: Group) -> State:
 
 
 def dequantized(state: Group, key: str) -> Tensor:
-    """Return the values of a row of `SCALES`, of its shape.
-
-    That is the tensor itself where it is stored as what it is computed in.
-    """
+    """Return the values of a row of `SCALES`: the tensor itself where no cast is needed."""
     stored: Tensor = state[key]
     scales = state.get(SCALES[key]) if stored.dtype in LARGEST else None
     if ROWS[key].shape is Shape.SLOTS:
@@ -240,12 +227,8 @@ def resize_buffer(param: Tensor, state: State, group: Group) -> None:
     """Give a flushed state a buffer of a group's capacity.
 
     Of too many slots those with the highest keys stay, in their order, of equal ones the first.
-
-    Args:
-        param: The parameter.
-        state: Its state. `critical_buffer`, its scales and `priorities` are replaced; the running
-            sum is removed, to be made anew.
-        group: The options of its group.
+    `critical_buffer`, its scales and `priorities` are replaced; the running sum is removed, to be
+    made anew.
     """
     keys: Tensor = state["priorities"]
     slots = keys.argsort(descending=True, stable=True)[: group["capacity"]].sort().values

@@ -29,32 +29,21 @@ class Shape(Enum):
 
 
 class Row(NamedTuple):
-    """One state tensor.
+    """One state tensor."""
 
-    Attributes:
-        key: Its name in a parameter's state.
-        shape: Its shape.
-        dtype: Its dtype, or None: that of `dtype_option`, else the update's.
-        dtype_option: The option that chooses its dtype.
-        scales: The key of its scales, where its dtype has such.
-        option: The option that needs it, and the option's value; None: every backend needs it.
-        fill: What a new one is filled with.
-        in_buffer: Whether it is part of the buffer, which is new as a whole or not at all.
-        is_derived: Whether it follows from the other rows: only some backends or options keep it,
-            and it goes stale when a step of others is taken.
-        is_saved: Whether state dicts have it.
-    """
-
-    key: str
+    key: str  # its name in a parameter's state
     shape: Shape
-    dtype: torch.dtype | None = None
-    dtype_option: str | None = None
-    scales: str | None = None
+    dtype: torch.dtype | None = None  # None: that of `dtype_option`, else the update's
+    dtype_option: str | None = None  # the option that chooses its dtype
+    scales: str | None = None  # the key of its scales, where its dtype has such
+    # The option that needs it, and the option's value; None: every backend needs it.
     option: tuple[str, Any] | None = None
-    fill: float = 0.0
-    in_buffer: bool = False
+    fill: float = 0.0  # what a new one is filled with
+    in_buffer: bool = False  # part of the buffer, which is new as a whole or not at all
+    # It follows from the other rows: only some backends or options keep it, and it goes stale when
+    # a step of others is taken.
     is_derived: bool = False
-    is_saved: bool = True
+    is_saved: bool = True  # whether state dicts have it
 
 
 # In the order of the C++ operators' arguments and of the address table's columns.

@@ -43,27 +43,22 @@ class _Counted(dict[Any, Any]):
         return super().__ior__(other)
 
     def clear(self) -> None:
-        """Count, and clear."""
         self.changes.count += 1
         super().clear()
 
     def pop(self, *arguments: Any) -> Any:
-        """Count, and pop."""
         self.changes.count += 1
         return super().pop(*arguments)
 
     def popitem(self) -> tuple[Any, Any]:
-        """Count, and pop an item."""
         self.changes.count += 1
         return super().popitem()
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """Count, and set where there is nothing."""
         self.changes.count += 1
         return super().setdefault(key, default)
 
     def update(self, *arguments: Any, **items: Any) -> None:
-        """Count, and update."""
         self.changes.count += 1
         super().update(*arguments, **items)
 
@@ -91,12 +86,10 @@ class ParamState(_Counted):
         super().__delitem__(key)
 
     def pop(self, *arguments: Any) -> Any:
-        """Count, and pop."""
         self._flush_before(*arguments[:1])
         return super().pop(*arguments)
 
     def update(self, *arguments: Any, **items: Any) -> None:
-        """Count, and update."""
         self._flush_before(*dict(*arguments, **items))
         super().update(*arguments, **items)
 
@@ -161,8 +154,5 @@ def _flatten_with_keys(state: dict[Any, Any]) -> tuple[list[tuple[Any, Any]], li
 # A pytree walks only containers whose exact type it knows.
 for _kind in (ParamState, OptimizerState):
     pytree.register_pytree_node(
-        _kind,
-        _flatten,
-        partial(_unflatten, _kind),
-        flatten_with_keys_fn=_flatten_with_keys,
+        _kind, _flatten, partial(_unflatten, _kind), flatten_with_keys_fn=_flatten_with_keys
     )

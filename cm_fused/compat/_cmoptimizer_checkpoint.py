@@ -7,16 +7,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-# The package's options by their names here; its other options have no meaning here.
-_OPTIONS = {
-    "lr": "lr",
-    "betas": "betas",
-    "eps": "eps",
-    "weight_decay": "weight_decay",
-    "amsgrad": "amsgrad",
-    "topC": "capacity",
-    "decay": "priority_decay",
-}
+# The package's options whose names differ here.
+NAMES = {"topC": "capacity", "decay": "priority_decay"}
+# Its other options have no meaning here.
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", *NAMES)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -64,7 +58,7 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _group(saved: Mapping[str, Any]) -> dict[str, Any]:
-    group = {_OPTIONS[name]: value for name, value in saved.items() if name in _OPTIONS}
+    group = {NAMES.get(name, name): value for name, value in saved.items() if name in _OPTIONS}
     group["priority_scope"] = "group" if saved["synced"] else "tensor"
     for name in ("kappa", "critical_test"):
         group[name] = float(saved[name])

@@ -37,18 +37,18 @@ from cm_fused._optimizer.checks import check_number
 from cm_fused._optimizer.norms import sq_norms_of_buckets
 from cm_fused._optimizer.plan import Groups, Member, Plan, view_as_real_
 from cm_fused._state.tracking import OptimizerState
-from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint
+from cm_fused.compat._cmoptimizer_checkpoint import NAMES, convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
 
 __all__ = ["Adam_C", "Adam_CM", "convert_state_dict", "read_checkpoint"]
 
-# Options whose names differ here.
-_NAMES = {"topC": "capacity", "decay": "priority_decay"}
+# The parameters that get new state, with its keys.
+_Made = list[tuple[Tensor, Iterable[str]]]
 
 
 def _translated(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options of a param group under cm_fused's names."""
-    result = {_NAMES.get(name, name): value for name, value in options.items()}
+    result = {NAMES.get(name, name): value for name, value in options.items()}
     if "synced" in result:
         result["priority_scope"] = "group" if result.pop("synced") else "tensor"
     return result
@@ -143,7 +143,7 @@ class _ResearchAdam(CriticalAdam):
         if groups is self.param_groups and any(map(self._first_timers, groups)):
             self._check(groups, None)
         # Little is prepared here. It is undone where it or the steps fail.
-        made: list[tuple[Tensor, Iterable[str]]] = []
+        made: _Made = []
         try:
             with Undo([]) as undo:
                 self._prepare_(plan, groups, undo, made)
@@ -155,17 +155,8 @@ class _ResearchAdam(CriticalAdam):
                 self._drop_state(param, keys)
             raise
 
-    def _prepare_(
-        self, plan: Plan, groups: Groups, undo: Undo, made: list[tuple[Tensor, Iterable[str]]]
-    ) -> None:
-        """Choose slots by chance and take first steps; give the buckets their options and norms.
-
-        Args:
-            plan: The plan of the step.
-            groups: The param groups, or one with a parameter that is stepped alone.
-            undo: Gets the tensors that are changed.
-            made: Gets the parameters that get new state, with its keys.
-        """
+    def _prepare_(self, plan: Plan, groups: Groups, undo: Undo, made: _Made) -> None:
+        """Choose slots by chance and take first steps; give the buckets their options and norms."""
         plan.options = None
         for index, group in enumerate(groups):
             grad_factor, found_inf = plan.scalars[index] if plan.scalars else (None, None)
@@ -181,7 +172,7 @@ class _ResearchAdam(CriticalAdam):
             first = self._first_timers(group)
             keys = [_norm(param) for param in first]
             if options.priority_scope == "group" and (first or len(buckets) > 1):
-                pairs = sq_norms_of_buckets(plan, _options_of, index)
+                pairs = sq_norms_of_buckets(plan, group=index)
                 total = _total([*(sums.sqrt() for _, sums in pairs), *keys])
                 keys = [total] * len(first)
                 for bucket in buckets:
@@ -219,12 +210,7 @@ class _ResearchAdam(CriticalAdam):
         return self._started_ids
 
     def _choose_slots_(
-        self,
-        group: dict[str, Any],
-        bucket: Bucket,
-        options: StepOptions,
-        undo: Undo,
-        made: list[tuple[Tensor, Iterable[str]]],
+        self, group: dict[str, Any], bucket: Bucket, options: StepOptions, undo: Undo, made: _Made
     ) -> None:
         """Draw for each parameter whether the next admission takes a slot whatever the keys.
 
@@ -253,12 +239,7 @@ class _ResearchAdam(CriticalAdam):
             keys.masked_fill_(full & chosen & (slots == smallest), 0.0)
 
     def _store_first_(
-        self,
-        group: dict[str, Any],
-        param: Tensor,
-        options: StepOptions,
-        key: Tensor,
-        made: list[tuple[Tensor, Iterable[str]]],
+        self, group: dict[str, Any], param: Tensor, options: StepOptions, key: Tensor, made: _Made
     ) -> None:
         """Take a parameter's first step: its gradient goes into the buffer."""
         member = Member(0, select(group["backend"], param.device), [param], [0])
@@ -275,10 +256,6 @@ class _ResearchAdam(CriticalAdam):
         if isinstance(lr, Tensor):
             lr = lr.to(param.device).reshape(())
         param.mul_(1 - lr * options.weight_decay)
-
-
-def _options_of(bucket: Bucket) -> StepOptions:
-    return bucket.options
 
 
 def _check(kappa: object, critical_test: object) -> None:

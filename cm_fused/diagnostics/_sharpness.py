@@ -117,11 +117,7 @@ def _without_autocast(tensors: Sequence[Tensor]) -> ExitStack:
 class _Search:
     """The iteration: orthonormal vectors, x and the last direction, and their products.
 
-    Args:
-        apply: Returns the product of the Hessian and a vector.
-        start: A unit vector.
-        tolerance: As of `sharpness`.
-        max_iterations: Likewise.
+    `apply` returns the product of the Hessian and a vector; `start` is a unit vector.
     """
 
     def __init__(
@@ -224,10 +220,7 @@ _NOTHING = 1e-3
 
 
 def _orthonormalized(unit: Vector, basis: list[Vector]) -> Vector | None:
-    """Return the part of a unit vector that is orthogonal to a basis, scaled to norm 1.
-
-    None if that part is next to nothing.
-    """
+    """Return a unit vector's part orthogonal to a basis, of norm 1, or None if it is nothing."""
     for attempt in range(2):  # the second removes rounding errors of the first
         for vector in basis:
             unit = _combined([1.0, -_dot(unit, vector)], [unit, vector])

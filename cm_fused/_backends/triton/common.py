@@ -8,10 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from cm_fused._backends.triton.columns import CHUNK_SIZE as _CHUNK_SIZE
-from cm_fused._backends.triton.columns import COLUMNS
-from cm_fused._backends.triton.columns import REBUILT_CHUNK_SIZE as _REBUILT_CHUNK_SIZE
-from cm_fused._backends.triton.columns import WIDTH as _WIDTH
+from cm_fused._backends.triton import columns
 
 # Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -24,34 +21,13 @@ TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
 # What every launch is given besides its arguments. A kernel that changes its arguments in place is
 # never autotuned: the trials would be steps.
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
-CHUNK_SIZE = tl.constexpr(_CHUNK_SIZE)
-REBUILT_CHUNK_SIZE = tl.constexpr(_REBUILT_CHUNK_SIZE)
+CHUNK_SIZE = tl.constexpr(columns.CHUNK_SIZE)
+REBUILT_CHUNK_SIZE = tl.constexpr(columns.REBUILT_CHUNK_SIZE)
 FULL_BLOCK = tl.constexpr(BLOCK_SIZE)
 TAIL_BLOCK = tl.constexpr(TAIL_BLOCK_SIZE)
 THREADS = tl.constexpr(NUM_THREADS)
-ROW = tl.constexpr(_WIDTH)
-PARAM_COLUMN = tl.constexpr(COLUMNS["param"])
-GRAD_COLUMN = tl.constexpr(COLUMNS["grad"])
-EXP_AVG_COLUMN = tl.constexpr(COLUMNS["exp_avg"])
-EXP_AVG_SQ_COLUMN = tl.constexpr(COLUMNS["exp_avg_sq"])
-MAX_EXP_AVG_SQ_COLUMN = tl.constexpr(COLUMNS["max_exp_avg_sq"])
-CRITICAL_BUFFER_COLUMN = tl.constexpr(COLUMNS["critical_buffer"])
-CRITICAL_SUM_COLUMN = tl.constexpr(COLUMNS["critical_sum"])
-COMPENSATION_COLUMN = tl.constexpr(COLUMNS["compensation"])
-CRITICAL_SCALES_COLUMN = tl.constexpr(COLUMNS["critical_scales"])
-EXP_AVG_SCALES_COLUMN = tl.constexpr(COLUMNS["exp_avg_scales"])
-EXP_AVG_SQ_SCALES_COLUMN = tl.constexpr(COLUMNS["exp_avg_sq_scales"])
-PARAM_INDEX_COLUMN = tl.constexpr(COLUMNS["param_index"])
-SHARD_OFFSET_COLUMN = tl.constexpr(COLUMNS["shard_offset"])
-SHARD_LENGTH_COLUMN = tl.constexpr(COLUMNS["shard_length"])
-SHARD_STRIDE_COLUMN = tl.constexpr(COLUMNS["shard_stride"])
-PRIORITIES_COLUMN = tl.constexpr(COLUMNS["priorities"])
-SLOT_COLUMN = tl.constexpr(COLUMNS["pending_slot"])
-STEP_COLUMN = tl.constexpr(COLUMNS["step"])
-NUMEL_COLUMN = tl.constexpr(COLUMNS["numel"])
-FIRST_CHUNK_COLUMN = tl.constexpr(COLUMNS["first_chunk"])
-NUM_CHUNKS_COLUMN = tl.constexpr(COLUMNS["num_chunks"])
-FILLED_COLUMN = tl.constexpr(COLUMNS["filled"])
+_COLUMNS = columns.COLUMNS
+ROW = tl.constexpr(columns.WIDTH)
 
 
 # One variant for all values of the options. A later dtype's chunks start anywhere in the lists of
@@ -96,10 +72,21 @@ def is_set(flag_ptr):
         return tl.load(flag_ptr) != 0.0
 
 
+@triton.constexpr_function
+def _column(name):
+    return _COLUMNS[name]
+
+
 @triton.jit
-def pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+def cell(row_ptr, NAME: tl.constexpr):
+    """Return what a row has in a column of the table."""
+    return tl.load(row_ptr + _column(NAME))
+
+
+@triton.jit
+def pointer(row_ptr, NAME: tl.constexpr, DTYPE: tl.constexpr):
     """Return the address in a column of a row."""
-    return tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    return cell(row_ptr, NAME).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
@@ -114,7 +101,7 @@ def at(ptr, start, ALIGNED: tl.constexpr):
 def is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
     """Return whether every chunk of every tensor of a row starts at 16 bytes."""
     joined = numel * SLOT_BYTES  # from one slot to the next
-    for column in tl.static_range(PARAM_COLUMN, COMPENSATION_COLUMN + 1):
+    for column in tl.static_range(_column("param"), _column("compensation") + 1):
         joined |= tl.load(row_ptr + column)
     return joined % 16 == 0
 

@@ -5,41 +5,24 @@ a fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correct
 parameter's bits depend neither on the path its chunk takes nor on the device.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from cm_fused._backends.triton import rounding
 from cm_fused._backends.triton.common import (
     BLOCK_SIZE,
     CHUNK_SIZE,
-    COMPENSATION_COLUMN,
-    CRITICAL_BUFFER_COLUMN,
-    CRITICAL_SCALES_COLUMN,
-    CRITICAL_SUM_COLUMN,
-    EXP_AVG_COLUMN,
-    EXP_AVG_SCALES_COLUMN,
-    EXP_AVG_SQ_COLUMN,
-    EXP_AVG_SQ_SCALES_COLUMN,
-    FILLED_COLUMN,
-    GRAD_COLUMN,
     LAUNCH_OPTIONS,
-    MAX_EXP_AVG_SQ_COLUMN,
-    NUMEL_COLUMN,
-    PARAM_COLUMN,
-    PARAM_INDEX_COLUMN,
-    PRIORITIES_COLUMN,
     REBUILT_CHUNK_SIZE,
     ROW,
-    SHARD_LENGTH_COLUMN,
-    SHARD_OFFSET_COLUMN,
-    SHARD_STRIDE_COLUMN,
-    SLOT_COLUMN,
-    STEP_COLUMN,
     TAIL_BLOCK_SIZE,
     THREADS,
     at,
+    cell,
     double,
     effective_gradient,
     empty_sum,
@@ -50,22 +33,6 @@ from cm_fused._backends.triton.common import (
     signed_factor,
     spread,
     sum_squares,
-)
-from cm_fused._backends.triton.rounding import (
-    MOMENTS_STREAM,
-    PARAM_STREAM,
-    SCALE_BLOCK,
-    Counters,
-    from_moment,
-    from_slot,
-    has_scales,
-    load_scales,
-    random_bits,
-    round_to_bfloat16,
-    round_to_float16,
-    store_scales,
-    to_moment,
-    to_slot,
 )
 from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
 
@@ -102,12 +69,7 @@ def launch_options(
 
 @dataclass(frozen=True)
 class _Variant:
-    """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through.
-
-    Attributes:
-        FULL: The chunk has CHUNK_SIZE elements, and every tensor is aligned.
-        BLOCK: The elements that are worked on at a time.
-    """
+    """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through."""
 
     PARAM_DTYPE: tl.dtype
     STATE_DTYPE: tl.dtype
@@ -119,8 +81,8 @@ class _Variant:
     STOCHASTIC: bool
     KAHAN: bool
     BY_FOURS: bool
-    FULL: bool = False
-    BLOCK: int = 0
+    FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
+    BLOCK: int = 0  # the elements that are worked on at a time
 
     def of_chunk(self, full: bool) -> "_Variant":
         """Return the variant with its block: whole blocks of elements that share scales."""
@@ -141,90 +103,37 @@ def _of_chunk(variant, full):
     return variant.of_chunk(full)
 
 
-class _Hyperparameters(NamedTuple):
-    """The numbers of a launch, see `critical_adam_kernel`."""
+# The numbers of a launch, see `critical_adam_kernel`.
+_Hyperparameters = namedtuple(
+    "_Hyperparameters",
+    "lr beta1 beta2 eps_inside eps_outside l2 late_l2 decoupled_weight_decay factor",
+)
 
-    lr: Any
-    beta1: Any
-    beta2: Any
-    eps_inside: Any
-    eps_outside: Any
-    l2: Any
-    late_l2: Any
-    decoupled_weight_decay: Any
-    factor: Any
+# The scalars of a tensor's step, rounded once to the state's dtype.
+_Scalars = namedtuple(
+    "_Scalars",
+    "inverse_divisor beta1 one_minus_beta1 beta2 one_minus_beta2 inverse_bias_correction2 "
+    "step_size eps_inside eps_outside decay_factor l2 late_l2 factor",
+)
 
+# The elements of one program: `count` from `start` of a tensor.
+_Chunk = namedtuple("_Chunk", "row_ptr start count numel")
 
-class _Scalars(NamedTuple):
-    """The scalars of a tensor's step, rounded once to the state's dtype."""
+# The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum.
+_Admission = namedtuple("_Admission", "capacity slot rebuild")
 
-    inverse_divisor: Any
-    beta1: Any
-    one_minus_beta1: Any
-    beta2: Any
-    one_minus_beta2: Any
-    inverse_bias_correction2: Any
-    step_size: Any
-    eps_inside: Any
-    eps_outside: Any
-    decay_factor: Any
-    l2: Any
-    late_l2: Any
-    factor: Any
+# Addresses of a chunk's first element; an option's tensor is not touched without it.
+_Tensors = namedtuple(
+    "_Tensors",
+    "param grad exp_avg exp_avg_sq max_exp_avg_sq compensation exp_avg_scales exp_avg_sq_scales",
+)
 
+# A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. `slot`
+# is the one to write, or -1.
+_Buffer = namedtuple("_Buffer", "slots scales critical_sum numel capacity slot slot_ptr")
 
-class _Chunk(NamedTuple):
-    """The elements of one program: `count` from `start` of a tensor."""
-
-    row_ptr: Any
-    start: Any
-    count: Any
-    numel: Any
-
-
-class _Admission(NamedTuple):
-    """The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum."""
-
-    capacity: Any
-    slot: Any
-    rebuild: Any
-
-
-class _Tensors(NamedTuple):
-    """Addresses of a chunk's first element; an option's tensor is not touched without it."""
-
-    param: Any
-    grad: Any
-    exp_avg: Any
-    exp_avg_sq: Any
-    max_exp_avg_sq: Any
-    compensation: Any
-    exp_avg_scales: Any
-    exp_avg_sq_scales: Any
-
-
-class _Buffer(NamedTuple):
-    """A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale.
-
-    `slot` is the one to write, or -1.
-    """
-
-    slots: Any
-    scales: Any
-    critical_sum: Any
-    numel: Any
-    capacity: Any
-    slot: Any
-    slot_ptr: Any
-
-
-class _Block(NamedTuple):
-    """The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements."""
-
-    begin: Any
-    count: Any
-    offsets: Any
-    mask: Any
+# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
+_Block = namedtuple("_Block", "begin count offsets mask")
 
 
 # Arithmetic
@@ -266,16 +175,16 @@ def _tensors_of(chunk, V: tl.constexpr):
     """Return the addresses of a chunk's tensors, except the buffer's."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    scale = start // SCALE_BLOCK
+    scale = start // rounding.SCALE_BLOCK
     return _Tensors(
-        at(pointer(row_ptr, PARAM_COLUMN, V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, GRAD_COLUMN, V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, EXP_AVG_COLUMN, V.MOMENT_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, EXP_AVG_SQ_COLUMN, V.MOMENT_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, MAX_EXP_AVG_SQ_COLUMN, V.STATE_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, COMPENSATION_COLUMN, V.PARAM_DTYPE), start, V.FULL),
-        pointer(row_ptr, EXP_AVG_SCALES_COLUMN, tl.float32) + scale,
-        pointer(row_ptr, EXP_AVG_SQ_SCALES_COLUMN, tl.float32) + scale,
+        at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "grad", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "exp_avg", V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "exp_avg_sq", V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "max_exp_avg_sq", V.STATE_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "compensation", V.PARAM_DTYPE), start, V.FULL),
+        pointer(row_ptr, "exp_avg_scales", tl.float32) + scale,
+        pointer(row_ptr, "exp_avg_sq_scales", tl.float32) + scale,
     )
 
 
@@ -284,11 +193,11 @@ def _buffer_of(chunk, admission, V: tl.constexpr):
     """Return a chunk's buffer."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    slots_ptr = at(pointer(row_ptr, CRITICAL_BUFFER_COLUMN, V.SLOT_DTYPE), start, V.FULL)
+    slots_ptr = at(pointer(row_ptr, "critical_buffer", V.SLOT_DTYPE), start, V.FULL)
     return _Buffer(
         slots_ptr,
-        pointer(row_ptr, CRITICAL_SCALES_COLUMN, tl.float32) + start // SCALE_BLOCK,
-        at(pointer(row_ptr, CRITICAL_SUM_COLUMN, V.STATE_DTYPE), start, V.FULL),
+        pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
+        at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
         chunk.numel,
         admission.capacity,
         admission.slot,
@@ -299,13 +208,13 @@ def _buffer_of(chunk, admission, V: tl.constexpr):
 @triton.jit
 def _counters_of(chunk, seed, step):
     """Return what a tensor's random bits are drawn from."""
-    return Counters(
+    return rounding.Counters(
         seed,
-        tl.load(chunk.row_ptr + PARAM_INDEX_COLUMN),
+        cell(chunk.row_ptr, "param_index"),
         step,
-        tl.load(chunk.row_ptr + SHARD_OFFSET_COLUMN),
-        tl.load(chunk.row_ptr + SHARD_LENGTH_COLUMN),
-        tl.load(chunk.row_ptr + SHARD_STRIDE_COLUMN),
+        cell(chunk.row_ptr, "shard_offset"),
+        cell(chunk.row_ptr, "shard_length"),
+        cell(chunk.row_ptr, "shard_stride"),
     )
 
 
@@ -327,8 +236,8 @@ def _load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.cons
     BLOCK: tl.constexpr = V.BLOCK
     stored = tl.load(moment_ptr + block.offsets, mask=block.mask, other=0)
     if stored.dtype == tl.int8:
-        scales = load_scales(scales_ptr, block.begin, block.count, BLOCK)
-        return from_moment(stored, scales, SIGNED, BLOCK)
+        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
+        return rounding.from_moment(stored, scales, SIGNED, BLOCK)
     else:
         return stored.to(V.STATE_DTYPE)
 
@@ -344,11 +253,15 @@ def _store_moment(
     else:
         half = bits >> 16 if SIGNED else bits & 0xFFFF
         if V.MOMENT_DTYPE == tl.int8:
-            codes, scales = to_moment(values, half, SIGNED, BLOCK)
-            store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
+            codes, scales = rounding.to_moment(values, half, SIGNED, BLOCK)
+            rounding.store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
             tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
-            tl.store(moment_ptr + block.offsets, round_to_bfloat16(values, half), mask=block.mask)
+            tl.store(
+                moment_ptr + block.offsets,
+                rounding.round_to_bfloat16(values, half),
+                mask=block.mask,
+            )
 
 
 @triton.jit
@@ -356,7 +269,7 @@ def _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V: tl.c
     """Store both moments of the elements from `first` of a tensor."""
     bits = 0
     if V.MOMENT_DTYPE != V.STATE_DTYPE:
-        bits = random_bits(counters, first, MOMENTS_STREAM, V.BY_FOURS, V.BLOCK)
+        bits = rounding.random_bits(counters, first, rounding.MOMENTS_STREAM, V.BY_FOURS, V.BLOCK)
     _store_moment(tensors.exp_avg, tensors.exp_avg_scales, block, exp_avg, bits, True, V)
     _store_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, exp_avg_sq, bits, False, V)
 
@@ -383,10 +296,10 @@ def _load_slot(buffer, slot, block, mask, V: tl.constexpr):
     slot_ptr = at(buffer.slots, slot * buffer.numel, V.FULL)
     stored = tl.load(slot_ptr + block.offsets, mask=mask, other=0)
     scales = 0
-    if has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, SCALE_BLOCK)
-        scales = load_scales(scales_ptr, block.begin, block.count, BLOCK)
-    return from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
+    return rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
 
 
 @triton.jit
@@ -410,8 +323,8 @@ def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
         item = buffer_sum
         if not V.CRITICAL_GRADIENTS:
             item = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
-        stored, scales = to_slot(item, V.SLOT_DTYPE, BLOCK)
-        item = from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+        stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
+        item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
         for other in range(0, buffer.capacity):
             buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
         tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
@@ -440,30 +353,22 @@ def _follow_commit(buffer, item, follow, block, V: tl.constexpr):
 
 @triton.jit
 def _sum_and_commit(buffer, item, commit, follow, block, V: tl.constexpr):
-    """Return the sum of the buffer, and put an item in its slot.
+    """Return the sum of the buffer, and put an item, rounded, in its slot where `commit` is set.
 
     A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
-    comes after.
-
-    Args:
-        buffer: The chunk's.
-        item: The momentum or gradient, which is rounded as a slot stores it.
-        commit: Whether it goes into a slot.
-        follow: Whether a running sum has yet to follow.
-        block: The elements.
-        V: The variant.
+    comes after. `follow` is set where a running sum has yet to follow.
     """
     BLOCK: tl.constexpr = V.BLOCK
-    stored, scales = to_slot(item, V.SLOT_DTYPE, BLOCK)
+    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
     # What is stored is what is summed.
-    item = from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+    item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
     if V.SUMMED_SLOTS > 0:
         buffer_sum = _sum_of_slots(buffer, item, block, V)
     else:
         buffer_sum = _follow_commit(buffer, item, follow, block, V)
-    if has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, SCALE_BLOCK)
-        store_scales(scales_ptr, block.begin, block.count, scales, buffer.slot >= 0, BLOCK)
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        rounding.store_scales(scales_ptr, block.begin, block.count, scales, buffer.slot >= 0, BLOCK)
     # Where nothing is committed this is no slot, and it is not touched.
     tl.store(buffer.slot_ptr + block.offsets, stored, mask=block.mask & commit)
     return buffer_sum
@@ -510,11 +415,13 @@ def _update_param(s, param, numerator, second_moment):
 def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
     """Store the parameter, rounded as the variant says, of the elements from `first`."""
     if V.STOCHASTIC:
-        bits = random_bits(counters, first, PARAM_STREAM, V.BY_FOURS, V.BLOCK) >> 16
+        bits = (
+            rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK) >> 16
+        )
         if V.PARAM_DTYPE == tl.bfloat16:
-            rounded = round_to_bfloat16(param, bits)
+            rounded = rounding.round_to_bfloat16(param, bits)
         else:
-            rounded = round_to_float16(param, bits)
+            rounded = rounding.round_to_float16(param, bits)
     else:
         rounded = param.to(V.PARAM_DTYPE)
     tl.store(tensors.param + block.offsets, rounded, mask=block.mask)
@@ -525,14 +432,7 @@ def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
 
 @triton.jit
 def _update_chunk(
-    chunk,
-    chunk_sq_norm_ptr,
-    admission,
-    s,
-    seed,
-    step,
-    VARIANT: tl.constexpr,
-    FULL: tl.constexpr,
+    chunk, chunk_sq_norm_ptr, admission, s, seed, step, VARIANT: tl.constexpr, FULL: tl.constexpr
 ):
     """Update a chunk, and write its sum of g^2 where that has not been taken before.
 
@@ -583,9 +483,9 @@ def _mean_divisor(row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS: tl.
     if mean_over_capacity == 0:
         filled = tl.full((), 0, tl.int32)
         if CRITICAL_GRADIENTS:
-            filled = tl.load(pointer(row_ptr, FILLED_COLUMN, tl.int64)).to(tl.int32)
+            filled = tl.load(pointer(row_ptr, "filled", tl.int64)).to(tl.int32)
         else:
-            keys_ptr = pointer(row_ptr, PRIORITIES_COLUMN, tl.float32)
+            keys_ptr = pointer(row_ptr, "priorities", tl.float32)
             for slot in range(0, capacity):
                 filled += (tl.load(keys_ptr + slot) >= 0).to(tl.int32)
         # An empty buffer's sum is 0 whatever divides it.
@@ -624,76 +524,46 @@ def _chunk_of(table_ptr, chunks_ptr):
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
     start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK_SIZE
-    numel = tl.load(row_ptr + NUMEL_COLUMN)
+    numel = cell(row_ptr, "numel")
     return _Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
 
 
 @entry
 def critical_adam_kernel(
-    table_ptr,
-    chunks_ptr,
+    table_ptr,  # the bucket's table; what it names is changed, but for gradients and keys
+    chunks_ptr,  # int32 (programs, 2): tensor and number of each program's chunk within it
+    # float64 (programs,): the sum of g^2 of each chunk. Written by critical momenta; critical
+    # gradients have taken their norm before.
     chunk_sq_norms_ptr,
-    lr_ptr,
-    grad_factor_ptr,
-    found_inf_ptr,
+    lr_ptr,  # the learning rate on the device, or None: `lr`
+    grad_factor_ptr,  # float64 (): what every gradient is multiplied by; None for 1
+    found_inf_ptr,  # float64 (): where it is not 0 nothing is changed; or None
     lr: tl.float64,
     beta1: tl.float64,
     beta2: tl.float64,
-    eps_inside: tl.float64,
-    eps_outside: tl.float64,
-    l2: tl.float64,
-    late_l2: tl.float64,
+    eps_inside: tl.float64,  # added inside the root
+    eps_outside: tl.float64,  # added outside of it; one of the two is 0
+    l2: tl.float64,  # coupled weight decay
+    late_l2: tl.float64,  # that of critical gradients which neither norms nor slots have
     decoupled_weight_decay: tl.float64,
-    sign: tl.float64,
+    sign: tl.float64,  # -1 to maximize, else 1
     capacity: tl.int32,
-    mean_over_capacity: tl.int32,
-    seed: tl.int64,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    MOMENT_DTYPE: tl.constexpr,
-    SLOT_DTYPE: tl.constexpr,
-    CRITICAL_GRADIENTS: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    SUMMED_SLOTS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    KAHAN: tl.constexpr,
+    mean_over_capacity: tl.int32,  # else the buffer's sum is divided by its filled slots
+    seed: tl.int64,  # of the random bits, in [0, 2^63)
+    PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
+    STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state but for the next two
+    MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
+    SLOT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats
+    CRITICAL_GRADIENTS: tl.constexpr,  # the buffer holds gradients, else momenta
+    AMSGRAD: tl.constexpr,  # divide by the running maximum of the second moment
+    SUMMED_SLOTS: tl.constexpr,  # the capacity where slots are summed, 0 where there are sums
+    STOCHASTIC: tl.constexpr,  # a half-precision parameter is rounded stochastically
+    KAHAN: tl.constexpr,  # it has a compensation, which takes what rounding leaves
+    # Each four consecutive elements, from the first on, are four of the whole parameter's that
+    # share a counter of random bits.
     BY_FOURS: tl.constexpr,
 ):
-    """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part.
-
-    Args:
-        table_ptr: The bucket's table. What it names is changed, but for gradients and keys.
-        chunks_ptr: int32 (programs, 2): tensor and number of each program's chunk within it.
-        chunk_sq_norms_ptr: float64 (programs,): the sum of g^2 of each chunk. Written by critical
-            momenta; critical gradients have taken their norm before.
-        lr_ptr: The learning rate on the device, or None: `lr`.
-        grad_factor_ptr: float64 (): what every gradient is multiplied by; None for 1.
-        found_inf_ptr: float64 (): where it is not 0 nothing is changed. Or None.
-        lr: The learning rate.
-        beta1: Decay of the momentum, in [0, 1).
-        beta2: Decay of the second moment, in [0, 1).
-        eps_inside: Added inside the root.
-        eps_outside: Added outside of it. One of the two is 0.
-        l2: Coupled weight decay, 0 for none.
-        late_l2: That of critical gradients which neither norms nor slots have, 0 for none.
-        decoupled_weight_decay: Decoupled weight decay, 0 for none.
-        sign: -1 to maximize, else 1.
-        capacity: Slots of each buffer.
-        mean_over_capacity: Whether the buffer's sum is divided by its capacity, or by its filled
-            slots.
-        seed: Of the random bits, in [0, 2^63).
-        PARAM_DTYPE: Of parameters and gradients.
-        STATE_DTYPE: Of the arithmetic, and of the state but for the next two.
-        MOMENT_DTYPE: Of the moments: STATE_DTYPE, bfloat16 or int8.
-        SLOT_DTYPE: Of the slots: STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats.
-        CRITICAL_GRADIENTS: The buffer holds gradients, else momenta.
-        AMSGRAD: Divide by the running maximum of the second moment.
-        SUMMED_SLOTS: The capacity where the slots are summed, 0 where the table has running sums.
-        STOCHASTIC: A half-precision parameter is rounded stochastically.
-        KAHAN: It has a compensation, which takes what rounding leaves.
-        BY_FOURS: Each four consecutive elements, from the first on, are four of the whole
-            parameter's that share a counter of random bits.
-    """
+    """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
     if is_set(found_inf_ptr):
         return
     VARIANT: tl.constexpr = _variant(
@@ -712,7 +582,7 @@ def critical_adam_kernel(
     aligned = is_aligned(chunk.row_ptr, chunk.numel, SLOT_DTYPE.primitive_bitwidth // 8)
     # The priorities of critical momenta are updated after the pass, those of critical gradients
     # before.
-    step = tl.load(pointer(chunk.row_ptr, STEP_COLUMN, tl.float32)).to(tl.int64)
+    step = tl.load(pointer(chunk.row_ptr, "step", tl.float32)).to(tl.int64)
     if not CRITICAL_GRADIENTS:
         step += 1
     hyperparameters = _Hyperparameters(
@@ -728,7 +598,7 @@ def critical_adam_kernel(
     )
     divisor = _mean_divisor(chunk.row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS)
     s = _scalars_of(hyperparameters, step, divisor, STATE_DTYPE)
-    slot = tl.load(pointer(chunk.row_ptr, SLOT_COLUMN, tl.int64)).to(tl.int32)
+    slot = tl.load(pointer(chunk.row_ptr, "pending_slot", tl.int64)).to(tl.int32)
     # A running sum loses a rounding with every admission: each part of a tensor is summed anew once
     # in 4 C steps, a different part each step (see csrc/cpu/kernels/slots.h).
     turn = step + chunk.start // REBUILT_CHUNK_SIZE

@@ -70,8 +70,8 @@ def register(batch: Batch) -> None:
 def prepare(batch: Batch) -> Callable[[], None]:
     """Prepare the step of a batch, and return what launches it.
 
-    It is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next.
-    What can fail, allocations included, comes before the first launch.
+    It is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next. What
+    can fail, allocations included, comes before the first launch.
     """
     batch.split_gradients()
     sq_norms = [_sq_norm_of(bucket) for bucket in batch.buckets]
@@ -92,10 +92,7 @@ def _launchers(buckets: list[Bucket]) -> list["_Launcher"]:
 
 
 def _sq_norm_of(bucket: Bucket) -> Tensor | None:
-    """Return the sum over the priority scope where it is given, or is one of norms.
-
-    The kernels add up squares.
-    """
+    """Return the sum over the priority scope where the kernels, which add up squares, cannot."""
     options = bucket.options
     if bucket.sq_norm is None and options.sum_of_norms and options.priority_scope == "group":
         return over_scope(sq_norms(bucket, options), options)
@@ -120,11 +117,7 @@ def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
 
 
 def update_(batch: Batch) -> list[Tensor]:
-    """Step critical momenta without their priorities; return each gradient's sum of squares.
-
-    Returns:
-        Of each bucket, float64 (params,).
-    """
+    """Step critical momenta without their priorities; return each gradient's sum of squares."""
     batch.split_gradients()
     launchers = _launchers(batch.buckets)
     sq_norms = []
@@ -153,28 +146,16 @@ def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
 
 
 def update_priorities_of_table_(
-    table: Tensor,
-    chunk_sq_norms: Tensor,
-    sq_norm: Tensor | None,
-    found_inf: Tensor | None,
+    table: Tensor,  # int64 (params, `WIDTH`); keys, slots, steps and filled slots are changed
+    chunk_sq_norms: Tensor,  # the sum of g^2 of each chunk, float64 (chunks,)
+    sq_norm: Tensor | None,  # over the scope, float64 () or (params,), if not that of these chunks
+    found_inf: Tensor | None,  # float64 (); where it is not 0 nothing is changed
     *,
     capacity: int,
     priority_decay: float,
-    group_scope: bool,
+    group_scope: bool,  # whether every key is the norm over the group, or each over its tensor
 ) -> None:
-    """Update the priorities: cm_fused::update_priorities_ where its kernel is not built.
-
-    Args:
-        table: The bucket's table, int64 (params, `WIDTH`). What it names of keys, slots, steps and
-            filled slots is changed.
-        chunk_sq_norms: The sum of g^2 of each chunk, float64 (chunks,).
-        sq_norm: The sum of the squares over the priority scope, float64 () or (params,), where it
-            is not that of these chunks.
-        found_inf: float64 (); where it is not 0 nothing is changed. None for 0.
-        capacity: Slots of each buffer, >= 1.
-        priority_decay: What the keys are multiplied by, in [0, 1].
-        group_scope: Whether every key is the norm over the group, or each over its tensor.
-    """
+    """Update the priorities: cm_fused::update_priorities_ where its kernel is not built."""
     if not len(table):
         return
     if group_scope and sq_norm is None:
@@ -313,12 +294,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         return result
 
     def update_priorities(self, sq_norm: Tensor | None) -> None:
-        """Launch the priority kernel on the norms of the pass before.
-
-        Args:
-            sq_norm: The sum of the squares over the priority scope, where the bucket is not all
-                of it.
-        """
+        """Launch the priority kernel on the norms of the pass before, or on a given sum."""
         _update_priorities(self.tables, self._table, self.bucket, sq_norm, self._found_inf)
 
     def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
@@ -382,14 +358,7 @@ def precision(
     slot_dtype: torch.dtype,
     low_precision_update: str,
 ) -> dict[str, Any]:
-    """Return the compile-time arguments of the pass that say how state and parameters are stored.
-
-    Args:
-        param_dtype: Of the parameters.
-        moment_dtype: Of the moments.
-        slot_dtype: Of the slots.
-        low_precision_update: As of `AdamCM`.
-    """
+    """Return the pass's compile-time arguments of how state and parameters are stored."""
     half = param_dtype in (torch.bfloat16, torch.float16)
     update_dtype = tl.float64 if param_dtype == torch.float64 else tl.float32
     return {

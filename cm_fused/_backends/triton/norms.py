@@ -5,20 +5,12 @@ import triton.language as tl
 
 from cm_fused._backends.triton.common import (
     CHUNK_SIZE,
-    FILLED_COLUMN,
-    FIRST_CHUNK_COLUMN,
     FULL_BLOCK,
-    GRAD_COLUMN,
-    NUM_CHUNKS_COLUMN,
-    NUMEL_COLUMN,
-    PARAM_COLUMN,
-    PRIORITIES_COLUMN,
     ROW,
-    SLOT_COLUMN,
-    STEP_COLUMN,
     TAIL_BLOCK,
     THREADS,
     at,
+    cell,
     double,
     effective_gradient,
     entry,
@@ -43,8 +35,8 @@ def _sq_norm_of_chunk(
     STATE_DTYPE: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    param_ptr = at(pointer(row_ptr, PARAM_COLUMN, PARAM_DTYPE), start, FULL)
-    grad_ptr = at(pointer(row_ptr, GRAD_COLUMN, PARAM_DTYPE), start, FULL)
+    param_ptr = at(pointer(row_ptr, "param", PARAM_DTYPE), start, FULL)
+    grad_ptr = at(pointer(row_ptr, "grad", PARAM_DTYPE), start, FULL)
     BLOCK: tl.constexpr = FULL_BLOCK if FULL else TAIL_BLOCK
     decays = spread(l2, BLOCK) != 0
     squares = tl.zeros((THREADS,), dtype=tl.float64)
@@ -73,7 +65,7 @@ def sq_norm_kernel(
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
     chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
-    numel = tl.load(row_ptr + NUMEL_COLUMN)
+    numel = cell(row_ptr, "numel")
     start = chunk * CHUNK_SIZE
     count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
     l2 = double(l2).to(STATE_DTYPE)
@@ -93,8 +85,8 @@ def sq_norm_kernel(
 @triton.jit
 def _sum_of_chunks(row_ptr, chunk_sq_norms_ptr):
     """Return the sum of g^2 of a row's tensor, float64."""
-    first = tl.load(row_ptr + FIRST_CHUNK_COLUMN)
-    num_chunks = tl.load(row_ptr + NUM_CHUNKS_COLUMN)
+    first = cell(row_ptr, "first_chunk")
+    num_chunks = cell(row_ptr, "num_chunks")
     sums = tl.zeros((FULL_BLOCK,), dtype=tl.float64)
     for begin in range(0, num_chunks, FULL_BLOCK):
         offsets = begin + tl.arange(0, FULL_BLOCK)
@@ -111,29 +103,16 @@ def tensor_sq_norms_kernel(table_ptr, chunk_sq_norms_ptr, sq_norms_ptr):
 
 @entry
 def update_priorities_kernel(
-    table_ptr,
-    chunk_sq_norms_ptr,
-    sq_norm_ptr,
-    found_inf_ptr,
-    sq_norm_stride: tl.int32,
+    table_ptr,  # keys, slots, steps and, where there are such, counts of filled slots are changed
+    chunk_sq_norms_ptr,  # float64: the sum of g^2 of each chunk
+    sq_norm_ptr,  # float64: those over the priority scope, or None for each tensor's chunks'
+    found_inf_ptr,  # float64 (): where it is not 0 nothing is changed; or None
+    sq_norm_stride: tl.int32,  # 1 for a sum for each row, 0 for one for all
     capacity: tl.int32,
-    priority_decay,
-    CAPACITY_BLOCK: tl.constexpr,
+    priority_decay,  # float32
+    CAPACITY_BLOCK: tl.constexpr,  # the capacity rounded up to a power of two
 ):
-    """Update the priorities of one tensor: key, admission, decay, slot, step (csrc/priority).
-
-    Args:
-        table_ptr: The bucket's table. Keys, slots, step counts and, where there are such, numbers
-            of filled slots are changed.
-        chunk_sq_norms_ptr: float64: the sum of g^2 of each chunk.
-        sq_norm_ptr: float64: the sums of g^2 over the priority scope, or None for those of each
-            tensor's chunks.
-        found_inf_ptr: float64 (): where it is not 0 nothing is changed. Or None.
-        sq_norm_stride: 1 for a sum for each row, 0 for one for all.
-        capacity: Slots of the buffer.
-        priority_decay: What the keys are multiplied by, float32.
-        CAPACITY_BLOCK: The capacity rounded up to a power of two.
-    """
+    """Update the priorities of one tensor: key, admission, decay, slot, step (csrc/priority)."""
     if is_set(found_inf_ptr):
         return
     row = tl.program_id(0).to(tl.int64)
@@ -146,9 +125,9 @@ def update_priorities_kernel(
 
     slots = tl.arange(0, CAPACITY_BLOCK)
     in_buffer = slots < capacity
-    keys_ptr = pointer(row_ptr, PRIORITIES_COLUMN, tl.float32)
+    keys_ptr = pointer(row_ptr, "priorities", tl.float32)
     keys = tl.load(keys_ptr + slots, mask=in_buffer, other=float("inf"))
-    filled_address = tl.load(row_ptr + FILLED_COLUMN)
+    filled_address = cell(row_ptr, "filled")
     if filled_address != 0:
         filled = tl.sum((in_buffer & (keys >= 0)).to(tl.int64))
         tl.store(filled_address.to(tl.pointer_type(tl.int64)), filled)
@@ -160,7 +139,7 @@ def update_priorities_kernel(
     # An unfilled slot keeps -inf, which times 0 would be NaN.
     keys = tl.where(keys >= 0, keys * priority_decay, keys)
     tl.store(keys_ptr + slots, keys, mask=in_buffer)
-    slot_ptr = pointer(row_ptr, SLOT_COLUMN, tl.int64)
+    slot_ptr = pointer(row_ptr, "pending_slot", tl.int64)
     tl.store(slot_ptr, tl.where(admitted != 0, slot, -1).to(tl.int64))
-    step_ptr = pointer(row_ptr, STEP_COLUMN, tl.float32)
+    step_ptr = pointer(row_ptr, "step", tl.float32)
     tl.store(step_ptr, tl.load(step_ptr) + 1.0)

@@ -28,17 +28,11 @@ _INT64_BYTES = 8
 
 @dataclass(frozen=True)
 class Chunks:
-    """The consecutive chunks of the parameters of one dtype.
-
-    Attributes:
-        param_dtype: Of these parameters.
-        chunks: int32 (chunks, 2) on the device: each chunk's tensor and number within it.
-        sq_norms: float64 (chunks,) on the device, for the kernels to write.
-    """
+    """The consecutive chunks of the parameters of one dtype."""
 
     param_dtype: torch.dtype
-    chunks: Tensor
-    sq_norms: Tensor
+    chunks: Tensor  # int32 (chunks, 2) on the device: each chunk's tensor and number within it
+    sq_norms: Tensor  # float64 (chunks,) on the device, for the kernels to write
 
 
 class OutdatedTablesError(Exception):
@@ -46,25 +40,16 @@ class OutdatedTablesError(Exception):
 
 
 class Tables:
-    """Where the kernels find a bucket's tensors.
-
-    Attributes:
-        chunk_sq_norms: float64 (chunks,) on the device: all chunks' sums of g^2.
-        launches: The chunks by dtype of the parameters.
-        last: The table of the last refresh.
-        made_in_capture: Whether what these tables need was uploaded by a graph's capture.
-        by_fours: Whether each four elements of every parameter are four of the whole parameter's
-            with one counter of random words.
-        changed: Whether a refresh found an address changed, until parameters that overlap were
-            looked for.
-        one_by_one: Whether parameters of the step overlap, to be launched one after the other.
-    """
+    """Where the kernels find a bucket's tensors."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._device = bucket.device
+        # Whether what these tables need was uploaded by a graph's capture.
         self.made_in_capture = is_capturing(self._device)
         self._registered = _registered(bucket) if library.unavailable_reason is None else None
         self._bucket = bucket
+        # Whether each four elements of every parameter are four of the whole parameter's with one
+        # counter of random bits.
         self.by_fours = all(
             layout.length == layout.stride and layout.offset % WORDS == 0
             for layout in map(bucket.shard_layout, range(len(bucket.params)))
@@ -73,8 +58,10 @@ class Tables:
         # The tensors of uploads that a capture recorded, on the device and on the host.
         self._of_captures: list[tuple[Tensor, Tensor]] = []
         self._table: Tensor | None = None
-        self.last: Tensor | None = None
+        self.last: Tensor | None = None  # the table of the last refresh
+        # Whether a refresh found an address changed, until parameters that overlap were looked for.
         self.changed = True
+        # Whether parameters of the step overlap, to be launched one after the other.
         self.one_by_one = False
         self._lay_out_chunks(bucket.params)
         self._scratch = self._lay_out_scratch(bucket)
@@ -101,26 +88,17 @@ class Tables:
             sum(-(-param.numel() // CHUNK_SIZE) for param in params if param.dtype == dtype)
             for dtype in dtypes
         ]
-        self.launches = [
-            Chunks(*of_dtype)
-            for of_dtype in zip(
-                dtypes,
-                torch.split(chunks, counts),
-                torch.split(self.chunk_sq_norms, counts),
-                strict=True,
-            )
-        ]
+        self.launches = self._split(dtypes, counts)
 
     def launches_one_by_one(self) -> list[tuple[int, Chunks]]:
         """Return the number and the chunks of each parameter, in the order of `launches`."""
         counts = [int(self._host[i, COLUMNS["num_chunks"]]) for i in self._order]
-        split = zip(
-            [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order],
-            torch.split(self._chunks, counts),
-            torch.split(self.chunk_sq_norms, counts),
-            strict=True,
-        )
-        return [(i, Chunks(*of_param)) for i, of_param in zip(self._order, split, strict=True)]
+        dtypes = [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order]
+        return list(zip(self._order, self._split(dtypes, counts), strict=True))
+
+    def _split(self, dtypes: list[torch.dtype], counts: list[int]) -> list[Chunks]:
+        sq_norms = torch.split(self.chunk_sq_norms, counts)
+        return list(map(Chunks, dtypes, torch.split(self._chunks, counts), sq_norms))
 
     def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
         """Give critical gradients a place for this step's slots and counts of filled ones."""
@@ -135,13 +113,9 @@ class Tables:
     def refresh(self, params: list[Tensor], grads: list[Tensor]) -> Tensor | None:
         """Return the table of these tensors, int64 (params, `WIDTH`) on the device.
 
-        Returns:
-            None where a tensor does not lie in memory as its exp_avg does, so that a copy is to be
-            passed in its place.
-
-        Raises:
-            RuntimeError: The lists do not fit each other.
-            OutdatedTablesError: A parameter has another dtype than when these tables were made.
+        None where a tensor does not lie in memory as its exp_avg does, so that a copy is to be
+        passed in its place. RuntimeError where the lists do not fit each other; OutdatedTablesError
+        where a parameter has another dtype than when these tables were made.
         """
         capturing = is_capturing(self._device)
         host = self._host.clone() if capturing else self._host
