@@ -25,7 +25,6 @@ from tests.support.cases import (
     ROOT,
     Event,
     Kind,
-    copy_of,
     device_of,
     make_gradients,
     make_optimizer,
@@ -57,33 +56,6 @@ def _same(actual: Any, expected: Any, where: str) -> None:
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), where
     else:
         assert actual == expected, where
-
-
-@needs_cpu_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_bits_of_the_cpu_step(kind: Kind, dtype: torch.dtype) -> None:
-    """Full chunks, tails and tensors that are not aligned have the bits of the C++ step.
-
-    Both round every operation once and contract none; norms are sums of float64 either way.
-    """
-    options = Options(kind, lr=0.05, capacity=CAPACITY, amsgrad=True, weight_decay=0.1)
-    shapes: list[tuple[int, ...]] = [(CHUNK_SIZE,), (CHUNK_SIZE + 4,), (CHUNK_SIZE + 3,), (5,), ()]
-    made = make_params(shapes, dtype)
-    runs = []
-    for backend in ("cpu", "triton"):
-        params = [copy_of(param, device_of(backend)) for param in made]
-        optimizer = make_optimizer(params, options, backend)
-        for grads in make_gradients(made, EVENTS):
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = None if grad is None else grad.to(param.device)
-            optimizer.step()
-        runs.append((params, [vars(saved(optimizer, i)) for i in range(len(params))]))
-    (expected, expected_states), (actual, states) = runs
-    for i, (param, other) in enumerate(zip(actual, expected, strict=True)):
-        _same(param, other, f"params[{i}]")
-        for key, value in expected_states[i].items():
-            _same(states[i][key], value, f"params[{i}]: {key}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -267,51 +267,6 @@ def test_slots_are_as_in_the_algorithm(backend: str, capacity: int, beta1: float
 # Hooks
 
 
-@on_each_backend
-@of_each_class
-def test_state_dict_hooks_run_once(cls: type[CriticalAdam], backend: str) -> None:
-    """Hooks of saving and loading run once each, and what they return is used."""
-    optimizer = new_optimizer(cls, backend=backend)
-    train(optimizer, range(3))
-    calls: list[str] = []
-
-    def save_post(hooked: object, state_dict: dict[str, Any]) -> dict[str, Any]:
-        calls.append("save post")
-        return {**state_dict, "extra": 7}
-
-    def load_pre(hooked: object, state_dict: dict[str, Any]) -> dict[str, Any]:
-        calls.append("load pre")
-        assert state_dict["extra"] == 7
-        groups = [{**group, "lr": 0.125} for group in state_dict["param_groups"]]
-        return {**state_dict, "param_groups": groups}
-
-    optimizer.register_state_dict_pre_hook(lambda hooked: calls.append("save pre"))
-    optimizer.register_state_dict_post_hook(save_post)
-    optimizer.register_load_state_dict_pre_hook(load_pre)
-    optimizer.register_load_state_dict_post_hook(lambda hooked: calls.append("load post"))
-    state_dict = optimizer.state_dict()
-    assert calls == ["save pre", "save post"]
-    assert state_dict["extra"] == 7
-    optimizer.load_state_dict(state_dict)
-    assert calls == ["save pre", "save post", "load pre", "load post"]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
-    assert [group["lr"] for group in state_dict["param_groups"]] == [0.01, 0.02]
-
-
-@on_each_backend
-@of_each_class
-def test_hooks_see_what_users_see(cls: type[CriticalAdam], backend: str) -> None:
-    """A post hook that saves gets the state dict that state_dict() returns, not an inner form."""
-    optimizer = new_optimizer(cls, backend=backend)
-    train(optimizer, range(3))
-    seen: list[dict[str, Any]] = []
-    optimizer.register_state_dict_post_hook(
-        lambda hooked, state_dict: seen.append(copy.deepcopy(state_dict))
-    )
-    state_dict = optimizer.state_dict()
-    assert_same(seen[0], state_dict)
-
-
 # Loading
 
 

@@ -84,6 +84,12 @@ BAD_OPTIONS = [
     BadOption("buffer_dtype", "float8", "buffer_dtype must be .*got 'float8'"),
     BadOption("moment_dtype", torch.int64, r"moment_dtype must be .*got torch\.int64"),
     BadOption("moment_dtype", "half", "moment_dtype must be .*got 'half'"),
+    BadOption("buffer_dtype", torch.float64, "buffer_dtype must be one of .*float64"),
+    BadOption("buffer_dtype", torch.float8_e5m2, "buffer_dtype must be one of"),
+    BadOption("moment_dtype", torch.float16, "moment_dtype must be one of .*got torch.float16"),
+    BadOption("low_precision_update", "up", "low_precision_update must be one of .*got 'up'"),
+    BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
+    BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1.5"),
 ]
 
 bad_options = pytest.mark.parametrize("bad", BAD_OPTIONS, ids=str)
@@ -131,12 +137,6 @@ def test_add_param_group_refuses_what_torch_refuses() -> None:
     with pytest.raises(TypeError, match="can only optimize Tensors"):
         optimizer.add_param_group({"params": [3.0]})
     assert_same(snapshot(optimizer), before)
-
-
-def test_unknown_keyword_is_refused() -> None:
-    """A misspelt option is an error, not ignored."""
-    with pytest.raises(TypeError, match="priority_decy"):
-        CLASSES[0](new_params(), priority_decy=0.5)  # type: ignore[call-arg]
 
 
 # Backends
@@ -367,20 +367,6 @@ def test_changed_capacity_changes_nothing(
         optimizer.step()
     assert_same(snapshot(optimizer), before)
     optimizer.param_groups[-1]["capacity"] = capacity
-    train(optimizer, range(4, 8))
-    train(twin, range(4, 8))
-    assert_same(trained(optimizer), trained(twin))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_goes_on_after_an_error(backend: str) -> None:
-    """After a refused step the optimizer trains as if it had not been asked."""
-    optimizer, twin = (new_optimizer(CLASSES[0], backend=backend) for _ in range(2))
-    train(optimizer, range(4))
-    train(twin, range(4))
-    params_of(optimizer)[-1].grad = torch.ones(5).to_sparse()
-    with pytest.raises(RuntimeError, match="must be dense"):
-        optimizer.step()
     train(optimizer, range(4, 8))
     train(twin, range(4, 8))
     assert_same(trained(optimizer), trained(twin))

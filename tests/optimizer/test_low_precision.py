@@ -233,28 +233,6 @@ def test_every_code_of_a_slot_is_read(backend: str, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.sampled
-@skip_if(skip_reason(backend="cpu"))
-@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", backend_params(["triton"]))
-def test_same_bits(backend: str, kind: Kind, dtype: torch.dtype, precision: Precision) -> None:
-    """A run of the Triton pass has the C++ step's bits: both contract nothing."""
-    results = []
-    for name in ("cpu", backend):
-        params = _params(dtype, device_of(name), backend)
-        optimizer = _class(kind)(params, capacity=12, lr=0.05, seed=SEED, backend=name, **precision)
-        for step in range(16):
-            _take_step(optimizer, params, step)
-        states = [committed_copy(optimizer.state[param]) for param in params]
-        results.append(
-            [(param.cpu(), *state.values()) for param, state in zip(params, states, strict=True)]
-        )
-    for ours, theirs in zip(*results, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(_bits(a), _bits(b))
-
-
 @skip_if(skip_reason(backend="cpu"))
 @pytest.mark.parametrize("capacity", [5, 12])
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
@@ -655,23 +633,6 @@ def test_capacity_of_quantized_state_follows_options() -> None:
     with pytest.raises(RuntimeError, match=r"'critical_buffer' is torch\.int8"):
         _take_step(optimizer, params, 1)
     assert all(map(torch.equal, params, before))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"buffer_dtype": torch.float64}, "buffer_dtype must be one of .*float64"),
-        ({"buffer_dtype": torch.float8_e5m2}, "buffer_dtype must be one of"),
-        ({"moment_dtype": torch.float16}, "moment_dtype must be one of .*got torch.float16"),
-        ({"low_precision_update": "up"}, "low_precision_update must be one of .*got 'up'"),
-        ({"seed": -1}, r"seed must be an int in \[0, 2\^63\), got -1"),
-        ({"seed": 1.5}, r"seed must be an int in \[0, 2\^63\), got 1.5"),
-    ],
-)
-def test_errors(options: dict[str, Any], message: str) -> None:
-    """Each names the option, the rule and the value."""
-    with pytest.raises(ValueError, match=message):
-        AdamCM([torch.zeros(3)], **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])

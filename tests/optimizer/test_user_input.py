@@ -411,23 +411,6 @@ def test_the_state_can_be_walked(copied: Callable[[Any], Any], backend: str) -> 
     assert_same(trained(optimizer), trained(twin))
 
 
-def test_lightning_moves_the_state() -> None:
-    """Its own function for that leaves a state that goes on."""
-    from lightning.fabric.utilities.apply_func import move_data_to_device
-    from lightning_utilities.core.apply_func import apply_to_collection
-
-    optimizer, twin = new_optimizer(AdamCM), new_optimizer(AdamCM)
-    for each in (optimizer, twin):
-        train(each, range(3))
-    for param, values in optimizer.state.items():
-        optimizer.state[param] = apply_to_collection(
-            values, Tensor, move_data_to_device, torch.device("cpu"), allow_frozen=True
-        )
-    for each in (optimizer, twin):
-        train(each, range(3, 6))
-    assert_same(trained(optimizer), trained(twin))
-
-
 @on_each_backend
 def test_two_optimizers_with_one_parameters_state(backend: str) -> None:
     """A state that is put into another optimizer as well is seen by both when it changes.
