@@ -83,23 +83,6 @@ def _shifted(tensor: Tensor, shifted: bool) -> Tensor:
     return memory[shifted : shifted + tensor.numel()].copy_(tensor)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_running_sum_is_rebuilt(kind: Kind) -> None:
-    """Whatever a running sum has gathered is gone 4 C steps later, in every chunk."""
-    options = Options(kind, capacity=CAPACITY)
-    (param,) = (p.to(DEVICE) for p in make_params([(2 * CHUNK_SIZE + 5,)]))
-    optimizer = make_optimizer([param], options, "triton")
-    (grad,) = make_params([tuple(param.shape)], seed=1)
-    param.grad = grad.to(DEVICE)
-    optimizer.step()
-    optimizer.state[param]["critical_sum"] += 1e3
-    for _ in range(4 * CAPACITY):
-        optimizer.step()
-    seen = saved(optimizer, 0)
-    assert seen.critical_sum is not None
-    torch.testing.assert_close(seen.critical_sum, seen.critical_buffer.sum(0))
-
-
 # The table
 
 

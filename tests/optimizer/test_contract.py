@@ -408,75 +408,7 @@ def test_parameter_without_gradient_takes_no_part(
             assert after["state"][i]["step"] == 10
 
 
-@on_each_backend
-@of_each_kind
-def test_parameter_without_gradient_has_no_state(cls: type[CriticalAdam], backend: str) -> None:
-    """State is made when a parameter first takes part, and not for anything else."""
-    optimizer = new_optimizer(cls, backend=backend)
-    optimizer.step()
-    assert optimizer.state_dict()["state"] == {}
-    give_gradients(optimizer, 0, without=[1, 2])
-    optimizer.step()
-    assert set(optimizer.state_dict()["state"]) == {0, 3, 4}
-
-
-@on_each_backend
-@of_each_kind
-@of_each_capacity
-def test_frozen_then_unfrozen(cls: type[CriticalAdam], backend: str, capacity: int) -> None:
-    """A parameter frozen for a while goes on where it stopped, the others as they would."""
-    optimizer = new_optimizer(cls, backend=backend, capacity=capacity, priority_scope="tensor")
-    alone = new_optimizer(cls, backend=backend, capacity=capacity, priority_scope="tensor")
-    for t in range(12):
-        give_gradients(optimizer, t, without=[0] if 4 <= t < 8 else [])
-        optimizer.step()
-        if not 4 <= t < 8:
-            give_gradients(alone, t, without=[1, 2, 3, 4])
-            alone.step()
-    assert_same(params_of(optimizer)[0], params_of(alone)[0])
-    assert_same(optimizer.state_dict()["state"][0], alone.state_dict()["state"][0])
-
-
 # 5. Complex parameters
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"weight_decay": 0.1, "amsgrad": True}, {"priority_scope": "tensor", "capacity": 3}],
-    ids=str,
-)
-@on_each_backend
-@of_each_class
-def test_complex_is_a_pair_of_reals(
-    cls: type[CriticalAdam], backend: str, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
-    """Complex parameters, also beside real ones, train as torch.view_as_real of them."""
-    real = new_params(dtype.to_real(), [(4,)])
-    mixed: list[Tensor] = [*new_params(dtype, [(3, 4), (), (0, 2)]), *real]
-    pairs = [
-        nn.Parameter(
-            torch.view_as_real(p.detach()).clone() if p.is_complex() else p.detach().clone()
-        )
-        for p in mixed
-    ]
-    optimizer = cls(mixed, backend=backend, **options)
-    twin = cls(pairs, backend=backend, **options)
-    for t in range(10):
-        for i, (mine, theirs) in enumerate(zip(mixed, pairs, strict=True)):
-            grad = gradient(t, i, mine)
-            mine.grad = grad
-            theirs.grad = torch.view_as_real(grad).clone() if grad.is_complex() else grad.clone()
-        optimizer.step()
-        twin.step()
-    states = optimizer.state_dict()["state"]
-    for i, (mine, theirs) in enumerate(zip(mixed, pairs, strict=True)):
-        if mine.is_complex():
-            assert_same(torch.view_as_real(mine.detach()), theirs.detach())
-            assert states[i]["exp_avg"].dtype == mine.dtype
-            assert states[i]["critical_buffer"].dtype == mine.dtype
-        else:
-            assert_same(mine.detach(), theirs.detach())
 
 
 # 6. Tensors replaced, added, moved
@@ -803,24 +735,6 @@ def test_replaced_state_is_released(cls: type[CriticalAdam], backend: str) -> No
 
 
 @on_each_backend
-@of_each_class
-def test_step_between_forward_and_backward_is_noticed(
-    cls: type[CriticalAdam], backend: str
-) -> None:
-    """Autograd refuses a backward pass through parameters that step() has changed since."""
-    for make in (torch.optim.AdamW, cls):
-        model = _model()
-        options: dict[str, Any] = {} if make is torch.optim.AdamW else {"backend": backend}
-        optimizer = make(model.parameters(), **options)
-        for _ in range(3):
-            loss = model(torch.ones(2, 4)).square().mean()
-            loss.backward(retain_graph=True)
-            optimizer.step()
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                loss.backward()
-
-
-@on_each_backend
 @of_each_kind
 def test_step_moves_version_counters(cls: type[CriticalAdam], backend: str) -> None:
     """The version counter of every stepped parameter moves, and of no other."""
@@ -831,14 +745,6 @@ def test_step_moves_version_counters(cls: type[CriticalAdam], backend: str) -> N
         optimizer.step()
         moved = [p._version > v for p, v in zip(params_of(optimizer), before, strict=True)]
         assert moved == [True, False, True, True, True]
-
-
-def _model() -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    for param in model.parameters():
-        param.data = 0.5 * torch.randn(param.shape, generator=generator)
-    return model
 
 
 def _pickled_state(state: Any) -> Any:

@@ -391,41 +391,27 @@ def test_hooks_that_change_a_step(backend: str, options: dict[str, Any]) -> None
 # Groups and checkpoints
 
 
+@pytest.mark.parametrize("place", ["2 of group 0", "1 of group 1"])
 @on_each_backend
 @of_each_kind
-def test_a_parameter_twice_in_a_group(cls: type[CriticalAdam], backend: str) -> None:
-    """Torch warns where the group is made; its first step is refused, and changes nothing.
+def test_a_parameter_twice(cls: type[CriticalAdam], backend: str, place: str) -> None:
+    """A parameter twice in a group, or put into a second one's list by hand, is refused unchanged.
 
-    Thread: pytorch/pytorch#40967. torch takes two steps with one state; so did the reference, while
-    the C++ step changed one state from two places. The older tests look at the warning alone.
+    Thread: pytorch/pytorch#40967; fine-tuning moves parameters between groups. The C++ step changed
+    one state from two places; older tests look at torch's warning alone.
     """
-    param, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        optimizer = cls([param, other, param], backend=backend)
-    give_gradients(optimizer, 0)
-    before = snapshot(optimizer)
-    message = "every parameter once, got parameter 0 of group 0 again as parameter 2 of group 0"
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
-    assert_same(snapshot(optimizer), before)
-
-
-@on_each_backend
-@of_each_kind
-def test_a_parameter_in_two_groups(cls: type[CriticalAdam], backend: str) -> None:
-    """A parameter that was put into a second group's list by hand is refused.
-
-    Situation: fine-tuning moves parameters between groups and forgets to remove them. torch checks
-    `add_param_group` alone and takes two steps with one state; the C++ step's result was neither
-    that nor the reference's. The test above has a parameter twice in one group.
-    """
-    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizer = cls([{"params": [param]} for param in params], backend=backend)
-    train(optimizer, range(2))
-    optimizer.param_groups[1]["params"].append(params[0])
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    if place == "2 of group 0":
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = cls([params[0], params[1], params[0]], backend=backend)
+    else:
+        groups = [{"params": [param]} for param in params[:2]]
+        optimizer = cls(groups, backend=backend)
+        train(optimizer, range(2))
+        optimizer.param_groups[1]["params"].append(params[0])
     give_gradients(optimizer, 2)
     before = snapshot(optimizer)
-    message = "every parameter once, got parameter 0 of group 0 again as parameter 1 of group 1"
+    message = f"every parameter once, got parameter 0 of group 0 again as parameter {place}"
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert_same(snapshot(optimizer), before)
