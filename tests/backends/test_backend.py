@@ -275,18 +275,3 @@ print(json.dumps({"errors": errors, "param": param.tolist()}))
         assert "CM_FUSED_CPU_CAPABILITY must name an instruction set of this machine" in message
         assert "default, avx2 or avx512" in message
         assert "got avx1024" in message
-
-
-def test_default_capability_serves_every_machine() -> None:
-    """The baseline can be asked for by name, and gives the bits that the best one gives."""
-    script = """
-print(json.dumps({"capability": cpu.capability(), "params": train(new(), 9)}))
-"""
-    seen = _seen_by(script, CM_FUSED_CPU_CAPABILITY="default")
-    assert seen["capability"] == "default"
-    param = torch.nn.Parameter(torch.linspace(-1, 1, 6))
-    here = AdamCM([param])
-    for t in range(9):
-        param.grad = torch.full_like(param, 1.0 + t % 3)
-        here.step()
-    assert_same(torch.tensor(seen["params"][0]), param.detach())

@@ -216,26 +216,6 @@ def test_state_dict_holds_what_is_specified(
     assert [group["params"] for group in state_dict["param_groups"]] == [[0, 1, 2], [3, 4]]
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.9])
-@on_each_backend
-@of_each_capacity
-def test_slots_are_as_in_the_algorithm(backend: str, capacity: int, beta1: float) -> None:
-    """The state dict shows a step's momentum in its slot right after the step."""
-    (param,) = new_params(shapes=[(4,)])
-    optimizer = AdamCM(
-        [param], betas=(beta1, 0.99), capacity=capacity, priority_decay=1.0, backend=backend
-    )
-    momentum, slots = torch.zeros(4), []
-    for t in range(capacity):
-        param.grad = gradient(t, 0, param)
-        momentum = beta1 * momentum + (1 - beta1) * param.grad
-        slots.append(momentum)
-        optimizer.step()
-        buffer = optimizer.state_dict()["state"][0]["critical_buffer"]
-        torch.testing.assert_close(buffer[: t + 1], torch.stack(slots))
-        assert not buffer[t + 1 :].any()
-
-
 # Hooks
 
 

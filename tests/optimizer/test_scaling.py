@@ -221,17 +221,6 @@ def test_grad_scaler(cls: type[CriticalAdam], unscale: bool, backend: str) -> No
 
 
 @on_each_backend
-def test_overflow_changes_nothing_inside(backend: str) -> None:
-    """What is kept between steps, a commit that is pending say, stays too."""
-    run = _Run(AdamCM, backend=backend, amp_scaling=True, capacity=2)
-    for t in (0, 1):
-        run.step(t)
-    before = snapshot(run.optimizer)
-    run.step(2)
-    assert_same(snapshot(run.optimizer), before)
-
-
-@on_each_backend
 def test_grad_scaler_with_clipping(backend: str) -> None:
     """Unscaling, clipping and skipping in one step are those three before it."""
     ours = _Run(AdamCM, backend=backend, amp_scaling=True, max_grad_norm=0.5)

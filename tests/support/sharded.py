@@ -135,13 +135,17 @@ class Twins:
             self.step(t, change)
         return self
 
-    def check(self) -> None:
-        """Compare parameters and all state."""
+    def check_state(self) -> None:
+        """Compare all state."""
         states = self.optimizer.state_dict()["state"]
         for i, expected in self.expected.state_dict()["state"].items():
             assert states[i].keys() == expected.keys()
             for key, value in expected.items():
                 assert_close(states[i][key], value, f"{key} of {i}")
+
+    def check(self) -> None:
+        """Compare parameters and all state."""
+        self.check_state()
         for i, (param, twin) in enumerate(zip(self.sharded, self.whole, strict=True)):
             assert_close(param, twin.detach(), f"param {i}")
 
@@ -1158,7 +1162,7 @@ def resume(folder: Path) -> None:
         state = _both(model, optimizer)
         load_checkpoint(state, checkpoint_id=folder / name)
         _set_both(model, optimizer, state)
-        loaded = _both(model, optimizer, full_state_dict=True)
+        loaded = copy.deepcopy(_both(model, optimizer, full_state_dict=True))
         if world != 4:
             _check_rounded_once(loaded, kept["half"])
             _check_goes_on(model, optimizer, kept, world, close=name == "plain")
@@ -1318,40 +1322,32 @@ def every_way_to_set_a_state_dict(_: Path) -> None:
 
 
 @case(2)
-def load_scaled_whole_without_help(_: Path) -> None:
-    """load_state_dict itself takes codes with the scales of whole tensors, and the other way."""
-    twins, fresh = (
-        Twins(AdamCM, _mesh(), [Shard(0)], CUT_ANYWHERE, **SCALED["all"]) for _ in range(2)
-    )
-    for t in range(3):
-        twins.step(t)
-    fresh.optimizer.load_state_dict(twins.expected.state_dict())
-    fresh.expected.load_state_dict(twins.optimizer.state_dict())
-    for new, old, params, others in (
-        (fresh.optimizer, twins.expected, fresh.sharded, twins.whole),
-        (fresh.expected, twins.optimizer, fresh.whole, twins.sharded),
-    ):
-        for param, other in zip(params, others, strict=True):
-            for key in ("exp_avg", "exp_avg_sq", "critical_buffer"):
-                mine, saved = (
-                    _gathered(dequantized(unscaled(state), key))
-                    for state in (new.state[param], old.state[other])
-                )
-                bound = (4 if "exp_avg" in key else 1) * HALF_CODE["torch.int8"]
-                assert (mine - saved).abs().max() <= bound * saved.abs().max(), key
-    fresh.step(3)
-
-
-@case(2)
 def load_whole_without_help(_: Path) -> None:
-    """load_state_dict itself takes whole tensors for DTensors, and the other way round."""
-    twins = Twins(AdamCM, _mesh(), [Shard(0)])
-    for t in range(3):
-        twins.step(t)
-    fresh = Twins(AdamCM, _mesh(), [Shard(0)])
-    fresh.optimizer.load_state_dict(twins.expected.state_dict())
-    fresh.expected.load_state_dict(twins.optimizer.state_dict())
-    fresh.check()
+    """load_state_dict itself takes whole tensors, or codes and scales, for DTensors and back."""
+    for name in ("plain", "all"):
+        twins, fresh = (
+            Twins(AdamCM, _mesh(), [Shard(0)], CUT_ANYWHERE, **SAVED[name]) for _ in range(2)
+        )
+        for t in range(3):
+            twins.step(t)
+        fresh.optimizer.load_state_dict(twins.expected.state_dict())
+        fresh.expected.load_state_dict(twins.optimizer.state_dict())
+        if name == "plain":
+            fresh.check_state()
+        for new, old, params, others in (
+            (fresh.optimizer, twins.expected, fresh.sharded, twins.whole),
+            (fresh.expected, twins.optimizer, fresh.whole, twins.sharded),
+        ):
+            for param, other in zip(params, others, strict=True):
+                _check_loaded(new.state[param], old.state[other], scaled=name != "plain")
+        fresh.step(3)
+
+
+def _check_loaded(state: dict[str, Tensor], source: dict[str, Tensor], *, scaled: bool) -> None:
+    for key in ("exp_avg", "exp_avg_sq", "critical_buffer"):
+        mine, saved = (_gathered(dequantized(unscaled(each), key)) for each in (state, source))
+        bound = (4 if "exp_avg" in key else 1) * HALF_CODE["torch.int8"] * scaled
+        assert (mine - saved).abs().max() <= bound * saved.abs().max(), key
 
 
 # Gradient release
