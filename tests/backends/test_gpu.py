@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils._pytree import tree_leaves
 
 from cm_fused import SAM, AdamCM
 from cm_fused._backends import library
@@ -242,35 +241,6 @@ def test_replays_go_on_from_a_loaded_state(kind: Kind, capacity: int, source: st
         _assert_same_training(captured, twin)
         for name in ("lr", "skipped_steps"):
             assert torch.equal(captured.param_groups[0][name], twin.param_groups[0][name])
-    for check in checks:
-        check()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_loading_without_a_graph_gives_new_tensors(kind: Kind) -> None:
-    """Neither the state dict that was loaded nor one that was taken before changes.
-
-    Situation: a backup is restored after a candidate's state was tried, with a learning rate on the
-    device. As for the CPU in test_aliasing.py.
-    """
-    options = Options(kind, capacity=3)
-    optimizer, other = (_with_options_on_the_device(options, "triton", lr) for lr in (0.05, 0.02))
-    gradients = list(_gradients())
-    for trained, steps in ((optimizer, gradients[:4]), (other, gradients[4:6])):
-        for grads in steps:
-            _give(grads, trained)
-            trained.step()
-    backup, candidate = optimizer.state_dict(), other.state_dict()
-    checks = [_untouched(backup), _untouched(candidate)]
-    leaves = tree_leaves([backup, candidate])
-    used = {leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor)}
-    for state_dict in (candidate, backup):
-        optimizer.load_state_dict(state_dict)
-        assert_same(optimizer.state_dict(), state_dict)
-        assert not used & set(_addresses(optimizer).values())
-        for grads in gradients[6:8]:
-            _give(grads, optimizer)
-            optimizer.step()
     for check in checks:
         check()
 

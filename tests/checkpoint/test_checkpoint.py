@@ -15,7 +15,6 @@ from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.table import RUNNING_SUM_MIN_CAPACITY
 from tests.support.training import (
     BACKENDS,
-    CLASSES,
     KINDS,
     ROUNDING,
     SHAPES,
@@ -53,7 +52,6 @@ on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 of_each_pair_of_backends = pytest.mark.parametrize(
     ("backend", "other"), list(itertools.permutations(BACKENDS, 2))
 )
-of_each_class = pytest.mark.parametrize("cls", CLASSES)
 of_each_kind = pytest.mark.parametrize("cls", KINDS)
 of_each_capacity = pytest.mark.parametrize("capacity", CAPACITIES)
 
@@ -99,28 +97,6 @@ def test_interrupted_run_is_the_uninterrupted_one(
         assert_same(trained(resumed), trained(uninterrupted), f"saved after {save_at} steps: ")
 
 
-@of_each_class
-@on_each_backend
-def test_run_interrupted_at_every_step(cls: type[CriticalAdam], backend: str) -> None:
-    """A run saved and resumed after each of its steps is the uninterrupted one, options and all."""
-    options: dict[str, Any] = {
-        "weight_decay": 0.1,
-        "priority_scope": "tensor",
-        "buffer_mean": "size",
-        "eps_inside_sqrt": False,
-        "maximize": True,
-        "backend": backend,
-    }
-    uninterrupted = new_optimizer(cls, **options)
-    train(uninterrupted, range(25))
-    optimizer = new_optimizer(cls, **options)
-    for t in range(25):
-        train(optimizer, [t])
-        # What the checkpoint says counts, not the arguments of the optimizer it is loaded into.
-        optimizer = _resumed(optimizer, new_optimizer(cls, backend=backend))
-    assert_same(trained(optimizer), trained(uninterrupted))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
 @of_each_pair_of_backends
 @of_each_kind
@@ -159,19 +135,6 @@ def test_half_precision_checkpoint_of_another_backend(
     for i, state in expected["state"].items():
         for key in STATE_KEYS:
             torch.testing.assert_close(got["state"][i][key], state[key], **ROUNDING)
-
-
-@on_each_backend
-@of_each_class
-@of_each_capacity
-def test_saving_does_not_disturb(cls: type[CriticalAdam], backend: str, capacity: int) -> None:
-    """A run that takes its state dict at every step is the run that never does, to the bit."""
-    optimizer, twin = (new_optimizer(cls, capacity=capacity, backend=backend) for _ in range(2))
-    for t in range(25):
-        train(optimizer, [t])
-        train(twin, [t])
-        optimizer.state_dict()
-    assert_same(trained(optimizer), trained(twin))
 
 
 # What a state dict holds
@@ -352,12 +315,16 @@ def test_groups_that_lack_newer_options(cls: type[CriticalAdam], backend: str) -
     for group in state_dict["param_groups"]:
         for name in ("priority_decay", "priority_scope", "buffer_mean", "capacity", "maximize"):
             del group[name]
+        for name in ("backend", "amp_scaling", "skipped_steps"):
+            del group[name]
     options: dict[str, Any] = {"priority_decay": 0.3, "priority_scope": "tensor", "maximize": True}
+    options["amp_scaling"] = True
     optimizer = new_optimizer(cls, capacity=3, backend=backend, **options)
     optimizer.load_state_dict(state_dict)
     for group in optimizer.param_groups:
         assert {name: group[name] for name in options} == options
         assert (group["buffer_mean"], group["capacity"]) == ("capacity", 3)
+        assert group["backend"] == backend
     train(optimizer, range(5, 7))
 
 

@@ -4,9 +4,6 @@ What crashed an operator, or was taken in silence, has a test of its own below t
 damaged at random are tests/support/damage.py's.
 """
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.support import damage
-from tests.support.cases import ROOT, needs_cpu_backend
+from tests.support.cases import needs_cpu_backend
 from tests.support.rows import MINE, OPS, REFUSED, Refused, role_of
 from tests.support.samples import LAST, Sample, float64, full_sample, sample, step_
 from tests.support.training import SHAPES, assert_same
@@ -276,33 +273,6 @@ def test_moment_of_another_dtype_in_the_same_place_is_seen() -> None:
     case.state["exp_avg"][0].data = case.state["exp_avg"][0].data.view(torch.int8)[:8]
     with pytest.raises(RuntimeError, match=r"exp_avg_sqs\[0\] must have dtype Char"):
         step_([state], [case])
-
-
-_WITH_UNKNOWN_CAPABILITY = """
-from tests.support.samples import float64, sample
-case = sample().without("pending_slot")
-case.scalars["sq_norm"] = float64(4.0)
-before = [t.clone() for key in ("priorities", "step") for t in case.state[key]]
-try:
-    case.step()
-except RuntimeError as error:
-    after = [t for key in ("priorities", "step") for t in case.state[key]]
-    print(all(a.equal(b) for a, b in zip(before, after)), error)
-"""
-
-
-def test_unknown_capability_changes_nothing() -> None:
-    """With the norm given, the priorities had been updated when the kernel was looked for."""
-    result = subprocess.run(
-        [sys.executable, "-c", _WITH_UNKNOWN_CAPABILITY],
-        env={**os.environ, "CM_FUSED_CPU_CAPABILITY": "none"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.startswith("True ")
-    assert "CM_FUSED_CPU_CAPABILITY must name" in result.stdout
 
 
 def test_threads_that_step_one_state_take_turns() -> None:

@@ -355,18 +355,6 @@ def test_sharpness_of_a_spectrum(name: str, dtype: torch.dtype) -> None:
     assert abs(result.eigenvalue - eigenvalues.max().item()) <= tolerance * size
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_sharpness_of_a_saddle(seed: int) -> None:
-    """The Hessian of x * y has the eigenvalues 1 and -1, whatever vector it starts from.
-
-    The Rayleigh quotient of any vector stands still under power iteration there.
-    """
-    x, y = (torch.tensor(value, requires_grad=True) for value in (0.3, 0.7))
-    result = sharpness(x * y, [x, y], seed=seed)
-    assert result.converged
-    assert result.eigenvalue == pytest.approx(1)
-
-
 @pytest.mark.parametrize("max_iterations", [1, 2, 5])
 def test_sharpness_that_has_not_converged(max_iterations: int) -> None:
     """Few products do not suffice, and it says so; there are no more of them."""

@@ -115,21 +115,6 @@ def test_removal(cls: type[CriticalAdam]) -> None:
             assert not torch.equal(param, old)
 
 
-def test_copies_do_not_step_in_backward() -> None:
-    """A deep copy of the optimizer steps as ever: the hooks are the model's."""
-    model = new_model()
-    optimizer = AdamCM(model.parameters(), priority_scope="tensor")
-    enable_gradient_release(model, optimizer)
-    backward(model, 0)
-    copied = copy.deepcopy(optimizer)
-    params = copied.param_groups[0]["params"]
-    before = [param.clone() for param in params]
-    for param in params:
-        param.grad = torch.ones_like(param)
-    copied.step()
-    assert not any(map(torch.equal, before, params))
-
-
 @pytest.mark.parametrize(
     "options",
     [

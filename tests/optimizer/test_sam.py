@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import pickle
 import warnings
 import weakref
@@ -122,27 +121,6 @@ def test_parameters_are_restored_to_the_bit(dtype: torch.dtype, adaptive: bool) 
     assert _same(_values(model), before)
 
 
-def test_closure_that_raises() -> None:
-    """Whichever call of the closure raises, the parameters are where they were, and all goes on."""
-    model = _model()
-    optimizer = SAM(Adam(model.parameters()), rho=0.5)
-    good = _closure(model, optimizer)
-    for fails_at in (1, 2):
-        before = _values(model)
-        calls = itertools.count(1)
-
-        def closure(fails_at: int = fails_at, calls: Any = calls) -> Any:
-            if next(calls) == fails_at:
-                raise KeyboardInterrupt
-            return good()
-
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.step(closure)
-        assert _same(_values(model), before)
-        optimizer.step(good)
-        assert not _same(_values(model), before)
-
-
 def test_one_norm_over_all_groups() -> None:
     """A parameter moves by its share of one norm, whatever its group and dtype."""
     shapes = [(3,), (2, 2), (4,), (0,)]
@@ -252,8 +230,9 @@ def _wrapped(base: str, model: nn.Module) -> SAM:
 
 @on_each_copy
 @on_each_wrapped
+@pytest.mark.parametrize("of_wrapped", [False, True])
 def test_copies_under_a_scheduler_train_alone_and_equally(
-    base: str, make_copy: Callable[[Any], Any]
+    of_wrapped: bool, base: str, make_copy: Callable[[Any], Any]
 ) -> None:
     """Users copy what they train: the copy's steps are its own, and the original's bits.
 
@@ -262,12 +241,12 @@ def test_copies_under_a_scheduler_train_alone_and_equally(
     """
     model = _model()
     optimizer = _wrapped(base, model)
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    scheduler = lr_scheduler.ExponentialLR(optimizer.optimizer if of_wrapped else optimizer, 0.9)
     for t in range(3):
         optimizer.step(_closure(model, optimizer, t))
         scheduler.step()
     copied = make_copy((model, optimizer, scheduler))
-    assert copied[2].optimizer is copied[1]
+    assert copied[2].optimizer is (copied[1].optimizer if of_wrapped else copied[1])
     assert (copied[1].rho, copied[1].adaptive) == (optimizer.rho, optimizer.adaptive)
     before = _values(model)
     for t in range(3, 6):
@@ -327,21 +306,6 @@ def test_scheduler_and_hooks_of_a_copy(make_copy: Callable[[Any], Any]) -> None:
     assert _same(_values(model), before)
     assert not _same(_values(twin), twins)
     assert copied.param_groups[0]["lr"] == 0.5 * optimizer.param_groups[0]["lr"]
-
-
-def test_copies_of_a_scheduler_on_the_wrapped_optimizer() -> None:
-    """A scheduler may be the wrapped optimizer's; a copy of all three goes on with its own."""
-    model = _model()
-    optimizer = SAM(SGD(model.parameters(), lr=0.1))
-    scheduler = lr_scheduler.ExponentialLR(optimizer.optimizer, 0.5)
-    optimizer.step(_closure(model, optimizer))
-    scheduler.step()
-    twin, copied, copied_scheduler = copy.deepcopy((model, optimizer, scheduler))
-    before = _values(model)
-    copied.step(_closure(twin, copied))
-    copied_scheduler.step()
-    assert _same(_values(model), before)
-    assert (copied.param_groups[0]["lr"], optimizer.param_groups[0]["lr"]) == (0.025, 0.05)
 
 
 def test_passes_for_an_optimizer() -> None:
@@ -726,22 +690,25 @@ def test_old_gradients_are_not_kept_alive() -> None:
     run.step(1, closure)
 
 
+@pytest.mark.parametrize("fails_at", [5, 6])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_closure_that_raises_before_it_zeroes(error: type[BaseException]) -> None:
-    """No mark and no hook of ours stays when the second call raises."""
+def test_closure_that_raises_before_it_zeroes(error: type[BaseException], fails_at: int) -> None:
+    """Whichever call raises, parameters are where they were, no mark or hook of ours stays."""
     run = _Run()
     for t in range(2):
         run.step(t, _zeroing_in_place)
     before = _values(run.model)
 
     def closure(run: _Run, t: int) -> Any:
-        if run.calls == 6:
+        if run.calls == fails_at:
             raise error
         return _zeroing_in_place(run, t)
 
     with pytest.raises(error):
         run.step(2, closure)
     assert _same(_values(run.model), before)
-    assert not any(param.grad.any() for param in run.params)  # type: ignore[union-attr]
+    # The last step's are still there at the first call.
+    assert fails_at == 5 or not any(param.grad.any() for param in run.params)  # type: ignore[union-attr]
     assert not any(param._backward_hooks for param in run.params)
     run.step(3, closure)
+    assert not _same(_values(run.model), before)
