@@ -52,9 +52,8 @@ def _pair(make: Callable[[], Any]) -> tuple[Any, Any]:
 def test_swapping_two_optimizers(make: Callable[[], Any]) -> None:
     """Each goes on with the other's state.
 
-    Situation: population-based training and GANs exchange the states of two live optimizers. The
-    first load wrote into the tensors of the second state dict, so that both had one state. Older
-    tests load copies, or state dicts of optimizers that are not loaded into.
+    Situation: population-based training and GANs. The first load wrote into the second state dict;
+    older tests load copies.
     """
     first, second = _pair(make)
     expected = [copy.deepcopy(each.state_dict()) for each in (second, first)]
@@ -81,8 +80,7 @@ def test_a_candidate_and_the_backup(
 ) -> None:
     """A backup that was taken before another state was loaded restores what was there.
 
-    Situation: a search loads a candidate, finds it worse and restores the backup. Older tests have
-    one state dict at a time.
+    Situation: a search restores its backup. Older tests have one state dict at a time.
     """
     base, other = _pair(make)
     optimizer = wraps(base)
@@ -113,9 +111,8 @@ def test_resizing_leaves_a_state_dict(make: Callable[[], Any]) -> None:
 def test_a_captured_step_finds_what_was_loaded() -> None:
     """Once a graph was captured, loading writes into its tensors, which no state dict has.
 
-    A graph goes on with the addresses that it was captured with: state, a learning rate on the
-    device and the count of skipped steps. The older test had the same for every optimizer, which is
-    what made two of them share a state. Without a device the capture is a stand-in.
+    A graph goes on with its addresses: state, a learning rate on the device, the count of skipped
+    steps. Without a device the capture is a stand-in.
     """
     optimizer, other = (
         new_optimizer(AdamCM, lr=torch.tensor(0.01), skip_nonfinite=True) for _ in range(2)

@@ -235,8 +235,7 @@ def test_tensor_lr_is_a_float_lr(
 def test_a_groups_lr_beside_anothers_tensor_lr(cls: type[CriticalAdam], backend: str) -> None:
     """A number stays the float64 that it is where another group's lr is a tensor.
 
-    Older tests gave tensors to all groups or to the only one; the operator that steps all groups
-    takes a tensor from each, and 1e-3 came to it through one of torch's default dtype.
+    It went through a tensor of the default dtype; older tests gave tensors to all groups or to one.
     """
     optimizer, twin = (new_optimizer(cls, torch.float64, backend=backend) for _ in range(2))
     optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, dtype=torch.float64)

@@ -168,8 +168,7 @@ def test_skipped_parameter_keeps_its_ages() -> None:
 def test_a_state_dict_loaded_while_recording() -> None:
     """What a state dict brings is no admission, and counts its age from then on.
 
-    Situation: a run that was recorded loads its best checkpoint and goes on. Older tests record
-    optimizers that load nothing.
+    Situation: a recorded run loads its best checkpoint. Older tests load nothing while recording.
     """
     param = torch.zeros(2, requires_grad=True)
     optimizer = AdamCM([param], capacity=2, priority_decay=1.0)
@@ -338,8 +337,7 @@ SPECTRA = {
 def test_sharpness_of_a_spectrum(name: str, dtype: torch.dtype) -> None:
     """Whatever the other eigenvalues, what is said to be converged is the largest one.
 
-    Power iteration called pairs of equal size and opposite sign converged where their mixture stood
-    still; the spectra of the older test have a single eigenvalue of largest magnitude.
+    Power iteration stood still on pairs of opposite sign, which the older test's spectra lack.
     """
     eigenvalues = SPECTRA[name]
     hessian = _symmetric(eigenvalues).to(dtype)

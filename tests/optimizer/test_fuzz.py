@@ -181,8 +181,7 @@ def test_random_use(machine: type[ApiMachine]) -> None:
 def test_float8_slots_are_pickled() -> None:
     """An optimizer with 8-bit float slots comes back from pickle and goes on with the same bits.
 
-    torch pickles no tensor of 8-bit floats. Older tests pickled float32 state only;
-    `torch.save` and `copy.deepcopy` of such a state were right.
+    torch pickles no tensor of 8-bit floats; older tests pickled float32 state only.
     """
     param = torch.ones(3, requires_grad=True)
     optimizer = AdamCM([param], buffer_dtype=torch.float8_e4m3fn)

@@ -238,8 +238,7 @@ def test_every_code_of_a_slot_is_read(backend: str, dtype: torch.dtype) -> None:
 def test_commit_of_a_state_dict(dtype: torch.dtype, precision: Precision, capacity: int) -> None:
     """A state dict's commits, made by the C++ operator, have the reference's bits.
 
-    The older tests look at what the next step commits; a state dict's went through the reference,
-    in copies of 4 bytes an element.
+    It went through the reference, in copies; older tests look at what the next step commits.
     """
     params = _params(dtype)
     optimizer = AdamCM(params, capacity=capacity, lr=0.05, seed=SEED, backend="cpu", **precision)
@@ -263,8 +262,7 @@ def test_a_block_without_a_usable_scale(
 ) -> None:
     """Values too small for a scale are stored as 0 without a sign, in the reference too.
 
-    The older tests compare codes, of which -0 is 0; the reference kept the sign in float8, which
-    state machines found when a state dict's commit was no longer the reference's.
+    The reference kept the sign in float8; older tests compare codes, of which -0 is 0.
     """
     stored = []
     for name in ("eager", backend):
@@ -481,8 +479,7 @@ def test_no_generator_is_touched() -> None:
 def test_tensor_lr_of_a_scalar_parameter(backend: str, dtype: torch.dtype) -> None:
     """A learning rate in a tensor is the number it holds, for a parameter without dimensions too.
 
-    The older tests of such learning rates have parameters with dimensions. Without them torch's
-    promotion made the reference's update float64, which stochastic rounding could not take.
+    Without dimensions, which older tests have, torch promoted the reference's update to float64.
     """
     params = []
     for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):

@@ -126,8 +126,7 @@ def test_compiles_whole(options: Options) -> None:
 def test_slots_are_summed_in_their_order(capacity: int, dtype: torch.dtype) -> None:
     """The sum's bits are not the strides': `Tensor.sum`'s are, of five slots and more.
 
-    The older tests compare layouts to a bound. State machines found a step that was another after
-    a buffer's memory order had changed.
+    Older tests compare layouts to a bound; a buffer's memory order changed a step.
     """
     slots = torch.randn(capacity, 30, 50, dtype=dtype)
     expected = torch.zeros(30, 50, dtype=dtype)

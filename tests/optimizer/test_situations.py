@@ -142,8 +142,7 @@ def test_model_turned_to_double(
 def test_compiled_step_of_complex_parameters(cls: type[CriticalAdam], backend: str) -> None:
     """A compiled step of complex parameters beside real ones is the plain one.
 
-    Thread: pytorch/pytorch#110706, where Dynamo failed on torch's optimizers of complex parameters.
-    The fused steps raised "setStorage: sizes ... are out of bounds"; the older tests compiled real
+    Thread: pytorch/pytorch#110706. The fused steps raised "setStorage"; older tests compiled real
     parameters alone.
     """
     torch._dynamo.reset()
@@ -441,8 +440,7 @@ def test_step_as_a_number_under_a_half_default_dtype() -> None:
 def test_loading_without_memory(mode: Callable[[], Any]) -> None:
     """A state dict of tensors without values loads, so that a resumed run can be estimated.
 
-    Thread: pytorch/torchtitan#410. The check of the step count read its value. The older tests load
-    real tensors alone.
+    Thread: pytorch/torchtitan#410. The check of the step count read its value.
     """
     with mode():
         model = nn.Linear(3, 3)
