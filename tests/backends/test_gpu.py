@@ -1,5 +1,6 @@
 """What only a CUDA device can show: graphs, synchronizations, launches, memory, two devices."""
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -289,6 +290,16 @@ def test_parameters_with_memory_in_common(
         assert_same(params, twins)
 
 
+@contextlib.contextmanager
+def _no_synchronizations() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # SAM
 
 
@@ -320,13 +331,9 @@ with_and_without_adaptive = pytest.mark.parametrize("adaptive", [False, True])
 def test_sam_does_not_synchronize(dtype: torch.dtype, adaptive: bool) -> None:
     """No step with a closure that sets gradients to None waits for the device, nor the first."""
     optimizer, closure = _sam(adaptive, dtype)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with _no_synchronizations():
         for _ in range(3):
             optimizer.step(closure)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @with_and_without_adaptive
@@ -389,15 +396,11 @@ def test_no_synchronization(
     options = Options(kind, capacity=capacity, priority_scope=scope, buffer_mean="size")
     optimizer = _optimizer(params, options, capturable=capturable, **others)
     grads = [[torch.ones_like(param) for param in params] for _ in range(3)]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with _no_synchronizations():
         for of_step in [grads[0], *grads]:
             for param, grad in zip(params, of_step, strict=True):
                 param.grad = grad
             optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def _device_work(optimizer: CriticalAdam) -> Counter[str]:

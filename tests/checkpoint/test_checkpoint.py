@@ -427,23 +427,6 @@ def test_layout_changed_after_loading(
     assert_close(runs[1], runs[0], derived=())
 
 
-@on_each_backend
-@of_each_kind
-def test_loading_does_not_touch_parameters(cls: type[CriticalAdam], backend: str) -> None:
-    """A state dict is about the state: parameters and gradients stay as they are."""
-    source = new_optimizer(cls, backend=backend)
-    train(source, range(4))
-    optimizer = new_optimizer(cls, backend=backend)
-    train(optimizer, range(1))
-    before = snapshot(optimizer)
-    grads = [param.grad for param in params_of(optimizer)]
-    optimizer.load_state_dict(source.state_dict())
-    after = snapshot(optimizer)
-    assert_same(after["params"], before["params"])
-    assert after["members"] == before["members"]
-    assert all(p.grad is g for p, g in zip(params_of(optimizer), grads, strict=True))
-
-
 # Memory, and buffers of another capacity
 
 

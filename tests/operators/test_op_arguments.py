@@ -6,7 +6,6 @@ damaged at random are tests/support/damage.py's.
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -275,6 +274,14 @@ def test_moment_of_another_dtype_in_the_same_place_is_seen() -> None:
         step_([state], [case])
 
 
+def _in_threads(*targets: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_threads_that_step_one_state_take_turns() -> None:
     """Operators run without Python's lock: what is cached of a state was shared."""
     case = sample(shapes=tuple((1 + i % 7,) for i in range(1500)))
@@ -284,11 +291,7 @@ def test_threads_that_step_one_state_take_turns() -> None:
         for _ in range(20):
             step_([state], [case])
 
-    threads = [threading.Thread(target=step) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _in_threads(*[step] * 4)
     assert {count.item() for count in case.state["step"]} == {82.0}
 
 
@@ -301,13 +304,7 @@ def test_threads_that_step_states_in_other_orders() -> None:
         for _ in range(200):
             step_(states[order], cases[order])
 
-    threads: list[Any] = [
-        threading.Thread(target=step, args=(slice(None, None, way),)) for way in (1, -1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _in_threads(lambda: step(slice(None)), lambda: step(slice(None, None, -1)))
     assert [case.state["step"][0].item() for case in cases] == [402.0, 402.0]
 
 

@@ -7,7 +7,6 @@ runs over every configuration of every class.
 
 import copy
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -105,11 +104,6 @@ def _step(optimizer: Any, t: int) -> None:
     optimizer.step()
 
 
-def _trained(optimizer: Any) -> dict[str, Any]:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return {"params": [p.detach().clone() for p in params], "state": optimizer.state_dict()}
-
-
 # Errors
 
 
@@ -167,25 +161,6 @@ def test_state_dict_hooks(info: OptimizerInfo) -> None:
     assert calls == ["saving", "saved", "loading", "loaded"]
     assert [group["lr"] for group in optimizer.param_groups] == [0.125]
     assert [group["lr"] for group in state_dict["param_groups"]] == [0.001]
-
-
-@of_each_config
-@pytest.mark.parametrize(
-    "make_copy", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
-)
-def test_copies(
-    info: OptimizerInfo, config: OptimizerInput, make_copy: Callable[[Any], Any]
-) -> None:
-    """A deep copy and a pickle train on identically, with parameters of their own."""
-    optimizer = _make(info, config, _params())
-    for t in range(4):
-        _step(optimizer, t)
-    other = make_copy(optimizer)
-    assert repr(other) == repr(optimizer)
-    for t in range(4, 8):
-        _step(other, t)
-        _step(optimizer, t)
-    assert_same(_trained(other), _trained(optimizer))
 
 
 # Param groups

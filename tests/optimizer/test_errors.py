@@ -118,19 +118,6 @@ def test_add_param_group_refuses(bad: BadOption) -> None:
     assert_same(snapshot(optimizer), before)
 
 
-def test_add_param_group_refuses_what_torch_refuses() -> None:
-    """Torch's own checks of a group still hold, and nothing is added."""
-    optimizer = new_optimizer(CLASSES[0])
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": params_of(optimizer)[:1]})
-    with pytest.raises(TypeError, match="must be a dict"):
-        optimizer.add_param_group([torch.nn.Parameter(torch.ones(2))])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="can only optimize Tensors"):
-        optimizer.add_param_group({"params": [3.0]})
-    assert_same(snapshot(optimizer), before)
-
-
 # Backends
 
 

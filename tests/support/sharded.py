@@ -197,15 +197,10 @@ def bfloat16_slots(_: Path) -> None:
 
 
 @case(4)
-def replicated_shards(_: Path) -> None:
-    """Hybrid sharding: what two processes hold counts once."""
-    _in_both_scopes(_square("replicate", "shard"), [Replicate(), Shard(0)])
-
-
-@case(4)
 def two_dimensions(_: Path) -> None:
-    """Sharded twice along one dimension."""
+    """Sharded twice along one dimension, and hybrid: what two processes hold counts once."""
     _in_both_scopes(_square("dp", "tp"), [Shard(0), Shard(0)])
+    _in_both_scopes(_square("replicate", "shard"), [Replicate(), Shard(0)])
 
 
 @case(2)
@@ -364,20 +359,12 @@ def random_words_of_rows(_: Path) -> None:
 
 @case(2, 4)
 def random_words_of_columns(_: Path) -> None:
-    """So it has where every process holds a piece of every row."""
+    """So it has where every process holds a piece of every row, and on meshes of two dimensions."""
     _has_the_bits_of_one_process(_mesh(), [Shard(1)], CUT_ANYWHERE)
-
-
-@case(4)
-def random_words_on_two_dimensions(_: Path) -> None:
-    """So it has on meshes of two dimensions."""
-    for placements in (
-        [Shard(0), Shard(0)],
-        [Shard(0), Shard(1)],
-        [Shard(1), Shard(0)],
-        [Replicate(), Shard(0)],
-    ):
-        _has_the_bits_of_one_process(_square("dp", "tp"), placements, CUT_ANYWHERE)
+    if dist.get_world_size() == 4:
+        pairs = [(Shard(0), Shard(0)), (Shard(0), Shard(1)), (Shard(1), Shard(0))]
+        for placements in (*pairs, (Replicate(), Shard(0))):
+            _has_the_bits_of_one_process(_square("dp", "tp"), [*placements], CUT_ANYWHERE)
 
 
 @case(4)
@@ -665,18 +652,13 @@ def sam_tensor_parallel(_: Path) -> None:
 
 
 @case(4)
-def sam_fsdp2_over_tensor_parallel(_: Path) -> None:
-    """On a mesh of two dimensions the sum goes over both."""
+def sam_on_two_dimensions(_: Path) -> None:
+    """The sum goes over both of a mesh's dimensions; what two processes hold counts once."""
+    hybrid = _square("replicate", "shard")
+    _trains_with_sam(lambda: _fsdp(hybrid), 4, dist.get_rank())
     mesh = _square("dp", "tp")
     dp = mesh["dp"]
     _trains_with_sam(lambda: _fsdp(dp, _tensor_parallel(mesh["tp"])), 2, dp.get_local_rank())
-
-
-@case(4)
-def sam_hybrid_sharding(_: Path) -> None:
-    """What two processes hold counts once in the norm."""
-    mesh = _square("replicate", "shard")
-    _trains_with_sam(lambda: _fsdp(mesh), 4, dist.get_rank())
 
 
 @case(1, 2, 4)
