@@ -31,7 +31,6 @@ from tests.support.cases import (
     make_params,
     needs_cpu_backend,
     needs_triton,
-    real,
     step_options,
 )
 from tests.support.compare import saved
@@ -47,15 +46,6 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 # Here both kernels keep a running sum, so both add the same numbers in the same order.
 CAPACITY = 5
 EVENTS = MIXED.events(CAPACITY)
-
-
-def _same(actual: Any, expected: Any, where: str) -> None:
-    """Check bits, so that a NaN is itself."""
-    if isinstance(expected, Tensor):
-        a, b = (real(tensor).cpu().reshape(-1).contiguous() for tensor in (actual, expected))
-        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), where
-    else:
-        assert actual == expected, where
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +65,7 @@ def test_memory_that_is_not_aligned(which: str, kind: Kind) -> None:
             optimizer.step()
         results.append(param)
     assert results[0].data_ptr() % 16 == 0
-    _same(results[1], results[0], which)
+    assert torch.equal(results[1], results[0]), which
 
 
 def _shifted(tensor: Tensor, shifted: bool) -> Tensor:

@@ -148,10 +148,8 @@ def test_loading_under_a_graph_leaves_none_of_its_tensors(
 ) -> None:
     """All that a graph has is written to, what the state dict lacks too.
 
-    Situation: a captured run goes back to a checkpoint. The commit that was pending when it was
-    loaded went into the loaded slots, and the running sum stayed the old one where the checkpoint
-    has none. The older test takes a state dict, which makes the commit, right before it loads, and
-    looks at what was loaded alone.
+    Situation: a captured run goes back to a checkpoint. A pending commit went into the loaded
+    slots, an old running sum stayed. The older test takes a state dict first, which commits.
     """
     optimizer = new_optimizer(cls, capacity=capacity)
     other = new_optimizer(cls, capacity=capacity, backend="eager" if source == "eager" else None)
@@ -209,9 +207,8 @@ def test_a_load_that_fails_leaves_whole_states() -> None:
 def test_a_parameter_put_before_others(backend: str) -> None:
     """Parameters that move among the optimizer's get the random bits of their new places.
 
-    Situation: a frozen parameter is put into the first group by hand. The second group's plan was
-    kept, with its parameters' old places, so that a resumed run was not the uninterrupted one.
-    Older tests add groups at the end.
+    Situation: a frozen parameter is put into the first group by hand; the second group's plan kept
+    the old places. Older tests add groups at the end.
     """
     optimizer = new_optimizer(AdamCM, moment_dtype=torch.bfloat16, backend=backend)
     train(optimizer, range(3))

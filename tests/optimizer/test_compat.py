@@ -135,8 +135,7 @@ def test_without_a_buffer(cls: str, backend: str) -> None:
 def test_torchs_default_device_changes_nothing(cls: str, backend: str, kappa: float) -> None:
     """What a step makes of its own is made where the parameters are.
 
-    `test_contract.py` has the classes of the paper alone: the norm that nothing admits, of a step
-    without a buffer, was once made on the default device.
+    A step without a buffer made its norm elsewhere; `test_contract.py` has the paper's classes.
     """
     after = []
     for default in ("cpu", "meta"):

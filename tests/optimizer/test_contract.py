@@ -255,8 +255,7 @@ def test_torchs_defaults_change_nothing(
 ) -> None:
     """A step and a resumption are the same whatever torch makes tensors of, and where.
 
-    Older tests had torch's defaults: with `torch.set_default_device("cuda")` CPU parameters found
-    their bookkeeping on the wrong device, and state dicts could not be loaded.
+    With a default device "cuda" CPU parameters had bookkeeping there; older tests set none.
     """
     optimizer, other = (
         new_optimizer(cls, backend=backend, priority_scope="group", **precision, **options)

@@ -42,9 +42,8 @@ of_each_kind = pytest.mark.parametrize("cls", KINDS)
 def test_conjugated_gradient(cls: type[CriticalAdam], backend: str) -> None:
     """A complex gradient that autograd left conjugated is read as the values that it has.
 
-    Thread: pytorch/pytorch#59998 (Adam and complex parameters). `p.conj()` in a loss gives such a
-    gradient, and the step said that view_as_real "doesn't work on unresolved conjugated tensors",
-    as torch's own still does. The older tests made complex gradients without autograd.
+    Thread: pytorch/pytorch#59998. `p.conj()` in a loss gives such a gradient, which was refused;
+    older tests made complex gradients without autograd.
     """
     params = [nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.complex64)) for _ in range(2)]
     optimizers = [cls([param], lr=1e-2, backend=backend) for param in params]
@@ -67,9 +66,8 @@ def test_conjugated_gradient(cls: type[CriticalAdam], backend: str) -> None:
 def test_negated_gradient(cls: type[CriticalAdam], backend: str) -> None:
     """A real gradient that is negated lazily is read as the values that it has.
 
-    Thread: pytorch/pytorch#59998, as above; the imaginary part of a conjugate is such a tensor. The
-    tables of the Triton step kept the address of a copy that ended with the operator's call, which
-    gave the right values for as long as nothing else took its memory.
+    Thread: pytorch/pytorch#59998. The Triton tables kept the address of a copy that had ended,
+    right for as long as nothing else took its memory.
     """
     optimizer, twin = (new_optimizer(cls, backend=backend) for _ in range(2))
     for t in range(4):
@@ -116,9 +114,8 @@ def test_model_turned_to_double(
 ) -> None:
     """A parameter turned to float64 after a step is refused, and the remedy that is named works.
 
-    Thread: plenoptic-org/plenoptic#404 (after `.to(dtype)` the optimizer no longer moves anything).
-    The reference went on with float32 state, and the C++ step named an internal list; the older
-    tests turned parameters to half precision, whose state is float32 too.
+    Thread: plenoptic-org/plenoptic#404. The reference went on with float32 state; older tests
+    turned parameters to half precision, whose state is float32 too.
     """
     optimizer = new_optimizer(cls, backend=backend, **options)
     train(optimizer, range(3))
@@ -419,8 +416,7 @@ def test_a_parameter_twice(cls: type[CriticalAdam], backend: str, place: str) ->
 def test_step_as_a_number_under_a_half_default_dtype() -> None:
     """A count of steps that a checkpoint has as a number is loaded as that number.
 
-    Thread: pytorch/ao#4915. It went through a tensor of the default dtype, in which 1001 is 1000.
-    The older tests set a default dtype for steps, not for loading.
+    Thread: pytorch/ao#4915. 1001 became the default dtype's 1000; older tests only step there.
     """
     optimizer = new_optimizer(AdamCM)
     train(optimizer, range(1))

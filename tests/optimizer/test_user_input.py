@@ -196,8 +196,7 @@ def test_surgery_that_forgets_the_buffer(
 ) -> None:
     """The error names the parameter, what does not fit it and what to do, and that does help.
 
-    Situation: 3D Gaussian splatting adds and removes points, and changes the two moments that
-    Adam has. Older tests replace a parameter's data, but none of its state.
+    Situation: 3D Gaussian splatting grows the two moments alone. Older tests replace data only.
     """
     optimizer = cls([{"params": new_params()[:2], "name": "xyz"}], backend=backend)
     train(optimizer, range(6))
@@ -322,8 +321,7 @@ class _WithAverages(AdamWCM):
 def test_state_that_a_subclass_keeps_by_parameter() -> None:
     """It is the optimizer's own parameters that it goes by after loading.
 
-    Situation: an optimizer with an average or a mask for each parameter, as Lookahead. Its keys
-    were copied with it, so that every look-up failed later. Older tests have plain entries.
+    Situation: an average for each parameter, as in Lookahead: its keys were copied with it.
     """
     optimizer = _WithAverages(new_params())
     train(optimizer, range(2))
@@ -377,9 +375,8 @@ COPIES = [
 def test_the_state_can_be_walked(copied: Callable[[Any], Any], backend: str) -> None:
     """What moves or copies nested data does so with the whole state and with each parameter's.
 
-    Situation: Lightning moves each parameter's state to its device, Accelerate what it is given,
-    torch's pytree what it knows. Our counting dicts could not be made from a mapping, and were
-    leaves to a pytree. Older tests read the state as a dict.
+    Situation: Lightning, Accelerate and torch's pytree do. Our dicts could not be made from a
+    mapping, and were leaves. Older tests read the state as a dict.
     """
     optimizer = new_optimizer(AdamCM, backend=backend)
     train(optimizer, range(5))

@@ -873,8 +873,7 @@ FSDP1_OPTIMIZERS: tuple[Callable[[Any], Any], ...] = (
 def fsdp1_is_refused(_: Path) -> None:
     """FSDP1's shards are refused in every scope: norms over them are those of one process.
 
-    No older test had FSDP1: it trained, with keys that differed between the processes and
-    `max_grad_norm` off by a factor.
+    It trained, with keys that differed between processes; no older test had FSDP1.
     """
     for use_orig_params in (True, False):
         for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
