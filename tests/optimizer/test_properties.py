@@ -123,20 +123,27 @@ def _step(params: list[Tensor], grads: Grads, optimizer: CriticalAdam) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("backend", backend_params(("cpu", "triton")))
-def test_fused_is_eager(backend: str) -> None:
-    """The fused backends take every step as the reference does."""
+@pytest.mark.parametrize("backend", backend_params(("cpu",)))
+@stable
+@given(run=runs())
+def test_cpu_is_eager(backend: str, run: Run) -> None:
+    """The "cpu" backend takes every step as the reference does."""
+    _take_in_lockstep(run, backend)
 
-    # An interpreted step takes a hundred times as long.
-    @settings(stable, max_examples=60 if backend == "triton" else 300)
-    @given(run=runs())
-    def take(run: Run) -> None:
-        params = run.params()
-        lockstep = Lockstep(params, maker(run.options), backend)
-        for grads in run.gradients(params):
-            lockstep.step(grads)
 
-    take()
+@pytest.mark.parametrize("backend", backend_params(("triton",)))
+@settings(stable, max_examples=60)  # an interpreted step takes a hundred times as long
+@given(run=runs())
+def test_triton_is_eager(backend: str, run: Run) -> None:
+    """The "triton" backend takes every step as the reference does."""
+    _take_in_lockstep(run, backend)
+
+
+def _take_in_lockstep(run: Run, backend: str) -> None:
+    params = run.params()
+    lockstep = Lockstep(params, maker(run.options), backend)
+    for grads in run.gradients(params):
+        lockstep.step(grads)
 
 
 @stable
