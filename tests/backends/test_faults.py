@@ -281,18 +281,6 @@ def test_the_triton_step_makes_all_it_needs_before_its_first_change(
         assert_alike((params, optimizer), before)
 
 
-@pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_a_bad_gradient_in_the_last_group_changes_nothing(backend: str, steps_before: int) -> None:
-    """Every gradient is checked before anything is changed."""
-    params, optimizer = after(AdamCM, steps_before, 2, backend=backend)
-    params[-1].grad = None
-    params[-1].grad = torch.zeros(7).to_sparse()
-    with pytest.raises(RuntimeError, match="parameter 1 of group 1 must be dense"):
-        optimizer.step()
-    assert_alike((params, optimizer), after(AdamCM, steps_before, 2, backend=backend))
-
-
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_a_closure_or_a_hook_before_the_step_that_raises_changes_nothing(backend: str) -> None:
     """What is called before the step is called before any change."""

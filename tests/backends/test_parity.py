@@ -236,29 +236,6 @@ def test_groups_with_options_of_their_own(backend: str) -> None:
     _run(backend, make_params([(70,), (3, 3), (65,), (20,), (1,)]), _three_groups, EVENTS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_lr_as_a_tensor(backend: str, kind: Kind) -> None:
-    """A 0-dim tensor as learning rate, read anew at every step, is the number it holds."""
-    params = make_params([(70,), (3, 3)])
-    lrs = [torch.tensor(LR, dtype=torch.float64) for _ in range(2)]
-    made = iter(lrs)
-    lockstep = Lockstep(
-        params,
-        lambda params, backend: make_optimizer(params, Options(kind, lr=next(made)), backend),  # type: ignore[arg-type]
-        backend,
-    )
-    numbers = Lockstep(params, maker(Options(kind, lr=LR)), backend)
-    for t, grads in enumerate(make_gradients(params, EVENTS)):
-        for lr in lrs:
-            lr.fill_(LR / (1 + t))
-        for optimizer in (numbers.optimizer, numbers.reference):
-            optimizer.param_groups[0]["lr"] = LR / (1 + t)
-        lockstep.step(grads)
-        numbers.step(grads)
-    for tensor, number in zip(lockstep.expected, numbers.expected, strict=True):
-        torch.testing.assert_close(tensor, number, rtol=1e-6, atol=1e-6)
-
-
 SCHEDULERS: dict[str, Callable[[CriticalAdam], lr_scheduler.LRScheduler]] = {
     "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t)),
     "one_cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12),

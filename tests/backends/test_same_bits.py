@@ -1,11 +1,8 @@
 """The C++ and the Triton pass leave the same bits in every parameter and state tensor.
 
-A training can therefore move between them, and any difference is an error. Older tests missed the
-differences that there were. `test_parity` compares each backend with the reference within bounds.
-`test_triton` compares bits, but at one capacity, at which both backends keep a running sum, over
-fewer steps than the first rebuild of a sum takes, and not in float64. So no test noticed that the
-backends kept running sums from different capacities on, rebuilt them by different chunks, and
-computed beta^t differently.
+A training can therefore move between them, and any difference is an error. `test_parity` compares
+each backend with the reference within bounds; older tests compared bits at one capacity, over fewer
+steps than the first rebuild of a running sum takes, and not in float64.
 
 Every case here has a rebuild of each running sum, a gradient of zeros, elements of -0 and a
 gradient that is not finite. NaNs are compared as such: their bits are the machine's.
@@ -57,7 +54,7 @@ UPDATES = ("stochastic", "kahan")
 AROUND_RUNNING_SUM = {2: (5, 6), 1: (9, 10)}
 # One tail; one full chunk and a tail; two chunks of the C++ pass, of which the second is a tail.
 TAILS = (1, 5, 257)
-LENGTHS = (CHUNK_SIZE + 3, CHUNK + 7)
+LENGTHS = (CHUNK_SIZE, CHUNK_SIZE + 3, CHUNK + 7)
 # Each away from its default.
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"amsgrad": True},

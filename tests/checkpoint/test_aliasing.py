@@ -52,9 +52,8 @@ def _pair(make: Callable[[], Any]) -> tuple[Any, Any]:
 def test_swapping_two_optimizers(make: Callable[[], Any]) -> None:
     """Each goes on with the other's state.
 
-    Situation: population-based training and GANs exchange the states of two live optimizers. The
-    first load wrote into the tensors of the second state dict, so that both had one state. Older
-    tests load copies, or state dicts of optimizers that are not loaded into.
+    Situation: population-based training and GANs. The first load wrote into the second state dict;
+    older tests load copies.
     """
     first, second = _pair(make)
     expected = [copy.deepcopy(each.state_dict()) for each in (second, first)]
@@ -81,8 +80,7 @@ def test_a_candidate_and_the_backup(
 ) -> None:
     """A backup that was taken before another state was loaded restores what was there.
 
-    Situation: a search loads a candidate, finds it worse and restores the backup. Older tests have
-    one state dict at a time.
+    Situation: a search restores its backup. Older tests have one state dict at a time.
     """
     base, other = _pair(make)
     optimizer = wraps(base)
@@ -113,9 +111,8 @@ def test_resizing_leaves_a_state_dict(make: Callable[[], Any]) -> None:
 def test_a_captured_step_finds_what_was_loaded() -> None:
     """Once a graph was captured, loading writes into its tensors, which no state dict has.
 
-    A graph goes on with the addresses that it was captured with: state, a learning rate on the
-    device and the count of skipped steps. The older test had the same for every optimizer, which is
-    what made two of them share a state. Without a device the capture is a stand-in.
+    A graph goes on with its addresses: state, a learning rate on the device, the count of skipped
+    steps. Without a device the capture is a stand-in.
     """
     optimizer, other = (
         new_optimizer(AdamCM, lr=torch.tensor(0.01), skip_nonfinite=True) for _ in range(2)
@@ -151,10 +148,8 @@ def test_loading_under_a_graph_leaves_none_of_its_tensors(
 ) -> None:
     """All that a graph has is written to, what the state dict lacks too.
 
-    Situation: a captured run goes back to a checkpoint. The commit that was pending when it was
-    loaded went into the loaded slots, and the running sum stayed the old one where the checkpoint
-    has none. The older test takes a state dict, which makes the commit, right before it loads, and
-    looks at what was loaded alone.
+    Situation: a captured run goes back to a checkpoint. A pending commit went into the loaded
+    slots, an old running sum stayed. The older test takes a state dict first, which commits.
     """
     optimizer = new_optimizer(cls, capacity=capacity)
     other = new_optimizer(cls, capacity=capacity, backend="eager" if source == "eager" else None)
@@ -212,9 +207,8 @@ def test_a_load_that_fails_leaves_whole_states() -> None:
 def test_a_parameter_put_before_others(backend: str) -> None:
     """Parameters that move among the optimizer's get the random bits of their new places.
 
-    Situation: a frozen parameter is put into the first group by hand. The second group's plan was
-    kept, with its parameters' old places, so that a resumed run was not the uninterrupted one.
-    Older tests add groups at the end.
+    Situation: a frozen parameter is put into the first group by hand; the second group's plan kept
+    the old places. Older tests add groups at the end.
     """
     optimizer = new_optimizer(AdamCM, moment_dtype=torch.bfloat16, backend=backend)
     train(optimizer, range(3))

@@ -160,19 +160,3 @@ def test_a_saved_group_has_every_key_of_a_live_one(cls: Any, steps: int) -> None
     ):
         assert live.keys() <= saved.keys()
         assert (saved["backend"], saved["amp_scaling"]) == (None, False)
-
-
-def test_checkpoints_without_the_newer_keys_load() -> None:
-    """Older checkpoints have no `backend`, `amp_scaling` or count; their options are loaded."""
-    _, optimizer = _new(AdamCM, priority_decay=0.4)
-    train(optimizer, range(3))
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    for group in state_dict["param_groups"]:
-        for name in ("backend", "amp_scaling", "skipped_steps"):
-            del group[name]
-    _, other = _new(AdamCM, amp_scaling=True, backend="eager")
-    other.load_state_dict(state_dict)
-    for group in other.param_groups:
-        assert (group["backend"], group["amp_scaling"]) == ("eager", True)
-        assert group["priority_decay"] == 0.4
-    train(other, range(3, 5))

@@ -42,10 +42,8 @@ def _train(cls: type[CriticalAdam], options: dict[str, Any], *, shares: bool) ->
 def test_a_step_in_a_spawned_process(cls: type[CriticalAdam], options: dict[str, Any]) -> None:
     """The parent goes on from the step that a spawned process took on its state.
 
-    Situation: Hogwild and A3C share an optimizer between processes. The slot that a momentum was
-    yet to be copied to stayed in the process that took the step, so that the parent's next step
-    did not copy it. Older tests pass an optimizer on, but do not go on with the one that was
-    passed.
+    Situation: Hogwild and A3C. The slot that waits for a momentum stayed in the other process;
+    older tests do not go on with an optimizer that they passed on.
     """
     alone, shared = (_train(cls, options, shares=shares) for shares in (False, True))
     for expected, actual in zip(alone, shared, strict=True):

@@ -4,19 +4,15 @@ What crashed an operator, or was taken in silence, has a test of its own below t
 damaged at random are tests/support/damage.py's.
 """
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support import damage
-from tests.support.cases import ROOT, needs_cpu_backend
+from tests.support.cases import needs_cpu_backend
 from tests.support.rows import MINE, OPS, REFUSED, Refused, role_of
 from tests.support.samples import LAST, Sample, float64, full_sample, sample, step_
 from tests.support.training import SHAPES, assert_same
@@ -278,31 +274,12 @@ def test_moment_of_another_dtype_in_the_same_place_is_seen() -> None:
         step_([state], [case])
 
 
-_WITH_UNKNOWN_CAPABILITY = """
-from tests.support.samples import float64, sample
-case = sample().without("pending_slot")
-case.scalars["sq_norm"] = float64(4.0)
-before = [t.clone() for key in ("priorities", "step") for t in case.state[key]]
-try:
-    case.step()
-except RuntimeError as error:
-    after = [t for key in ("priorities", "step") for t in case.state[key]]
-    print(all(a.equal(b) for a, b in zip(before, after)), error)
-"""
-
-
-def test_unknown_capability_changes_nothing() -> None:
-    """With the norm given, the priorities had been updated when the kernel was looked for."""
-    result = subprocess.run(
-        [sys.executable, "-c", _WITH_UNKNOWN_CAPABILITY],
-        env={**os.environ, "CM_FUSED_CPU_CAPABILITY": "none"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.startswith("True ")
-    assert "CM_FUSED_CPU_CAPABILITY must name" in result.stdout
+def _in_threads(*targets: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def test_threads_that_step_one_state_take_turns() -> None:
@@ -314,11 +291,7 @@ def test_threads_that_step_one_state_take_turns() -> None:
         for _ in range(20):
             step_([state], [case])
 
-    threads = [threading.Thread(target=step) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _in_threads(*[step] * 4)
     assert {count.item() for count in case.state["step"]} == {82.0}
 
 
@@ -331,13 +304,7 @@ def test_threads_that_step_states_in_other_orders() -> None:
         for _ in range(200):
             step_(states[order], cases[order])
 
-    threads: list[Any] = [
-        threading.Thread(target=step, args=(slice(None, None, way),)) for way in (1, -1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _in_threads(lambda: step(slice(None)), lambda: step(slice(None, None, -1)))
     assert [case.state["step"][0].item() for case in cases] == [402.0, 402.0]
 
 

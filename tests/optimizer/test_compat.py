@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,7 @@ def test_without_a_buffer(cls: str, backend: str) -> None:
 def test_torchs_default_device_changes_nothing(cls: str, backend: str, kappa: float) -> None:
     """What a step makes of its own is made where the parameters are.
 
-    `test_contract.py` has the classes of the paper alone: the norm that nothing admits, of a step
-    without a buffer, was once made on the default device.
+    A step without a buffer made its norm elsewhere; `test_contract.py` has the paper's classes.
     """
     after = []
     for default in ("cpu", "meta"):
@@ -155,7 +155,7 @@ def test_torchs_default_device_changes_nothing(cls: str, backend: str, kappa: fl
 @pytest.mark.parametrize("at", [1, 2, 4, 9])
 @of_each_class
 def test_resumption(cls: str, at: int, critical_test: float) -> None:
-    """A run that was saved and loaded goes on with the same bits; so does a deep copy."""
+    """A run that was saved and loaded goes on with the same bits; so do copies."""
     make = getattr(cmoptimizer, cls)
     params = make_params()
     optimizer = make(params, lr=0.01, topC=3, critical_test=critical_test)
@@ -165,8 +165,8 @@ def test_resumption(cls: str, at: int, critical_test: float) -> None:
             saved = [param.clone() for param in params]
             loaded = make(saved, lr=0.5, topC=3)
             loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            copied = copy.deepcopy((params, optimizer))
-            others = [(saved, loaded), copied]
+            both = params, optimizer
+            others = [(saved, loaded), copy.deepcopy(both), pickle.loads(pickle.dumps(both))]
         for those, each in [(params, optimizer), *others]:
             for i, param in enumerate(those):
                 param.grad = gradient(t, i, param)

@@ -6,9 +6,7 @@ runs over every configuration of every class.
 """
 
 import copy
-import io
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -106,11 +104,6 @@ def _step(optimizer: Any, t: int) -> None:
     optimizer.step()
 
 
-def _trained(optimizer: Any) -> dict[str, Any]:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return {"params": [p.detach().clone() for p in params], "state": optimizer.state_dict()}
-
-
 # Errors
 
 
@@ -138,116 +131,36 @@ def test_errors(info: OptimizerInfo, error: ErrorOptimizerInput) -> None:
 # State dicts
 
 
-@of_each_config
-def test_state_dict_round_trip(info: OptimizerInfo, config: OptimizerInput) -> None:
-    """Saved to a file and loaded by an optimizer of other options, training goes on identically."""
-    optimizer = _make(info, config, _params())
-    for t in range(5):
-        _step(optimizer, t)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    params = [nn.Parameter(param.detach().clone()) for param in optimizer.param_groups[0]["params"]]
-    other = _make(info, config, params)
-    other.param_groups[0]["lr"] = 7.0
-    other.load_state_dict(torch.load(file, weights_only=True))
-    for t in range(5, 9):
-        _step(optimizer, t)
-        _step(other, t)
-    assert_same(_trained(other), _trained(optimizer))
-
-
 @of_each_class
 def test_state_dict_hooks(info: OptimizerInfo) -> None:
     """Hooks before and after saving and loading run, in order, and may replace what is passed."""
     optimizer = _cls(info)(_params())
     _step(optimizer, 0)
     calls: list[str] = []
+    seen: dict[str, Any] = {}
 
     def on_save(optimizer: Optimizer, state_dict: Any) -> Any:
         calls.append("saved")
+        assert_same(seen.setdefault("saved", copy.deepcopy(state_dict)), state_dict)
         return {**state_dict, "note": 1}
 
     def on_load(optimizer: Optimizer, state_dict: Any) -> Any:
         calls.append("loading")
-        return {name: value for name, value in state_dict.items() if name != "note"}
+        assert state_dict["note"] == 1
+        groups = [{**group, "lr": 0.125} for group in state_dict["param_groups"]]
+        return {"state": state_dict["state"], "param_groups": groups}
 
     optimizer.register_state_dict_pre_hook(lambda optimizer: calls.append("saving"))
     optimizer.register_state_dict_post_hook(on_save)
     optimizer.register_load_state_dict_pre_hook(on_load)
     optimizer.register_load_state_dict_post_hook(lambda optimizer: calls.append("loaded"))
     state_dict = optimizer.state_dict()
-    assert state_dict["note"] == 1
+    assert_same(state_dict, {**seen["saved"], "note": 1})
+    assert calls == ["saving", "saved"]
     optimizer.load_state_dict(state_dict)
     assert calls == ["saving", "saved", "loading", "loaded"]
-
-
-@of_each_config
-def test_older_state_dict(info: OptimizerInfo, config: OptimizerInput) -> None:
-    """Groups that lack options take the optimizer's own; parameters without state have none."""
-    optimizer = _make(info, config, _params())
-    _step(optimizer, 0)
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    for group in state_dict["param_groups"]:
-        for name in ("capacity", "seed", "max_grad_norm", "maximize", "capturable"):
-            group.pop(name, None)
-    del state_dict["state"][1]
-    other = _make(info, config, _params())
-    other.load_state_dict(state_dict)
-    assert len(other.state) == 2
-    for name, value in optimizer.param_groups[0].items():
-        if name not in ("params", "skipped_steps"):
-            assert_same(other.param_groups[0][name], value, name)
-    _step(other, 1)
-
-
-@of_each_config
-def test_partial_state_is_not_shared(info: OptimizerInfo, config: OptimizerInput) -> None:
-    """What is loaded is a copy: training on leaves the state dict as it was."""
-    optimizer = _make(info, config, _params())
-    _step(optimizer, 0)
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    kept = copy.deepcopy(state_dict)
-    other = _make(info, config, _params())
-    other.load_state_dict(state_dict)
-    _step(other, 1)
-    assert_same(state_dict, kept)
-
-
-@of_each_config
-@pytest.mark.parametrize(
-    "make_copy", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
-)
-def test_copies(
-    info: OptimizerInfo, config: OptimizerInput, make_copy: Callable[[Any], Any]
-) -> None:
-    """A deep copy and a pickle train on identically, with parameters of their own."""
-    optimizer = _make(info, config, _params())
-    for t in range(4):
-        _step(optimizer, t)
-    other = make_copy(optimizer)
-    assert repr(other) == repr(optimizer)
-    for t in range(4, 8):
-        _step(other, t)
-        _step(optimizer, t)
-    assert_same(_trained(other), _trained(optimizer))
-
-
-@of_each_class
-def test_state_of_half_parameters_keeps_its_dtype(info: OptimizerInfo) -> None:
-    """Torch's loader would cast it to the parameters'; a step count may be a number."""
-    optimizer = _cls(info)(_params(torch.bfloat16))
-    _step(optimizer, 0)
-    _step(optimizer, 1)
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    for state in state_dict["state"].values():
-        state["step"] = int(state["step"])
-    other = _cls(info)(_params(torch.bfloat16))
-    other.load_state_dict(state_dict)
-    for state in other.state.values():
-        for key in ("step", "exp_avg", "exp_avg_sq", "critical_buffer", "priorities"):
-            assert state[key].dtype == torch.float32, key
-    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125]
+    assert [group["lr"] for group in state_dict["param_groups"]] == [0.001]
 
 
 # Param groups

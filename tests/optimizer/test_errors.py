@@ -84,6 +84,12 @@ BAD_OPTIONS = [
     BadOption("buffer_dtype", "float8", "buffer_dtype must be .*got 'float8'"),
     BadOption("moment_dtype", torch.int64, r"moment_dtype must be .*got torch\.int64"),
     BadOption("moment_dtype", "half", "moment_dtype must be .*got 'half'"),
+    BadOption("buffer_dtype", torch.float64, "buffer_dtype must be one of .*float64"),
+    BadOption("buffer_dtype", torch.float8_e5m2, "buffer_dtype must be one of"),
+    BadOption("moment_dtype", torch.float16, "moment_dtype must be one of .*got torch.float16"),
+    BadOption("low_precision_update", "up", "low_precision_update must be one of .*got 'up'"),
+    BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
+    BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1.5"),
 ]
 
 bad_options = pytest.mark.parametrize("bad", BAD_OPTIONS, ids=str)
@@ -101,14 +107,6 @@ def test_constructor_refuses(cls: type[CriticalAdam], bad: BadOption) -> None:
 
 
 @bad_options
-def test_constructor_refuses_group_option(bad: BadOption) -> None:
-    """An option of a param group is held to the same rules as an argument."""
-    first, *rest = new_params()
-    with pytest.raises(ValueError, match=bad.message):
-        CLASSES[0]([{"params": rest}, {"params": [first], bad.name: bad.value}])
-
-
-@bad_options
 def test_add_param_group_refuses(bad: BadOption) -> None:
     """A group with a bad option is not added, and the optimizer stays as it was."""
     optimizer = new_optimizer(CLASSES[0])
@@ -120,33 +118,7 @@ def test_add_param_group_refuses(bad: BadOption) -> None:
     assert_same(snapshot(optimizer), before)
 
 
-def test_add_param_group_refuses_what_torch_refuses() -> None:
-    """Torch's own checks of a group still hold, and nothing is added."""
-    optimizer = new_optimizer(CLASSES[0])
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": params_of(optimizer)[:1]})
-    with pytest.raises(TypeError, match="must be a dict"):
-        optimizer.add_param_group([torch.nn.Parameter(torch.ones(2))])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="can only optimize Tensors"):
-        optimizer.add_param_group({"params": [3.0]})
-    assert_same(snapshot(optimizer), before)
-
-
-def test_unknown_keyword_is_refused() -> None:
-    """A misspelt option is an error, not ignored."""
-    with pytest.raises(TypeError, match="priority_decy"):
-        CLASSES[0](new_params(), priority_decy=0.5)  # type: ignore[call-arg]
-
-
 # Backends
-
-
-def test_cpu_backend_refuses_other_device() -> None:
-    """An explicit "cpu" for a parameter elsewhere is an error that names the device."""
-    param = torch.nn.Parameter(torch.empty(2, device="meta"))
-    with pytest.raises(RuntimeError, match=r"backend='cpu'.*CPU.*meta"):
-        CLASSES[0]([param], backend="cpu")
 
 
 def test_cpu_backend_refuses_added_group_of_other_device() -> None:
@@ -367,20 +339,6 @@ def test_changed_capacity_changes_nothing(
         optimizer.step()
     assert_same(snapshot(optimizer), before)
     optimizer.param_groups[-1]["capacity"] = capacity
-    train(optimizer, range(4, 8))
-    train(twin, range(4, 8))
-    assert_same(trained(optimizer), trained(twin))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_goes_on_after_an_error(backend: str) -> None:
-    """After a refused step the optimizer trains as if it had not been asked."""
-    optimizer, twin = (new_optimizer(CLASSES[0], backend=backend) for _ in range(2))
-    train(optimizer, range(4))
-    train(twin, range(4))
-    params_of(optimizer)[-1].grad = torch.ones(5).to_sparse()
-    with pytest.raises(RuntimeError, match="must be dense"):
-        optimizer.step()
     train(optimizer, range(4, 8))
     train(twin, range(4, 8))
     assert_same(trained(optimizer), trained(twin))

@@ -27,7 +27,7 @@ from tests.support.random_use import (
     seeds,
     views,
 )
-from tests.support.training import CLASSES
+from tests.support.training import CLASSES, assert_same, new_optimizer, train, trained
 
 STEPS_OF_A_RUN = 50
 
@@ -181,26 +181,15 @@ def test_random_use(machine: type[ApiMachine]) -> None:
 def test_float8_slots_are_pickled() -> None:
     """An optimizer with 8-bit float slots comes back from pickle and goes on with the same bits.
 
-    torch pickles no tensor of 8-bit floats. Older tests pickled float32 state only;
-    `torch.save` and `copy.deepcopy` of such a state were right.
+    torch pickles no tensor of 8-bit floats; older tests pickled float32 state only.
     """
-    param = torch.ones(3, requires_grad=True)
-    optimizer = AdamCM([param], buffer_dtype=torch.float8_e4m3fn)
-    param.grad = torch.ones(3)
-    optimizer.step()
-    for copied in (
-        pickle.loads(pickle.dumps((param, optimizer))),
-        copy.deepcopy((param, optimizer)),
-    ):
-        other, theirs = copied
-        assert theirs.state[other]["critical_buffer"].dtype == torch.float8_e4m3fn
-        other.grad = torch.ones(3)
-        theirs.step()
-        assert theirs.state[other]["step"] == 2
-        assert torch.equal(
-            theirs.state_dict()["state"][0]["critical_buffer"][0].float(),
-            optimizer.state_dict()["state"][0]["critical_buffer"][0].float(),
-        )
+    for pickles in (True, False):
+        optimizer = new_optimizer(AdamCM, buffer_dtype=torch.float8_e4m3fn)
+        train(optimizer, range(3))
+        copied = pickle.loads(pickle.dumps(optimizer)) if pickles else copy.deepcopy(optimizer)
+        for each in (optimizer, copied):
+            train(each, range(3, 6))
+        assert_same(trained(copied), trained(optimizer))
 
 
 def test_decoupled_decay_by_a_float32_learning_rate() -> None:

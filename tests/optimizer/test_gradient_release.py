@@ -42,23 +42,19 @@ def test_steps_are_those_after_backward(
     cls: type[CriticalAdam], precision: dict[str, Any], backend: str
 ) -> None:
     """The same bits in parameters and state, a scheduler in between; no gradient is left."""
-    runs = []
-    for release in (True, False):
+
+    def make() -> tuple[nn.Module, CriticalAdam]:
         model = new_model()
-        optimizer = cls(
-            _groups(model), lr=0.01, priority_scope="tensor", backend=backend, **precision
-        )
-        if release:
-            enable_gradient_release(model, optimizer)
+        options = {"priority_scope": "tensor", "backend": backend, **precision}
+        return model, cls(_groups(model), lr=0.01, **options)
+
+    def train(_: nn.Module, optimizer: CriticalAdam, step: Step) -> None:
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         for t in range(8):
-            backward(model, t)
-            assert all((p.grad is None) == release for p in model.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
+            step(t)
             scheduler.step()
-        runs.append(trained(optimizer))
-    assert_same(runs[0], runs[1])
+
+    assert_steps_are_those_after_backward(make, train)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,20 +69,17 @@ def test_steps_of_the_research_packages_optimizers(
 
     The older test had the four classes of the paper: these raised, or took no step.
     """
-    runs = []
-    for release in (True, False):
+
+    def make() -> tuple[nn.Module, Any]:
         model = new_model()
         groups = [{**group, "backend": backend} for group in _groups(model)]
-        optimizer = cls(groups, lr=0.01, synced=False, **options)  # type: ignore[call-arg]
-        if release:
-            enable_gradient_release(model, optimizer)
+        return model, cls(groups, lr=0.01, synced=False, **options)  # type: ignore[call-arg]
+
+    def train(_: nn.Module, __: CriticalAdam, step: Step) -> None:
         for t in range(8):
-            backward(model, t)
-            assert all((p.grad is None) == release for p in model.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
-        runs.append(trained(optimizer))
-    assert_same(runs[0], runs[1])
+            step(t)
+
+    assert_steps_are_those_after_backward(make, train)
 
 
 def test_gradients_are_freed_within_backward() -> None:
@@ -120,21 +113,6 @@ def test_removal(cls: type[CriticalAdam]) -> None:
         optimizer.zero_grad()
         for param, old in zip(model.parameters(), before, strict=True):
             assert not torch.equal(param, old)
-
-
-def test_copies_do_not_step_in_backward() -> None:
-    """A deep copy of the optimizer steps as ever: the hooks are the model's."""
-    model = new_model()
-    optimizer = AdamCM(model.parameters(), priority_scope="tensor")
-    enable_gradient_release(model, optimizer)
-    backward(model, 0)
-    copied = copy.deepcopy(optimizer)
-    params = copied.param_groups[0]["params"]
-    before = [param.clone() for param in params]
-    for param in params:
-        param.grad = torch.ones_like(param)
-    copied.step()
-    assert not any(map(torch.equal, before, params))
 
 
 @pytest.mark.parametrize(

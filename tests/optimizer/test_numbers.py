@@ -97,9 +97,8 @@ def test_any_magnitude_in_any_position(backend: str, kind: Kind, exponent: int) 
 def test_the_sign_of_zero(backend: str, kind: Kind, capacity: int, maximize: bool) -> None:
     """Zeros keep their sign in moments, slots and sums, as in the reference.
 
-    Situation: gradients that are exactly -0, of a ReLU or a mask, whose checkpoints were compared
-    between devices. Older tests compare values, by which -0 equals +0. A running sum starts at +0
-    and is not compared.
+    Situation: gradients of -0, of a ReLU or a mask. Older tests compare values, by which -0 equals
+    +0. A running sum starts at +0 and is not compared.
     """
     zeros = torch.tensor([0.0, -0.0]).repeat(NUMEL)
     options = Options(kind, capacity=capacity, maximize=maximize)

@@ -112,25 +112,18 @@ def test_critical_gradients_use_the_buffer_before_admission() -> None:
     assert _slot_values(state) == [3.0]
 
 
-@pytest.mark.parametrize(("buffer_mean", "divisor"), [("capacity", 4), ("size", 2)])
-def test_buffer_mean_while_filling(buffer_mean: Any, divisor: int) -> None:
-    """Two slots of four filled: "capacity" divides their sum by 4 (Eq. 6), "size" by 2."""
-    options = replace(PLAIN, capacity=4, buffer_mean=buffer_mean)
+@pytest.mark.parametrize(
+    ("buffer_mean", "capacity", "divisor"),
+    [("capacity", 4, 4), ("size", 4, 2), ("capacity", 2, 2), ("size", 2, 2)],
+)
+def test_buffer_mean(buffer_mean: Any, capacity: int, divisor: int) -> None:
+    """Two filled slots: "capacity" divides their sum by all (Eq. 6), "size" by those filled."""
+    options = replace(PLAIN, capacity=capacity, buffer_mean=buffer_mean)
     _, state = _scalar_run([3.0, 5.0], options)
     v_before = state.exp_avg_sq[0]
     oracle_step([np.zeros(1)], [np.array([1.0])], [state], options)
     aggregate = 1.0 + (3.0 + 5.0) / divisor
     assert state.exp_avg_sq[0] == 0.5 * v_before + 0.5 * aggregate**2
-
-
-@pytest.mark.parametrize("buffer_mean", ["capacity", "size"])
-def test_buffer_mean_when_full(buffer_mean: Any) -> None:
-    """A full buffer has one mean, whatever it is divided by while filling."""
-    options = replace(PLAIN, buffer_mean=buffer_mean)
-    _, state = _scalar_run([3.0, 5.0], options)
-    v_before = state.exp_avg_sq[0]
-    oracle_step([np.zeros(1)], [np.array([1.0])], [state], options)
-    assert state.exp_avg_sq[0] == 0.5 * v_before + 0.5 * (1.0 + 4.0) ** 2
 
 
 def test_amsgrad_divides_by_the_largest_second_moment() -> None:
@@ -154,29 +147,27 @@ def test_amsgrad_divides_by_the_largest_second_moment() -> None:
 # By hand: admission and keys
 
 
-def test_smallest_key_is_replaced() -> None:
-    """A full buffer gives up the slot with the smallest key, in its place."""
-    _, state = _scalar_run([5.0, 3.0, 4.0], PLAIN)
-    assert (_slot_values(state), _key_values(state)) == ([5.0, 4.0], [5.0, 4.0])
-
-
-def test_tie_gives_up_the_lowest_index() -> None:
-    """Of two equal smallest keys the one with the lower index is replaced."""
-    _, state = _scalar_run([3.0, -3.0, 4.0], PLAIN)
-    assert (_slot_values(state), _key_values(state)) == ([4.0, -3.0], [4.0, 3.0])
-
-
-@pytest.mark.parametrize("grad", [3.0, -3.0, 2.0, 0.0])
-def test_key_not_above_the_smallest_is_skipped(grad: float) -> None:
-    """A priority equal to the smallest key, or below it, admits nothing."""
-    _, state = _scalar_run([3.0, 5.0, grad], PLAIN)
-    assert (_slot_values(state), _key_values(state)) == ([3.0, 5.0], [3.0, 5.0])
-
-
-def test_filling_admits_any_finite_priority() -> None:
-    """While slots are free even a zero gradient is appended."""
-    _, state = _scalar_run([3.0, 0.0], PLAIN)
-    assert (_slot_values(state), _key_values(state)) == ([3.0, 0.0], [3.0, 0.0])
+@pytest.mark.parametrize(
+    ("grads", "options", "slots", "keys"),
+    [
+        pytest.param([5, 3, 4], {}, [5, 4], [5, 4], id="the smallest key is replaced in its place"),
+        pytest.param([3, -3, 4], {}, [4, -3], [4, 3], id="a tie gives up the lowest index"),
+        *(
+            pytest.param([3, 5, grad], {}, [3, 5], [3, 5], id=f"{grad} is not above the smallest")
+            for grad in (3, -3, 2, 0)
+        ),
+        pytest.param([3, 0], {}, [3, 0], [3, 0], id="free slots take even a zero gradient"),
+        pytest.param(
+            [8, 6, 1], {"priority_decay": 0.5}, [8, 6], [1, 1.5], id="keys decay on a skipped step"
+        ),
+    ],
+)
+def test_admission(
+    grads: list[float], options: dict[str, Any], slots: list[float], keys: list[float]
+) -> None:
+    """Which slots a run of gradients leaves, and with which keys."""
+    _, state = _scalar_run(grads, replace(PLAIN, **options))
+    assert (_slot_values(state), _key_values(state)) == (slots, keys)
 
 
 def test_priority_is_compared_in_float32() -> None:
@@ -192,20 +183,10 @@ def test_keys_decay_in_float32_and_with_the_new_one() -> None:
     _, state = _scalar_run([3.0, 5.0], replace(PLAIN, priority_decay=0.7))
     decay = np.float32(0.7)
     assert state.keys == [np.float32(3.0) * decay * decay, np.float32(5.0) * decay]
-    assert {key.dtype for key in state.keys} == {np.dtype(np.float32)}
-
-
-def test_priority_decay_is_rounded_to_float32_first() -> None:
-    """The factor is float32 too: 9 * 0.7 is then not the float32 nearest to 6.3."""
+    # The factor is rounded first: 9 * 0.7 is then not the float32 nearest to 6.3.
     _, state = _scalar_run([9.0], replace(PLAIN, priority_decay=0.7))
-    assert state.keys == [np.float32(9.0) * np.float32(0.7)]
-    assert state.keys != [np.float32(9.0 * 0.7)]
-
-
-def test_keys_decay_on_a_skipped_step() -> None:
-    """A step that admits nothing decays the keys too."""
-    _, state = _scalar_run([8.0, 6.0, 1.0], replace(PLAIN, priority_decay=0.5))
-    assert (_slot_values(state), _key_values(state)) == ([8.0, 6.0], [1.0, 1.5])
+    assert state.keys == [np.float32(9.0) * decay] != [np.float32(9.0 * 0.7)]
+    assert {key.dtype for key in state.keys} == {np.dtype(np.float32)}
 
 
 def test_zero_decay_keeps_unfilled_keys_at_minus_infinity() -> None:
@@ -230,28 +211,19 @@ def test_overflow_admits_nothing(bad: float, before: list[float]) -> None:
     assert state.step == len(before) + 1
 
 
-def test_overflow_is_judged_over_the_scope() -> None:
-    """An infinite gradient stops the whole group's admissions, or its own tensor's alone."""
-    for scope, filled in (("group", [0, 0]), ("tensor", [0, 1])):
-        options = replace(PLAIN, priority_scope=scope)  # type: ignore[arg-type]
-        params = [np.zeros(1), np.zeros(1)]
-        states = [ParamState.fresh(param) for param in params]
-        oracle_step(params, [np.array([math.inf]), np.array([1.0])], states, options)
-        assert [len(state.slots) for state in states] == filled
-
-
 # By hand: scope, missing gradients, weight decay
 
 
-def test_scope_of_the_priority() -> None:
-    """Gradients (3, 0) and (4): the group's norm is 5 for both, the tensors' are 3 and 4."""
-    grads = [np.array([3.0, 0.0]), np.array([4.0])]
-    for scope, keys in (("group", [[5.0], [5.0]]), ("tensor", [[3.0], [4.0]])):
-        options = replace(PLAIN, priority_scope=scope)  # type: ignore[arg-type]
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+def test_scope_of_the_priority(scope: Any) -> None:
+    """The group's norm is 5 for both, the tensors' 3 and 4; infinity stops what it is part of."""
+    options = replace(PLAIN, priority_scope=scope)
+    for first, keys in (([3.0, 0.0], ([5.0], [5.0])), ([math.inf, 0.0], ([], []))):
         params = [np.zeros(2), np.zeros(1)]
         states = [ParamState.fresh(param) for param in params]
-        oracle_step(params, [*grads], states, options)
-        assert [_key_values(state) for state in states] == keys
+        oracle_step(params, [np.array(first), np.array([4.0])], states, options)
+        expected = keys if scope == "group" else ([first[0]] * len(keys[0]), [4.0])
+        assert tuple(_key_values(state) for state in states) == expected
 
 
 def test_missing_gradient_takes_no_part() -> None:
@@ -268,17 +240,12 @@ def test_missing_gradient_takes_no_part() -> None:
     assert _key_values(states[1]) == [5.0 * 0.5 * 0.5, 6.0 * 0.5]
 
 
-def test_coupled_weight_decay_enters_priority_and_moments() -> None:
-    """L2: g = 3 + 0.5*4 = 5 is what the key, the moment and the slot see."""
-    _, state = _scalar_run([3.0], replace(PLAIN, weight_decay=0.5), start=4.0)
-    assert (_key_values(state), state.exp_avg[0], _slot_values(state)) == ([5.0], 5.0, [5.0])
-
-
-def test_maximize_negates_before_weight_decay() -> None:
-    """With maximize and L2: g = -3 + 0.5*4 = -1."""
-    options = replace(PLAIN, weight_decay=0.5, maximize=True)
+@pytest.mark.parametrize(("maximize", "g"), [(False, 5.0), (True, -1.0)])
+def test_coupled_weight_decay_enters_priority_and_moments(maximize: bool, g: float) -> None:
+    """L2: g = 3 + 0.5*4, or -3 + 0.5*4 with maximize, is what key, moment and slot see."""
+    options = replace(PLAIN, weight_decay=0.5, maximize=maximize)
     _, state = _scalar_run([3.0], options, start=4.0)
-    assert (_key_values(state), state.exp_avg[0], _slot_values(state)) == ([1.0], -1.0, [-1.0])
+    assert (_key_values(state), state.exp_avg[0], _slot_values(state)) == ([abs(g)], g, [g])
 
 
 def test_decoupled_weight_decay_stays_out_of_the_priority() -> None:

@@ -130,9 +130,8 @@ def test_a_copy_where_the_parameter_was(
 ) -> None:
     """A parameter that has moved is noticed where the copy of it gets the memory that it left.
 
-    Situation: `b.data = a.data.t()` gives up b's memory, and the allocator hands it out for the
-    copy that the launch needs, as a caching one does. No address in the table changed, so that both
-    were stepped at once. Older tests move both parameters, or have memory that stays.
+    Situation: `b.data = a.data.t()` gives up b's memory, which the allocator hands out for a copy:
+    no address changed. Older tests move both parameters, or have memory that stays.
     """
     made = [torch.randn(shape, generator=generator(3)) for shape in ((4, 150), (150, 4))]
     params, twins = ([param.to(device_of(backend), copy=True) for param in made] for _ in range(2))

@@ -19,10 +19,9 @@ from tests.support.cases import (
     backend_params,
     make_optimizer,
     make_params,
-    needs_cpu_backend,
     normal_like,
 )
-from tests.support.compare import OracleRun, Seen, check_state, largest, relative, see
+from tests.support.compare import OracleRun, check_state, largest, relative, see
 from tests.support.lockstep import Lockstep, maker
 from tests.support.oracle import Options
 
@@ -124,12 +123,12 @@ def _step(params: list[Tensor], grads: Grads, optimizer: CriticalAdam) -> None:
     optimizer.step()
 
 
-@needs_cpu_backend
+@pytest.mark.parametrize("backend", backend_params(("cpu",)))
 @stable
-@given(runs())
-def test_cpu_is_eager(run: Run) -> None:
+@given(run=runs())
+def test_cpu_is_eager(backend: str, run: Run) -> None:
     """The "cpu" backend takes every step as the reference does."""
-    _take_in_lockstep(run, "cpu")
+    _take_in_lockstep(run, backend)
 
 
 @pytest.mark.parametrize("backend", backend_params(("triton",)))
@@ -179,80 +178,3 @@ def test_eager_is_the_oracle(run: Run) -> None:
 
 
 # The rules of the buffer, by which no backend needs another
-
-
-def _bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().numpy().tobytes()
-
-
-class _Buffer:
-    """Follows one parameter's buffer and checks every change of it."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.slots = [b""] * capacity
-        self.keys = np.full(capacity, -np.inf, dtype=np.float32)
-        self.admissions = 0
-
-    def check(self, seen: Seen, item: Tensor, priority_decay: float) -> None:
-        """Check a step that offered `item`."""
-        keys = seen.priorities.numpy()
-        filled = seen.filled
-        assert np.isfinite(keys[:filled]).all()
-        assert (keys[:filled] >= 0).all()
-        assert (keys[filled:] == -np.inf).all()
-        assert not seen.critical_buffer[filled:].any()
-
-        slots = [_bits(slot) for slot in seen.critical_buffer]
-        with np.errstate(invalid="ignore"):
-            decayed = np.where(self.keys >= 0, self.keys * np.float32(priority_decay), self.keys)
-        changed = [
-            i
-            for i in range(self.capacity)
-            if keys[i] != decayed[i] or (i < filled and slots[i] != self.slots[i])
-        ]
-        assert len(changed) <= 1
-        for i in changed:
-            assert slots[i] == _bits(item)
-        self.admissions += len(changed)
-        assert filled == min(self.admissions, self.capacity)
-        self.slots, self.keys = slots, keys
-
-
-def _effective(param: Tensor, grad: Tensor, options: Options) -> Tensor:
-    """Return the gradient of the step, computed as the specification's first line says."""
-    g = -grad if options.maximize else grad
-    if options.weight_decay and not options.decoupled_weight_decay:
-        g = g + options.weight_decay * param
-    return g
-
-
-@pytest.mark.parametrize("backend", backend_params(("eager", "cpu")))
-@stable
-@given(run=runs(), checkpoints=st.integers(0, 2**14 - 1))
-def test_buffer(backend: str, run: Run, checkpoints: int) -> None:
-    """At most one slot changes in a step, to this step's very item; keys and counts are in order.
-
-    A state dict taken between two steps, as bit t of `checkpoints` says, changes nothing.
-    """
-    options = run.options
-    params = run.params()
-    optimizer = make_optimizer(params, options, backend)
-    buffers = [_Buffer(options.capacity) for _ in params]
-    for t, grads in enumerate(run.gradients(params)):
-        before = [param.clone() for param in params]
-        copies = [None if grad is None else grad.clone() for grad in grads]
-        _step(params, grads, optimizer)
-        if checkpoints >> t & 1:
-            optimizer.state_dict()
-        for param, old, grad, copy, buffer in zip(
-            params, before, grads, copies, buffers, strict=True
-        ):
-            if grad is None or copy is None:
-                assert _bits(param) == _bits(old)
-                continue
-            assert param.grad is grad
-            assert _bits(grad) == _bits(copy)
-            seen = see(optimizer.state[param])
-            item = seen.exp_avg if options.kind == "cm" else _effective(old, grad, options)
-            buffer.check(seen, item, options.priority_decay)

@@ -1,9 +1,5 @@
 """The reference is the oracle's algorithm, under every combination of options, and compiles."""
 
-from collections.abc import Callable
-from itertools import chain
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +24,6 @@ from tests.support.compare import OracleRun, Seen, check_state, relative
 from tests.support.oracle import Options
 
 SHAPES: list[tuple[int, ...]] = [(7,), (3, 4), ()]
-Step = Callable[[Bucket], None]
 STEPS = {"cm": reference.adam_cm_, "cg": reference.adam_cg_}
 
 # float64: each value to 1e-12, and where terms cancel to some forty ulps of the tensor's largest
@@ -88,46 +83,12 @@ def test_regimes(kind: Kind, capacity: int, regime: Regime) -> None:
     _check_run(Options(kind, lr=0.05, capacity=capacity, priority_decay=decay), regime)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        Options(),
-        Options("cg", buffer_mean="size", eps_inside_sqrt=False),
-        Options(amsgrad=True, maximize=True, weight_decay=0.1, priority_scope="tensor"),
-        Options("cg", weight_decay=0.1, decoupled_weight_decay=True),
-    ],
-    ids=name_of,
-)
-def test_compiles_whole(options: Options) -> None:
-    """`torch.compile` takes a step without a graph break, and it computes the same bits."""
-    chosen = step_options(options)
-
-    def take_step(bucket: Bucket) -> None:
-        STEPS[options.kind](bucket, chosen)
-
-    compiled: Step = torch.compile(take_step, fullgraph=True, backend="aot_eager")
-
-    buckets = [make_bucket(make_params(SHAPES), options, fused=False) for _ in range(2)]
-    for grads in make_gradients(buckets[0].params, MIXED.events(options.capacity)):
-        present = [torch.zeros(()) if grad is None else grad for grad in grads]
-        for bucket, step_ in zip(buckets, (take_step, compiled), strict=True):
-            for target, grad in zip(bucket.grads, present, strict=True):
-                target.copy_(grad)
-            step_(bucket)
-        expected, actual = (
-            [*bucket.params, *chain.from_iterable(bucket.state.values())] for bucket in buckets
-        )
-        for mine, eager in zip(actual, expected, strict=True):
-            np.testing.assert_array_equal(mine.numpy(), eager.numpy())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("capacity", [1, 2, 5, 8])
 def test_slots_are_summed_in_their_order(capacity: int, dtype: torch.dtype) -> None:
     """The sum's bits are not the strides': `Tensor.sum`'s are, of five slots and more.
 
-    The older tests compare layouts to a bound. State machines found a step that was another after
-    a buffer's memory order had changed.
+    Older tests compare layouts to a bound; a buffer's memory order changed a step.
     """
     slots = torch.randn(capacity, 30, 50, dtype=dtype)
     expected = torch.zeros(30, 50, dtype=dtype)

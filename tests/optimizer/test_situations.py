@@ -42,9 +42,8 @@ of_each_kind = pytest.mark.parametrize("cls", KINDS)
 def test_conjugated_gradient(cls: type[CriticalAdam], backend: str) -> None:
     """A complex gradient that autograd left conjugated is read as the values that it has.
 
-    Thread: pytorch/pytorch#59998 (Adam and complex parameters). `p.conj()` in a loss gives such a
-    gradient, and the step said that view_as_real "doesn't work on unresolved conjugated tensors",
-    as torch's own still does. The older tests made complex gradients without autograd.
+    Thread: pytorch/pytorch#59998. `p.conj()` in a loss gives such a gradient, which was refused;
+    older tests made complex gradients without autograd.
     """
     params = [nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.complex64)) for _ in range(2)]
     optimizers = [cls([param], lr=1e-2, backend=backend) for param in params]
@@ -67,9 +66,8 @@ def test_conjugated_gradient(cls: type[CriticalAdam], backend: str) -> None:
 def test_negated_gradient(cls: type[CriticalAdam], backend: str) -> None:
     """A real gradient that is negated lazily is read as the values that it has.
 
-    Thread: pytorch/pytorch#59998, as above; the imaginary part of a conjugate is such a tensor. The
-    tables of the Triton step kept the address of a copy that ended with the operator's call, which
-    gave the right values for as long as nothing else took its memory.
+    Thread: pytorch/pytorch#59998. The Triton tables kept the address of a copy that had ended,
+    right for as long as nothing else took its memory.
     """
     optimizer, twin = (new_optimizer(cls, backend=backend) for _ in range(2))
     for t in range(4):
@@ -116,9 +114,8 @@ def test_model_turned_to_double(
 ) -> None:
     """A parameter turned to float64 after a step is refused, and the remedy that is named works.
 
-    Thread: plenoptic-org/plenoptic#404 (after `.to(dtype)` the optimizer no longer moves anything).
-    The reference went on with float32 state, and the C++ step named an internal list; the older
-    tests turned parameters to half precision, whose state is float32 too.
+    Thread: plenoptic-org/plenoptic#404. The reference went on with float32 state; older tests
+    turned parameters to half precision, whose state is float32 too.
     """
     optimizer = new_optimizer(cls, backend=backend, **options)
     train(optimizer, range(3))
@@ -142,8 +139,7 @@ def test_model_turned_to_double(
 def test_compiled_step_of_complex_parameters(cls: type[CriticalAdam], backend: str) -> None:
     """A compiled step of complex parameters beside real ones is the plain one.
 
-    Thread: pytorch/pytorch#110706, where Dynamo failed on torch's optimizers of complex parameters.
-    The fused steps raised "setStorage: sizes ... are out of bounds"; the older tests compiled real
+    Thread: pytorch/pytorch#110706. The fused steps raised "setStorage"; older tests compiled real
     parameters alone.
     """
     torch._dynamo.reset()
@@ -391,41 +387,27 @@ def test_hooks_that_change_a_step(backend: str, options: dict[str, Any]) -> None
 # Groups and checkpoints
 
 
+@pytest.mark.parametrize("place", ["2 of group 0", "1 of group 1"])
 @on_each_backend
 @of_each_kind
-def test_a_parameter_twice_in_a_group(cls: type[CriticalAdam], backend: str) -> None:
-    """Torch warns where the group is made; its first step is refused, and changes nothing.
+def test_a_parameter_twice(cls: type[CriticalAdam], backend: str, place: str) -> None:
+    """A parameter twice in a group, or put into a second one's list by hand, is refused unchanged.
 
-    Thread: pytorch/pytorch#40967. torch takes two steps with one state; so did the reference, while
-    the C++ step changed one state from two places. The older tests look at the warning alone.
+    Thread: pytorch/pytorch#40967; fine-tuning moves parameters between groups. The C++ step changed
+    one state from two places; older tests look at torch's warning alone.
     """
-    param, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        optimizer = cls([param, other, param], backend=backend)
-    give_gradients(optimizer, 0)
-    before = snapshot(optimizer)
-    message = "every parameter once, got parameter 0 of group 0 again as parameter 2 of group 0"
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
-    assert_same(snapshot(optimizer), before)
-
-
-@on_each_backend
-@of_each_kind
-def test_a_parameter_in_two_groups(cls: type[CriticalAdam], backend: str) -> None:
-    """A parameter that was put into a second group's list by hand is refused.
-
-    Situation: fine-tuning moves parameters between groups and forgets to remove them. torch checks
-    `add_param_group` alone and takes two steps with one state; the C++ step's result was neither
-    that nor the reference's. The test above has a parameter twice in one group.
-    """
-    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizer = cls([{"params": [param]} for param in params], backend=backend)
-    train(optimizer, range(2))
-    optimizer.param_groups[1]["params"].append(params[0])
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    if place == "2 of group 0":
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = cls([params[0], params[1], params[0]], backend=backend)
+    else:
+        groups = [{"params": [param]} for param in params[:2]]
+        optimizer = cls(groups, backend=backend)
+        train(optimizer, range(2))
+        optimizer.param_groups[1]["params"].append(params[0])
     give_gradients(optimizer, 2)
     before = snapshot(optimizer)
-    message = "every parameter once, got parameter 0 of group 0 again as parameter 1 of group 1"
+    message = f"every parameter once, got parameter 0 of group 0 again as parameter {place}"
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert_same(snapshot(optimizer), before)
@@ -434,8 +416,7 @@ def test_a_parameter_in_two_groups(cls: type[CriticalAdam], backend: str) -> Non
 def test_step_as_a_number_under_a_half_default_dtype() -> None:
     """A count of steps that a checkpoint has as a number is loaded as that number.
 
-    Thread: pytorch/ao#4915. It went through a tensor of the default dtype, in which 1001 is 1000.
-    The older tests set a default dtype for steps, not for loading.
+    Thread: pytorch/ao#4915. 1001 became the default dtype's 1000; older tests only step there.
     """
     optimizer = new_optimizer(AdamCM)
     train(optimizer, range(1))
@@ -455,8 +436,7 @@ def test_step_as_a_number_under_a_half_default_dtype() -> None:
 def test_loading_without_memory(mode: Callable[[], Any]) -> None:
     """A state dict of tensors without values loads, so that a resumed run can be estimated.
 
-    Thread: pytorch/torchtitan#410. The check of the step count read its value. The older tests load
-    real tensors alone.
+    Thread: pytorch/torchtitan#410. The check of the step count read its value.
     """
     with mode():
         model = nn.Linear(3, 3)

@@ -154,6 +154,13 @@ def test_accelerate(tmp_path: Path) -> None:
 # Lightning
 
 
+def _lightning_trainer(folder: Path, max_epochs: int, **arguments: Any) -> Any:
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet: Any = {**dict.fromkeys(names, False), "default_root_dir": folder, **arguments}
+    lightning = pytest.importorskip("lightning")
+    return lightning.Trainer(max_epochs=max_epochs, accelerator="cpu", **quiet)
+
+
 def _lightning(folder: Path, max_epochs: int, checkpoint: Path | None) -> tuple[nn.Module, Any]:
     lightning = pytest.importorskip("lightning")
 
@@ -170,15 +177,7 @@ def _lightning(folder: Path, max_epochs: int, checkpoint: Path | None) -> tuple[
             scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    trainer = lightning.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    trainer = _lightning_trainer(folder, max_epochs)
     module = Module()
     trainer.fit(module, DataLoader(Sums(), batch_size=BATCH), ckpt_path=checkpoint)
     return module.model, trainer
@@ -226,16 +225,7 @@ def _lightning_sam(folder: Path, manual: bool, **arguments: Any) -> nn.Module:
         def configure_optimizers(self) -> Any:
             return SAM(torch.optim.SGD(self.parameters(), lr=0.02), rho=0.3)
 
-    trainer = lightning.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **arguments,
-    )
+    trainer = _lightning_trainer(folder, 2, **arguments)
     module = Module()
     try:
         trainer.fit(module, DataLoader(Sums(), batch_size=BATCH))
@@ -273,19 +263,15 @@ def test_lightning_sam_accumulates_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_lightning_does_not_accumulate_for_sam(tmp_path: Path) -> None:
-    """`accumulate_grad_batches` has the closure compute one batch: refused at the first step.
+@pytest.mark.parametrize("later", [False, True])
+def test_lightning_does_not_accumulate_for_sam(later: bool, tmp_path: Path) -> None:
+    """Accumulation has the closure compute one batch: refused, at first or by a scheduler later.
 
     SAM took the sum of both batches at the first call, and added one of them at the second.
-    Lightning was tested with other optimizers alone.
     """
+    arguments: dict[str, Any] = {"accumulate_grad_batches": 2}
+    if later:
+        callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+        arguments = {"callbacks": [callbacks.GradientAccumulationScheduler({1: 2})]}
     with pytest.raises(RuntimeError, match="closure must zero the gradients before it adds"):
-        _lightning_sam(tmp_path, manual=False, accumulate_grad_batches=2)
-
-
-def test_lightning_does_not_begin_to_accumulate_for_sam(tmp_path: Path) -> None:
-    """A scheduler may turn accumulation on later, after steps that were right."""
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
-    later = callbacks.GradientAccumulationScheduler({1: 2})
-    with pytest.raises(RuntimeError, match="closure must zero the gradients before it adds"):
-        _lightning_sam(tmp_path, manual=False, callbacks=[later])
+        _lightning_sam(tmp_path, manual=False, **arguments)

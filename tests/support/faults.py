@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cm_fused._optimizer.base import CriticalAdam
+from tests.support.training import assert_same, give_gradients, train, trained
 
 Make = Callable[..., CriticalAdam]
 
@@ -20,40 +21,20 @@ def made(make: Make, num_groups: int, **options: Any) -> tuple[list[Tensor], Cri
     return params, make(groups, lr=0.1, **options)
 
 
-def give_gradients(params: list[Tensor], t: int) -> None:
-    """Give the parameters the gradients of a step."""
-    generator = torch.Generator().manual_seed(1 + t)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator)
-
-
 def after(
     make: Make, steps: int, num_groups: int, **options: Any
 ) -> tuple[list[Tensor], CriticalAdam]:
     """Return parameters and optimizer after some steps, with the gradients of the next."""
     params, optimizer = made(make, num_groups, **options)
-    for t in range(steps):
-        give_gradients(params, t)
-        optimizer.step()
-    give_gradients(params, steps)
+    train(optimizer, range(steps))
+    give_gradients(optimizer, steps)
     return params, optimizer
 
 
-def assert_alike(
-    left: tuple[list[Tensor], CriticalAdam], right: tuple[list[Tensor], CriticalAdam]
-) -> None:
-    """Check that parameters and state have the same bits."""
-    for param, other in zip(left[0], right[0], strict=True):
-        assert torch.equal(param, other)
-    dicts = [optimizer.state_dict() for _, optimizer in (left, right)]
-    # With them the counts of skipped steps.
-    assert dicts[0]["param_groups"] == dicts[1]["param_groups"]
-    states = [state_dict["state"] for state_dict in dicts]
-    assert states[0].keys() == states[1].keys()
-    for i in states[0]:
-        assert states[0][i].keys() == states[1][i].keys()
-        for key, value in states[0][i].items():
-            assert torch.equal(value, states[1][i][key]), key
+def assert_alike(*both: tuple[list[Tensor], CriticalAdam]) -> None:
+    """Check that parameters and state have the same bits, and groups the same skipped steps."""
+    left, right = ((trained(o), o.state_dict()["param_groups"]) for _, o in both)
+    assert_same(left, right)
 
 
 OPTIONS: list[dict[str, Any]] = [

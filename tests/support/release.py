@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cm_fused import enable_gradient_release
 from cm_fused._optimizer.base import CriticalAdam
-from tests.support.training import assert_same, trained
+from tests.support.training import assert_same, params_of, trained
 
 Step = Callable[[int], None]
 
@@ -54,8 +54,11 @@ def assert_steps_are_those_after_backward(
         if release:
             enable_gradient_release(model, optimizer)
 
-        def step(t: int, model: nn.Module = model, optimizer: CriticalAdam = optimizer) -> None:
+        def step(
+            t: int, model: Any = model, optimizer: Any = optimizer, released: bool = release
+        ) -> None:
             backward(model, t)
+            assert not released or all(param.grad is None for param in params_of(optimizer))
             optimizer.step()
             optimizer.zero_grad()
 
