@@ -1,9 +1,24 @@
 // Blocks of parameters and gradients: to and from the update's type, in the state's order, and what
-// rounding takes from a parameter.
-//
-// No include guard: a part of step_kernel.h.
+// rounding takes from a parameter. And asking for memory ahead of its use.
 
-namespace cm_fused::CM_FUSED_ISA {
+// Asks for n elements of a stream.
+template <typename stored_t>
+CM_FUSED_INLINE void prefetch(const stored_t* data, int64_t n) {
+  const auto* const first = reinterpret_cast<const char*>(data);
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(stored_t));
+  for (int64_t offset = 0; offset < bytes; offset += 64) {
+    __builtin_prefetch(first + offset, 0, 2);
+  }
+}
+
+// As long after the elements [begin, begin + n) of a tensor's stream as is asked for ahead.
+template <typename stored_t>
+CM_FUSED_INLINE void prefetch_ahead(
+    const TensorStep& tensor, const stored_t* data, int64_t begin, int64_t n) {
+  if (begin + kPrefetchDistance + n <= tensor.numel) {
+    prefetch(data + begin + kPrefetchDistance, n);
+  }
+}
 
 // Below and in the other parts, `n` is the number of elements of a block: an int64_t, or a
 // constant, which saves the loops their remainders.
@@ -164,5 +179,3 @@ template <typename state_t, typename param_t>
     }
   });
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

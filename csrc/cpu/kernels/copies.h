@@ -1,9 +1,5 @@
 // Copies of a tensor's data in the update's type: of what is in half precision, or does not lie in
 // memory as the state does.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // Calls visit with a value of the parameter's type.
 template <typename state_t, typename Visit>
@@ -97,5 +93,3 @@ class Copies {
   alignas(64) state_t late_grad_scratch_[kLargestBlock];
   alignas(64) state_t param_scratch_[kLargestBlock];
 };
-
-}  // namespace cm_fused::CM_FUSED_ISA

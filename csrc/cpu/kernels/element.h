@@ -1,8 +1,4 @@
 // Elements: how each dtype is read and rounded (cm_fused/rounding.py).
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // The value whose bits these are, or the bits of a value.
 template <typename to_t, typename from_t>
@@ -188,5 +184,3 @@ inline BlockScale block_scale(const stored_t* values, int64_t n, float largest_s
   const bool usable = largest >= 0x1p-100F && largest_bits < kInfinityBits;
   return {usable ? largest_stored / largest : 0.0F, largest / largest_stored};
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

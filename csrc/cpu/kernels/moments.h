@@ -1,8 +1,4 @@
 // Blocks of the moments: to and from the update's type.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // Of a word's bits, the first that rounds exp_avg (which has a sign), or exp_avg_sq.
 template <bool kSigned>
@@ -108,5 +104,3 @@ CM_FUSED_INLINE void store_moments(void* data, int64_t index, auto rounded,
   }
   store_vectors<Unchanged<value_t>>(static_cast<value_t*>(data) + index, values);
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

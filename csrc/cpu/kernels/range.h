@@ -1,9 +1,5 @@
 // The loop of a step: a tile of every stream at a time, so that one tile's divisions overlap the
 // next one's loads.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // Elements that a tile has, four vectors: a multiple of the norms' lanes and of the elements that a
 // group of counters gives words to. With int8 slots and bfloat16 moments, on two cores of a
@@ -299,5 +295,3 @@ template <typename Kind, typename state_t>
     const Range<state_t>& range, SquareSum& squares) {
   RangeStep<state_t, Kind>(tensor, options, scalars, gradients, range, Kind{}).run(squares);
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,32 +1,37 @@
 // The CPU step over one chunk of one tensor, written once and compiled once per instruction set:
-// each including file sets the target and names the namespace CM_FUSED_ISA. No operation may be
+// each including file names the target and the namespace CM_FUSED_ISA. No operation may be
 // contracted or reordered, so every instruction set gives the same bits.
 //
-// No include guard: it is meant to be included once per translation unit, after step.h.
+// No include guard: it is included once per translation unit, and the other headers here are its
+// parts, in the order in which they use each other.
+#include "../step.h"
+
+#if defined(CM_FUSED_TARGET)
+#define CM_FUSED_STRING_PRAGMA(text) _Pragma(#text)
+#define CM_FUSED_PRAGMA(text) CM_FUSED_STRING_PRAGMA(text)
+#if defined(__clang__)
+CM_FUSED_PRAGMA(clang attribute push(__attribute__((target(CM_FUSED_TARGET))), apply_to = function))
+#else
+CM_FUSED_PRAGMA(GCC push_options)
+CM_FUSED_PRAGMA(GCC target(CM_FUSED_TARGET))
+#endif
+#endif
+
+namespace cm_fused::CM_FUSED_ISA {
+
+// clang-format off
 #include "vector.h"
-
-// This uses it.
 #include "element.h"
-
-// This uses both.
 #include "conversion.h"
-
-// These use them.
 #include "block.h"
 #include "gradient.h"
 #include "philox.h"
-#include "prefetch.h"
 #include "update.h"
-
-// These use prefetch.h too.
 #include "moments.h"
 #include "slots.h"
-
-// These use all of these.
 #include "copies.h"
 #include "range.h"
-
-namespace cm_fused::CM_FUSED_ISA {
+// clang-format on
 
 // One chunk's step: all of it at once where the tensors are as the step computes, else a block at a
 // time, of which copies are made.
@@ -193,24 +198,33 @@ double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64
   return squares.total();
 }
 
-// Only the deferred commit of a chunk.
+// A block of exp_avg in the update's type.
 template <typename state_t>
-class ChunkCommit {
- public:
-  ChunkCommit(const TensorStep& tensor, int64_t chunk) : tensor_(tensor), chunk_(chunk) {}
-
-  void run() {
-    const int64_t chunk_end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
-    for (int64_t begin = chunk_ * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
-      commit(begin, std::min(kLargestBlock, chunk_end - begin));
+inline const state_t* exp_avg_block(
+    const TensorStep& tensor, int64_t begin, int64_t n, state_t* scratch) {
+  if constexpr (std::is_same_v<state_t, float>) {
+    if (tensor.moment_dtype == StoredDtype::kInt8) {
+      load_moment<true>(tensor, tensor.exp_avg, tensor.exp_avg_scales, begin, n, scratch);
+      return scratch;
+    }
+    if (tensor.moment_dtype == StoredDtype::kBFloat16) {
+      return load_block(
+          static_cast<const c10::BFloat16*>(tensor.exp_avg), nullptr, begin, n, scratch);
     }
   }
+  return static_cast<const state_t*>(tensor.exp_avg) + begin;
+}
 
- private:
-  void commit(int64_t begin, int64_t n) {
-    const state_t* const item = as_state(begin, n);
-    with_slot_code<state_t>(tensor_.slot_dtype, [&](auto slot_code) {
-      Buffer<state_t> buffer(slot_code, tensor_, rebuilds_sum(tensor_, chunk_), begin);
+// Only the deferred commit of a chunk.
+template <typename state_t>
+double commit_chunk(const TensorStep& tensor, int64_t chunk) {
+  alignas(64) state_t scratch[kLargestBlock];
+  const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
+  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
+    const int64_t n = std::min(kLargestBlock, chunk_end - begin);
+    const state_t* const item = exp_avg_block(tensor, begin, n, scratch);
+    with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
+      Buffer<state_t> buffer(slot_code, tensor, rebuilds_sum(tensor, chunk), begin);
       buffer.find_scale(slot_code, item, n);
       buffer.set_scale();
       int64_t at = 0;
@@ -224,26 +238,8 @@ class ChunkCommit {
       }
     });
   }
-
-  // exp_avg in the update's type.
-  const state_t* as_state(int64_t begin, int64_t n) {
-    if constexpr (std::is_same_v<state_t, float>) {
-      if (tensor_.moment_dtype == StoredDtype::kInt8) {
-        load_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, begin, n, scratch_);
-        return scratch_;
-      }
-      if (tensor_.moment_dtype == StoredDtype::kBFloat16) {
-        return load_block(
-            static_cast<const c10::BFloat16*>(tensor_.exp_avg), nullptr, begin, n, scratch_);
-      }
-    }
-    return static_cast<const state_t*>(tensor_.exp_avg) + begin;
-  }
-
-  const TensorStep& tensor_;
-  const int64_t chunk_;
-  alignas(64) state_t scratch_[kLargestBlock];
-};
+  return 0.0;
+}
 
 // Calls visit with a value of the state's type.
 template <typename Visit>
@@ -264,17 +260,17 @@ double sq_norm(const TensorStep& tensor, const StepOptions& options, int64_t chu
 }
 
 double commit(const TensorStep& tensor, const StepOptions&, int64_t chunk) {
-  return with_state_type(tensor.dtype, [&](auto state) {
-    ChunkCommit<decltype(state)>(tensor, chunk).run();
-    return 0.0;
-  });
+  return with_state_type(
+      tensor.dtype, [&](auto state) { return commit_chunk<decltype(state)>(tensor, chunk); });
 }
 
 }  // namespace cm_fused::CM_FUSED_ISA
 
-namespace cm_fused {
-
-const Kernels CM_FUSED_KERNELS = {CM_FUSED_ISA_NAME, &CM_FUSED_ISA::step<false>,
+const cm_fused::Kernels cm_fused::CM_FUSED_KERNELS = {CM_FUSED_ISA_NAME, &CM_FUSED_ISA::step<false>,
     &CM_FUSED_ISA::step<true>, &CM_FUSED_ISA::sq_norm, &CM_FUSED_ISA::commit};
 
-}  // namespace cm_fused
+#if defined(CM_FUSED_TARGET) && defined(__clang__)
+CM_FUSED_PRAGMA(clang attribute pop)
+#elif defined(CM_FUSED_TARGET)
+CM_FUSED_PRAGMA(GCC pop_options)
+#endif

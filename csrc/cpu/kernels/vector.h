@@ -1,12 +1,8 @@
 // Vectors of the update's type: a step's arithmetic is written once for them and for what whole
 // vectors leave over. Plain loops over blocks keep the streams of a step from advancing together.
-//
-// No include guard: a part of step_kernel.h.
 
 // A loop over vectors is one only when all of it is inlined.
 #define CM_FUSED_INLINE [[gnu::always_inline]] inline
-
-namespace cm_fused::CM_FUSED_ISA {
 
 template <typename value_t>
 struct VectorOf {
@@ -93,5 +89,3 @@ CM_FUSED_INLINE vector_t square_root(vector_t values) {
     return roots;
   }
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA
