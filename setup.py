@@ -32,7 +32,6 @@ SOURCES = [
     "csrc/core/bind.cpp",
     "csrc/priority/table.cpp",
     "csrc/cpu/capability.cpp",
-    "csrc/cpu/bucket.cpp",
     "csrc/cpu/ops.cpp",
     "csrc/cpu/pass.cpp",
     "csrc/cpu/steps.cpp",

@@ -10,8 +10,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "bucket.h"
-#include "pass.h"
 #include "steps.h"
 
 namespace cm_fused {

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "bucket.h"
+#include "step.h"
 
 namespace cm_fused {
 

@@ -5,10 +5,16 @@
 #include <span>
 #include <vector>
 
-#include "bucket.h"
+#include "../core/bind.h"
 #include "pass.h"
 
 namespace cm_fused {
+
+// Puts a parameter and its gradient in the memory order of `views.order`.
+void bind_layouts(const ParamViews& views, TensorStep& tensor);
+
+// Reads the slot that exp_avg is still to be copied to.
+void read_pending_slot(size_t i, TensorStep& tensor);
 
 // What one state's step is given besides its tensors.
 struct StepScalars {

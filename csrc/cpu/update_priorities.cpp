@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../priority/priority_update.h"
+#include "../priority/table.h"
 
 namespace cm_fused {
 

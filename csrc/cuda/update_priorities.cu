@@ -19,7 +19,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../priority/priority_update.h"
+#include "../priority/table.h"
 
 namespace cm_fused {
 

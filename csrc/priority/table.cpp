@@ -12,7 +12,6 @@
 
 #include "../core/bind.h"
 #include "../core/parallel.h"
-#include "table_checks.h"
 
 namespace cm_fused {
 
