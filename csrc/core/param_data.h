@@ -27,17 +27,10 @@ inline int64_t num_scales(int64_t numel) {
 }
 
 inline int64_t stored_bytes(StoredDtype dtype, int64_t unchanged_bytes) {
-  switch (dtype) {
-    case StoredDtype::kBFloat16:
-    case StoredDtype::kFloat16:
-      return 2;
-    case StoredDtype::kFloat8:
-    case StoredDtype::kInt8:
-      return 1;
-    case StoredDtype::kUnchanged:
-      break;
+  if (dtype == StoredDtype::kUnchanged) {
+    return unchanged_bytes;
   }
-  return unchanged_bytes;
+  return dtype == StoredDtype::kBFloat16 || dtype == StoredDtype::kFloat16 ? 2 : 1;
 }
 
 inline bool has_scales(StoredDtype dtype) {

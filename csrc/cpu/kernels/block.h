@@ -86,7 +86,7 @@ template <typename state_t, typename data_t>
     const data_t* data, const StridedLayout& layout, int64_t begin, int64_t n, state_t* scratch) {
   for_each_run(layout, begin, n, [&](int64_t offset, int64_t at, int64_t count, int64_t stride) {
     for (int64_t i = 0; i < count; ++i) {
-      scratch[at + i] = load_element<state_t>(data[offset + i * stride]);
+      scratch[at + i] = DataCode<state_t, data_t>::load(data[offset + i * stride]);
     }
   });
 }
@@ -97,7 +97,7 @@ template <typename state_t, typename data_t>
     data_t* data, const StridedLayout& layout, int64_t begin, int64_t n, const state_t* block) {
   for_each_run(layout, begin, n, [&](int64_t offset, int64_t at, int64_t count, int64_t stride) {
     for (int64_t i = 0; i < count; ++i) {
-      data[offset + i * stride] = store_element<data_t>(block[at + i]);
+      data[offset + i * stride] = DataCode<state_t, data_t>::store(block[at + i]);
     }
   });
 }

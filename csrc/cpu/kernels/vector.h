@@ -17,17 +17,16 @@ using Vector = typename VectorOf<value_t>::type;
 
 // Below, `vector_t` is a Vector<value_t>, or a value_t for what whole vectors leave over.
 template <typename vector_t>
-struct ElementOf {
-  using type = std::remove_reference_t<decltype(std::declval<vector_t&>()[0])>;
-};
-template <typename vector_t>
-  requires std::is_arithmetic_v<vector_t>
-struct ElementOf<vector_t> {
-  using type = vector_t;
-};
+auto first_element(const vector_t& values) {
+  if constexpr (std::is_arithmetic_v<vector_t>) {
+    return values;
+  } else {
+    return values[0];
+  }
+}
 
 template <typename vector_t>
-using Element = typename ElementOf<vector_t>::type;
+using Element = decltype(first_element(std::declval<vector_t>()));
 
 template <typename vector_t>
 constexpr int64_t kWidth = sizeof(vector_t) / sizeof(Element<vector_t>);
