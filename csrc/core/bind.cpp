@@ -6,7 +6,6 @@
 #include <type_traits>
 
 namespace cm_fused {
-
 namespace {
 
 // In the order of ParamDtype.

@@ -10,7 +10,6 @@
 #endif
 
 namespace cm_fused {
-
 namespace {
 
 #if defined(__x86_64__)

@@ -13,7 +13,6 @@
 #include "steps.h"
 
 namespace cm_fused {
-
 namespace {
 
 #define CM_FUSED_COUNT(type, name) +1

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 
 namespace cm_fused {
-
 namespace {
 
 // Below this many elements a thread's start costs more than it saves (as at::internal::GRAIN_SIZE).

@@ -10,7 +10,6 @@
 #include "../core/parallel.h"
 
 namespace cm_fused {
-
 namespace {
 
 // Where a tensor's elements lie in the order of `order`, or nullptr: as there.

@@ -8,7 +8,6 @@
 #include "../priority/table.h"
 
 namespace cm_fused {
-
 namespace {
 
 // The chunks and the priorities of every row must be there before the first row is changed.

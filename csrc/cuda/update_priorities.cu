@@ -22,7 +22,6 @@
 #include "../priority/table.h"
 
 namespace cm_fused {
-
 namespace {
 
 constexpr int kNumThreads = 256;

@@ -14,7 +14,6 @@
 #include "../core/parallel.h"
 
 namespace cm_fused {
-
 namespace {
 
 enum Refreshed : int64_t { kUnchanged, kChanged, kNeedsCopies };

@@ -9,27 +9,6 @@ constexpr int64_t kTile = CM_FUSED_VECTOR_BYTES == 64 ? 64 : 32;
 static_assert(kBlockSize % kTile == 0 && kTile % kLanes == 0);
 static_assert(kTile % (kWordsPerCounter * static_cast<int64_t>(kCountersOfGroup)) == 0);
 
-// Consecutive elements of a tensor, as a step reads and changes them: its own memory, or copies in
-// the update's type.
-template <typename state_t>
-struct Range {
-  int64_t begin;  // with scales or random words, a multiple of kLargestBlock
-  int64_t n;
-  bool copies_moments;
-  bool rebuilds_sum;
-  const state_t* grad;
-  void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
-  void* exp_avg_sq;
-  state_t* max_exp_avg_sq;  // nullptr without amsgrad
-  state_t* param;
-  const uint32_t* words;  // of rounded moments; nullptr: to be made by tiles
-
-  // Of copies, made by who has asked for what comes next: the gradients as critical gradients store
-  // them and as the update uses them. nullptr: to be found from grad by tiles.
-  const state_t* stored_g;
-  const state_t* update_g;
-};
-
 // A kind of step that is compiled for.
 template <bool kCriticalGradients, typename SlotCode, bool kRoundsMoments>
 struct KindOf {

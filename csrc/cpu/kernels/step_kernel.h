@@ -113,10 +113,7 @@ class ChunkStep {
 
   void set_data(Range<state_t>& range) {
     if (copies_.are_needed()) {
-      copies_.load(range.begin, range.n);
-      range.param = copies_.param();
-      range.stored_g = copies_.stored_g();
-      range.update_g = copies_.update_g();
+      copies_.load(range);
     } else {
       range.param = static_cast<state_t*>(tensor_.param) + range.begin;
       range.grad = static_cast<const state_t*>(tensor_.grad) + range.begin;
