@@ -7,8 +7,6 @@
 #include <numeric>
 #include <utility>
 
-#include "../core/parallel.h"
-
 namespace cm_fused {
 namespace {
 

@@ -11,7 +11,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../core/bind.h"
-#include "../core/parallel.h"
 
 namespace cm_fused {
 namespace {

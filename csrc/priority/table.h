@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "../core/checks.h"
-#include "../core/state_rows.h"
+#include "../core/param_data.h"
 #include "priority.h"
 
 namespace cm_fused {

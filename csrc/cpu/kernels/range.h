@@ -24,10 +24,19 @@ struct AnyKind {
   bool rounds_moments;
 };
 
+// What the step of a range is given, besides its kind.
 template <typename state_t>
-SquareSum step_tail(const TensorStep& tensor, const StepOptions& options,
-    const Scalars<Vector<state_t>>& scalars, Gradients<state_t> gradients, Range<state_t> range,
-    AnyKind kind, Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares);
+struct RangeInputs {
+  const TensorStep& tensor;
+  const StepOptions& options;
+  const Scalars<Vector<state_t>>& scalars;
+  const Gradients<state_t>& gradients;
+  const Range<state_t>& range;
+};
+
+template <typename state_t>
+SquareSum step_tail(const RangeInputs<state_t>& inputs, AnyKind kind, Buffer<state_t> buffer,
+    int64_t block, int64_t at, int64_t n, SquareSum squares);
 
 template <typename state_t, typename Kind>
 class RangeStep {
@@ -36,16 +45,14 @@ class RangeStep {
   static constexpr int64_t kVectors = kTile / kWidth<vector_t>;
 
  public:
-  CM_FUSED_INLINE RangeStep(const TensorStep& tensor, const StepOptions& options,
-      const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
-      const Range<state_t>& range, Kind kind)
-      : tensor_(tensor),
-        options_(options),
-        scalars_(scalars),
-        gradients_(gradients),
-        range_(range),
+  CM_FUSED_INLINE RangeStep(const RangeInputs<state_t>& inputs, Kind kind)
+      : inputs_(inputs),
+        tensor_(inputs.tensor),
+        scalars_(inputs.scalars),
+        gradients_(inputs.gradients),
+        range_(inputs.range),
         kind_(kind),
-        philox_(tensor, options, Stream::kMoments, first_counter(0)) {}
+        philox_(tensor_, inputs.options, Stream::kMoments, first_counter(0)) {}
 
   // Adds the sum of g^2, of critical momenta, to `squares`.
   CM_FUSED_INLINE void run(SquareSum& squares) {
@@ -66,7 +73,7 @@ class RangeStep {
     for (; at + kWidth<vector_t> <= n; at += kWidth<vector_t>) {
       step_remainder(scalars_, buffer, block, at, at - tile);
     }
-    const Scalars<state_t> scalars(tensor_, options_);
+    const Scalars<state_t> scalars(tensor_, inputs_.options);
     for (; at < n; ++at) {
       step_remainder(scalars, buffer, block, at, at - tile);
     }
@@ -106,8 +113,7 @@ class RangeStep {
     }
     if (at < n) {
       const AnyKind kind{{}, kind_.critical_gradients, kind_.rounds_moments};
-      squares = cm_fused::CM_FUSED_ISA::step_tail(
-          tensor_, options_, scalars_, gradients_, range_, kind, buffer, block, at, n, squares);
+      squares = cm_fused::CM_FUSED_ISA::step_tail(inputs_, kind, buffer, block, at, n, squares);
     }
   }
 
@@ -230,8 +236,8 @@ class RangeStep {
 
   static constexpr bool kIsScaled = std::remove_cvref_t<decltype(Kind::slot_code)>::kScaled;
 
+  const RangeInputs<state_t>& inputs_;
   const TensorStep& tensor_;
-  const StepOptions& options_;
   const Scalars<Vector<state_t>>& scalars_;
   const Gradients<state_t> gradients_;
   const Range<state_t> range_;
@@ -252,25 +258,18 @@ class RangeStep {
 };
 
 // The rest of a tensor that is no whole tile: code that all kinds of step share, since most of a
-// kind's code would be this. All is passed as copies, so that callers may keep theirs in registers.
+// kind's code would be this. What changes is passed as copies, so that callers may keep theirs in
+// registers.
 template <typename state_t>
-[[gnu::noinline]] SquareSum step_tail(const TensorStep& tensor, const StepOptions& options,
-    const Scalars<Vector<state_t>>& scalars, Gradients<state_t> gradients, Range<state_t> range,
-    AnyKind kind, Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares) {
-  RangeStep<state_t, AnyKind>(tensor, options, scalars, gradients, range, kind)
-      .step_tail(buffer, block, at, n, squares);
+[[gnu::noinline]] SquareSum step_tail(const RangeInputs<state_t>& inputs, AnyKind kind,
+    Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares) {
+  RangeStep<state_t, AnyKind>(inputs, kind).step_tail(buffer, block, at, n, squares);
   return squares;
 }
-
-template <typename state_t>
-using StepRange = void (*)(const TensorStep&, const StepOptions&, const Scalars<Vector<state_t>>&,
-    const Gradients<state_t>&, const Range<state_t>&, SquareSum&);
 
 // Once for each kind, whatever the parameter's dtype. All is inlined and copied here, where no
 // store through a pointer to bytes can change it.
 template <typename Kind, typename state_t>
-[[gnu::noinline]] void step_range(const TensorStep& tensor, const StepOptions& options,
-    const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
-    const Range<state_t>& range, SquareSum& squares) {
-  RangeStep<state_t, Kind>(tensor, options, scalars, gradients, range, Kind{}).run(squares);
+[[gnu::noinline]] void step_range(const RangeInputs<state_t>& inputs, SquareSum& squares) {
+  RangeStep<state_t, Kind>(inputs, Kind{}).run(squares);
 }

@@ -61,12 +61,10 @@ class ChunkStep {
   }
 
  private:
+  using StepRange = void (*)(const RangeInputs<state_t>&, SquareSum&);
+
   bool has_int8_moments() const {
     return tensor_.moment_dtype == StoredDtype::kInt8;
-  }
-
-  bool rounds_moments() const {
-    return tensor_.moment_dtype == StoredDtype::kBFloat16;
   }
 
   bool makes_words_by_tiles() const {
@@ -88,7 +86,7 @@ class ChunkStep {
     range.rebuilds_sum = rebuilds_sum_;
     set_data(range);
     set_moments(range);
-    step_range_(tensor_, options_, scalars_, gradients_, range, squares_);
+    step_range_({tensor_, options_, scalars_, gradients_, range}, squares_);
     if (has_int8_moments()) {
       store_int8_moments(range);
     }
@@ -99,7 +97,7 @@ class ChunkStep {
 
   // The function for this kind of step.
   template <bool kCriticalGradients>
-  static StepRange<state_t> find_step_range(const TensorStep& tensor) {
+  static StepRange find_step_range(const TensorStep& tensor) {
     return with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
       using SlotCode = decltype(slot_code);
       if constexpr (std::is_same_v<state_t, float>) {
@@ -140,7 +138,7 @@ class ChunkStep {
     const int64_t offset = range.begin * stored_bytes(tensor_.moment_dtype, sizeof(state_t));
     range.exp_avg = static_cast<char*>(tensor_.exp_avg) + offset;
     range.exp_avg_sq = static_cast<char*>(tensor_.exp_avg_sq) + offset;
-    if (rounds_moments() && !makes_words_by_tiles()) {
+    if (tensor_.moment_dtype == StoredDtype::kBFloat16 && !makes_words_by_tiles()) {
       random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
       range.words = words_;
     }
@@ -158,7 +156,7 @@ class ChunkStep {
 
   const TensorStep& tensor_;
   const StepOptions& options_;
-  const StepRange<state_t> step_range_;
+  const StepRange step_range_;
   const int64_t chunk_;
   const bool rebuilds_sum_;
   const Scalars<Vector<state_t>> scalars_;
