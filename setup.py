@@ -35,7 +35,6 @@ SOURCES = [
     "csrc/cpu/ops.cpp",
     "csrc/cpu/pass.cpp",
     "csrc/cpu/steps.cpp",
-    "csrc/cpu/update_priorities.cpp",
     "csrc/cpu/kernels/step_default.cpp",
     "csrc/cpu/kernels/step_avx2.cpp",
     "csrc/cpu/kernels/step_avx512.cpp",

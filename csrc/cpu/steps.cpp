@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
-#include <numeric>
 #include <utility>
 
 namespace cm_fused {
@@ -97,14 +96,11 @@ void bind_bucket(const StateTensors& state, std::span<const Tensor> params,
 
 // The sum of squares over a group of tensors.
 double over_group(std::span<const double> sq_norms, bool sum_of_norms) {
-  if (!sum_of_norms) {
-    return std::accumulate(sq_norms.begin(), sq_norms.end(), 0.0);
-  }
-  double norm = 0.0;
+  double sum = 0.0;
   for (const double sq_norm : sq_norms) {
-    norm += std::sqrt(sq_norm);
+    sum += sum_of_norms ? std::sqrt(sq_norm) : sq_norm;
   }
-  return norm * norm;
+  return sum_of_norms ? sum * sum : sum;
 }
 
 int64_t param_bytes(ParamDtype dtype) {

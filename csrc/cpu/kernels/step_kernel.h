@@ -125,10 +125,8 @@ class ChunkStep {
     }
     if constexpr (std::is_same_v<state_t, float>) {
       if (has_int8_moments()) {
-        load_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n,
-            exp_avg_scratch_);
-        load_moment<false>(tensor_, tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, range.begin,
-            range.n, exp_avg_sq_scratch_);
+        load_moment<true>(tensor_, range.begin, range.n, exp_avg_scratch_);
+        load_moment<false>(tensor_, range.begin, range.n, exp_avg_sq_scratch_);
         range.copies_moments = true;
         range.exp_avg = exp_avg_scratch_;
         range.exp_avg_sq = exp_avg_sq_scratch_;
@@ -147,10 +145,8 @@ class ChunkStep {
   void store_int8_moments(const Range<state_t>& range) {
     if constexpr (std::is_same_v<state_t, float>) {
       random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
-      store_moment<true>(
-          tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n, exp_avg_scratch_, words_);
-      store_moment<false>(tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, range.begin, range.n,
-          exp_avg_sq_scratch_, words_);
+      store_moment<true>(tensor_, range.begin, range.n, exp_avg_scratch_, words_);
+      store_moment<false>(tensor_, range.begin, range.n, exp_avg_sq_scratch_, words_);
     }
   }
 
@@ -199,7 +195,7 @@ inline const state_t* exp_avg_block(
     const TensorStep& tensor, int64_t begin, int64_t n, state_t* scratch) {
   if constexpr (std::is_same_v<state_t, float>) {
     if (tensor.moment_dtype == StoredDtype::kInt8) {
-      load_moment<true>(tensor, tensor.exp_avg, tensor.exp_avg_scales, begin, n, scratch);
+      load_moment<true>(tensor, begin, n, scratch);
       return scratch;
     }
     if (tensor.moment_dtype == StoredDtype::kBFloat16) {
