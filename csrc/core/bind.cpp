@@ -1,9 +1,9 @@
-#include "bind.h"
-
 #include <algorithm>
 #include <array>
 #include <iterator>
 #include <type_traits>
+
+#include "state.h"
 
 namespace cm_fused {
 namespace {
@@ -14,29 +14,6 @@ const auto& param_dtypes() {
       aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
   return dtypes;
 }
-
-}  // namespace
-
-ParamDtype param_dtype(const char* role, size_t index, int32_t dtype) {
-  const auto found = std::ranges::find(param_dtypes(), dtype);
-  STD_TORCH_CHECK(found != param_dtypes().end(), role, "[", index,
-      "] must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
-  return static_cast<ParamDtype>(found - param_dtypes().begin());
-}
-
-bool lies_as(const TensorView& tensor, const TensorView& order) {
-  return tensor.numel == 0 || same_strides(order.sizes, tensor.strides, order.strides);
-}
-
-TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) {
-  const TensorView result = view_metadata("grads", i, grad);
-  check_device("grads", i, result.device, param.device);
-  check_dtype("grads", i, result.dtype, param.dtype);
-  check_sizes("grads", i, result.sizes, param.sizes);
-  return result;
-}
-
-namespace {
 
 // The dtype that a parameter's update is computed in, and its state has unless it has low
 // precision.
@@ -161,6 +138,25 @@ bool bind_memory(const char* role, size_t i, const Tensor& tensor, const TensorV
 }
 
 }  // namespace
+
+ParamDtype param_dtype(const char* role, size_t index, int32_t dtype) {
+  const auto found = std::ranges::find(param_dtypes(), dtype);
+  STD_TORCH_CHECK(found != param_dtypes().end(), role, "[", index,
+      "] must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+  return static_cast<ParamDtype>(found - param_dtypes().begin());
+}
+
+bool lies_as(const TensorView& tensor, const TensorView& order) {
+  return tensor.numel == 0 || same_strides(order.sizes, tensor.strides, order.strides);
+}
+
+TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) {
+  const TensorView result = view_metadata("grads", i, grad);
+  check_device("grads", i, result.device, param.device);
+  check_dtype("grads", i, result.dtype, param.dtype);
+  check_sizes("grads", i, result.sizes, param.sizes);
+  return result;
+}
 
 StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype) {
   const StoredDtype stored = stored_dtype("exp_avgs", i, dtype, param_dtype);

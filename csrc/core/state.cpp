@@ -2,12 +2,9 @@
 
 #include <algorithm>
 #include <bit>
-#include <functional>
 #include <utility>
 
 #include <torch/csrc/stable/library.h>
-
-#include "checks.h"
 
 namespace cm_fused {
 

@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "../core/bind.h"
+#include "../core/state.h"
 #include "step.h"
 
 namespace cm_fused {

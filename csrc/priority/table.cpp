@@ -5,12 +5,10 @@
 #include <array>
 #include <atomic>
 #include <iterator>
-#include <string>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 
-#include "../core/bind.h"
+#include "../core/state.h"
 
 namespace cm_fused {
 namespace {

@@ -52,7 +52,10 @@ class ChunkStep {
 
   // Returns the sum of g^2, of critical momenta.
   double run() {
-    const int64_t size = range_size();
+    // A block at a time of what is copied, or has its words made elsewhere.
+    const bool rounds_moments = tensor_.moment_dtype != StoredDtype::kUnchanged;
+    const bool by_blocks = copies_.are_needed() || (rounds_moments && !makes_words_by_tiles());
+    const int64_t size = by_blocks ? kLargestBlock : kChunkSize;
     const int64_t end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
     for (int64_t begin = chunk_ * kChunkSize; begin < end; begin += size) {
       step(begin, std::min(size, end - begin));
@@ -72,19 +75,17 @@ class ChunkStep {
            has_own_counters(tensor_.shard_layout, chunk_ * kChunkSize, kChunkSize);
   }
 
-  // A block at a time of what is copied, or has its words made elsewhere.
-  int64_t range_size() const {
-    const bool rounds_moments = tensor_.moment_dtype != StoredDtype::kUnchanged;
-    return copies_.are_needed() || (rounds_moments && !makes_words_by_tiles()) ? kLargestBlock
-                                                                               : kChunkSize;
-  }
-
   void step(int64_t begin, int64_t n) {
     Range<state_t> range{};
     range.begin = begin;
     range.n = n;
     range.rebuilds_sum = rebuilds_sum_;
-    set_data(range);
+    if (copies_.are_needed()) {
+      copies_.load(range);
+    } else {
+      range.param = static_cast<state_t*>(tensor_.param) + begin;
+      range.grad = static_cast<const state_t*>(tensor_.grad) + begin;
+    }
     set_moments(range);
     step_range_({tensor_, options_, scalars_, gradients_, range}, squares_);
     if (has_int8_moments()) {
@@ -109,16 +110,7 @@ class ChunkStep {
     });
   }
 
-  void set_data(Range<state_t>& range) {
-    if (copies_.are_needed()) {
-      copies_.load(range);
-    } else {
-      range.param = static_cast<state_t*>(tensor_.param) + range.begin;
-      range.grad = static_cast<const state_t*>(tensor_.grad) + range.begin;
-    }
-  }
-
-  // And the words for them that tiles don't make.
+  // Sets the moments, and the words for them that tiles don't make.
   void set_moments(Range<state_t>& range) {
     if (tensor_.max_exp_avg_sq != nullptr) {
       range.max_exp_avg_sq = static_cast<state_t*>(tensor_.max_exp_avg_sq) + range.begin;
