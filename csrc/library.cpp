@@ -1,10 +1,9 @@
 // Schemas of the operators; each device's library implements them.
 #include <torch/csrc/stable/library.h>
 
-// Real dtypes only; complex tensors are passed as views of pairs. Lists of params and grads run
-// over the tensors of one bucket, those of a param group that share a device, or of several buckets
-// one after the other. `grads` are never written. Scalars that a device may hold are float64
-// tensors of one element.
+// Real dtypes only; complex tensors are passed as views of pairs. Lists of params and grads are
+// those of one bucket, or of several in order. `grads` are never written. Scalars that a device may
+// hold are float64 tensors of one element.
 STABLE_TORCH_LIBRARY(cm_fused, m) {
   // Hands over the state of a bucket once: passing a list of small tensors costs more than stepping
   // them. Bit r of `mask` says that row r of CM_FUSED_STATE (csrc/core/param_data.h) is there;
@@ -38,8 +37,7 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "update_registered_priorities_(int[] ids, Tensor[] sq_norms, Tensor[] found_infs, *, "
       "float[] priority_decays) -> ()");
 
-  // Copies each momentum to its pending slot at once, for whoever wants to see the slots. Rows that
-  // have no part in it may be missing from the states.
+  // Copies each momentum to its pending slot at once. Rows without a part in it may be missing.
   m.def("flush_registered_(int[] ids) -> ()");
 
   m.def(

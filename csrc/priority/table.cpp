@@ -62,11 +62,8 @@ int64_t refresh_table_(int64_t id, Tensors params, Tensors grads, Tensor table) 
       changed.store(true, std::memory_order_relaxed);
     }
   });
-  if (needs_copies) {
-    return kNeedsCopies;
-  }
-  if (!changed) {
-    return kUnchanged;
+  if (needs_copies || !changed) {
+    return needs_copies ? kNeedsCopies : kUnchanged;
   }
   for_each_tensor(params.size(), [&](size_t i) {
     const Row now = refreshed(bound[i], row(i));
