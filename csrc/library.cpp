@@ -1,39 +1,33 @@
 // Schemas of the operators; each device's library implements them.
 #include <torch/csrc/stable/library.h>
 
-// Real dtypes only; complex tensors are passed as views of pairs. Lists of params and grads run
-// over the tensors of one bucket, those of a param group that share a device, or of several buckets
-// one after the other. `grads` are never written. Scalars that a device may hold are float64
-// tensors of one element.
+// Real dtypes only; complex tensors are passed as views of pairs. Lists of params and grads are
+// those of one bucket, or of several in order. `grads` are never written. Scalars that a device may
+// hold are float64 tensors of one element.
 STABLE_TORCH_LIBRARY(cm_fused, m) {
   // Hands over the state of a bucket once: passing a list of small tensors costs more than stepping
-  // them. Bit r of `mask` says that row r of state_keys() is there; `state` has, for each of these
-  // rows in order, one tensor for each parameter (csrc/core/state_rows.h says of which shape and
-  // dtype). max_exp_avg_sq is for amsgrad, critical_sum where the sum of the slots is not read from
-  // them, scales where the dtype has some, compensation for Kahan's summation, pending_slot for
-  // critical momenta: without it a state is one of critical gradients. `param_indices` is empty
-  // where parameters are counted as the list has them, `shard_layouts`, which has three numbers for
-  // each parameter (ShardLayout in csrc/core/param_data.h), where all are whole.
+  // them. Bit r of `mask` says that row r of CM_FUSED_STATE (csrc/core/param_data.h) is there;
+  // `state` has, for each of these rows in order, one tensor for each parameter. A state without
+  // pending_slot is one of critical gradients. `param_indices` is empty where parameters are
+  // counted as the list has them, `shard_layouts`, three numbers for each (ShardLayout), where all
+  // are whole.
   //
   // What is registered is tensors, not addresses: each operator looks at them anew, and checks
-  // again those whose address or number of elements changed. That a tensor keeps its dtype and
-  // strides in its place is not looked at, of the state other than exp_avg. Operators on one state
-  // take turns. They change the state that register_state was given, which no schema can say:
-  // tracing compilers are not to be given them.
+  // again those whose address or number of elements changed; dtype and strides only of exp_avg.
+  // Operators on one state take turns. They change the state that register_state was given, which
+  // no schema can say: tracing compilers are not to be given them.
   m.def(
       "register_state(Tensor[] state, int mask, int[] param_indices, int[] shard_layouts) -> int");
   m.def("release_state(int id) -> ()");
   m.def("state_keys() -> str");
 
   // Steps any number of registered states: all of them, or none where it raises. `params` and
-  // `grads` are those of all, one state after the other, and so is local_sq_norms. The lists of
-  // scalars have one for each state or are empty: `lrs` replace the numbers; `grad_factors`
-  // multiply every gradient before all else; where one of `found_infs` is not 0 the state's step
-  // changes nothing. `sq_norms` are sums of g^2 over the priority scope, of one element or one for
-  // each tensor, and computed from the bucket where not given. local_sq_norms receives each
-  // tensor's sum of g^2 and leaves the priorities to update_registered_priorities_, for whoever has
-  // to add to it what other processes have. `hyperparameters` has for each state the numbers of
-  // hyperparameter_names().
+  // `grads` are those of all, one state after the other, and so is local_sq_norms. The other lists
+  // have one for each state or are empty: `lrs` replace the numbers; `grad_factors` multiply every
+  // gradient before all else; where one of `found_infs` is not 0 the state's step changes nothing;
+  // `sq_norms` are sums of g^2 over the priority scope, one or one for each tensor. local_sq_norms
+  // receives each tensor's sum of g^2 and leaves the priorities to update_registered_priorities_,
+  // once other processes' are added. `hyperparameters` are by hyperparameter_names().
   m.def(
       "step_registered_(int[] ids, Tensor(a!)[] params, Tensor[] grads, Tensor[] sq_norms, "
       "Tensor[] lrs, Tensor[] grad_factors, Tensor[] found_infs, Tensor(b!)? local_sq_norms, *, "
@@ -43,25 +37,24 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "update_registered_priorities_(int[] ids, Tensor[] sq_norms, Tensor[] found_infs, *, "
       "float[] priority_decays) -> ()");
 
-  // Copies each momentum to its pending slot at once, for whoever wants to see the slots. Rows that
-  // have no part in it may be missing from the states.
+  // Copies each momentum to its pending slot at once. Rows without a part in it may be missing.
   m.def("flush_registered_(int[] ids) -> ()");
 
   m.def(
       "sq_norms(Tensor[] params, Tensor[] grads, Tensor? grad_factor, *, float weight_decay, "
       "bool maximize, bool decoupled_weight_decay) -> Tensor");
 
-  // The table of a registered state, for kernels that find a bucket's tensors by their addresses:
-  // see table.h. Returns 0 when nothing changed since the table was last refreshed, 1 when it was
-  // written, 2 when nothing was written because a param or a grad does not have the strides of its
-  // exp_avg. `table` is the host's copy; the tensors may be on any device, none is read.
+  // Brings the host's copy of a registered state's table (priority/table.h) up to date. Returns 0
+  // when nothing changed, 1 when it was written, 2 when nothing was written because a param or a
+  // grad does not have the strides of its exp_avg. The tensors may be on any device, none is read.
   m.def("refresh_table_(int id, Tensor[] params, Tensor[] grads, Tensor(a!) table) -> int");
   m.def("table_columns() -> str");
 
-  // What follows a pass over a bucket: its partial sums of g^2 to keys, then admission, decay and
-  // step count of every row. Changes what the table's addresses name, which no schema can say:
-  // tracing compilers are not to be given it. sq_norm, of one element or one for each row, replaces
-  // the sums of chunk_sq_norms. Where found_inf, float64 (), is not 0 nothing changes.
+  // After a pass over a bucket: its partial sums of g^2 to keys, then admission, decay and step
+  // count of every row. Changes what the table's addresses name: no tracing compiler may be given
+  // it. sq_norm, one or one for each row, replaces the sums of chunk_sq_norms. Where found_inf,
+  // float64
+  // (), is not 0 nothing changes.
   m.def(
       "update_priorities_(Tensor table, Tensor chunk_sq_norms, Tensor? sq_norm, Tensor? found_inf, "
       "*, int capacity, float priority_decay, bool group_scope) -> ()");

@@ -2,7 +2,7 @@
 
 Making, loading and checking state, a `Bucket`'s lists, what an undone step restores, the columns of
 the Triton step's address table and the argument order of the C++ operators all derive from it.
-`csrc/core/state_rows.h` has the same rows in the same order; loading the library compares them.
+`csrc/core/param_data.h` has the same rows in the same order; loading the library compares them.
 """
 
 from collections.abc import Iterable, Mapping

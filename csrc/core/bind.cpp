@@ -1,39 +1,19 @@
-#include "bind.h"
-
 #include <algorithm>
+#include <array>
+#include <iterator>
 #include <type_traits>
-#include <utility>
+
+#include "state.h"
 
 namespace cm_fused {
-
-ParamDtype param_dtype(const char* role, size_t index, int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) {
-    return ParamDtype::kFloat32;
-  }
-  if (dtype == aoti_torch_dtype_float64()) {
-    return ParamDtype::kFloat64;
-  }
-  if (dtype == aoti_torch_dtype_bfloat16()) {
-    return ParamDtype::kBFloat16;
-  }
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), role, "[", index,
-      "] must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
-  return ParamDtype::kFloat16;
-}
-
-bool lies_as(const TensorView& tensor, const TensorView& order) {
-  return tensor.numel == 0 || same_strides(order.sizes, tensor.strides, order.strides);
-}
-
-TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) {
-  const TensorView result = view_metadata("grads", i, grad);
-  check_device("grads", i, result.device, param.device);
-  check_dtype("grads", i, result.dtype, param.dtype);
-  check_sizes("grads", i, result.sizes, param.sizes);
-  return result;
-}
-
 namespace {
+
+// In the order of ParamDtype.
+const auto& param_dtypes() {
+  static const std::array dtypes{aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
+      aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  return dtypes;
+}
 
 // The dtype that a parameter's update is computed in, and its state has unless it has low
 // precision.
@@ -48,15 +28,11 @@ StoredDtype stored_dtype(const char* role, size_t i, int32_t dtype, ParamDtype p
     return StoredDtype::kUnchanged;
   }
   if (param_dtype != ParamDtype::kFloat64) {
-    const std::pair<int32_t, StoredDtype> rounded[] = {
-        {aoti_torch_dtype_bfloat16(), StoredDtype::kBFloat16},
-        {aoti_torch_dtype_float16(), StoredDtype::kFloat16},
-        {aoti_torch_dtype_float8_e4m3fn(), StoredDtype::kFloat8},
-        {aoti_torch_dtype_int8(), StoredDtype::kInt8}};
-    for (const auto& [stored, value] : rounded) {
-      if (dtype == stored) {
-        return value;
-      }
+    // In the order of StoredDtype, from kBFloat16 on.
+    const int32_t rounded[] = {aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
+        aoti_torch_dtype_float8_e4m3fn(), aoti_torch_dtype_int8()};
+    if (const auto* const found = std::ranges::find(rounded, dtype); found != std::end(rounded)) {
+      return static_cast<StoredDtype>(found - rounded + 1);
     }
   }
   check_dtype(role, i, dtype, unchanged);  // says so
@@ -83,8 +59,7 @@ int32_t dtype_of(StateDtype dtype, const TensorView& order, const ParamData& dat
     case StateDtype::kUpdate:
       return update_dtype(data.dtype);
     case StateDtype::kHalf:
-      return data.dtype == ParamDtype::kBFloat16 ? aoti_torch_dtype_bfloat16()
-                                                 : aoti_torch_dtype_float16();
+      return param_dtypes()[static_cast<size_t>(data.dtype)];
     case StateDtype::kFloat32:
       return aoti_torch_dtype_float32();
     case StateDtype::kInt64:
@@ -163,6 +138,25 @@ bool bind_memory(const char* role, size_t i, const Tensor& tensor, const TensorV
 }
 
 }  // namespace
+
+ParamDtype param_dtype(const char* role, size_t index, int32_t dtype) {
+  const auto found = std::ranges::find(param_dtypes(), dtype);
+  STD_TORCH_CHECK(found != param_dtypes().end(), role, "[", index,
+      "] must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+  return static_cast<ParamDtype>(found - param_dtypes().begin());
+}
+
+bool lies_as(const TensorView& tensor, const TensorView& order) {
+  return tensor.numel == 0 || same_strides(order.sizes, tensor.strides, order.strides);
+}
+
+TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) {
+  const TensorView result = view_metadata("grads", i, grad);
+  check_device("grads", i, result.device, param.device);
+  check_dtype("grads", i, result.dtype, param.dtype);
+  check_sizes("grads", i, result.sizes, param.sizes);
+  return result;
+}
 
 StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype) {
   const StoredDtype stored = stored_dtype("exp_avgs", i, dtype, param_dtype);

@@ -174,14 +174,20 @@ inline void check_strides(const char* role, size_t index, IntHeaderOnlyArrayRef 
       to_string(strides));
 }
 
+inline std::vector<int64_t> contiguous_strides(IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return strides;
+}
+
 // Checks that a tensor has `numel` elements, one after the other.
 inline void check_flat(const char* role, size_t index, const TensorView& tensor, int64_t numel) {
-  int64_t stride = 1;
-  bool is_contiguous = true;
-  for (size_t d = tensor.sizes.size(); d-- > 0;) {
-    is_contiguous = is_contiguous && (tensor.sizes[d] == 1 || tensor.strides[d] == stride);
-    stride *= tensor.sizes[d];
-  }
+  const auto strides = contiguous_strides(tensor.sizes);
+  const bool is_contiguous = same_strides(tensor.sizes, tensor.strides, strides);
   STD_TORCH_CHECK(tensor.numel == numel && (numel == 0 || is_contiguous), item(role, index),
       " must be contiguous with ", numel, " elements, got shape ", to_string(tensor.sizes),
       " and strides ", to_string(tensor.strides));
@@ -223,16 +229,6 @@ inline int64_t extent_without_overlap(IntHeaderOnlyArrayRef sizes, IntHeaderOnly
     extent += (sizes[order[d]] - 1) * strides[order[d]];
   }
   return extent;
-}
-
-inline std::vector<int64_t> contiguous_strides(IntHeaderOnlyArrayRef sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d];
-  }
-  return strides;
 }
 
 }  // namespace cm_fused

@@ -2,12 +2,9 @@
 
 #include <algorithm>
 #include <bit>
-#include <functional>
 #include <utility>
 
 #include <torch/csrc/stable/library.h>
-
-#include "checks.h"
 
 namespace cm_fused {
 
@@ -92,12 +89,9 @@ int64_t refuse_implied(Tensors, int64_t, std::vector<int64_t>, std::vector<int64
 
 void release_state(int64_t id) {
   Registry& registry = Registry::instance();
-  std::shared_ptr<RegisteredState> released;  // outlives the lock
+  decltype(registry.states)::node_type released;  // outlives the lock
   const std::lock_guard lock(registry.mutex);
-  if (const auto found = registry.states.find(id); found != registry.states.end()) {
-    released = std::move(found->second);
-    registry.states.erase(found);
-  }
+  released = registry.states.extract(id);
 }
 
 std::string state_keys() {

@@ -10,13 +10,7 @@
 #endif
 
 namespace cm_fused {
-
 namespace {
-
-struct Capability {
-  const Kernels* kernels;
-  bool supported;
-};
 
 #if defined(__x86_64__)
 // Which not every compiler's __builtin_cpu_supports knows.
@@ -31,7 +25,7 @@ bool supports_f16c() {
 
 const Kernels& choose() {
   // From the best to the one every machine has.
-  const Capability capabilities[] = {
+  const std::pair<const Kernels*, bool> capabilities[] = {
 #if defined(__x86_64__)
       {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") &&

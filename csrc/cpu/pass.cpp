@@ -1,12 +1,11 @@
-#include "pass.h"
-
 #include <algorithm>
 #include <numeric>
 
 #include <torch/csrc/stable/ops.h>
 
-namespace cm_fused {
+#include "steps.h"
 
+namespace cm_fused {
 namespace {
 
 // Below this many elements a thread's start costs more than it saves (as at::internal::GRAIN_SIZE).
@@ -50,23 +49,11 @@ void Pass::run(ChunkKernel kernel, bool one_by_one) {
   }
 }
 
-void Pass::run_(ChunkKernel kernel, int64_t first, int64_t last) {
-  const int64_t count = deal_(first, last);
-  const int64_t numel = elements_before(last) - elements_before(first);
-  const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel, 1));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t) {
-    // Its own shares come first.
-    for (int64_t i = 0; i < count; ++i) {
-      take_all_(kernel, shares_[(begin + i) % count]);
-    }
-  });
-}
-
 int64_t Pass::elements_before(int64_t chunk) const {
   return chunk < static_cast<int64_t>(chunks_.size()) ? chunks_[chunk].first_element : numel_;
 }
 
-int64_t Pass::deal_(int64_t first, int64_t last) {
+void Pass::run_(ChunkKernel kernel, int64_t first, int64_t last) {
   const int64_t count = std::min(num_threads_, last - first);
   const int64_t before = elements_before(first);
   const int64_t numel = elements_before(last) - before;
@@ -79,7 +66,13 @@ int64_t Pass::deal_(int64_t first, int64_t last) {
     next = beyond - chunks_.begin();
     shares_[i].end = next;
   }
-  return count;
+  const int64_t grain = std::max<int64_t>(1, kGrainSize * count / std::max<int64_t>(numel, 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t) {
+    // Its own shares come first.
+    for (int64_t i = 0; i < count; ++i) {
+      take_all_(kernel, shares_[(begin + i) % count]);
+    }
+  });
 }
 
 void Pass::take_all_(ChunkKernel kernel, Share& share) {

@@ -67,6 +67,8 @@ struct TensorStep : ParamData {
   double bias_correction2;
 };
 
+using BucketStep = std::vector<TensorStep>;
+
 // The numbers that step_registered_ takes for each state, in their order; flags are 0 or not.
 // stochastic_update is of half-precision parameters. l2_in_aggregate is of critical gradients: the
 // L2 term is not in the gradient, its norm and slots. With sum_of_norms a group's key is the sum of

@@ -2,23 +2,103 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <utility>
 
 namespace cm_fused {
-
 namespace {
+
+// Where a tensor's elements lie in the order of `order`, or nullptr: as there.
+std::unique_ptr<const StridedLayout> strided_layout(
+    const TensorView& tensor, const TensorView& order) {
+  if (lies_as(tensor, order)) {
+    return nullptr;
+  }
+  auto layout = std::make_unique<StridedLayout>();
+  for (const size_t d : memory_order(order.sizes, order.strides)) {
+    const int64_t size = order.sizes[d];
+    const int64_t stride = tensor.strides[d];
+    if (!layout->sizes.empty() && layout->strides.back() == stride * size) {
+      layout->sizes.back() *= size;
+      layout->strides.back() = stride;
+    } else {
+      layout->sizes.push_back(size);
+      layout->strides.push_back(stride);
+    }
+  }
+  return layout;
+}
+
+// More than any float32 counts to, and few enough for an int64 to go on from.
+constexpr float kMaxSteps = 0x1p62F;
+
+void read_step(size_t i, TensorStep& tensor) {
+  const float count = *tensor.step;
+  STD_TORCH_CHECK(
+      count >= 0.0F && std::isfinite(count), "steps[", i, "] must be finite and >= 0, got ", count);
+  STD_TORCH_CHECK(count < kMaxSteps, "steps[", i, "] must be below 2^62, got ", count);
+  tensor.step_number = static_cast<int64_t>(count) + 1;
+}
+
+// base^exponent, with the multiplications of the Triton kernel's _power in their order: the same
+// bits.
+double power(double base, int64_t exponent) {
+  double result = 1.0;
+  for (; exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) {
+      result *= base;
+    }
+    base *= base;
+  }
+  return result;
+}
+
+// Binds parameter i to this step.
+void bind_tensor(size_t i, const StateTensors& state, const Tensor& param, const Tensor& grad,
+    const StepOptions& options, TensorStep& tensor) {
+  const ParamViews views = bind_param(i, state, param, grad, tensor);
+  check_device("params", i, views.param.device, cpu_device());
+  bind_layouts(views, tensor);
+  tensor.slot = kNoSlot;
+  if (tensor.pending_slot != nullptr) {
+    read_pending_slot(i, tensor);
+  }
+  read_step(i, tensor);
+  // An empty buffer's sum is 0 whatever divides it.
+  tensor.mean_divisor =
+      options.mean_over_capacity
+          ? tensor.capacity
+          : std::max<int64_t>(count_filled(tensor.priorities, tensor.capacity), 1);
+}
+
+// Checks everything; a step of what it binds cannot fail. What `bucket` was bound to before stays
+// where it holds.
+void bind_bucket(const StateTensors& state, std::span<const Tensor> params,
+    std::span<const Tensor> grads, const StepOptions& options, BucketStep& bucket) {
+  check_step(state, params, grads);
+  bucket.resize(params.size());
+  for_each_tensor(bucket.size(),
+      [&](size_t i) { bind_tensor(i, state, params[i], grads[i], options, bucket[i]); });
+  // Tensors of a group mostly share their t, and so 1 - beta^t.
+  const TensorStep* last = nullptr;
+  for (auto& tensor : bucket) {
+    if (last != nullptr && last->step_number == tensor.step_number) {
+      tensor.bias_correction1 = last->bias_correction1;
+      tensor.bias_correction2 = last->bias_correction2;
+    } else {
+      tensor.bias_correction1 = 1.0 - power(options.beta1, tensor.step_number);
+      tensor.bias_correction2 = 1.0 - power(options.beta2, tensor.step_number);
+    }
+    last = &tensor;
+  }
+}
 
 // The sum of squares over a group of tensors.
 double over_group(std::span<const double> sq_norms, bool sum_of_norms) {
-  if (!sum_of_norms) {
-    return std::accumulate(sq_norms.begin(), sq_norms.end(), 0.0);
-  }
-  double norm = 0.0;
+  double sum = 0.0;
   for (const double sq_norm : sq_norms) {
-    norm += std::sqrt(sq_norm);
+    sum += sum_of_norms ? std::sqrt(sq_norm) : sq_norm;
   }
-  return norm * norm;
+  return sum_of_norms ? sum * sum : sum;
 }
 
 int64_t param_bytes(ParamDtype dtype) {
@@ -26,6 +106,17 @@ int64_t param_bytes(ParamDtype dtype) {
 }
 
 }  // namespace
+
+void bind_layouts(const ParamViews& views, TensorStep& tensor) {
+  tensor.param_layout = strided_layout(views.param, views.order);
+  tensor.grad_layout = strided_layout(views.grad, views.order);
+}
+
+void read_pending_slot(size_t i, TensorStep& tensor) {
+  tensor.slot = *tensor.pending_slot;
+  STD_TORCH_CHECK(tensor.slot >= kNoSlot && tensor.slot < tensor.capacity, "pending_slots[", i,
+      "] must be in [-1, ", tensor.capacity, "), got ", tensor.slot);
+}
 
 void Steps::add(const StateTensors& state, std::span<const Tensor> params,
     std::span<const Tensor> grads, StepScalars scalars, BucketStep& bucket) {

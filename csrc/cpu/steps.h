@@ -1,14 +1,68 @@
 // The steps of some buckets, all of them or none.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
-#include "bucket.h"
-#include "pass.h"
+#include "../core/state.h"
+#include "step.h"
 
 namespace cm_fused {
+
+// Puts a parameter and its gradient in the memory order of `views.order`.
+void bind_layouts(const ParamViews& views, TensorStep& tensor);
+
+// Reads the slot that exp_avg is still to be copied to.
+void read_pending_slot(size_t i, TensorStep& tensor);
+
+// A pass: a kernel over all chunks of some buckets, in parallel.
+// What is added is referred to until the pass has run.
+class Pass {
+ public:
+  // Adds a bucket's chunks, and allocates all that a run of them needs. Returns the first one's
+  // number.
+  size_t add(const BucketStep& bucket, const StepOptions& options);
+
+  // Runs a kernel over all chunks and keeps its result for each. Cannot fail. Which thread takes a
+  // chunk, and when, does not matter: each chunk's result is its own. Only if tensors overlap are
+  // they to be taken one after the other.
+  void run(ChunkKernel kernel, bool one_by_one = false);
+
+  // Adds up the results of each of a bucket's tensors, in the order of its chunks, into `sums`, one
+  // for each tensor.
+  void add_up(const BucketStep& bucket, size_t first_chunk, double* sums) const;
+
+ private:
+  struct Chunk {
+    const TensorStep* tensor;
+    const StepOptions* options;
+    int64_t index;
+    int64_t first_element;  // among those of the pass
+  };
+
+  // The chunks that one thread begins with, the same ones in every step, for its caches' sake. Who
+  // has none left takes others': a core may be slower than another, or shared.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  // Runs it over the chunks from `first` to before `last`, of which each thread is dealt as many
+  // elements.
+  void run_(ChunkKernel kernel, int64_t first, int64_t last);
+  // The elements before a chunk, which may be the one after the last.
+  [[nodiscard]] int64_t elements_before(int64_t chunk) const;
+  void take_all_(ChunkKernel kernel, Share& share);
+
+  std::vector<Chunk> chunks_;
+  std::vector<double> results_;
+  std::unique_ptr<Share[]> shares_;
+  int64_t num_threads_ = 0;
+  int64_t numel_ = 0;
+};
 
 // What one state's step is given besides its tensors.
 struct StepScalars {

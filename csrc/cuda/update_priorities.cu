@@ -19,10 +19,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../priority/priority_update.h"
+#include "../priority/table.h"
 
 namespace cm_fused {
-
 namespace {
 
 constexpr int kNumThreads = 256;

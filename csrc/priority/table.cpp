@@ -5,17 +5,12 @@
 #include <array>
 #include <atomic>
 #include <iterator>
-#include <string>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 
-#include "../core/bind.h"
-#include "../core/parallel.h"
-#include "table_checks.h"
+#include "../core/state.h"
 
 namespace cm_fused {
-
 namespace {
 
 enum Refreshed : int64_t { kUnchanged, kChanged, kNeedsCopies };
@@ -67,11 +62,8 @@ int64_t refresh_table_(int64_t id, Tensors params, Tensors grads, Tensor table) 
       changed.store(true, std::memory_order_relaxed);
     }
   });
-  if (needs_copies) {
-    return kNeedsCopies;
-  }
-  if (!changed) {
-    return kUnchanged;
+  if (needs_copies || !changed) {
+    return needs_copies ? kNeedsCopies : kUnchanged;
   }
   for_each_tensor(params.size(), [&](size_t i) {
     const Row now = refreshed(bound[i], row(i));

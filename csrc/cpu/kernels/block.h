@@ -1,9 +1,24 @@
 // Blocks of parameters and gradients: to and from the update's type, in the state's order, and what
-// rounding takes from a parameter.
-//
-// No include guard: a part of step_kernel.h.
+// rounding takes from a parameter. And asking for memory ahead of its use.
 
-namespace cm_fused::CM_FUSED_ISA {
+// Asks for n elements of a stream.
+template <typename stored_t>
+CM_FUSED_INLINE void prefetch(const stored_t* data, int64_t n) {
+  const auto* const first = reinterpret_cast<const char*>(data);
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(stored_t));
+  for (int64_t offset = 0; offset < bytes; offset += 64) {
+    __builtin_prefetch(first + offset, 0, 2);
+  }
+}
+
+// As long after the elements [begin, begin + n) of a tensor's stream as is asked for ahead.
+template <typename stored_t>
+CM_FUSED_INLINE void prefetch_ahead(
+    const TensorStep& tensor, const stored_t* data, int64_t begin, int64_t n) {
+  if (begin + kPrefetchDistance + n <= tensor.numel) {
+    prefetch(data + begin + kPrefetchDistance, n);
+  }
+}
 
 // Below and in the other parts, `n` is the number of elements of a block: an int64_t, or a
 // constant, which saves the loops their remainders.
@@ -71,7 +86,7 @@ template <typename state_t, typename data_t>
     const data_t* data, const StridedLayout& layout, int64_t begin, int64_t n, state_t* scratch) {
   for_each_run(layout, begin, n, [&](int64_t offset, int64_t at, int64_t count, int64_t stride) {
     for (int64_t i = 0; i < count; ++i) {
-      scratch[at + i] = load_element<state_t>(data[offset + i * stride]);
+      scratch[at + i] = DataCode<state_t, data_t>::load(data[offset + i * stride]);
     }
   });
 }
@@ -82,7 +97,7 @@ template <typename state_t, typename data_t>
     data_t* data, const StridedLayout& layout, int64_t begin, int64_t n, const state_t* block) {
   for_each_run(layout, begin, n, [&](int64_t offset, int64_t at, int64_t count, int64_t stride) {
     for (int64_t i = 0; i < count; ++i) {
-      data[offset + i * stride] = store_element<data_t>(block[at + i]);
+      data[offset + i * stride] = DataCode<state_t, data_t>::store(block[at + i]);
     }
   });
 }
@@ -164,5 +179,3 @@ template <typename state_t, typename param_t>
     }
   });
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,8 +1,4 @@
 // Vectors to and from what is stored.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // The values of a vector of stored elements, and what is stored of a vector of bits. Left to GCC
 // 12, int8 goes by way of int16, which takes four instructions for one, and float16 and float8 take
@@ -218,5 +214,3 @@ CM_FUSED_INLINE void store_vectors(
     }
   }
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,9 +1,5 @@
 // Copies of a tensor's data in the update's type: of what is in half precision, or does not lie in
 // memory as the state does.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // Calls visit with a value of the parameter's type.
 template <typename state_t, typename Visit>
@@ -19,8 +15,29 @@ inline auto with_param_type(ParamDtype dtype, Visit visit) {
   return visit(state_t{});
 }
 
-// Of at most kLargestBlock elements at a time. Once for each type of state, called from where a
-// step is inlined.
+// Consecutive elements of a tensor, as a step reads and changes them: its own memory, or copies in
+// the update's type.
+template <typename state_t>
+struct Range {
+  int64_t begin;  // with scales or random words, a multiple of kLargestBlock
+  int64_t n;
+  bool copies_moments;
+  bool rebuilds_sum;
+  const state_t* grad;
+  void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
+  void* exp_avg_sq;
+  state_t* max_exp_avg_sq;  // nullptr without amsgrad
+  state_t* param;
+  const uint32_t* words;  // of rounded moments; nullptr: to be made by tiles
+
+  // Of copies, made by who has asked for what comes next: the gradients as critical gradients store
+  // them and as the update uses them. nullptr: to be found from grad by tiles.
+  const state_t* stored_g;
+  const state_t* update_g;
+};
+
+// Copies of at most kLargestBlock elements at a time. Once for each type of state, called from
+// where a step is inlined.
 template <typename state_t>
 class Copies {
  public:
@@ -32,16 +49,26 @@ class Copies {
            tensor_.grad_layout != nullptr;
   }
 
-  // Copies the elements [begin, begin + n).
-  [[gnu::noinline]] void load(int64_t begin, int64_t n) {
-    with_param_type<state_t>(
-        tensor_.dtype, [&](auto param) { load_data<decltype(param)>(begin, n); });
+  // Copies a range's parameters and gradients.
+  [[gnu::noinline]] void load(Range<state_t>& range) {
+    const int64_t begin = range.begin;
+    const int64_t n = range.n;
+    const state_t* grad = nullptr;
+    with_param_type<state_t>(tensor_.dtype, [&](auto type) {
+      using param_t = decltype(type);
+      param_ = load_block(static_cast<param_t*>(tensor_.param), tensor_.param_layout.get(), begin,
+          n, param_scratch_);
+      grad = load_block(static_cast<const param_t*>(tensor_.grad), tensor_.grad_layout.get(), begin,
+          n, grad_scratch_);
+    });
     with_block_size(n, [&](auto size) {
-      stored_g_ = gradients_.effective(stored_g_, param_, size, grad_scratch_);
-      update_g_ = gradients_.with_late_l2_term(stored_g_, param_, size, late_grad_scratch_);
+      range.stored_g = gradients_.effective(grad, param_, size, grad_scratch_);
+      range.update_g =
+          gradients_.with_late_l2_term(range.stored_g, param_, size, late_grad_scratch_);
     });
     with_param_type<state_t>(tensor_.dtype,
         [&](auto param) { add_compensation<state_t, decltype(param)>(tensor_, begin, n, param_); });
+    range.param = param_;
   }
 
   // Writes the parameters back.
@@ -50,27 +77,7 @@ class Copies {
         tensor_.dtype, [&](auto param) { store_data<decltype(param)>(begin, n); });
   }
 
-  state_t* param() {
-    return param_;
-  }
-
-  // The gradients as critical gradients store them, and as the update uses them.
-  const state_t* stored_g() const {
-    return stored_g_;
-  }
-  const state_t* update_g() const {
-    return update_g_;
-  }
-
  private:
-  template <typename param_t>
-  CM_FUSED_INLINE void load_data(int64_t begin, int64_t n) {
-    param_ = load_block(
-        static_cast<param_t*>(tensor_.param), tensor_.param_layout.get(), begin, n, param_scratch_);
-    stored_g_ = load_block(static_cast<const param_t*>(tensor_.grad), tensor_.grad_layout.get(),
-        begin, n, grad_scratch_);
-  }
-
   template <typename param_t>
   CM_FUSED_INLINE void store_data(int64_t begin, int64_t n) {
     constexpr bool kRounds = !std::is_same_v<state_t, param_t>;
@@ -91,11 +98,7 @@ class Copies {
   const StepOptions& options_;
   const Gradients<state_t> gradients_;
   state_t* param_ = nullptr;
-  const state_t* stored_g_ = nullptr;
-  const state_t* update_g_ = nullptr;
   alignas(64) state_t grad_scratch_[kLargestBlock];
   alignas(64) state_t late_grad_scratch_[kLargestBlock];
   alignas(64) state_t param_scratch_[kLargestBlock];
 };
-
-}  // namespace cm_fused::CM_FUSED_ISA

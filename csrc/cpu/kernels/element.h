@@ -1,8 +1,4 @@
 // Elements: how each dtype is read and rounded (cm_fused/rounding.py).
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // The value whose bits these are, or the bits of a value.
 template <typename to_t, typename from_t>
@@ -12,17 +8,6 @@ inline to_t bit_cast(from_t value) {
 
 constexpr uint32_t kMagnitudeBits = 0x7FFFFFFFU;
 constexpr uint32_t kInfinityBits = 0x7F800000U;
-
-template <typename state_t, typename param_t>
-inline state_t load_element(param_t value) {
-  if constexpr (std::is_same_v<param_t, c10::Half>) {
-    return c10::detail::fp16_ieee_to_fp32_value(value.x);
-  } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-    return bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
-  } else {
-    return value;
-  }
-}
 
 // Bits whose upper half is a bfloat16, rounded to nearest even: c10's form without its branch.
 template <typename vector_t>
@@ -52,18 +37,6 @@ inline stored_t stored_bits(uint32_t bits) {
   }
 }
 
-// Rounds to nearest even.
-template <typename param_t, typename state_t>
-inline param_t store_element(state_t value) {
-  if constexpr (std::is_same_v<param_t, c10::Half>) {
-    return c10::Half(c10::detail::fp16_ieee_from_fp32_value(value), c10::Half::from_bits());
-  } else if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-    return stored_bits<c10::BFloat16>(bfloat16_bits(value));
-  } else {
-    return value;
-  }
-}
-
 // Rounds to one of float16's two neighbours, as a float. The quotient is exact: `spacing` is a
 // power of two.
 inline float round_to_float16(float value, uint32_t bits) {
@@ -79,7 +52,7 @@ inline float round_to_float16(float value, uint32_t bits) {
   return finite ? bit_cast<float>(bit_cast<uint32_t>(rounded) | (raw & ~kMagnitudeBits)) : value;
 }
 
-// How a slot's elements are stored. Rounding is to nearest even (cm_fused/rounding.py).
+// How elements are stored. Rounding is to nearest even (cm_fused/rounding.py).
 template <typename value_t>
 struct Unchanged {
   using stored_t = value_t;
@@ -97,10 +70,18 @@ struct Halved {
   using stored_t = half_t;
   static constexpr bool kScaled = false;
   static float load(half_t stored) {
-    return load_element<float>(stored);
+    if constexpr (std::is_same_v<half_t, c10::Half>) {
+      return c10::detail::fp16_ieee_to_fp32_value(stored.x);
+    } else {
+      return bit_cast<float>(static_cast<uint32_t>(stored.x) << 16);
+    }
   }
   static half_t store(float value) {
-    return store_element<half_t>(value);
+    if constexpr (std::is_same_v<half_t, c10::Half>) {
+      return c10::Half(c10::detail::fp16_ieee_from_fp32_value(value), c10::Half::from_bits());
+    } else {
+      return stored_bits<c10::BFloat16>(bfloat16_bits(value));
+    }
   }
   // The first 16 of these are what is stored.
   template <typename vector_t>
@@ -109,6 +90,11 @@ struct Halved {
     return bfloat16_bits(value);
   }
 };
+
+// Of parameters and gradients.
+template <typename state_t, typename data_t>
+using DataCode =
+    std::conditional_t<std::is_same_v<state_t, data_t>, Unchanged<state_t>, Halved<data_t>>;
 
 struct Int8 {
   using stored_t = int8_t;
@@ -188,5 +174,3 @@ inline BlockScale block_scale(const stored_t* values, int64_t n, float largest_s
   const bool usable = largest >= 0x1p-100F && largest_bits < kInfinityBits;
   return {usable ? largest_stored / largest : 0.0F, largest / largest_stored};
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,8 +1,4 @@
 // The gradient that a step uses, and the sum of its squares.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // Lanes of a norm's accumulator: two AVX-512 registers of doubles, and a part of the definition
 // of its bits on every instruction set.
@@ -126,5 +122,3 @@ class SquareSum {
 
   Doubles lanes_[kVectors] = {};
 };
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,8 +1,4 @@
 // Blocks of the moments: to and from the update's type.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // Of a word's bits, the first that rounds exp_avg (which has a sign), or exp_avg_sq.
 template <bool kSigned>
@@ -60,19 +56,23 @@ struct MomentCodes {
 
 // One block of an int8 moment as float.
 template <bool kSigned>
-[[gnu::noinline]] inline void load_moment(const TensorStep& tensor, const void* data,
-    const float* scales, int64_t begin, int64_t n, float* values) {
-  const auto* const codes = static_cast<const int8_t*>(data);
+[[gnu::noinline]] inline void load_moment(
+    const TensorStep& tensor, int64_t begin, int64_t n, float* values) {
+  const auto* const codes =
+      static_cast<const int8_t*>(kSigned ? tensor.exp_avg : tensor.exp_avg_sq);
+  const float* const scales = kSigned ? tensor.exp_avg_scales : tensor.exp_avg_sq_scales;
   prefetch_ahead(tensor, codes, begin, n);
   MomentCodes<kSigned>::load(codes + begin, scales[begin / kScaleBlock], n, values);
 }
 
 // Writes it back, rounded stochastically by 16 bits of each word.
 template <bool kSigned>
-[[gnu::noinline]] inline void store_moment(void* data, float* scales, int64_t begin, int64_t n,
+[[gnu::noinline]] inline void store_moment(const TensorStep& tensor, int64_t begin, int64_t n,
     const float* values, const uint32_t* words) {
-  scales[begin / kScaleBlock] = MomentCodes<kSigned>::store(
-      values, words, kFirstBit<kSigned>, n, static_cast<int8_t*>(data) + begin);
+  auto* const codes = static_cast<int8_t*>(kSigned ? tensor.exp_avg : tensor.exp_avg_sq);
+  float* const scales = kSigned ? tensor.exp_avg_scales : tensor.exp_avg_sq_scales;
+  scales[begin / kScaleBlock] =
+      MomentCodes<kSigned>::store(values, words, kFirstBit<kSigned>, n, codes + begin);
 }
 
 // The values at `index` of a moment, which is stored as the update computes, or rounded to
@@ -108,5 +108,3 @@ CM_FUSED_INLINE void store_moments(void* data, int64_t index, auto rounded,
   }
   store_vectors<Unchanged<value_t>>(static_cast<value_t*>(data) + index, values);
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,8 +1,4 @@
 // The random words of a block (cm_fused/philox.py).
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 constexpr int kPhiloxRounds = 7;
 constexpr int kWordsPerCounter = 4;
@@ -199,5 +195,3 @@ inline bool has_own_counters(const ShardLayout& layout, int64_t begin, int64_t n
     random_words_of_runs(tensor, options, begin, stream, words);
   }
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

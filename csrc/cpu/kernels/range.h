@@ -1,9 +1,5 @@
 // The loop of a step: a tile of every stream at a time, so that one tile's divisions overlap the
 // next one's loads.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // Elements that a tile has, four vectors: a multiple of the norms' lanes and of the elements that a
 // group of counters gives words to. With int8 slots and bfloat16 moments, on two cores of a
@@ -12,27 +8,6 @@ namespace cm_fused::CM_FUSED_ISA {
 constexpr int64_t kTile = CM_FUSED_VECTOR_BYTES == 64 ? 64 : 32;
 static_assert(kBlockSize % kTile == 0 && kTile % kLanes == 0);
 static_assert(kTile % (kWordsPerCounter * static_cast<int64_t>(kCountersOfGroup)) == 0);
-
-// Consecutive elements of a tensor, as a step reads and changes them: its own memory, or copies in
-// the update's type.
-template <typename state_t>
-struct Range {
-  int64_t begin;  // with scales or random words, a multiple of kLargestBlock
-  int64_t n;
-  bool copies_moments;
-  bool rebuilds_sum;
-  const state_t* grad;
-  void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
-  void* exp_avg_sq;
-  state_t* max_exp_avg_sq;  // nullptr without amsgrad
-  state_t* param;
-  const uint32_t* words;  // of rounded moments; nullptr: to be made by tiles
-
-  // Of copies, made by who has asked for what comes next: the gradients as critical gradients store
-  // them and as the update uses them. nullptr: to be found from grad by tiles.
-  const state_t* stored_g;
-  const state_t* update_g;
-};
 
 // A kind of step that is compiled for.
 template <bool kCriticalGradients, typename SlotCode, bool kRoundsMoments>
@@ -49,10 +24,19 @@ struct AnyKind {
   bool rounds_moments;
 };
 
+// What the step of a range is given, besides its kind.
 template <typename state_t>
-SquareSum step_tail(const TensorStep& tensor, const StepOptions& options,
-    const Scalars<Vector<state_t>>& scalars, Gradients<state_t> gradients, Range<state_t> range,
-    AnyKind kind, Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares);
+struct RangeInputs {
+  const TensorStep& tensor;
+  const StepOptions& options;
+  const Scalars<Vector<state_t>>& scalars;
+  const Gradients<state_t>& gradients;
+  const Range<state_t>& range;
+};
+
+template <typename state_t>
+SquareSum step_tail(const RangeInputs<state_t>& inputs, AnyKind kind, Buffer<state_t> buffer,
+    int64_t block, int64_t at, int64_t n, SquareSum squares);
 
 template <typename state_t, typename Kind>
 class RangeStep {
@@ -61,16 +45,14 @@ class RangeStep {
   static constexpr int64_t kVectors = kTile / kWidth<vector_t>;
 
  public:
-  CM_FUSED_INLINE RangeStep(const TensorStep& tensor, const StepOptions& options,
-      const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
-      const Range<state_t>& range, Kind kind)
-      : tensor_(tensor),
-        options_(options),
-        scalars_(scalars),
-        gradients_(gradients),
-        range_(range),
+  CM_FUSED_INLINE RangeStep(const RangeInputs<state_t>& inputs, Kind kind)
+      : inputs_(inputs),
+        tensor_(inputs.tensor),
+        scalars_(inputs.scalars),
+        gradients_(inputs.gradients),
+        range_(inputs.range),
         kind_(kind),
-        philox_(tensor, options, Stream::kMoments, first_counter(0)) {}
+        philox_(tensor_, inputs.options, Stream::kMoments, first_counter(0)) {}
 
   // Adds the sum of g^2, of critical momenta, to `squares`.
   CM_FUSED_INLINE void run(SquareSum& squares) {
@@ -91,7 +73,7 @@ class RangeStep {
     for (; at + kWidth<vector_t> <= n; at += kWidth<vector_t>) {
       step_remainder(scalars_, buffer, block, at, at - tile);
     }
-    const Scalars<state_t> scalars(tensor_, options_);
+    const Scalars<state_t> scalars(tensor_, inputs_.options);
     for (; at < n; ++at) {
       step_remainder(scalars, buffer, block, at, at - tile);
     }
@@ -131,8 +113,7 @@ class RangeStep {
     }
     if (at < n) {
       const AnyKind kind{{}, kind_.critical_gradients, kind_.rounds_moments};
-      squares = cm_fused::CM_FUSED_ISA::step_tail(
-          tensor_, options_, scalars_, gradients_, range_, kind, buffer, block, at, n, squares);
+      squares = cm_fused::CM_FUSED_ISA::step_tail(inputs_, kind, buffer, block, at, n, squares);
     }
   }
 
@@ -255,8 +236,8 @@ class RangeStep {
 
   static constexpr bool kIsScaled = std::remove_cvref_t<decltype(Kind::slot_code)>::kScaled;
 
+  const RangeInputs<state_t>& inputs_;
   const TensorStep& tensor_;
-  const StepOptions& options_;
   const Scalars<Vector<state_t>>& scalars_;
   const Gradients<state_t> gradients_;
   const Range<state_t> range_;
@@ -277,27 +258,18 @@ class RangeStep {
 };
 
 // The rest of a tensor that is no whole tile: code that all kinds of step share, since most of a
-// kind's code would be this. All is passed as copies, so that callers may keep theirs in registers.
+// kind's code would be this. What changes is passed as copies, so that callers may keep theirs in
+// registers.
 template <typename state_t>
-[[gnu::noinline]] SquareSum step_tail(const TensorStep& tensor, const StepOptions& options,
-    const Scalars<Vector<state_t>>& scalars, Gradients<state_t> gradients, Range<state_t> range,
-    AnyKind kind, Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares) {
-  RangeStep<state_t, AnyKind>(tensor, options, scalars, gradients, range, kind)
-      .step_tail(buffer, block, at, n, squares);
+[[gnu::noinline]] SquareSum step_tail(const RangeInputs<state_t>& inputs, AnyKind kind,
+    Buffer<state_t> buffer, int64_t block, int64_t at, int64_t n, SquareSum squares) {
+  RangeStep<state_t, AnyKind>(inputs, kind).step_tail(buffer, block, at, n, squares);
   return squares;
 }
-
-template <typename state_t>
-using StepRange = void (*)(const TensorStep&, const StepOptions&, const Scalars<Vector<state_t>>&,
-    const Gradients<state_t>&, const Range<state_t>&, SquareSum&);
 
 // Once for each kind, whatever the parameter's dtype. All is inlined and copied here, where no
 // store through a pointer to bytes can change it.
 template <typename Kind, typename state_t>
-[[gnu::noinline]] void step_range(const TensorStep& tensor, const StepOptions& options,
-    const Scalars<Vector<state_t>>& scalars, const Gradients<state_t>& gradients,
-    const Range<state_t>& range, SquareSum& squares) {
-  RangeStep<state_t, Kind>(tensor, options, scalars, gradients, range, Kind{}).run(squares);
+[[gnu::noinline]] void step_range(const RangeInputs<state_t>& inputs, SquareSum& squares) {
+  RangeStep<state_t, Kind>(inputs, Kind{}).run(squares);
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,8 +1,4 @@
 // The buffer over one block: what is stored of it, its sum, and putting an item in a slot.
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // A running sum loses a rounding with every admission. Each chunk is therefore summed anew from
 // its slots once in 4 C steps, a different chunk each step, which bounds the error by the
@@ -224,5 +220,3 @@ class Buffer {
   state_t old_scale_ = 1;
   state_t new_scale_ = 1;
 };
-
-}  // namespace cm_fused::CM_FUSED_ISA

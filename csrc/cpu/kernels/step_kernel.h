@@ -1,32 +1,37 @@
 // The CPU step over one chunk of one tensor, written once and compiled once per instruction set:
-// each including file sets the target and names the namespace CM_FUSED_ISA. No operation may be
+// each including file names the target and the namespace CM_FUSED_ISA. No operation may be
 // contracted or reordered, so every instruction set gives the same bits.
 //
-// No include guard: it is meant to be included once per translation unit, after step.h.
+// No include guard: it is included once per translation unit, and the other headers here are its
+// parts, in the order in which they use each other.
+#include "../step.h"
+
+#if defined(CM_FUSED_TARGET)
+#define CM_FUSED_STRING_PRAGMA(text) _Pragma(#text)
+#define CM_FUSED_PRAGMA(text) CM_FUSED_STRING_PRAGMA(text)
+#if defined(__clang__)
+CM_FUSED_PRAGMA(clang attribute push(__attribute__((target(CM_FUSED_TARGET))), apply_to = function))
+#else
+CM_FUSED_PRAGMA(GCC push_options)
+CM_FUSED_PRAGMA(GCC target(CM_FUSED_TARGET))
+#endif
+#endif
+
+namespace cm_fused::CM_FUSED_ISA {
+
+// clang-format off
 #include "vector.h"
-
-// This uses it.
 #include "element.h"
-
-// This uses both.
 #include "conversion.h"
-
-// These use them.
 #include "block.h"
 #include "gradient.h"
 #include "philox.h"
-#include "prefetch.h"
 #include "update.h"
-
-// These use prefetch.h too.
 #include "moments.h"
 #include "slots.h"
-
-// These use all of these.
 #include "copies.h"
 #include "range.h"
-
-namespace cm_fused::CM_FUSED_ISA {
+// clang-format on
 
 // One chunk's step: all of it at once where the tensors are as the step computes, else a block at a
 // time, of which copies are made.
@@ -47,7 +52,10 @@ class ChunkStep {
 
   // Returns the sum of g^2, of critical momenta.
   double run() {
-    const int64_t size = range_size();
+    // A block at a time of what is copied, or has its words made elsewhere.
+    const bool rounds_moments = tensor_.moment_dtype != StoredDtype::kUnchanged;
+    const bool by_blocks = copies_.are_needed() || (rounds_moments && !makes_words_by_tiles());
+    const int64_t size = by_blocks ? kLargestBlock : kChunkSize;
     const int64_t end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
     for (int64_t begin = chunk_ * kChunkSize; begin < end; begin += size) {
       step(begin, std::min(size, end - begin));
@@ -56,12 +64,10 @@ class ChunkStep {
   }
 
  private:
+  using StepRange = void (*)(const RangeInputs<state_t>&, SquareSum&);
+
   bool has_int8_moments() const {
     return tensor_.moment_dtype == StoredDtype::kInt8;
-  }
-
-  bool rounds_moments() const {
-    return tensor_.moment_dtype == StoredDtype::kBFloat16;
   }
 
   bool makes_words_by_tiles() const {
@@ -69,21 +75,19 @@ class ChunkStep {
            has_own_counters(tensor_.shard_layout, chunk_ * kChunkSize, kChunkSize);
   }
 
-  // A block at a time of what is copied, or has its words made elsewhere.
-  int64_t range_size() const {
-    const bool rounds_moments = tensor_.moment_dtype != StoredDtype::kUnchanged;
-    return copies_.are_needed() || (rounds_moments && !makes_words_by_tiles()) ? kLargestBlock
-                                                                               : kChunkSize;
-  }
-
   void step(int64_t begin, int64_t n) {
     Range<state_t> range{};
     range.begin = begin;
     range.n = n;
     range.rebuilds_sum = rebuilds_sum_;
-    set_data(range);
+    if (copies_.are_needed()) {
+      copies_.load(range);
+    } else {
+      range.param = static_cast<state_t*>(tensor_.param) + begin;
+      range.grad = static_cast<const state_t*>(tensor_.grad) + begin;
+    }
     set_moments(range);
-    step_range_(tensor_, options_, scalars_, gradients_, range, squares_);
+    step_range_({tensor_, options_, scalars_, gradients_, range}, squares_);
     if (has_int8_moments()) {
       store_int8_moments(range);
     }
@@ -94,7 +98,7 @@ class ChunkStep {
 
   // The function for this kind of step.
   template <bool kCriticalGradients>
-  static StepRange<state_t> find_step_range(const TensorStep& tensor) {
+  static StepRange find_step_range(const TensorStep& tensor) {
     return with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
       using SlotCode = decltype(slot_code);
       if constexpr (std::is_same_v<state_t, float>) {
@@ -106,29 +110,15 @@ class ChunkStep {
     });
   }
 
-  void set_data(Range<state_t>& range) {
-    if (copies_.are_needed()) {
-      copies_.load(range.begin, range.n);
-      range.param = copies_.param();
-      range.stored_g = copies_.stored_g();
-      range.update_g = copies_.update_g();
-    } else {
-      range.param = static_cast<state_t*>(tensor_.param) + range.begin;
-      range.grad = static_cast<const state_t*>(tensor_.grad) + range.begin;
-    }
-  }
-
-  // And the words for them that tiles don't make.
+  // Sets the moments, and the words for them that tiles don't make.
   void set_moments(Range<state_t>& range) {
     if (tensor_.max_exp_avg_sq != nullptr) {
       range.max_exp_avg_sq = static_cast<state_t*>(tensor_.max_exp_avg_sq) + range.begin;
     }
     if constexpr (std::is_same_v<state_t, float>) {
       if (has_int8_moments()) {
-        load_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n,
-            exp_avg_scratch_);
-        load_moment<false>(tensor_, tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, range.begin,
-            range.n, exp_avg_sq_scratch_);
+        load_moment<true>(tensor_, range.begin, range.n, exp_avg_scratch_);
+        load_moment<false>(tensor_, range.begin, range.n, exp_avg_sq_scratch_);
         range.copies_moments = true;
         range.exp_avg = exp_avg_scratch_;
         range.exp_avg_sq = exp_avg_sq_scratch_;
@@ -138,7 +128,7 @@ class ChunkStep {
     const int64_t offset = range.begin * stored_bytes(tensor_.moment_dtype, sizeof(state_t));
     range.exp_avg = static_cast<char*>(tensor_.exp_avg) + offset;
     range.exp_avg_sq = static_cast<char*>(tensor_.exp_avg_sq) + offset;
-    if (rounds_moments() && !makes_words_by_tiles()) {
+    if (tensor_.moment_dtype == StoredDtype::kBFloat16 && !makes_words_by_tiles()) {
       random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
       range.words = words_;
     }
@@ -147,16 +137,14 @@ class ChunkStep {
   void store_int8_moments(const Range<state_t>& range) {
     if constexpr (std::is_same_v<state_t, float>) {
       random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
-      store_moment<true>(
-          tensor_.exp_avg, tensor_.exp_avg_scales, range.begin, range.n, exp_avg_scratch_, words_);
-      store_moment<false>(tensor_.exp_avg_sq, tensor_.exp_avg_sq_scales, range.begin, range.n,
-          exp_avg_sq_scratch_, words_);
+      store_moment<true>(tensor_, range.begin, range.n, exp_avg_scratch_, words_);
+      store_moment<false>(tensor_, range.begin, range.n, exp_avg_sq_scratch_, words_);
     }
   }
 
   const TensorStep& tensor_;
   const StepOptions& options_;
-  const StepRange<state_t> step_range_;
+  const StepRange step_range_;
   const int64_t chunk_;
   const bool rebuilds_sum_;
   const Scalars<Vector<state_t>> scalars_;
@@ -193,24 +181,33 @@ double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64
   return squares.total();
 }
 
-// Only the deferred commit of a chunk.
+// A block of exp_avg in the update's type.
 template <typename state_t>
-class ChunkCommit {
- public:
-  ChunkCommit(const TensorStep& tensor, int64_t chunk) : tensor_(tensor), chunk_(chunk) {}
-
-  void run() {
-    const int64_t chunk_end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
-    for (int64_t begin = chunk_ * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
-      commit(begin, std::min(kLargestBlock, chunk_end - begin));
+inline const state_t* exp_avg_block(
+    const TensorStep& tensor, int64_t begin, int64_t n, state_t* scratch) {
+  if constexpr (std::is_same_v<state_t, float>) {
+    if (tensor.moment_dtype == StoredDtype::kInt8) {
+      load_moment<true>(tensor, begin, n, scratch);
+      return scratch;
+    }
+    if (tensor.moment_dtype == StoredDtype::kBFloat16) {
+      return load_block(
+          static_cast<const c10::BFloat16*>(tensor.exp_avg), nullptr, begin, n, scratch);
     }
   }
+  return static_cast<const state_t*>(tensor.exp_avg) + begin;
+}
 
- private:
-  void commit(int64_t begin, int64_t n) {
-    const state_t* const item = as_state(begin, n);
-    with_slot_code<state_t>(tensor_.slot_dtype, [&](auto slot_code) {
-      Buffer<state_t> buffer(slot_code, tensor_, rebuilds_sum(tensor_, chunk_), begin);
+// Only the deferred commit of a chunk.
+template <typename state_t>
+double commit_chunk(const TensorStep& tensor, int64_t chunk) {
+  alignas(64) state_t scratch[kLargestBlock];
+  const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
+  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
+    const int64_t n = std::min(kLargestBlock, chunk_end - begin);
+    const state_t* const item = exp_avg_block(tensor, begin, n, scratch);
+    with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
+      Buffer<state_t> buffer(slot_code, tensor, rebuilds_sum(tensor, chunk), begin);
       buffer.find_scale(slot_code, item, n);
       buffer.set_scale();
       int64_t at = 0;
@@ -224,26 +221,8 @@ class ChunkCommit {
       }
     });
   }
-
-  // exp_avg in the update's type.
-  const state_t* as_state(int64_t begin, int64_t n) {
-    if constexpr (std::is_same_v<state_t, float>) {
-      if (tensor_.moment_dtype == StoredDtype::kInt8) {
-        load_moment<true>(tensor_, tensor_.exp_avg, tensor_.exp_avg_scales, begin, n, scratch_);
-        return scratch_;
-      }
-      if (tensor_.moment_dtype == StoredDtype::kBFloat16) {
-        return load_block(
-            static_cast<const c10::BFloat16*>(tensor_.exp_avg), nullptr, begin, n, scratch_);
-      }
-    }
-    return static_cast<const state_t*>(tensor_.exp_avg) + begin;
-  }
-
-  const TensorStep& tensor_;
-  const int64_t chunk_;
-  alignas(64) state_t scratch_[kLargestBlock];
-};
+  return 0.0;
+}
 
 // Calls visit with a value of the state's type.
 template <typename Visit>
@@ -264,17 +243,17 @@ double sq_norm(const TensorStep& tensor, const StepOptions& options, int64_t chu
 }
 
 double commit(const TensorStep& tensor, const StepOptions&, int64_t chunk) {
-  return with_state_type(tensor.dtype, [&](auto state) {
-    ChunkCommit<decltype(state)>(tensor, chunk).run();
-    return 0.0;
-  });
+  return with_state_type(
+      tensor.dtype, [&](auto state) { return commit_chunk<decltype(state)>(tensor, chunk); });
 }
 
 }  // namespace cm_fused::CM_FUSED_ISA
 
-namespace cm_fused {
-
-const Kernels CM_FUSED_KERNELS = {CM_FUSED_ISA_NAME, &CM_FUSED_ISA::step<false>,
+const cm_fused::Kernels cm_fused::CM_FUSED_KERNELS = {CM_FUSED_ISA_NAME, &CM_FUSED_ISA::step<false>,
     &CM_FUSED_ISA::step<true>, &CM_FUSED_ISA::sq_norm, &CM_FUSED_ISA::commit};
 
-}  // namespace cm_fused
+#if defined(CM_FUSED_TARGET) && defined(__clang__)
+CM_FUSED_PRAGMA(clang attribute pop)
+#elif defined(CM_FUSED_TARGET)
+CM_FUSED_PRAGMA(GCC pop_options)
+#endif

@@ -1,8 +1,4 @@
 // The update of elements, Eqs. (3) to (7).
-//
-// No include guard: a part of step_kernel.h.
-
-namespace cm_fused::CM_FUSED_ISA {
 
 // The scalars of an update, rounded once to the state's type. In vectors, so that no step of a tile
 // spreads them anew.
@@ -79,5 +75,3 @@ CM_FUSED_INLINE void update_param(const Scalars<vector_t>& s, const vector_t (&n
   }
   store_vectors<Unchanged<value_t>>(data, param);
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA

@@ -1,12 +1,8 @@
 // Vectors of the update's type: a step's arithmetic is written once for them and for what whole
 // vectors leave over. Plain loops over blocks keep the streams of a step from advancing together.
-//
-// No include guard: a part of step_kernel.h.
 
 // A loop over vectors is one only when all of it is inlined.
 #define CM_FUSED_INLINE [[gnu::always_inline]] inline
-
-namespace cm_fused::CM_FUSED_ISA {
 
 template <typename value_t>
 struct VectorOf {
@@ -21,17 +17,16 @@ using Vector = typename VectorOf<value_t>::type;
 
 // Below, `vector_t` is a Vector<value_t>, or a value_t for what whole vectors leave over.
 template <typename vector_t>
-struct ElementOf {
-  using type = std::remove_reference_t<decltype(std::declval<vector_t&>()[0])>;
-};
-template <typename vector_t>
-  requires std::is_arithmetic_v<vector_t>
-struct ElementOf<vector_t> {
-  using type = vector_t;
-};
+auto first_element(const vector_t& values) {
+  if constexpr (std::is_arithmetic_v<vector_t>) {
+    return values;
+  } else {
+    return values[0];
+  }
+}
 
 template <typename vector_t>
-using Element = typename ElementOf<vector_t>::type;
+using Element = decltype(first_element(std::declval<vector_t>()));
 
 template <typename vector_t>
 constexpr int64_t kWidth = sizeof(vector_t) / sizeof(Element<vector_t>);
@@ -93,5 +88,3 @@ CM_FUSED_INLINE vector_t square_root(vector_t values) {
     return roots;
   }
 }
-
-}  // namespace cm_fused::CM_FUSED_ISA
