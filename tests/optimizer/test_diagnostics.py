@@ -300,6 +300,18 @@ def test_sharpness_of_a_linear_loss() -> None:
     assert sharpness(x.square().sum(), [x, unused]).eigenvalue == pytest.approx(2)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_sharpness_of_a_saddle(seed: int) -> None:
+    """The Hessian of x * y has the eigenvalues 1 and -1, whatever vector it starts from.
+
+    The Rayleigh quotient of any vector stands still under power iteration there.
+    """
+    x, y = (torch.tensor(value, requires_grad=True) for value in (0.3, 0.7))
+    result = sharpness(x * y, [x, y], seed=seed)
+    assert result.converged
+    assert result.eigenvalue == pytest.approx(1)
+
+
 def _symmetric(eigenvalues: Tensor) -> Tensor:
     """Return a random float64 matrix with these eigenvalues."""
     generator = torch.Generator().manual_seed(len(eigenvalues))

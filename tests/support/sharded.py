@@ -1450,13 +1450,12 @@ def torchs_optimizer_in_backward_under_ddp(_: Path) -> None:
 # Running them
 
 # Four processes save what these load.
-_LOADS = ("resume_sharded", "resume_whole", "resume_scaled", "resume_scaled_whole")
-_LOADS_FLATTENED = ("flattened_on_fewer", "flattened_on_more")
+_LOADS = ("resume", "resume_whole", "flattened_on_fewer", "flattened_on_more")
 
 
 def is_slow(name: str, world: int) -> bool:
     """Return whether a case is left out of the quick tests: it needs four processes."""
-    return world == 4 or name in (*_LOADS, *_LOADS_FLATTENED)
+    return world == 4 or name in _LOADS
 
 
 def _run(rank: int, world: int, names: list[str], store: str, folder: Path, out: Path) -> None:
