@@ -118,6 +118,7 @@ def _of_the_reference(make: Make) -> Make:
     ids=lambda options: "-".join(options) or "plain",
 )
 @pytest.mark.parametrize("make", [Adam_CM, Adam_C])
+@pytest.mark.slow
 def test_a_fault_of_the_research_packages_optimizers_changes_nothing(
     make: Make, options: dict[str, Any], steps_before: int, backend: str
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_fault_of_the_research_packages_optimizers_changes_nothing(
 
 @needs_cpu_backend
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another tool replaces the allocator")
+@pytest.mark.slow
 def test_memory_that_runs_out_within_the_operator_changes_nothing(tmp_path: Path) -> None:
     """At each of the C++ step's own allocations.
 
@@ -242,6 +244,7 @@ def test_a_fault_inside_backward_leaves_no_parameter_half_stepped(
 @pytest.mark.parametrize(("steps_before", "groups"), [(0, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("make", [AdamCM, AdamCG])
+@pytest.mark.slow
 def test_the_triton_step_makes_all_it_needs_before_its_first_change(
     make: Make,
     options: dict[str, Any],

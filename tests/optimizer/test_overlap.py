@@ -103,6 +103,7 @@ def test_a_step_is_that_of_one_after_the_other(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", backend_params(("cpu", "triton")))
 @pytest.mark.parametrize("cls", [AdamCM, AdamCG])
+@pytest.mark.slow
 def test_as_in_the_reference(
     cls: type[CriticalAdam], backend: str, layout: Layout, options: dict[str, Any]
 ) -> None:
