@@ -85,9 +85,8 @@ class GradientRelease:
         """Watch for the backward pass that begins at these outputs of the model."""
         if not is_outermost_forward():
             return
-        release_checks.check_ddp(
-            self._params
-        )  # `replicate` may become active after the hook before forward
+        # `replicate` may become active after the hook before forward.
+        release_checks.check_ddp(self._params)
         self._passes.watch(outputs)
 
     def _hook_params(self, params: list[Tensor]) -> None:
@@ -272,7 +271,5 @@ def _called_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def _is_at(groups: list[dict[str, Any]], indices: tuple[int, int], param: Tensor) -> bool:
     index, position = indices
-    if index >= len(groups):
-        return False
-    params = groups[index]["params"]
+    params = groups[index]["params"] if index < len(groups) else []
     return position < len(params) and params[position] is param

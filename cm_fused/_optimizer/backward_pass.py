@@ -3,6 +3,7 @@
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
@@ -31,21 +32,19 @@ _REMEDY = (
 )
 
 
+@dataclass(eq=False)
 class _Pass:
     """An outermost backward pass, called by the engine when it ends, to which only it refers."""
 
-    def __init__(self, graph_task: int, at_end: Callable[[], None]) -> None:
-        self.graph_task = graph_task
-        # Whether it may run other passes within it.
-        self.has_others = False
-        # The parameters that have been stepped in it, by id.
-        self.stepped: set[int] = set()
-        # The sequence numbers of the nodes that have been searched for checkpoints.
-        self.searched: set[int] = set()
-        self._at_end = at_end
+    graph_task: int
+    at_end: Callable[[], None]
+    has_others: bool = False  # whether it may run other passes within it
+    stepped: set[int] = field(default_factory=set)  # the ids of parameters stepped in it
+    # The sequence numbers of the nodes that have been searched for checkpoints.
+    searched: set[int] = field(default_factory=set)
 
     def __call__(self) -> None:
-        self._at_end()
+        self.at_end()
 
 
 class BackwardPasses:
