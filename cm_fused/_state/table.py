@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cm_fused.rounding import LARGEST
+from cm_fused.rounding import BLOCK_SIZE, LARGEST
 
 State = dict[str, Any]
 Group = Mapping[str, Any]
@@ -135,6 +135,19 @@ def fused_keys(group: Group, *, critical_gradients: bool) -> tuple[str, ...]:
     sums = group["capacity"] >= RUNNING_SUM_MIN_CAPACITY[slot_bytes]
     running_sum = ("critical_sum",) if sums else ()
     return running_sum if critical_gradients else (*running_sum, "pending_slot")
+
+
+def shapes_of(param: torch.Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
+    """Return the shapes of a parameter's state tensors."""
+    shape, blocks = tuple(param.shape), -(-param.numel() // BLOCK_SIZE)
+    return {
+        Shape.PARAM: shape,
+        Shape.SLOTS: (capacity, *shape),
+        Shape.SCALES: (blocks,),
+        Shape.SLOT_SCALES: (capacity, blocks),
+        Shape.KEYS: (capacity,),
+        Shape.SCALAR: (),
+    }
 
 
 def mask_of(keys: Iterable[str]) -> int:
