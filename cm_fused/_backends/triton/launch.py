@@ -1,8 +1,8 @@
 """The Triton step: launches of `cm_fused._backends.triton.kernels` and of the priority kernel.
 
 A step of critical momenta is one pass over all chunks of all tensors of a dtype, which leaves the
-gradient's norm in parts, and one launch that keeps the priority buffers' books from them; critical
-gradients take the norm first, in a pass of its own. No launch depends on a value of the device.
+gradient's norm in parts, and one launch that updates the priorities from them; critical gradients
+take the norm first, in a pass of its own. No launch depends on a value of the device.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def priority_kernel(device: torch.device) -> str:
-    """Return what keeps the priority buffers' books on a device: "CUDA", "C++" or "Triton"."""
+    """Return what updates the priorities on a device: "CUDA", "C++" or "Triton"."""
     if device.type == "cpu":
         return "Triton" if library.unavailable_reason is not None else "C++"
     if device.type == "cuda" and library.cuda_unavailable_reason is None:
@@ -396,11 +396,8 @@ def _tables_of(bucket: Bucket) -> Tables:
 
 
 def _remake_tables(bucket: Bucket) -> Tables:
-    made = Tables(bucket)
-    if isinstance(bucket.registered, Tables):
-        made.replaces(bucket.registered)
-    bucket.registered = made
-    return made
+    bucket.registered = tables = Tables(bucket)
+    return tables
 
 
 def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
