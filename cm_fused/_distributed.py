@@ -7,8 +7,8 @@ step counts are plain tensors, the same on every process.
 
 import functools
 import sys
+import traceback
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -259,13 +259,10 @@ def _counts(param: Tensor, mesh: Any) -> bool:
             f"a parameter must be sharded or replicated, got placements {spec.placements}"
         )
     # Meshes cut along the same dimensions have the same parts; one of them has the first process.
-    return first in _ranks(spec.device_mesh) and not any(
-        coordinate
-        for coordinate, placement in zip(
-            spec.device_mesh.get_coordinate(), spec.placements, strict=True
-        )
-        if not _is_cut(placement)
-    )
+    if first not in _ranks(spec.device_mesh):
+        return False
+    pairs = zip(spec.device_mesh.get_coordinate(), spec.placements, strict=True)
+    return not any(coordinate for coordinate, placement in pairs if not _is_cut(placement))
 
 
 def _is_cut(placement: Any) -> bool:
@@ -285,15 +282,11 @@ _PARTITIONERS = {
 
 def partitioner() -> str | None:
     """Return the name of the code that makes an optimizer of a part of the parameters, or None."""
-    if not any(name in sys.modules for name in _PARTITIONERS):
+    if _PARTITIONERS.keys().isdisjoint(sys.modules):
         return None
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        name = _PARTITIONERS.get(frame.f_globals.get("__name__", ""))
-        if name is not None:
-            return name
-        frame = frame.f_back
-    return None
+    frames = traceback.walk_stack(sys._getframe())
+    names = (_PARTITIONERS.get(frame.f_globals.get("__name__", "")) for frame, _ in frames)
+    return next(filter(None, names), None)
 
 
 def is_flattened(param: Tensor) -> bool:

@@ -23,7 +23,7 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     Source: Malviya et al., eq. (4) to (7).
 
     Args:
-        bucket: The tensors; `critical_sums` and `pending_slots` are not used.
+        bucket: The tensors; `critical_sum` and `pending_slot` are not used.
         options: The hyperparameters.
         sq_norm: The sum of the squares of the gradients over the priority scope, float64 () or one
             for each parameter, (params,). None: the bucket is the whole group.

@@ -73,9 +73,7 @@ class _ResearchAdam(CriticalAdam):
         buffer_dtype: torch.dtype | None = None,
     ) -> None:
         _check(kappa, critical_test)
-        groups: Any = params
-        if not isinstance(params, Tensor):
-            groups = list(params)
+        groups: Any = params if isinstance(params, Tensor) else list(params)
         self._extra = {"kappa": kappa, "critical_test": critical_test}
         super().__init__(
             groups,
