@@ -24,12 +24,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 _Rule = tuple[str, Callable[[float], bool]]
 _NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
-_NUMBERS: dict[str, _Rule] = {
-    "lr": _NOT_NEGATIVE,
-    "eps": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "priority_decay": ("in [0, 1]", lambda x: 0 <= x <= 1),
-}
+_NUMBERS: dict[str, _Rule] = dict.fromkeys(("lr", "eps", "weight_decay"), _NOT_NEGATIVE)
+_NUMBERS["priority_decay"] = ("in [0, 1]", lambda x: 0 <= x <= 1)
 # A scheduler may have made these negative.
 _SCHEDULED = dict.fromkeys(("lr", "weight_decay"), ("finite", math.isfinite))
 

@@ -205,10 +205,10 @@ class Plans:
 
         The buckets have local tensors. A step has gradients and options.
         """
-        pairs = [pair for m in members for pair in zip(m.indices, m.params, strict=True)]
-        pairs = sorted(pairs, key=_index_of)  # in the order of the groups, whatever their devices
-        params = [param for _, param in pairs]
-        positions = {index: position for position, (index, _) in enumerate(pairs)}
+        by_index = {i: p for m in members for i, p in zip(m.indices, m.params, strict=True)}
+        # In the order of the groups, whatever their devices.
+        params = [by_index[index] for index in sorted(by_index)]
+        positions = {index: position for position, index in enumerate(sorted(by_index))}
         views = view_as_real_(buckets)
         batches, orders = [], []
         for backend in sorted({m.backend for m in members}, key=_rank_of):
@@ -271,10 +271,6 @@ class Plans:
         self._lrs = lrs
         self.options = list(map(step_options, groups))
         self.needs_norm = any(map(needs_norm, groups))
-
-
-def _index_of(pair: tuple[int, Tensor]) -> int:
-    return pair[0]
 
 
 def _rank_of(backend: Backend) -> tuple[bool, bool]:

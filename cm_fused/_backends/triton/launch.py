@@ -63,10 +63,6 @@ def describe(device: torch.device) -> str:
     return f"triton on {device.type} with the {priority_kernel(device)} priority kernel"
 
 
-def register(batch: Batch) -> None:
-    """Prepare nothing: tables are made at a bucket's first launch."""
-
-
 def prepare(batch: Batch) -> Callable[[], None]:
     """Prepare the step of a batch, and return what launches it.
 
@@ -104,10 +100,10 @@ def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
         if launcher.bucket.critical_gradients and sq_norm is None:
             # The gradient is gone by the next step: its norm comes first, so that it can be stored
             # at once.
-            with launcher:
+            with _device_guard(launcher.bucket.device):
                 launcher.sq_norms()
     for launcher, sq_norm in prepared:
-        with launcher:
+        with _device_guard(launcher.bucket.device):
             if launcher.bucket.critical_gradients:
                 launcher.update_priorities(sq_norm)
                 launcher.update()
@@ -122,7 +118,7 @@ def update_(batch: Batch) -> list[Tensor]:
     launchers = _launchers(batch.buckets)
     sq_norms = []
     for launcher in launchers:
-        with launcher:
+        with _device_guard(launcher.bucket.device):
             launcher.update()
             sq_norms.append(launcher.tensor_sq_norms())
     return sq_norms
@@ -140,7 +136,8 @@ def update_priorities_(batch: Batch) -> None:
 
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
-    with _Launcher(bucket, options) as launcher:
+    launcher = _Launcher(bucket, options)
+    with _device_guard(bucket.device):
         launcher.sq_norms()
         return launcher.tensor_sq_norms()
 
@@ -173,8 +170,8 @@ def update_priorities_of_table_(
     )
 
 
-class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
-    """One step's launches, on the bucket's device.
+class _Launcher:
+    """One step's launches, for which the bucket's device must be the current one.
 
     A parameter or gradient that does not lie in memory as the state does is replaced by a copy
     that does; a parameter's copy is written back at the end.
@@ -214,14 +211,6 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         The table knows a copy's address alone, which may be the one that its parameter left.
         """
         return self.tables.changed or bool(self._param_copies)
-
-    def __enter__(self) -> "_Launcher":
-        self._guard = _device_guard(self._device)
-        self._guard.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._guard.__exit__(*exception)
 
     def update(self) -> None:
         """Launch the pass that changes moments, buffers and parameters."""
