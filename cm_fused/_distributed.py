@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cm_fused._works import hold
@@ -198,8 +199,6 @@ class Processes:
         return self._start(values, last)
 
     def _start(self, values: Tensor, group: Any) -> Any:
-        import torch.distributed as dist
-
         work = dist.all_reduce(values, group=group, async_op=True)
         if values.device.type == "cpu":
             hold(work)
@@ -232,8 +231,6 @@ def _ranks(mesh: Any) -> set[int]:
 
 def _groups(mesh: Any) -> list[Any]:
     """Return the process groups whose sums, one after the other, make the sum over a mesh."""
-    import torch.distributed as dist
-
     if mesh.size() == dist.get_world_size():
         return [dist.group.WORLD]
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
@@ -248,8 +245,6 @@ def _device_of(mesh: Any) -> torch.device:
 
 def _counts(param: Tensor, mesh: Any) -> bool:
     """Return whether this process is a mesh's first of those with the same part of a parameter."""
-    import torch.distributed as dist
-
     first = int(mesh.mesh.flatten()[0])
     if not is_sharded(param):
         return dist.get_rank() == first
@@ -298,6 +293,4 @@ def is_flattened(param: Tensor) -> bool:
     """
     if not getattr(param, "_fsdp_flattened", False):
         return False
-    import torch.distributed as dist
-
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

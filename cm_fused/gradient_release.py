@@ -242,9 +242,8 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
 
 def _can_have_gradient(param: Tensor) -> bool:
     """Return whether a parameter can have a gradient, now or when it is no longer frozen."""
-    if param.requires_grad:
-        return True
-    return (param.is_floating_point() or param.is_complex()) and not param.is_inference()
+    can_require = param.is_floating_point() or param.is_complex()
+    return param.requires_grad or (can_require and not param.is_inference())
 
 
 def _hooked(param: Tensor, hook: _GradientHook) -> RemovableHandle:

@@ -57,7 +57,7 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
 
 
 def update_priorities_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
-    """Admit the momenta that `update_cm_` left, by the norms; arguments as for `adam_cm_`."""
+    """Admit the momenta that `update_cm_` left and count its step; arguments as for `adam_cm_`."""
     for i, key in enumerate(priority_keys(sq_norm, len(bucket.params))):
         kept = _kept(bucket, i, options)
         # What is stored of m is what a deferred commit still finds.

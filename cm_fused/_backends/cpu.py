@@ -95,12 +95,11 @@ def _step_(batch: Batch, local_sq_norms: Tensor | None) -> None:
 
 def _scalars(batch: Batch) -> _Scalars:
     """Return the scalars of a step: the last one's, where no option has changed."""
-    registered = batch.registered
+    registered: _Registered = batch.registered
     options = [bucket.options for bucket in batch.buckets]
     last = registered.options
     if len(last) == len(options) and all(map(is_, options, last)):
-        scalars: _Scalars = registered.scalars
-        return scalars
+        return registered.scalars
     scalars = _Scalars(
         _lrs(options),
         _for_each([each.grad_factor for each in options], 1.0),

@@ -1,7 +1,7 @@
 """The C++ libraries: loading them, fake kernels of their operators, the state registered there."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,16 +77,8 @@ def _check_devices(*args: object, **_: object) -> None:
         raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
-def _fake_sq_norms(
-    params: list[Tensor],
-    grads: list[Tensor],
-    grad_factor: Tensor | None,
-    *,
-    weight_decay: float,
-    maximize: bool,
-    decoupled_weight_decay: bool,
-) -> Tensor:
-    _check_devices(params, grads, grad_factor)
+def _fake_sq_norms(params: list[Tensor], *others: object, **_: object) -> Tensor:
+    _check_devices(params, *others)
     return torch.empty(len(params), dtype=torch.float64, device="cpu")
 
 
@@ -104,8 +96,8 @@ class RegisteredState:
     def __init__(
         self,
         state: Mapping[str, list[Tensor]],
-        param_indices: list[int] = [],  # noqa: B006
-        shard_layouts: list[int] = [],  # noqa: B006
+        param_indices: Sequence[int] = (),
+        shard_layouts: Sequence[int] = (),
     ) -> None:
         tensors = [tensor for key in KEYS for tensor in state.get(key, ())]
         mask = mask_of(key for key, listed in state.items() if listed)

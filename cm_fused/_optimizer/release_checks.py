@@ -14,7 +14,6 @@ _DDP_REMEDY = (
     "buckets keep all gradients anyway; call optimizer.step() after backward, or use "
     "torch.distributed.optim._apply_optimizer_in_backward, which it supports"
 )
-_FSDP = "torch.distributed.fsdp"
 # For each option the value that needs no other gradients, and why others do.
 _NEEDED: dict[str, tuple[Any, str]] = {
     "priority_scope": ("tensor", "the norm over a group is known when all its gradients are"),
@@ -37,7 +36,7 @@ def check_options(groups: list[dict[str, Any]], first: int = 0) -> None:
 
 def check_model(model: nn.Module) -> None:
     """Check that no DDP or FSDP in a model reduces or shards gradients after the hooks."""
-    fsdp = getattr(sys.modules.get(_FSDP), "FullyShardedDataParallel", ())
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise RuntimeError(f"model must not be or have a DDP module: {_DDP_REMEDY}")
     has_fsdp = any(isinstance(module, fsdp) for module in model.modules())

@@ -179,9 +179,8 @@ class _ResearchAdam(CriticalAdam):
                 self._choose_slots_(group, bucket, options, undo, made)
                 if not group["kappa"]:
                     # NaN is never admitted.
-                    bucket.sq_norm = torch.full(
-                        (), math.nan, dtype=torch.float64, device=bucket.device
-                    )
+                    nan = torch.full((), math.nan, dtype=torch.float64, device=bucket.device)
+                    bucket.sq_norm = nan
             for param, key in zip(first, keys, strict=True):
                 undo.keep(param)
                 self._store_first_(group, param, options, key, made)

@@ -257,11 +257,8 @@ def _store_moment(
             rounding.store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
             tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
-            tl.store(
-                moment_ptr + block.offsets,
-                rounding.round_to_bfloat16(values, half),
-                mask=block.mask,
-            )
+            rounded = rounding.round_to_bfloat16(values, half)
+            tl.store(moment_ptr + block.offsets, rounded, mask=block.mask)
 
 
 @triton.jit
@@ -415,9 +412,8 @@ def _update_param(s, param, numerator, second_moment):
 def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
     """Store the parameter, rounded as the variant says, of the elements from `first`."""
     if V.STOCHASTIC:
-        bits = (
-            rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK) >> 16
-        )
+        words = rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK)
+        bits = words >> 16
         if V.PARAM_DTYPE == tl.bfloat16:
             rounded = rounding.round_to_bfloat16(param, bits)
         else:

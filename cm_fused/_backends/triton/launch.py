@@ -115,9 +115,8 @@ def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
 def update_(batch: Batch) -> list[Tensor]:
     """Step critical momenta without their priorities; return each gradient's sum of squares."""
     batch.split_gradients()
-    launchers = _launchers(batch.buckets)
     sq_norms = []
-    for launcher in launchers:
+    for launcher in _launchers(batch.buckets):
         with _device_guard(launcher.bucket.device):
             launcher.update()
             sq_norms.append(launcher.tensor_sq_norms())
@@ -247,7 +246,7 @@ class _Launcher:
                 l2,
                 late_l2,
                 decoupled,
-                _sign(options),
+                -1.0 if options.maximize else 1.0,
                 self._capacity,
                 int(options.buffer_mean == "capacity"),
                 options.seed,
@@ -268,7 +267,7 @@ class _Launcher:
                 chunks,
                 self._grad_factor,
                 l2,
-                _sign(self._options),
+                -1.0 if self._options.maximize else 1.0,
                 **triton_common.LAUNCH_OPTIONS,
             )
 
@@ -370,10 +369,6 @@ def _weight_decays(options: StepOptions) -> tuple[float, float, float]:
 def _eps(options: StepOptions) -> tuple[float, float]:
     """Return eps as it is inside and outside of the root, one of them 0."""
     return (options.eps, 0.0) if options.eps_inside_sqrt else (0.0, options.eps)
-
-
-def _sign(options: StepOptions) -> float:
-    return -1.0 if options.maximize else 1.0
 
 
 def _tables_of(bucket: Bucket) -> Tables:
