@@ -60,14 +60,14 @@ class Plan:
     # operator, which may yet fail with nothing changed.
     batches: list[tuple[Backend, Batch]]
     orders: list[list[int] | None]  # each batch's positions in `params`; None: all, in order
-    spans: list[tuple[int, int]]  # each group's first index among the optimizer's, and its number
+    spans: list[tuple[int, int]]  # each group's first index among the optimizer's, and its size
     divided: list[Bucket]  # those of groups that have several, whose norms are added up
     local_params: list[Tensor] | None = None  # those of `params`, where some are DTensors
     # The dtypes of `params`, where the state depends on them besides the gradients.
     dtypes: list[torch.dtype] | None = None
     # Complex tensors with their views as pairs of reals, which do not follow a replaced `.data`.
     views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    options: list[StepOptions] | None = None  # those of the buckets, by group; None: they differ
+    options: list[StepOptions] | None = None  # by group, those the buckets have; None: others
     # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
 
@@ -201,9 +201,9 @@ class Plans:
         return members
 
     def new_plan(self, members: list[Member], buckets: list[Bucket], groups: Groups) -> Plan:
-        """Return a plan of the members' buckets, registered, with what this step has.
+        """Return a registered plan of these buckets, with this step's gradients and options.
 
-        The buckets have local tensors. A step has gradients and options.
+        They are the buckets of `members`, of local tensors.
         """
         by_index = {i: p for m in members for i, p in zip(m.indices, m.params, strict=True)}
         # In the order of the groups, whatever their devices.
