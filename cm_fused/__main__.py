@@ -87,10 +87,8 @@ def _diagnosis(name: str, device: torch.device) -> tuple[str, bool]:
     if name == "eager":
         return f"{what}: the reference", True
     wrong = _self_test(name, device)
-    return (
-        f"{what}: {'agrees with the reference' if wrong is None else f'WRONG: {wrong}'}",
-        not wrong,
-    )
+    verdict = "agrees with the reference" if wrong is None else f"WRONG: {wrong}"
+    return f"{what}: {verdict}", not wrong
 
 
 if __name__ == "__main__":

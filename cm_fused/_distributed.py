@@ -7,11 +7,12 @@ step counts are plain tensors, the same on every process.
 
 import functools
 import sys
+import traceback
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cm_fused._works import hold
@@ -198,8 +199,6 @@ class Processes:
         return self._start(values, last)
 
     def _start(self, values: Tensor, group: Any) -> Any:
-        import torch.distributed as dist
-
         work = dist.all_reduce(values, group=group, async_op=True)
         if values.device.type == "cpu":
             hold(work)
@@ -232,8 +231,6 @@ def _ranks(mesh: Any) -> set[int]:
 
 def _groups(mesh: Any) -> list[Any]:
     """Return the process groups whose sums, one after the other, make the sum over a mesh."""
-    import torch.distributed as dist
-
     if mesh.size() == dist.get_world_size():
         return [dist.group.WORLD]
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
@@ -248,8 +245,6 @@ def _device_of(mesh: Any) -> torch.device:
 
 def _counts(param: Tensor, mesh: Any) -> bool:
     """Return whether this process is a mesh's first of those with the same part of a parameter."""
-    import torch.distributed as dist
-
     first = int(mesh.mesh.flatten()[0])
     if not is_sharded(param):
         return dist.get_rank() == first
@@ -259,13 +254,10 @@ def _counts(param: Tensor, mesh: Any) -> bool:
             f"a parameter must be sharded or replicated, got placements {spec.placements}"
         )
     # Meshes cut along the same dimensions have the same parts; one of them has the first process.
-    return first in _ranks(spec.device_mesh) and not any(
-        coordinate
-        for coordinate, placement in zip(
-            spec.device_mesh.get_coordinate(), spec.placements, strict=True
-        )
-        if not _is_cut(placement)
-    )
+    if first not in _ranks(spec.device_mesh):
+        return False
+    pairs = zip(spec.device_mesh.get_coordinate(), spec.placements, strict=True)
+    return not any(coordinate for coordinate, placement in pairs if not _is_cut(placement))
 
 
 def _is_cut(placement: Any) -> bool:
@@ -285,15 +277,11 @@ _PARTITIONERS = {
 
 def partitioner() -> str | None:
     """Return the name of the code that makes an optimizer of a part of the parameters, or None."""
-    if not any(name in sys.modules for name in _PARTITIONERS):
+    if _PARTITIONERS.keys().isdisjoint(sys.modules):
         return None
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        name = _PARTITIONERS.get(frame.f_globals.get("__name__", ""))
-        if name is not None:
-            return name
-        frame = frame.f_back
-    return None
+    frames = traceback.walk_stack(sys._getframe())
+    names = (_PARTITIONERS.get(frame.f_globals.get("__name__", "")) for frame, _ in frames)
+    return next(filter(None, names), None)
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -305,6 +293,4 @@ def is_flattened(param: Tensor) -> bool:
     """
     if not getattr(param, "_fsdp_flattened", False):
         return False
-    import torch.distributed as dist
-
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -85,9 +85,8 @@ class GradientRelease:
         """Watch for the backward pass that begins at these outputs of the model."""
         if not is_outermost_forward():
             return
-        release_checks.check_ddp(
-            self._params
-        )  # `replicate` may become active after the hook before forward
+        # `replicate` may become active after the hook before forward.
+        release_checks.check_ddp(self._params)
         self._passes.watch(outputs)
 
     def _hook_params(self, params: list[Tensor]) -> None:
@@ -243,9 +242,8 @@ def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> Gradie
 
 def _can_have_gradient(param: Tensor) -> bool:
     """Return whether a parameter can have a gradient, now or when it is no longer frozen."""
-    if param.requires_grad:
-        return True
-    return (param.is_floating_point() or param.is_complex()) and not param.is_inference()
+    can_require = param.is_floating_point() or param.is_complex()
+    return param.requires_grad or (can_require and not param.is_inference())
 
 
 def _hooked(param: Tensor, hook: _GradientHook) -> RemovableHandle:
@@ -272,7 +270,5 @@ def _called_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def _is_at(groups: list[dict[str, Any]], indices: tuple[int, int], param: Tensor) -> bool:
     index, position = indices
-    if index >= len(groups):
-        return False
-    params = groups[index]["params"]
+    params = groups[index]["params"] if index < len(groups) else []
     return position < len(params) and params[position] is param

@@ -105,9 +105,8 @@ def random_words(
         elements = torch.arange(numel, dtype=torch.int64, device=step.device)
         runs = torch.div(elements, layout.length, rounding_mode="floor")
         whole = elements + (layout.offset + runs * (layout.stride - layout.length))
-        words = _words_of(
-            seed, param_index, step, torch.div(whole, WORDS, rounding_mode="floor"), stream
-        )
+        quads = torch.div(whole, WORDS, rounding_mode="floor")
+        words = _words_of(seed, param_index, step, quads, stream)
         return words.gather(1, (whole % WORDS).unsqueeze(1)).squeeze(1)
     first, skipped = divmod(layout.offset, WORDS)
     quads = torch.arange(-(-(skipped + numel) // WORDS), dtype=torch.int64, device=step.device)

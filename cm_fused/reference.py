@@ -23,7 +23,7 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     Source: Malviya et al., eq. (4) to (7).
 
     Args:
-        bucket: The tensors; `critical_sums` and `pending_slots` are not used.
+        bucket: The tensors; `critical_sum` and `pending_slot` are not used.
         options: The hyperparameters.
         sq_norm: The sum of the squares of the gradients over the priority scope, float64 () or one
             for each parameter, (params,). None: the bucket is the whole group.
@@ -57,13 +57,7 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
 
 
 def update_priorities_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) -> None:
-    """Admit the momenta that `update_cm_` left, by the norms, and count its step.
-
-    Args:
-        bucket: The tensors.
-        options: The hyperparameters.
-        sq_norm: As for `adam_cm_`.
-    """
+    """Admit the momenta that `update_cm_` left and count its step; arguments as for `adam_cm_`."""
     for i, key in enumerate(priority_keys(sq_norm, len(bucket.params))):
         kept = _kept(bucket, i, options)
         # What is stored of m is what a deferred commit still finds.

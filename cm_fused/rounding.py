@@ -127,9 +127,8 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
 
 def _magnitude(codes: Tensor, largest_code: float) -> Tensor:
     """Return the part of a block's largest value that codes >= 0 stand for."""
-    root = codes.to(torch.float32) * (
-        1.0 / torch.tensor(largest_code, dtype=torch.float32, device=codes.device)
-    )
+    largest = torch.tensor(largest_code, dtype=torch.float32, device=codes.device)
+    root = codes.to(torch.float32) * (1.0 / largest)
     square = root * root
     return square * square
 

@@ -71,8 +71,8 @@ def large(quick: bool) -> Finding:
     # Not by state_dict(), whose commit goes through the reference, in float32, where state is
     # rounded: the first step's slot has been committed by the second.
     state = optimizer.state[param]
-    # Every element has the same history but for the rounding of the moments: one that was left out
-    # would differ by more.
+    # Every element has the same history except for the rounding of the moments: one that was left
+    # out would differ by more.
     norm, key = 0.5 * math.sqrt(numel), float(state["priorities"].max())
     require(
         math.isclose(key, 0.7 * norm, rel_tol=1e-6),

@@ -7,7 +7,6 @@ the gradient. The copy into its slot is deferred to the next pass, which reads t
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from operator import is_
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from cm_fused._backends import library
 from cm_fused._bucket import Batch, Bucket, StepOptions, hyperparameters, over_scope
-from cm_fused._state.table import KEYS, State, mask_of
+from cm_fused._state.table import State, mask_of
 
 unavailable_reason = library.unavailable_reason
 _CPU = torch.device("cpu")
@@ -36,27 +35,14 @@ class _Registered:
     """The buckets of a batch, registered with the library, and the scalars of the last step."""
 
     def __init__(self, batch: Batch) -> None:
-        states = [
-            registered_state(b.state, b.param_indices, b.shard_layouts) for b in batch.buckets
-        ]
         # They are released with this.
-        self._states = states
-        self.ids = [state.id for state in states]
+        self._states = [
+            library.RegisteredState(b.state, b.param_indices, b.shard_layouts)
+            for b in batch.buckets
+        ]
+        self.ids = [state.id for state in self._states]
         self.options: list[StepOptions] = []
         self.scalars = _Scalars([], [], [], [], [])
-
-
-def registered_state(
-    state: dict[str, list[Tensor]],
-    param_indices: list[int] | None = None,
-    shard_layouts: list[int] | None = None,
-) -> library.RegisteredState:
-    """Register the lists of a bucket's state, by key."""
-    tensors = list(chain.from_iterable(state.get(key, ()) for key in KEYS))
-    present = [key for key, listed in state.items() if listed]
-    return library.RegisteredState(
-        tensors, mask_of(present), param_indices or [], shard_layouts or []
-    )
 
 
 def register(batch: Batch) -> None:
@@ -109,12 +95,11 @@ def _step_(batch: Batch, local_sq_norms: Tensor | None) -> None:
 
 def _scalars(batch: Batch) -> _Scalars:
     """Return the scalars of a step: the last one's, where no option has changed."""
-    registered = batch.registered
+    registered: _Registered = batch.registered
     options = [bucket.options for bucket in batch.buckets]
     last = registered.options
     if len(last) == len(options) and all(map(is_, options, last)):
-        scalars: _Scalars = registered.scalars
-        return scalars
+        return registered.scalars
     scalars = _Scalars(
         _lrs(options),
         _for_each([each.grad_factor for each in options], 1.0),
@@ -183,7 +168,7 @@ def flush_(states: list[State]) -> None:
         local = {key: state[key] for key in (*keys, "pending_slot") if key in state}
         batches.setdefault(mask_of(local), []).append(local)
     registered = [
-        registered_state({key: [state[key] for state in batch] for key in batch[0]})
+        library.RegisteredState({key: [state[key] for state in batch] for key in batch[0]})
         for batch in batches.values()
     ]
     torch.ops.cm_fused.flush_registered_([each.id for each in registered])

@@ -15,10 +15,6 @@ from cm_fused._bucket import Batch, Bucket
 from cm_fused.rounding import as_bytes
 
 
-def register(batch: Batch) -> None:
-    """Prepare nothing."""
-
-
 def prepare(batch: Batch) -> Callable[[], None]:
     """Return what takes the step of a batch."""
     batch.split_gradients()

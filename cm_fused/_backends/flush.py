@@ -29,12 +29,7 @@ def flush_all_(states: list[State]) -> None:
 
 
 def drop_derived(states: list[State], keys: tuple[str, ...]) -> None:
-    """Remove what this step would let go stale: what only another backend or option keeps.
-
-    Args:
-        states: Of the parameters.
-        keys: Those that this step's backend keeps.
-    """
+    """Remove what a step that keeps `keys` would let go stale: what only others keep."""
     stale = set(DERIVED_KEYS).difference(keys)
     if not any(key in state for state in states for key in stale):
         return

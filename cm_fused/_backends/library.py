@@ -1,13 +1,14 @@
 """The C++ libraries: loading them, fake kernels of their operators, the state registered there."""
 
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cm_fused._bucket import HYPERPARAMETERS
-from cm_fused._state.table import KEYS
+from cm_fused._state.table import KEYS, mask_of
 
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARY = _PACKAGE / "_C.abi3.so"
@@ -31,7 +32,7 @@ def _load_extension() -> str | None:
     if reason is not None:
         return reason
     try:
-        torch.library.register_fake("cm_fused::update_priorities_", _fake_in_place)
+        torch.library.register_fake("cm_fused::update_priorities_", _check_devices)
         torch.library.register_fake("cm_fused::sq_norms", _fake_sq_norms)
     except RuntimeError as error:
         return _another_version(error)
@@ -65,29 +66,19 @@ def _load_cuda() -> str | None:
     return _load(_CUDA_LIBRARY, "the CUDA library")
 
 
-def _fake_in_place(*args: object, **kwargs: object) -> None:
-    """Every output is an argument changed in place."""
-    _check_devices(args)
+def _check_devices(*args: object, **_: object) -> None:
+    """Refuse tensors on the meta device among others, which would be a step that does nothing.
 
-
-def _check_devices(args: tuple[object, ...]) -> None:
-    """Refuse tensors on the meta device among others, which would be a step that does nothing."""
+    As a fake kernel it has no more to do: every output is an argument changed in place.
+    """
     lists = (arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
     devices = {t.device for tensors in lists for t in tensors if isinstance(t, Tensor)}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
-def _fake_sq_norms(
-    params: list[Tensor],
-    grads: list[Tensor],
-    grad_factor: Tensor | None,
-    *,
-    weight_decay: float,
-    maximize: bool,
-    decoupled_weight_decay: bool,
-) -> Tensor:
-    _check_devices((params, grads, grad_factor))
+def _fake_sq_norms(params: list[Tensor], *others: object, **_: object) -> Tensor:
+    _check_devices(params, *others)
     return torch.empty(len(params), dtype=torch.float64, device="cpu")
 
 
@@ -98,21 +89,18 @@ cuda_unavailable_reason = _load_cuda()
 class RegisteredState:
     """A bucket's state, handed to the library once instead of at every step.
 
-    The library keeps the tensors, not their addresses, until this object dies.
-
-    Args:
-        state: For each row of the mask in order, one tensor for each parameter.
-        mask: Bit r says that row r of the library's `state_keys` is there.
-        param_indices: Of each parameter, the key of its random bits; empty to count them.
-        shard_layouts: The three numbers of each parameter's `ShardLayout`; empty where all are
-            whole.
-
-    Attributes:
-        id: What the library's operators know it by.
+    The library keeps the tensors, not their addresses, until this object dies. Its operators know
+    it by its `id`. The arguments are the lists of a `Bucket`.
     """
 
     def __init__(
-        self, state: list[Tensor], mask: int, param_indices: list[int], shard_layouts: list[int]
+        self,
+        state: Mapping[str, list[Tensor]],
+        param_indices: Sequence[int] = (),
+        shard_layouts: Sequence[int] = (),
     ) -> None:
-        self.id: int = torch.ops.cm_fused.register_state(state, mask, param_indices, shard_layouts)
+        tensors = [tensor for key in KEYS for tensor in state.get(key, ())]
+        mask = mask_of(key for key, listed in state.items() if listed)
+        register = torch.ops.cm_fused.register_state
+        self.id: int = register(tensors, mask, param_indices, shard_layouts)
         weakref.finalize(self, torch.ops.cm_fused.release_state, self.id)

@@ -41,7 +41,8 @@ def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
     """Return the backend that a module implements."""
     return Backend(
         name,
-        module.register,
+        # Others prepare nothing: the Triton backend makes its tables at a bucket's first launch.
+        getattr(module, "register", lambda batch: None),
         module.prepare,
         module.update_,
         module.update_priorities_,

@@ -52,14 +52,8 @@ def ascend_(pairs: list[_Pair], rho: float, adaptive: bool, sums: Sums) -> None:
     """Move the parameters of the pairs along their local gradients, as `SAM` defines."""
     lists = _by_kind(pairs)
     counted = [pair for pair in pairs if sums.counts(pair[0])]
-    norm = sums.norm(
-        _norm(
-            [
-                _products(*of_kind) if adaptive else of_kind[1]
-                for of_kind in (lists if len(counted) == len(pairs) else _by_kind(counted))
-            ]
-        )
-    )
+    kinds = lists if len(counted) == len(pairs) else _by_kind(counted)
+    norm = sums.norm(_norm([_products(*kind) if adaptive else kind[1] for kind in kinds]))
     for params, directions in lists:
         scale = _on(params[0].device, rho / (norm + _TINY))
         if adaptive:

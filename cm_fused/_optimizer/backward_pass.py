@@ -1,8 +1,10 @@
 """Backward passes, as a gradient's hook sees them: may more be added to its gradient?"""
 
 import sys
+import traceback
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
@@ -31,21 +33,19 @@ _REMEDY = (
 )
 
 
+@dataclass(eq=False)
 class _Pass:
     """An outermost backward pass, called by the engine when it ends, to which only it refers."""
 
-    def __init__(self, graph_task: int, at_end: Callable[[], None]) -> None:
-        self.graph_task = graph_task
-        # Whether it may run other passes within it.
-        self.has_others = False
-        # The parameters that have been stepped in it, by id.
-        self.stepped: set[int] = set()
-        # The sequence numbers of the nodes that have been searched for checkpoints.
-        self.searched: set[int] = set()
-        self._at_end = at_end
+    graph_task: int
+    at_end: Callable[[], None]
+    has_others: bool = False  # whether it may run other passes within it
+    stepped: set[int] = field(default_factory=set)  # the ids of parameters stepped in it
+    # The sequence numbers of the nodes that have been searched for checkpoints.
+    searched: set[int] = field(default_factory=set)
 
     def __call__(self) -> None:
-        self._at_end()
+        self.at_end()
 
 
 class BackwardPasses:
@@ -59,7 +59,13 @@ class BackwardPasses:
 
     def watch(self, outputs: Any) -> None:
         """Watch for the backward pass that begins at these outputs of the model."""
-        hook = _OutputHook(self)
+        # The graph that refers to the hook must not keep the model alive.
+        enter = weakref.WeakMethod(self.enter)
+
+        def hook(_: Tensor) -> None:
+            if (begin := enter()) is not None:
+                begin()
+
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor) and output.grad_fn is not None:
                 output.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -130,18 +136,6 @@ def is_outermost_forward() -> bool:
     return torch.is_grad_enabled() and _graph_task() == -1
 
 
-class _OutputHook:
-    """Notices a backward pass. The graph that refers to it does not keep the model alive."""
-
-    def __init__(self, passes: BackwardPasses) -> None:
-        self._passes = weakref.ref(passes)
-
-    def __call__(self, _: Tensor) -> None:
-        passes = self._passes()
-        if passes is not None:
-            passes.enter()
-
-
 def _graph_task() -> int:
     """Return the number of the backward pass that this thread is in, or -1."""
     return torch._C._current_graph_task_id()
@@ -149,12 +143,8 @@ def _graph_task() -> int:
 
 def _is_within_backward() -> bool:
     """Return whether the backward of a Function has called the one that runs this hook."""
-    frame = sys._getframe()
-    while (caller := frame.f_back) is not None:
-        if caller.f_code in _BACKWARD_CALLS:
-            return True
-        frame = caller
-    return False
+    frames = traceback.walk_stack(sys._getframe())
+    return any(frame.f_code in _BACKWARD_CALLS for frame, _ in frames)
 
 
 def _leads_to_checkpoint(node: Any, searched: set[int]) -> bool:

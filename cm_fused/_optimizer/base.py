@@ -381,9 +381,8 @@ class CriticalAdam(CheckpointedOptimizer):
     def _unmake_state(self, made: list[tuple[Tensor, State]]) -> None:
         """Remove what `_make_state` made and no step has used, after one that failed."""
         for param, tensors in made:
-            if "step" not in tensors or local(tensors["step"]) > 0:
-                continue
-            self._drop_state(param, tensors)
+            if "step" in tensors and not local(tensors["step"]) > 0:
+                self._drop_state(param, tensors)
 
     def _drop_state(self, param: Tensor, keys: Iterable[str]) -> None:
         """Take away some of a parameter's state."""

@@ -12,10 +12,7 @@ from cm_fused._backends.select import NAMES
 from cm_fused._distributed import is_flattened, is_sharded, partitioner
 from cm_fused._state.making import refused_precision
 
-BUFFER_DTYPES = (
-    *(torch.float32, torch.bfloat16, torch.float16),
-    *(torch.float8_e4m3fn, torch.int8),
-)
+BUFFER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _CHOICES: dict[str, tuple[object, ...]] = {
     "priority_scope": ("group", "tensor"),
@@ -27,12 +24,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 _Rule = tuple[str, Callable[[float], bool]]
 _NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
-_NUMBERS: dict[str, _Rule] = {
-    "lr": _NOT_NEGATIVE,
-    "eps": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "priority_decay": ("in [0, 1]", lambda x: 0 <= x <= 1),
-}
+_NUMBERS: dict[str, _Rule] = dict.fromkeys(("lr", "eps", "weight_decay"), _NOT_NEGATIVE)
+_NUMBERS["priority_decay"] = ("in [0, 1]", lambda x: 0 <= x <= 1)
 # A scheduler may have made these negative.
 _SCHEDULED = dict.fromkeys(("lr", "weight_decay"), ("finite", math.isfinite))
 
@@ -102,12 +95,9 @@ def check_optimizer_option(
     name: str, param_group: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
     """Check that a group does not change an option of the whole optimizer."""
-    value = param_group.get(name, defaults[name])
-    _require(
-        value == defaults[name],
-        f"{name} must be the same for all param groups, {defaults[name]}",
-        value,
-    )
+    default = defaults[name]
+    value = param_group.get(name, default)
+    _require(value == default, f"{name} must be the same for all param groups, {default}", value)
 
 
 def check_partitioner(options: Mapping[str, Any]) -> None:
@@ -223,11 +213,8 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 "sparse=False"
             )
         check_placement(where, param, grad)
-        for name, value, expected in (
-            ("dtype", grad.dtype, param.dtype),
-            ("shape", grad.shape, param.shape),
-            ("device", grad.device, param.device),
-        ):
+        for name in ("dtype", "shape", "device"):
+            value, expected = getattr(grad, name), getattr(param, name)
             if value != expected:
                 raise RuntimeError(
                     f"{where} must have the {name} {_plain(expected)} of its parameter, got "

@@ -21,7 +21,7 @@ _ACCUMULATES = (
 
 
 class TwoCalls:
-    """The two calls of a step's closure."""
+    """The two calls of a step's closure; `total` sums a value over the parameters' processes."""
 
     def __init__(
         self,
@@ -30,7 +30,6 @@ class TwoCalls:
         total: Callable[[Tensor], Tensor],
         zeroes: bool,
     ) -> None:
-        """Make no call; `total` sums a value over the processes of the parameters."""
         # Whether the closure of the last step that found gradients zeroed them.
         self.zeroes = zeroes
         self._closure, self._params, self._total = closure, params, total

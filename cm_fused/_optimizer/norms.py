@@ -166,9 +166,7 @@ def _clip_(
         count = group.get("skipped_steps")
         if count is None:
             count = torch.zeros((), dtype=torch.int64, device=norm.device)
-        elif not isinstance(count, Tensor):
-            count = torch.tensor(count, device=norm.device)
-        count = count.to(norm.device)
+        count = torch.as_tensor(count, device=norm.device)
         group["skipped_steps"] = count.add_(skipped.to(count.dtype))
         found_inf = skipped if found_inf is None else found_inf.to(norm.device) + skipped
     return factor, found_inf

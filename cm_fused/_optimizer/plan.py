@@ -42,51 +42,33 @@ def needs_norm(group: Mapping[str, Any]) -> bool:
 
 
 class Member(NamedTuple):
-    """The parameters of one group and device that take part in a step.
+    """The parameters of one group and device that take part in a step."""
 
-    Attributes:
-        group: The index of the group.
-        backend: Who steps them.
-        params: The parameters.
-        indices: Their indices among the optimizer's.
-    """
-
-    group: int
-    backend: Backend
+    group: int  # the index of the group
+    backend: Backend  # the one that steps them
     params: list[Tensor]
-    indices: list[int]
+    indices: list[int]  # theirs among the optimizer's parameters
 
 
 @dataclass(eq=False)
 class Plan:
-    """The buckets of a step, with the backends that step them.
+    """The buckets of a step, with the backends that step them."""
 
-    Attributes:
-        params: The parameters that take part, in the order of the groups.
-        buckets: Of every group and device, in the order of the groups.
-        batches: The same buckets by backend: the reference first, whose steps can be undone, then
-            the C++ operator, which may yet fail with nothing changed.
-        orders: For each batch the positions of its parameters in `params`; None: all, in order.
-        spans: For each group its first parameter's index among the optimizer's, and their number.
-        divided: The buckets of groups that have several, whose norms are added up.
-        local_params: The local tensors of `params`, where some are DTensors.
-        dtypes: The dtypes of `params`, where the state depends on them besides the gradients.
-        views: Complex tensors with their views as pairs of reals, which do not follow a replaced
-            `.data`.
-        options: The options by group that the buckets have; None: they have others.
-        scalars: This step's factor of the gradients and mark of a skipped step, by group.
-    """
-
-    params: list[Tensor]
-    buckets: list[Bucket]
+    params: list[Tensor]  # those that take part, in the order of the groups
+    buckets: list[Bucket]  # those of every group and device, in the order of the groups
+    # The same buckets by backend: the reference first, whose steps can be undone, then the C++
+    # operator, which may yet fail with nothing changed.
     batches: list[tuple[Backend, Batch]]
-    orders: list[list[int] | None]
-    spans: list[tuple[int, int]]
-    divided: list[Bucket]
-    local_params: list[Tensor] | None = None
+    orders: list[list[int] | None]  # each batch's positions in `params`; None: all, in order
+    spans: list[tuple[int, int]]  # each group's first index among the optimizer's, and its size
+    divided: list[Bucket]  # those of groups that have several, whose norms are added up
+    local_params: list[Tensor] | None = None  # those of `params`, where some are DTensors
+    # The dtypes of `params`, where the state depends on them besides the gradients.
     dtypes: list[torch.dtype] | None = None
+    # Complex tensors with their views as pairs of reals, which do not follow a replaced `.data`.
     views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    options: list[StepOptions] | None = None
+    options: list[StepOptions] | None = None  # by group, those the buckets have; None: others
+    # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
 
     def __post_init__(self) -> None:
@@ -95,14 +77,12 @@ class Plan:
         self.checks_itself = len(self.batches) <= 1 and all(
             backend.checks_lists for backend, _ in self.batches
         )
-
         self.has_eager = any(backend is EAGER for backend, _ in self.batches)
         self.is_traced = torch.compiler.is_compiling()
 
     def eager_buckets(self) -> list[Bucket]:
         """Return the buckets that the reference steps."""
-        batches = [batch for backend, batch in self.batches if backend is EAGER]
-        return [bucket for batch in batches for bucket in batch.buckets]
+        return [b for backend, batch in self.batches if backend is EAGER for b in batch.buckets]
 
     def is_current(self) -> bool:
         """Return whether the plan's tensors are still those of the parameters."""
@@ -114,10 +94,10 @@ class Plan:
 
     def run_(self) -> None:
         """Take the step of all batches: all is prepared before the first change."""
-        if self.is_traced:
-            prepared = [traced.prepare(backend, batch) for backend, batch in self.batches]
-        else:
-            prepared = [backend.prepare(batch) for backend, batch in self.batches]
+        prepared = [
+            traced.prepare(backend, batch) if self.is_traced else backend.prepare(batch)
+            for backend, batch in self.batches
+        ]
         for take_ in prepared:
             take_()
 
@@ -141,26 +121,16 @@ class Plan:
 
 
 class Plans:
-    """The plans of an optimizer's last steps, and what they were made for.
-
-    Attributes:
-        params: The parameters of all groups at the last step.
-        grads: Their gradients, None where a parameter takes no part.
-        sizes: The number of parameters of each group.
-        options: The hyperparameters of each group.
-        needs_norm: Whether a step needs the norm of all gradients.
-        processes: The processes that the parameters are sharded among, or None.
-        on_gpu: Whether a parameter is on a CUDA device.
-    """
+    """The plans of an optimizer's last steps, and what they were made for."""
 
     def __init__(self) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor | None] = []
-        self.sizes: list[int] = []
-        self.options: list[StepOptions] = []
-        self.needs_norm = False
-        self.processes: Processes | None = None
-        self.on_gpu = False
+        self.params: list[Tensor] = []  # those of all groups at the last step
+        self.grads: list[Tensor | None] = []  # None where a parameter takes no part
+        self.sizes: list[int] = []  # the number of parameters of each group
+        self.options: list[StepOptions] = []  # those of each group
+        self.needs_norm = False  # whether a step needs the norm of all gradients
+        self.processes: Processes | None = None  # those that the parameters are sharded among
+        self.on_gpu = False  # whether a parameter is on a CUDA device
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._values: list[tuple[Any, ...]] = []
         self._lrs: list[float | Tensor] = []
@@ -171,10 +141,7 @@ class Plans:
     def find(self, groups: Groups, state: Any, waiting: Set[int] = frozenset()) -> Plan | None:
         """Return the cached plan of this step, with its gradients and options, or None.
 
-        Args:
-            groups: The param groups.
-            state: The optimizer's state.
-            waiting: The ids of parameters that take no part although they have gradients.
+        `waiting` has the ids of parameters that take no part although they have gradients.
         """
         params = [param for group in groups for param in group["params"]]
         self._read_gradients(params, waiting)
@@ -220,40 +187,28 @@ class Plans:
     def members(self, groups: Groups, first: int) -> list[Member]:
         """Return the parameters that take part, by group and device.
 
-        Args:
-            groups: The param groups.
-            first: The index of their first parameter among the optimizer's.
+        `first` is the index of the groups' first parameter among the optimizer's.
         """
         members = []
-        pairs = list(zip(self.params, self.grads, strict=True))
-        start = 0
+        start, params = 0, self.params
         for index, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
-            present = [
-                (first + i, pairs[i][0])
-                for i in range(start, start + size)
-                if pairs[i][1] is not None
-            ]
+            present = [i for i in range(start, start + size) if self.grads[i] is not None]
             start += size
-            for device in dict.fromkeys(param.device for _, param in present):
-                chosen = [(i, param) for i, param in present if param.device == device]
-                indices, params = [i for i, _ in chosen], [param for _, param in chosen]
-                backend = select(group["backend"], device)
-                members.append(Member(index, backend, params, indices))
+            for device in dict.fromkeys([params[i].device for i in present]):
+                chosen = [i for i in present if params[i].device == device]
+                backend, indices = select(group["backend"], device), [first + i for i in chosen]
+                members.append(Member(index, backend, [params[i] for i in chosen], indices))
         return members
 
     def new_plan(self, members: list[Member], buckets: list[Bucket], groups: Groups) -> Plan:
-        """Return a plan of these buckets, registered, with this step's gradients and options.
+        """Return a registered plan of these buckets, with this step's gradients and options.
 
-        Args:
-            members: As `members` returned them.
-            buckets: Their buckets, of local tensors.
-            groups: The param groups.
+        They are the buckets of `members`, of local tensors.
         """
-        params = [param for member in members for param in member.params]
+        by_index = {i: p for m in members for i, p in zip(m.indices, m.params, strict=True)}
         # In the order of the groups, whatever their devices.
-        indices = [i for member in members for i in member.indices]
-        positions = {index: position for position, index in enumerate(sorted(indices))}
-        params = [param for _, param in sorted(zip(indices, params, strict=True), key=_index_of)]
+        params = [by_index[index] for index in sorted(by_index)]
+        positions = {index: position for position, index in enumerate(sorted(by_index))}
         views = view_as_real_(buckets)
         batches, orders = [], []
         for backend in sorted({m.backend for m in members}, key=_rank_of):
@@ -281,12 +236,7 @@ class Plans:
         return plan
 
     def add(self, plan: Plan, state: Any) -> None:
-        """Keep the plan of the step that was looked for.
-
-        Args:
-            plan: The plan.
-            state: The optimizer's state. One that does not count its changes keeps none.
-        """
+        """Keep the plan of the step that was looked for, if the state counts its changes."""
         if not isinstance(state, OptimizerState) or not all(map(state.counts, plan.params)):
             self._state = None
             return
@@ -321,10 +271,6 @@ class Plans:
         self._lrs = lrs
         self.options = list(map(step_options, groups))
         self.needs_norm = any(map(needs_norm, groups))
-
-
-def _index_of(pair: tuple[int, Tensor]) -> int:
-    return pair[0]
 
 
 def _rank_of(backend: Backend) -> tuple[bool, bool]:

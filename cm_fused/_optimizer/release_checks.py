@@ -14,7 +14,6 @@ _DDP_REMEDY = (
     "buckets keep all gradients anyway; call optimizer.step() after backward, or use "
     "torch.distributed.optim._apply_optimizer_in_backward, which it supports"
 )
-_FSDP = "torch.distributed.fsdp"
 # For each option the value that needs no other gradients, and why others do.
 _NEEDED: dict[str, tuple[Any, str]] = {
     "priority_scope": ("tensor", "the norm over a group is known when all its gradients are"),
@@ -37,14 +36,15 @@ def check_options(groups: list[dict[str, Any]], first: int = 0) -> None:
 
 def check_model(model: nn.Module) -> None:
     """Check that no DDP or FSDP in a model reduces or shards gradients after the hooks."""
-    fsdp = getattr(sys.modules.get(_FSDP), "FullyShardedDataParallel", ())
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            raise RuntimeError(f"model must not be or have a DDP module: {_DDP_REMEDY}")
-        if isinstance(module, fsdp):
-            _refuse_fsdp()
-    if any(getattr(param, "_fsdp_flattened", False) for param in model.parameters()):
-        _refuse_fsdp()
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(f"model must not be or have a DDP module: {_DDP_REMEDY}")
+    has_fsdp = any(isinstance(module, fsdp) for module in model.modules())
+    if has_fsdp or any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+        raise RuntimeError(
+            "model must not be or have a FullyShardedDataParallel module, which shards gradients "
+            "only after the hooks that step here; call optimizer.step() after backward"
+        )
 
 
 def active_ddp() -> Any:
@@ -60,13 +60,6 @@ def check_ddp(params: list[Tensor]) -> None:
     reduced = {id(param) for param in getattr(ddp, "_module_parameters", ddp.parameters())}
     if not reduced.isdisjoint(map(id, params)):
         raise RuntimeError(f"gradient release does not work under DDP: {_DDP_REMEDY}")
-
-
-def _refuse_fsdp() -> None:
-    raise RuntimeError(
-        "model must not be or have a FullyShardedDataParallel module, which shards gradients only "
-        "after the hooks that step here; call optimizer.step() after backward"
-    )
 
 
 def check_params(model: nn.Module, groups: list[dict[str, Any]], served: Container[int]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cm_fused import rounding
 from cm_fused._distributed import is_sharded, local, local_as
 from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
-from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, Shape, State
+from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, State, shapes_of
 
 # Keys that are loaded where the state dict has them, whatever the options; scales come with them.
 _LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
@@ -43,7 +43,7 @@ def check_entry(entry: Entry) -> None:
         raise ValueError(
             f"the state of {where} must have both of {_BUFFER_KEYS} or neither, got {sorted(saved)}"
         )
-    shapes = _shapes(param, group["capacity"])
+    shapes = shapes_of(param, group["capacity"])
     for key, value in values.items():
         expected = shapes[ROWS[key].shape]
         if key == "compensation" and param.dtype not in (torch.bfloat16, torch.float16):
@@ -88,19 +88,6 @@ def _as_tensor(where: str, key: str, value: Any) -> Tensor:
         raise ValueError(
             f"{key!r} in the state of {where} must be a tensor, got {type(value).__name__}"
         ) from error
-
-
-def _shapes(param: Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
-    """Return the shapes of a parameter's state tensors."""
-    shape, blocks = tuple(param.shape), rounding.num_blocks(param.numel())
-    return {
-        Shape.PARAM: shape,
-        Shape.SLOTS: (capacity, *shape),
-        Shape.SCALES: (blocks,),
-        Shape.SLOT_SCALES: (capacity, blocks),
-        Shape.KEYS: (capacity,),
-        Shape.SCALAR: (),
-    }
 
 
 def _check_step(where: str, step: Tensor) -> None:

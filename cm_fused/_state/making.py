@@ -19,11 +19,11 @@ from cm_fused._state.table import (
     ROWS,
     SCALES,
     Group,
-    Shape,
     State,
     option_dtype,
+    shapes_of,
 )
-from cm_fused.rounding import LARGEST, num_blocks
+from cm_fused.rounding import LARGEST
 
 # Dtypes that moments have where no `moment_dtype` is asked for, besides float32.
 _WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)
@@ -157,15 +157,9 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
     as the sum of its slots.
     """
     row, capacity, dtype = ROWS[key], group["capacity"], dtype_of(key, param, group)
-    if row.shape in (Shape.PARAM, Shape.SLOTS):
+    if key in LEADING:
         return _new_shaped(key, param, state, capacity, dtype)
-    blocks = num_blocks(param.numel())
-    size = {
-        Shape.SCALAR: (),
-        Shape.KEYS: (capacity,),
-        Shape.SCALES: (blocks,),
-        Shape.SLOT_SCALES: (capacity, blocks),
-    }[row.shape]
+    size = shapes_of(param, capacity)[row.shape]
     return torch.full(size, row.fill, dtype=dtype, device=param.device)
 
 
@@ -211,7 +205,7 @@ def dequantized(state: Group, key: str) -> Tensor:
     """Return the values of a row of `SCALES`: the tensor itself where no cast is needed."""
     stored: Tensor = state[key]
     scales = state.get(SCALES[key]) if stored.dtype in LARGEST else None
-    if ROWS[key].shape is Shape.SLOTS:
+    if LEADING[key]:
         return rounding.load_slots(stored, scales)
     return rounding.load_moment(stored, scales, signed=key == "exp_avg")
 

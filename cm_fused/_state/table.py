@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cm_fused.rounding import LARGEST
+from cm_fused.rounding import BLOCK_SIZE, LARGEST
 
 State = dict[str, Any]
 Group = Mapping[str, Any]
@@ -106,11 +106,6 @@ _NEEDED = tuple(row for row in STATE if row.key not in _BY_BACKEND | set(SCALES.
 RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10}
 
 
-def has_value(option: tuple[str, Any] | None, group: Group) -> bool:
-    """Return whether a group needs a row with this `Row.option`."""
-    return option is None or bool(group[option[0]] == option[1])
-
-
 def option_dtype(key: str, group: Group) -> torch.dtype | None:
     """Return the dtype that a group's options give a state key, or None: as the parameter says."""
     option = ROWS[key].dtype_option
@@ -120,7 +115,7 @@ def option_dtype(key: str, group: Group) -> torch.dtype | None:
 
 def required_keys(group: Group) -> tuple[str, ...]:
     """Return the state keys that every backend needs under a group's options."""
-    needed = [row for row in _NEEDED if has_value(row.option, group)]
+    needed = [row for row in _NEEDED if row.option is None or group[row.option[0]] == row.option[1]]
     scales = [
         row.scales
         for row in needed
@@ -135,6 +130,19 @@ def fused_keys(group: Group, *, critical_gradients: bool) -> tuple[str, ...]:
     sums = group["capacity"] >= RUNNING_SUM_MIN_CAPACITY[slot_bytes]
     running_sum = ("critical_sum",) if sums else ()
     return running_sum if critical_gradients else (*running_sum, "pending_slot")
+
+
+def shapes_of(param: torch.Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
+    """Return the shapes of a parameter's state tensors."""
+    shape, blocks = tuple(param.shape), -(-param.numel() // BLOCK_SIZE)
+    return {
+        Shape.PARAM: shape,
+        Shape.SLOTS: (capacity, *shape),
+        Shape.SCALES: (blocks,),
+        Shape.SLOT_SCALES: (capacity, blocks),
+        Shape.KEYS: (capacity,),
+        Shape.SCALAR: (),
+    }
 
 
 def mask_of(keys: Iterable[str]) -> int:

@@ -73,9 +73,7 @@ class _ResearchAdam(CriticalAdam):
         buffer_dtype: torch.dtype | None = None,
     ) -> None:
         _check(kappa, critical_test)
-        groups: Any = params
-        if not isinstance(params, Tensor):
-            groups = list(params)
+        groups: Any = params if isinstance(params, Tensor) else list(params)
         self._extra = {"kappa": kappa, "critical_test": critical_test}
         super().__init__(
             groups,
@@ -181,9 +179,8 @@ class _ResearchAdam(CriticalAdam):
                 self._choose_slots_(group, bucket, options, undo, made)
                 if not group["kappa"]:
                     # NaN is never admitted.
-                    bucket.sq_norm = torch.full(
-                        (), math.nan, dtype=torch.float64, device=bucket.device
-                    )
+                    nan = torch.full((), math.nan, dtype=torch.float64, device=bucket.device)
+                    bucket.sq_norm = nan
             for param, key in zip(first, keys, strict=True):
                 undo.keep(param)
                 self._store_first_(group, param, options, key, made)

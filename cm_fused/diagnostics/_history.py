@@ -37,16 +37,13 @@ class Track:
 
     def follow(self, keys: Tensor | None) -> None:
         """Begin anew with keys, (C,) on the CPU, whose slots count as filled now."""
-        self.keys = keys
-        self.ages = (
-            None if keys is None else torch.zeros(len(keys), dtype=torch.int64, device="cpu")
-        )
+        self.keys = torch.empty(0, device="cpu") if keys is None else keys
+        self.ages = torch.zeros_like(self.keys, dtype=torch.int64)
 
     def update(self, keys: Tensor, decay: float) -> None:
         """Find what a step admitted, from the keys before and after it, both (C,) on the CPU."""
-        if self.keys is None or self.ages is None or len(self.keys) != len(keys):
-            self.keys = torch.full_like(keys, -torch.inf)
-            self.ages = torch.zeros(len(keys), dtype=torch.int64, device="cpu")
+        if len(self.keys) != len(keys):
+            self.follow(torch.full_like(keys, -torch.inf))
         # Only the smallest key can be replaced, the first of equal ones; unfilled slots have -inf.
         slot = int(self.keys.argmin())
         self.ages += 1
@@ -61,11 +58,8 @@ class Track:
     def history(self, param: Tensor) -> History:
         """Return the history, and begin to count admissions anew."""
         nan = float("nan")
-        mean_age = max_age = nan
-        if self.keys is not None and self.ages is not None:
-            ages = self.ages[self.keys > -torch.inf].double()
-            if len(ages):
-                mean_age, max_age = ages.mean().item(), ages.max().item()
+        ages = self.ages[self.keys > -torch.inf].double()
+        mean_age, max_age = (ages.mean().item(), ages.max().item()) if len(ages) else (nan, nan)
         rate = self.admissions / self.steps if self.steps else nan
         self.admissions = self.steps = 0
         moved = torch.linalg.vector_norm(flat(param.detach() - self.start, 0))

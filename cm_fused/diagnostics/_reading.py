@@ -74,11 +74,7 @@ def combine(readings: Mapping[Tensor, Reading]) -> Reading:
 
 
 def critical(optimizer: Optimizer) -> CriticalAdam:
-    """Return an optimizer of this package, without the `SAM` around it.
-
-    Raises:
-        TypeError: It is another optimizer.
-    """
+    """Return an optimizer of this package, without `SAM` around it; TypeError for any other."""
     base = optimizer.optimizer if isinstance(optimizer, SAM) else optimizer
     if not isinstance(base, CriticalAdam):
         raise TypeError(

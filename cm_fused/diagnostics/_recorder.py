@@ -4,7 +4,6 @@ import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -91,8 +90,7 @@ class Recorder:
         return None if keys is None else keys.detach().cpu().clone()
 
     def _count(self, param: Tensor) -> float:
-        step = self._optimizer.state.get(param, {}).get("step", 0)
-        return float(step)
+        return float(self._optimizer.state.get(param, {}).get("step", 0))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
@@ -155,12 +153,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -84,7 +84,7 @@ class Steps {
   // Looks whether two parameters have memory in common, or lie between each other's elements.
   [[nodiscard]] bool find_overlap() const;
 
-  // Takes the steps, but for those that are to be skipped. With local_sq_norms, which has a number
+  // Takes the steps, except those that are to be skipped. With local_sq_norms, which has a number
   // for each parameter in the order they were added, the sums of squares go there and the
   // priorities are left. Parameters that overlap are stepped one by one, in the order they were
   // added. Whatever can fail comes before the first change.

@@ -86,7 +86,7 @@ std::string table_columns() {
 
 }  // namespace
 
-// Only metadata is looked at, but for the table's: any device will do.
+// Only metadata is looked at, except the table's: any device will do.
 STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
   m.impl("refresh_table_", TORCH_BOX(&refresh_table_));
   m.impl("table_columns", TORCH_BOX(&table_columns));

@@ -138,7 +138,7 @@ def test_table_without_the_extension(name: str) -> None:
     case = SAMPLES[name]()
     layouts = list(range(3, 3 + 3 * len(case.params))) if name == "int8" else []
     bucket = Bucket(case.params, case.grads, case.state, shard_layouts=layouts)
-    registered = tables._registered(bucket)
+    registered = library.RegisteredState(case.state, shard_layouts=layouts)
     rows, expected = (torch.zeros((len(case.params), WIDTH), dtype=torch.int64) for _ in range(2))
     for _ in range(2):
         result = tables._refresh_in_python(case.params, case.grads, bucket, rows)

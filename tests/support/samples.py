@@ -70,10 +70,7 @@ class Sample:
 
     def register(self) -> RegisteredState:
         """Register the state."""
-        keys = torch.ops.cm_fused.state_keys().split(",")
-        mask = sum(1 << row for row, key in enumerate(keys) if key in self.state)
-        state = [t for key in keys for t in self.state.get(key, ())]
-        return RegisteredState(state, mask, list(range(len(self.params))), self.shard_layouts)
+        return RegisteredState(self.state, list(range(len(self.params))), self.shard_layouts)
 
     def step(self) -> None:
         """Register the state and step it once."""

@@ -49,7 +49,7 @@ def launch_options(
     Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
     AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
     which no variant spills, at half of a multiprocessor's warps for float32 (bench.machine_code).
-    State of low precision spills 40 to 112 bytes a thread at 80 registers, none at 96 but for 8 to
+    State of low precision spills 40 to 112 bytes a thread at 80 registers, none at 96 except 8 to
     32 on sm_100 with 8-bit floats or a compensation; int8 moments spill 48 there.
     """
     if param_dtype == tl.float64:
@@ -257,11 +257,8 @@ def _store_moment(
             rounding.store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
             tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
-            tl.store(
-                moment_ptr + block.offsets,
-                rounding.round_to_bfloat16(values, half),
-                mask=block.mask,
-            )
+            rounded = rounding.round_to_bfloat16(values, half)
+            tl.store(moment_ptr + block.offsets, rounded, mask=block.mask)
 
 
 @triton.jit
@@ -415,9 +412,8 @@ def _update_param(s, param, numerator, second_moment):
 def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
     """Store the parameter, rounded as the variant says, of the elements from `first`."""
     if V.STOCHASTIC:
-        bits = (
-            rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK) >> 16
-        )
+        words = rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK)
+        bits = words >> 16
         if V.PARAM_DTYPE == tl.bfloat16:
             rounded = rounding.round_to_bfloat16(param, bits)
         else:
@@ -530,7 +526,7 @@ def _chunk_of(table_ptr, chunks_ptr):
 
 @entry
 def critical_adam_kernel(
-    table_ptr,  # the bucket's table; what it names is changed, but for gradients and keys
+    table_ptr,  # the bucket's table; except gradients and keys, what it names is changed
     chunks_ptr,  # int32 (programs, 2): tensor and number of each program's chunk within it
     # float64 (programs,): the sum of g^2 of each chunk. Written by critical momenta; critical
     # gradients have taken their norm before.
@@ -551,7 +547,7 @@ def critical_adam_kernel(
     mean_over_capacity: tl.int32,  # else the buffer's sum is divided by its filled slots
     seed: tl.int64,  # of the random bits, in [0, 2^63)
     PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
-    STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state but for the next two
+    STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state except the next two
     MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
     SLOT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats
     CRITICAL_GRADIENTS: tl.constexpr,  # the buffer holds gradients, else momenta

@@ -1,8 +1,8 @@
 """The Triton step: launches of `cm_fused._backends.triton.kernels` and of the priority kernel.
 
 A step of critical momenta is one pass over all chunks of all tensors of a dtype, which leaves the
-gradient's norm in parts, and one launch that keeps the priority buffers' books from them; critical
-gradients take the norm first, in a pass of its own. No launch depends on a value of the device.
+gradient's norm in parts, and one launch that updates the priorities from them; critical gradients
+take the norm first, in a pass of its own. No launch depends on a value of the device.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def priority_kernel(device: torch.device) -> str:
-    """Return what keeps the priority buffers' books on a device: "CUDA", "C++" or "Triton"."""
+    """Return what updates the priorities on a device: "CUDA", "C++" or "Triton"."""
     if device.type == "cpu":
         return "Triton" if library.unavailable_reason is not None else "C++"
     if device.type == "cuda" and library.cuda_unavailable_reason is None:
@@ -61,10 +61,6 @@ def priority_kernel(device: torch.device) -> str:
 def describe(device: torch.device) -> str:
     """Return what is at work on a device."""
     return f"triton on {device.type} with the {priority_kernel(device)} priority kernel"
-
-
-def register(batch: Batch) -> None:
-    """Prepare nothing: tables are made at a bucket's first launch."""
 
 
 def prepare(batch: Batch) -> Callable[[], None]:
@@ -104,10 +100,10 @@ def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
         if launcher.bucket.critical_gradients and sq_norm is None:
             # The gradient is gone by the next step: its norm comes first, so that it can be stored
             # at once.
-            with launcher:
+            with _device_guard(launcher.bucket.device):
                 launcher.sq_norms()
     for launcher, sq_norm in prepared:
-        with launcher:
+        with _device_guard(launcher.bucket.device):
             if launcher.bucket.critical_gradients:
                 launcher.update_priorities(sq_norm)
                 launcher.update()
@@ -119,10 +115,9 @@ def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
 def update_(batch: Batch) -> list[Tensor]:
     """Step critical momenta without their priorities; return each gradient's sum of squares."""
     batch.split_gradients()
-    launchers = _launchers(batch.buckets)
     sq_norms = []
-    for launcher in launchers:
-        with launcher:
+    for launcher in _launchers(batch.buckets):
+        with _device_guard(launcher.bucket.device):
             launcher.update()
             sq_norms.append(launcher.tensor_sq_norms())
     return sq_norms
@@ -140,7 +135,8 @@ def update_priorities_(batch: Batch) -> None:
 
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
-    with _Launcher(bucket, options) as launcher:
+    launcher = _Launcher(bucket, options)
+    with _device_guard(bucket.device):
         launcher.sq_norms()
         return launcher.tensor_sq_norms()
 
@@ -173,8 +169,8 @@ def update_priorities_of_table_(
     )
 
 
-class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
-    """One step's launches, on the bucket's device.
+class _Launcher:
+    """One step's launches, for which the bucket's device must be the current one.
 
     A parameter or gradient that does not lie in memory as the state does is replaced by a copy
     that does; a parameter's copy is written back at the end.
@@ -215,14 +211,6 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
         """
         return self.tables.changed or bool(self._param_copies)
 
-    def __enter__(self) -> "_Launcher":
-        self._guard = _device_guard(self._device)
-        self._guard.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._guard.__exit__(*exception)
-
     def update(self) -> None:
         """Launch the pass that changes moments, buffers and parameters."""
         params, copies = self.bucket.params, self._param_copies
@@ -258,7 +246,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 l2,
                 late_l2,
                 decoupled,
-                _sign(options),
+                -1.0 if options.maximize else 1.0,
                 self._capacity,
                 int(options.buffer_mean == "capacity"),
                 options.seed,
@@ -279,7 +267,7 @@ class _Launcher(contextlib.AbstractContextManager["_Launcher"]):
                 chunks,
                 self._grad_factor,
                 l2,
-                _sign(self._options),
+                -1.0 if self._options.maximize else 1.0,
                 **triton_common.LAUNCH_OPTIONS,
             )
 
@@ -383,10 +371,6 @@ def _eps(options: StepOptions) -> tuple[float, float]:
     return (options.eps, 0.0) if options.eps_inside_sqrt else (0.0, options.eps)
 
 
-def _sign(options: StepOptions) -> float:
-    return -1.0 if options.maximize else 1.0
-
-
 def _tables_of(bucket: Bucket) -> Tables:
     """Return the bucket's tables from its handle, or make them."""
     tables = bucket.registered
@@ -396,11 +380,8 @@ def _tables_of(bucket: Bucket) -> Tables:
 
 
 def _remake_tables(bucket: Bucket) -> Tables:
-    made = Tables(bucket)
-    if isinstance(bucket.registered, Tables):
-        made.replaces(bucket.registered)
-    bucket.registered = made
-    return made
+    bucket.registered = tables = Tables(bucket)
+    return tables
 
 
 def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:

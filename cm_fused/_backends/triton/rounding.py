@@ -3,7 +3,7 @@
 8-bit floats are handled as bytes, since not every GPU converts them.
 """
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -32,18 +32,8 @@ def has_scales(dtype):
     return dtype in (tl.int8, tl.uint8)
 
 
-class Counters(NamedTuple):
-    """What a tensor's random bits are drawn from: a key and the parameter's position.
-
-    The last three are those of `cm_fused.philox.ShardLayout`.
-    """
-
-    seed: Any
-    param_index: Any
-    step: Any
-    offset: Any
-    length: Any
-    stride: Any
+# What a tensor's random bits are drawn from; the last three are `cm_fused.philox.ShardLayout`'s.
+Counters = namedtuple("Counters", "seed param_index step offset length stride")
 
 
 @triton.jit

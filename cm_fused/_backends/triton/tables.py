@@ -18,7 +18,6 @@ from cm_fused._backends import library
 from cm_fused._backends.capture import is_capturing
 from cm_fused._backends.triton.columns import CHUNK_SIZE, COLUMNS, PARAM_DTYPES, WIDTH
 from cm_fused._bucket import Bucket
-from cm_fused._state.table import KEYS, mask_of
 from cm_fused.philox import WORDS, ShardLayout
 
 # What cm_fused::refresh_table_ returns.
@@ -46,8 +45,13 @@ class Tables:
         self._device = bucket.device
         # Whether what these tables need was uploaded by a graph's capture.
         self.made_in_capture = is_capturing(self._device)
-        self._registered = _registered(bucket) if library.unavailable_reason is None else None
+        self._registered: library.RegisteredState | None = None
+        if library.unavailable_reason is None:
+            lists = bucket.state, bucket.param_indices, bucket.shard_layouts
+            self._registered = library.RegisteredState(*lists)
         self._bucket = bucket
+        # The tables that these replace live as long as these: a graph may go on using them.
+        self._replaced = bucket.registered
         # Whether each four elements of every parameter are four of the whole parameter's with one
         # counter of random bits.
         self.by_fours = all(
@@ -136,10 +140,6 @@ class Tables:
         self.last = table
         return table
 
-    def replaces(self, tables: "Tables") -> None:
-        """Keep for as long as these live what a capture made, for its graph goes on using it."""
-        self._replaced = tables
-
     def _refresh(self, params: list[Tensor], grads: list[Tensor], host: Tensor) -> int:
         if any(map(Tensor.is_neg, params)):
             raise RuntimeError("a parameter must not be a lazy negative")  # which the step names
@@ -152,16 +152,6 @@ class Tables:
             )
             return refreshed
         return _refresh_in_python(params, grads, self._bucket, host)
-
-
-def _registered(bucket: Bucket) -> library.RegisteredState:
-    """Register the state, whose tensors the table's refreshing checks."""
-    return library.RegisteredState(
-        [tensor for key in KEYS for tensor in bucket[key]],
-        mask_of(bucket.state),
-        bucket.param_indices,
-        bucket.shard_layouts,
-    )
 
 
 def _on_host(numbers: Sequence[int]) -> Tensor:

@@ -206,7 +206,7 @@ class RangeStep {
         (tensor_.shard_layout.offset + range_.begin + at) / kWordsPerCounter);
   }
 
-  // The step of kCount vectors at `at` of a block, which are at `in_tile` of a tile, but for the
+  // The step of kCount vectors at `at` of a block, which are at `in_tile` of a tile, except the
   // parameters.
   template <typename item_t, int64_t kCount>
   CM_FUSED_INLINE void step_moments(const Scalars<item_t>& s, const SlotBuffer& buffer,
