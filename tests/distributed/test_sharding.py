@@ -22,8 +22,8 @@ def results(
 ) -> dict[tuple[str, int], str]:
     """Return what became of every case: its traceback, or nothing."""
     folder = tmp_path_factory.mktemp("sharded")
-    is_quick = not any(item.get_closest_marker("slow") for item in request.session.items)
-    which = "quick" if is_quick else "all"
+    has_slow = any(item.get_closest_marker("slow") for item in request.session.items)
+    which = "all" if has_slow else "quick"
     command = [sys.executable, "-m", "tests.support.sharded", str(folder), which]
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
@@ -35,15 +35,15 @@ def results(
     }
 
 
-def _params() -> list[Any]:
-    pairs = [(name, world) for name, case in CASES.items() for world in case.worlds]
-    return [
-        pytest.param(*pair, marks=[pytest.mark.slow] if is_slow(*pair) else []) for pair in pairs
-    ]
+PARAMS: list[Any] = [
+    pytest.param(name, world, marks=[pytest.mark.slow] if is_slow(name, world) else [])
+    for name, case in CASES.items()
+    for world in case.worlds
+]
 
 
 @needs_cpu_backend
-@pytest.mark.parametrize(("name", "world"), _params())
+@pytest.mark.parametrize(("name", "world"), PARAMS)
 def test_case(name: str, world: int, results: dict[tuple[str, int], str]) -> None:
     """Every process runs the case through; its docstring says what it holds."""
     assert not results[name, world], results[name, world]

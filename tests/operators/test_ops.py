@@ -359,11 +359,6 @@ def test_state_is_released_with_its_object() -> None:
         step_([number], [case])
 
 
-def test_capability_is_a_known_one() -> None:
-    """The instruction set in use is one of those compiled."""
-    assert torch.ops.cm_fused.cpu_capability() in ("default", "avx2", "avx512")
-
-
 @pytest.mark.parametrize("table", ["KEYS", "HYPERPARAMETERS"])
 def test_tables_of_another_version(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package and its library must have the same rows and hyperparameters."""

@@ -1486,10 +1486,6 @@ def main(folder: Path, all_worlds: bool) -> None:
     """Run the cases of all numbers of processes; four processes save what fewer load.
 
     They are forks: this process, which has run nothing in threads, has imported everything.
-
-    Args:
-        folder: Where the results go.
-        all_worlds: Whether to run what is slow too: `is_slow`.
     """
     for world in WORLDS:
         names = [name for name in CASES if all_worlds or not is_slow(name, world)]
