@@ -126,7 +126,7 @@ class GradientRelease:
         try:
             group = self._optimizer.param_groups[indices[0]]
             release_checks.check_options([group], indices[0])
-            self._optimizer._step_alone(*indices)
+            self._optimizer._step_one(*indices)
         finally:
             param.grad = None
 

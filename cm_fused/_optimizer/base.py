@@ -198,7 +198,7 @@ class CriticalAdam(CheckpointedOptimizer):
     def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
         """Validate the cached plan or make a new one, and run it.
 
-        `groups` are the param groups, or one with a parameter that is stepped alone. `first` is the
+        `groups` are the param groups, or one with the one parameter that is stepped. `first` is the
         index of their first parameter among the optimizer's.
         """
         plan = cached = plans.find(groups, self.state, self._waiting)
@@ -244,7 +244,7 @@ class CriticalAdam(CheckpointedOptimizer):
             self._take_step(self._plans, self.param_groups)
 
     @torch.no_grad()
-    def _step_alone(self, index: int, position: int) -> None:
+    def _step_one(self, index: int, position: int) -> None:
         """Step a parameter, by its group and position, as a priority scope of its own."""
         group = self.param_groups[index]
         param = group["params"][position]

@@ -254,7 +254,7 @@ def test_a_step_that_fails_at_the_end_leaves_the_rest(monkeypatch: pytest.Monkey
     """The parameters that still waited are not stepped with that gradient, now or later."""
     net, optimizer = _make(_shared)()
     enable_gradient_release(net, optimizer)
-    step_alone, calls = optimizer._step_alone, []
+    step_alone, calls = optimizer._step_one, []
 
     def second_fails(index: int, position: int) -> None:
         calls.append(position)
@@ -262,7 +262,7 @@ def test_a_step_that_fails_at_the_end_leaves_the_rest(monkeypatch: pytest.Monkey
             raise ArithmeticError("of the step")
         step_alone(index, position)
 
-    monkeypatch.setattr(optimizer, "_step_alone", second_fails)
+    monkeypatch.setattr(optimizer, "_step_one", second_fails)
     with pytest.raises(ArithmeticError):
         backward(net, 0)
     assert len(optimizer.state) == 1
