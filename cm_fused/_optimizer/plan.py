@@ -94,6 +94,10 @@ class Plan:
 
     def run_(self) -> None:
         """Take the step of all batches: all is prepared before the first change."""
+        if len(self.batches) == 1 and not self.is_traced:
+            ((backend, batch),) = self.batches
+            backend.prepare(batch)()
+            return
         prepared = [
             traced.prepare(backend, batch) if self.is_traced else backend.prepare(batch)
             for backend, batch in self.batches
