@@ -201,11 +201,12 @@ class CriticalAdam(CheckpointedOptimizer):
         `groups` are the param groups, or one with the one parameter that is stepped. `first` is the
         index of their first parameter among the optimizer's.
         """
-        plan = cached = plans.find(groups, self.state, self._waiting)
-        if plans.on_gpu:
-            _check_graph_capture(self)
+        plan = cached = None
         made: list[tuple[Tensor, State]] = []
         try:
+            plan = cached = plans.find(groups, self.state, self._waiting)
+            if plans.on_gpu:
+                _check_graph_capture(self)
             if plan is None:
                 plan = self._new_plan(plans, groups, first, made)
             elif not plan.checks_itself:

@@ -89,7 +89,7 @@ class Plan:
         return (
             (self.local_params is None or all(map(is_, map(local, self.params), self.local_params)))
             and (self.dtypes is None or self.dtypes == [param.dtype for param in self.params])
-            and all(source.data_ptr() == view.data_ptr() for source, view in self.views)
+            and all(map(_is_view_of, self.views))
         )
 
     def run_(self) -> None:
@@ -136,10 +136,12 @@ class Plans:
         self.processes: Processes | None = None  # those that the parameters are sharded among
         self.on_gpu = False  # whether a parameter is on a CUDA device
         self._plans: dict[tuple[bool, ...], Plan] = {}
-        self._values: list[tuple[Any, ...]] = []
+        self._values: list[tuple[Any, ...]] | None = None
+        self._structure: list[tuple[Any, ...]] = []
         self._lrs: list[float | Tensor] = []
         self._state: Any = None
         self._changes = -1
+        self.kinds: list[bool] = []  # for `cm_fused.compat`: what each group's buffers store
         self._key: tuple[bool, ...] = ()
 
     def find(self, groups: Groups, state: Any, waiting: Set[int] = frozenset()) -> Plan | None:
@@ -178,6 +180,10 @@ class Plans:
         """Give a plan this step's gradients and options."""
         plan.take_gradients([grad for grad in self.grads if grad is not None])
         plan.take_options(self.options)
+
+    def forget(self) -> None:
+        """Forget the plans."""
+        self._plans.clear()
 
     def drop_gradients(self, plan: Plan | None) -> None:
         """Keep no gradient alive."""
@@ -257,24 +263,43 @@ class Plans:
         if len(params) == len(known) and sizes == self.sizes and all(map(is_, params, known)):
             return
         self._plans.clear()
-        self.params, self.sizes = params, sizes
+        # Parameters that are refused are not remembered.
         self.processes = processes(params)
+        self.params, self.sizes = params, sizes
         self.on_gpu = any(param.is_cuda for param in params)
 
     def _read_options(self, groups: Groups) -> None:
         values, lrs = list(map(_options_of, groups)), list(map(_lr_of, groups))
-        if values == self._values:
-            # A tensor is compared by its identity: its value may be on a device.
-            if all(map(is_, lrs, self._lrs)):
-                return
-        else:
-            count = len(_STRUCTURE)
-            if [each[:count] for each in values] != [each[:count] for each in self._values]:
-                self._plans.clear()
-            self._values = values
-        self._lrs = lrs
+        # A learning rate is compared by its identity: a tensor's value may be on a device.
+        if self._values is not None and values == self._values and all(map(is_, lrs, self._lrs)):
+            return
+        # Options that are refused are not remembered.
+        self._values = None
+        structure = [each[: len(_STRUCTURE)] for each in values]
+        if structure != self._structure:
+            self._plans.clear()
         self.options = list(map(step_options, groups))
         self.needs_norm = any(map(needs_norm, groups))
+        self._structure, self._lrs = structure, lrs
+        # What may change in place is read at every step.
+        lasts = all(_lasts(value) for each in values for value in each)
+        if lasts and all(isinstance(lr, (float, int, Tensor)) for lr in lrs):
+            self._values = values
+
+
+def _lasts(value: Any) -> bool:
+    """Return whether an option's value cannot change in place."""
+    if type(value) is tuple:
+        return all(map(_lasts, value))
+    return value is None or type(value) in (bool, int, float, str, torch.dtype)
+
+
+def _is_view_of(pair: tuple[Tensor, Tensor]) -> bool:
+    """Return whether a view as pairs of reals is still that of its complex tensor."""
+    source, view = pair
+    same_memory = source.data_ptr() == view.data_ptr() and source.shape == view.shape[:-1]
+    strides = tuple(2 * stride for stride in source.stride())
+    return same_memory and strides == view.stride()[:-1] and not source.is_conj()
 
 
 def _rank_of(backend: Backend) -> tuple[bool, bool]:

@@ -35,7 +35,7 @@ from cm_fused._distributed import Processes, is_sharded, local_grad
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import check_number
 from cm_fused._optimizer.norms import sq_norms_of_buckets
-from cm_fused._optimizer.plan import Groups, Member, Plan, view_as_real_
+from cm_fused._optimizer.plan import Groups, Member, Plan, Plans, view_as_real_
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import NAMES, convert_state_dict, read_checkpoint
 from cm_fused.philox import Stream, random_words
@@ -137,6 +137,13 @@ class _ResearchAdam(CriticalAdam):
             if id(param) not in started
         }
 
+    def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
+        kinds = [self._stores_gradients(group) for group in groups]
+        if kinds != plans.kinds:
+            plans.forget()
+            plans.kinds = kinds
+        super()._take_step(plans, groups, first)
+
     def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if groups is self.param_groups and any(map(self._first_timers, groups)):
             self._check(groups, None)
@@ -200,7 +207,8 @@ class _ResearchAdam(CriticalAdam):
     def _started(self) -> set[int]:
         """Return the ids of the parameters that have taken a step."""
         state: Any = self.state
-        count = state.changes.count if isinstance(state, OptimizerState) else None
+        counts = isinstance(state, OptimizerState) and all(map(state.counts, state))
+        count = state.changes.count if counts else None
         if count is None or self._started_at != (id(state), count):
             self._started_ids = {id(param) for param, values in state.items() if "step" in values}
             self._started_at = id(state), count
