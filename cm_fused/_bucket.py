@@ -30,10 +30,10 @@ class StepOptions(NamedTuple):
     decoupled_weight_decay: bool
     low_precision_update: str
     seed: int
-    # Of `cm_fused.compat`: the L2 term of critical gradients is added to the aggregate alone, so
+    # For `cm_fused.compat`: the L2 term of critical gradients is added to the aggregate alone, so
     # that neither norms nor slots have it.
     l2_in_aggregate: bool = False
-    # Of `cm_fused.compat`: a group's key is the sum of its parameters' norms, not that of them all.
+    # For `cm_fused.compat`: a group's key is the sum of its parameters' norms, not the norm of all.
     sum_of_norms: bool = False
     # What every gradient is multiplied by before all else, float64 (); None for 1.
     grad_factor: Tensor | None = None

@@ -26,8 +26,8 @@ ARCHITECTURES = (80, 90, 100)
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# Of every architecture here: registers of a multiprocessor's quarter, how many a warp is given at a
-# time, and the warps a quarter holds.
+# Every architecture here has these: registers of a multiprocessor's quarter, how many a warp is
+# given at a time, and the warps a quarter holds.
 _QUARTERS = 4
 _QUARTER_REGISTERS = 16384
 _REGISTER_UNIT = 256

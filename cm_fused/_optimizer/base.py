@@ -110,7 +110,7 @@ class CriticalAdam(CheckpointedOptimizer):
         self._plans = Plans()
         # The plans of captured graphs, which go on using what their buckets have.
         self._captured_plans: list[Plan] = []
-        # Of a step whose norms other processes are still adding to: its plan, the norms, the work.
+        # A step whose norms other processes are still adding to: its plan, the norms, the work.
         self._pending: tuple[Plan, Tensor, Any] | None = None
         # The plans of parameters that are stepped inside backward, by parameter.
         self._single_plans: dict[int, tuple[Plans, int]] = {}

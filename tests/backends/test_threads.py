@@ -21,7 +21,7 @@ pytestmark = needs_cpu_backend
 
 Kind = type[AdamCM | AdamCG]
 Made = tuple[list[Tensor], AdamCM | AdamCG]
-# Of the parameters; the first is several chunks, which threads share.
+# The parameters' shapes; the first is several chunks, which threads share.
 SIZES = (40_000, 17, 333)
 MIB = 2**20
 

@@ -122,7 +122,7 @@ def _codes_and_values(stored: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 def _check(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Check that stored values are equal, but for a few that are neighbours; float32's nearly."""
+    """Check that stored values are equal, except a few that are neighbours; float32's nearly."""
     actual, expected = actual.cpu(), expected.cpu()
     assert actual.dtype == expected.dtype, what
     if actual.dtype in (torch.float32, torch.int64):

@@ -86,7 +86,7 @@ def run_case(seed: int) -> str:
 
 def _damage(case: Sample, chance: random.Random, cached: bool) -> bool:
     """Damage one thing; return whether a call still has the result from before."""
-    # What is registered is what was handed over, but for what happens to it in place.
+    # A registered state is what was handed over, except for what happens to it in place.
     lists = {"params": case.params, "grads": case.grads} if cached else case.lists()
     tensors = chance.choice([*(case.lists() if chance.random() < 0.3 else lists).values()])
     if not tensors or any(map(torch._is_zerotensor, tensors)):

@@ -127,7 +127,7 @@ def _says(value: float) -> str:
 
 
 FLUSHED = (*STEPS, "flush")
-# Of each list: the operators that look at it, and what may be wrong.
+# For each list the operators that look at it, and what may be wrong.
 _TABLE: dict[str, tuple[tuple[str, ...], tuple[Damage, ...]]] = {
     "params": (STEPS, (*ANY[1:], *PARAM)),
     "grads": ((*STEPS, "sq_norms"), (*ANY, *SHAPED)),

@@ -1089,7 +1089,7 @@ HALF_CODE = {"torch.int8": 0.5 / 127 + 1e-6, "torch.float8_e4m3fn": 16 / 448 + 1
 
 
 def _tensors(state: dict[str, Any]) -> dict[tuple[str, str], Tensor]:
-    """Return parameters and an optimizer's state, but for what follows from it."""
+    """Return parameters and an optimizer's state, except what follows from it."""
     params = {(name, "param"): value for name, value in state["model"].items()}
     keys = ("exp_avg", "exp_avg_sq", "critical_buffer", "priorities", "step")
     states = state["optimizer"]["state"]

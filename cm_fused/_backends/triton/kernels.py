@@ -311,7 +311,7 @@ def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
 def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
     """Set the running sum of a chunk to the sum of its slots, in slot order.
 
-    The momentum that is to be committed takes its slot's place; a gradient is not there yet.
+    A pending momentum takes its slot's place; a gradient is not there yet.
     """
     BLOCK: tl.constexpr = V.BLOCK
     for begin in range(0, CHUNK_SIZE if V.FULL else count, BLOCK):

@@ -31,7 +31,7 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# Of state that is stored otherwise than it is computed with; 8-bit floats as their bytes.
+# State that is stored otherwise than it is computed with; 8-bit floats as their bytes.
 STORED_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
