@@ -253,13 +253,13 @@ def no_gradients_at_all(_: Path) -> None:
 def _counted_sums() -> Iterator[list[Any]]:
     """Record the sums over processes that are started."""
     calls: list[Any] = []
-    original = dist.all_reduce
+    original = dist.all_gather
 
-    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def all_gather(every: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append((tensor.numel(), kwargs.get("async_op", False)))
-        return original(tensor, *args, **kwargs)
+        return original(every, tensor, *args, **kwargs)
 
-    with mock.patch.object(dist, "all_reduce", all_reduce):
+    with mock.patch.object(dist, "all_gather", all_gather):
         yield calls
 
 
