@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <numeric>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -89,8 +88,12 @@ void Pass::add_up(const BucketStep& bucket, size_t first_chunk, double* sums) co
   auto next = results_.begin() + static_cast<int64_t>(first_chunk);
   for (const auto& tensor : bucket) {
     const auto end = next + count_chunks(tensor);
-    *sums++ = std::accumulate(next, end, 0.0);
-    next = end;
+    CompensatedSum<double> sum;
+    for (; next != end; ++next) {
+      sum.add(next->sum);
+      sum.error += next->error;
+    }
+    *sums++ = sum.total();
   }
 }
 

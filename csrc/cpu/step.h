@@ -23,12 +23,17 @@
 
 #include "../core/param_data.h"
 #include "../priority/priority.h"
+#include "compensated_sum.h"
 
 namespace cm_fused {
 
 // Elements per chunk: the unit of work a thread takes, of a partial norm, and of a running sum's
 // rebuilding. Part of the definition of the norms' bits; a multiple of kBlockSize.
 inline constexpr int64_t kChunkSize = 16384;
+
+// Elements of a partial norm of float64 gradients: the Triton step's CHUNK_SIZE. Its sum is rounded
+// once, so that both passes clip by the same norm.
+inline constexpr int64_t kNormSize = 4096;
 
 // Elements that are asked for ahead at a time, a cache line of the narrowest stream, and those that
 // the norms' pass takes at a time.
@@ -37,7 +42,8 @@ inline constexpr int64_t kBlockSize = 64;
 // A block of what is scaled or rounded stochastically: as many elements as share a scale, or as
 // random bits are made at a time.
 inline constexpr int64_t kLargestBlock = kScaleBlock;
-static_assert(kLargestBlock % kBlockSize == 0 && kChunkSize % kLargestBlock == 0);
+static_assert(kLargestBlock % kBlockSize == 0 && kNormSize % kLargestBlock == 0);
+static_assert(kChunkSize % kNormSize == 0);
 
 // Elements ahead of which a step asks for its streams, into the second-level cache: 384, 512, 640,
 // 1024, 1536 took 1.83, 1.52, 1.63, 1.54, 1.69; without asking 1.76; into the first level, where
@@ -99,7 +105,8 @@ struct StepOptions {
 
 // Works on chunk `chunk` of one tensor. Returns the chunk's sum of g^2 where it reads g for that,
 // else 0.
-using ChunkKernel = double (*)(const TensorStep&, const StepOptions&, int64_t chunk);
+using ChunkKernel = CompensatedSum<double> (*)(
+    const TensorStep&, const StepOptions&, int64_t chunk);
 
 // The functions compiled once per instruction set.
 struct Kernels {

@@ -31,8 +31,7 @@ class Pass {
   // they to be taken one after the other.
   void run(ChunkKernel kernel, bool one_by_one = false);
 
-  // Adds up the results of each of a bucket's tensors, in the order of its chunks, into `sums`, one
-  // for each tensor.
+  // Adds up the results of each of a bucket's tensors into `sums`, one for each tensor.
   void add_up(const BucketStep& bucket, size_t first_chunk, double* sums) const;
 
  private:
@@ -58,7 +57,7 @@ class Pass {
   void take_all_(ChunkKernel kernel, Share& share);
 
   std::vector<Chunk> chunks_;
-  std::vector<double> results_;
+  std::vector<CompensatedSum<double>> results_;
   std::unique_ptr<Share[]> shares_;
   int64_t num_threads_ = 0;
   int64_t numel_ = 0;

@@ -7,9 +7,8 @@ steps than the first rebuild of a running sum takes, and not in float64.
 Every case here has a rebuild of each running sum, a gradient of zeros, elements of -0 and a
 gradient that is not finite. NaNs are compared as such: their bits are the machine's.
 
-The order of a norm's sum differs between the passes. Its last bits, in float64, do not show in
-priorities, which are float32, but in float64 parameters clipped by it: clipped gradients are here
-such that their squares have an exact sum.
+The passes add a norm's squares up in different orders. In float64 parameters clipped by it every bit
+of the norm shows: older cases had gradients whose squares have an exact sum.
 """
 
 import itertools
@@ -116,8 +115,6 @@ class Case:
         for step, scale in zip(range(steps), itertools.cycle((1.0, 0.5, 2.0, 0.0, 0.25, 4.0))):
             grads = [normal_like(param, scale, source) for param in params]
             for grad in map(real, grads):
-                if "max_grad_norm" in self.options:
-                    grad.mul_(16).round_().div_(16)
                 grad.view(-1)[0] = -0.0
                 if step == steps - 2:
                     grad.view(-1)[-1] = torch.inf if len(grad) % 2 else torch.nan
@@ -153,8 +150,12 @@ def _cases() -> list[Case]:
         for update in UPDATES
     ]
     cases += [Case(cls, {}, lengths=(length,)) for cls in BUFFERS for length in LENGTHS]
-    clipped = {"max_grad_norm": 0.5}
-    cases += [Case(cls, clipped, torch.float64) for cls in BUFFERS]
+    clipped = {"max_grad_norm": 0.5, "weight_decay": 0.1, "capacity": 1}
+    cases += [
+        Case(cls, clipped, torch.float64, lengths)
+        for cls in BUFFERS
+        for lengths in (TAILS, LENGTHS, (CHUNK_SIZE + 3,))
+    ]
     return cases
 
 

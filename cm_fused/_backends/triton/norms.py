@@ -24,6 +24,34 @@ from cm_fused._backends.triton.common import (
 
 
 @triton.jit
+def _two_sum(a, b):
+    """Return a + b and what its rounding left out (Knuth)."""
+    total = a + b
+    added = total - a
+    return total, (a - (total - added)) + (b - added)
+
+
+@triton.constexpr_function
+def _log2(size):
+    return size.bit_length() - 1
+
+
+@triton.jit
+def _compensated_total(sums, errors, SIZE: tl.constexpr):
+    """Return the sum of a block with its errors, rounded once, so that its order does not matter.
+
+    csrc/cpu/compensated_sum.h adds up in another order, and has the same bits.
+    """
+    error = tl.sum(errors)
+    for level in tl.static_range(1, _log2(SIZE) + 1):
+        left, right = tl.split(tl.reshape(sums, (SIZE >> level, 2)))
+        sums, rounded = _two_sum(left, right)
+        error += tl.sum(rounded)
+    total = tl.sum(sums)
+    return tl.where(tl.abs(total) < float("inf"), total + error, total)
+
+
+@triton.jit
 def _sq_norm_of_chunk(
     row_ptr,
     chunk_sq_norm_ptr,
@@ -39,15 +67,24 @@ def _sq_norm_of_chunk(
     grad_ptr = at(pointer(row_ptr, "grad", PARAM_DTYPE), start, FULL)
     BLOCK: tl.constexpr = FULL_BLOCK if FULL else TAIL_BLOCK
     decays = spread(l2, BLOCK) != 0
-    squares = tl.zeros((THREADS,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK if STATE_DTYPE == tl.float64 else THREADS,), dtype=tl.float64)
+    errors = tl.zeros((BLOCK,), dtype=tl.float64)
     for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
         # Without weight decay there is no need to read the parameter.
         param = tl.load(param_ptr + offsets, mask=mask & decays, other=0.0).to(STATE_DTYPE)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
-        squares += sum_squares(effective_gradient(grad, param, factor, l2), BLOCK)
-    tl.store(chunk_sq_norm_ptr, tl.sum(squares))
+        g = effective_gradient(grad, param, factor, l2)
+        if STATE_DTYPE == tl.float64:
+            squares, error = _two_sum(squares, g * g)
+            errors += error
+        else:
+            squares += sum_squares(g, BLOCK)
+    if STATE_DTYPE == tl.float64:
+        tl.store(chunk_sq_norm_ptr, _compensated_total(squares, errors, BLOCK))
+    else:
+        tl.store(chunk_sq_norm_ptr, tl.sum(squares))
 
 
 @entry
@@ -84,14 +121,18 @@ def sq_norm_kernel(
 
 @triton.jit
 def _sum_of_chunks(row_ptr, chunk_sq_norms_ptr):
-    """Return the sum of g^2 of a row's tensor, float64."""
+    """Return the sum of g^2 of a row's tensor, float64, rounded once."""
     first = cell(row_ptr, "first_chunk")
     num_chunks = cell(row_ptr, "num_chunks")
-    sums = tl.zeros((FULL_BLOCK,), dtype=tl.float64)
-    for begin in range(0, num_chunks, FULL_BLOCK):
-        offsets = begin + tl.arange(0, FULL_BLOCK)
-        sums += tl.load(chunk_sq_norms_ptr + first + offsets, mask=offsets < num_chunks, other=0.0)
-    return tl.sum(sums)
+    sums = tl.zeros((TAIL_BLOCK,), dtype=tl.float64)
+    errors = tl.zeros((TAIL_BLOCK,), dtype=tl.float64)
+    for begin in range(0, num_chunks, TAIL_BLOCK):
+        offsets = begin + tl.arange(0, TAIL_BLOCK)
+        mask = offsets < num_chunks
+        chunk = tl.load(chunk_sq_norms_ptr + first + offsets, mask=mask, other=0.0)
+        sums, error = _two_sum(sums, chunk)
+        errors += error
+    return _compensated_total(sums, errors, TAIL_BLOCK)
 
 
 @entry

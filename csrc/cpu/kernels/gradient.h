@@ -122,3 +122,33 @@ class SquareSum {
 
   Doubles lanes_[kVectors] = {};
 };
+
+// The sum of the squares of float64 gradients, in any order.
+class CompensatedSquareSum {
+ public:
+  CM_FUSED_INLINE void add(const double* g, int64_t n) {
+    int64_t i = 0;
+    for (; i + kWidth<Doubles> <= n; i += kWidth<Doubles>) {
+      const auto values = load_vector<Doubles>(g + i);
+      lanes_.add(values * values);
+    }
+    for (; i < n; ++i) {
+      rest_.add(g[i] * g[i]);
+    }
+  }
+
+  double total() const {
+    CompensatedSum<double> all = rest_;
+    for (int64_t lane = 0; lane < kWidth<Doubles>; ++lane) {
+      all.add(lanes_.sum[lane]);
+      all.error += lanes_.error[lane];
+    }
+    return all.total();
+  }
+
+ private:
+  using Doubles = Vector<double>;
+
+  CompensatedSum<Doubles> lanes_;
+  CompensatedSum<double> rest_;
+};

@@ -51,7 +51,7 @@ class ChunkStep {
         copies_(tensor, options) {}
 
   // Returns the sum of g^2, of critical momenta.
-  double run() {
+  CompensatedSum<double> run() {
     // A block at a time of what is copied, or has its words made elsewhere.
     const bool rounds_moments = tensor_.moment_dtype != StoredDtype::kUnchanged;
     const bool by_blocks = copies_.are_needed() || (rounds_moments && !makes_words_by_tiles());
@@ -60,7 +60,7 @@ class ChunkStep {
     for (int64_t begin = chunk_ * kChunkSize; begin < end; begin += size) {
       step(begin, std::min(size, end - begin));
     }
-    return squares_.total();
+    return {squares_.total()};
   }
 
  private:
@@ -156,15 +156,16 @@ class ChunkStep {
   alignas(64) uint32_t words_[kLargestBlock];
 };
 
+// The sum of g^2 of elements from `begin` to `end`, which is rounded once of float64.
 template <typename state_t>
-double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
+double sq_norm_part(
+    const TensorStep& tensor, const StepOptions& options, int64_t begin, int64_t end) {
   alignas(64) state_t grad_scratch[kLargestBlock];
   alignas(64) state_t param_scratch[kLargestBlock];
   const Gradients<state_t> gradients(options);
-  SquareSum squares;
-  const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
-  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
-    const int64_t n = std::min(kLargestBlock, chunk_end - begin);
+  std::conditional_t<std::is_same_v<state_t, double>, CompensatedSquareSum, SquareSum> squares;
+  for (; begin < end; begin += kLargestBlock) {
+    const int64_t n = std::min(kLargestBlock, end - begin);
     const state_t* g = nullptr;
     const state_t* param = nullptr;
     with_param_type<state_t>(tensor.dtype, [&](auto type) {
@@ -179,6 +180,18 @@ double sq_norm_chunk(const TensorStep& tensor, const StepOptions& options, int64
     squares.add(gradients.effective(g, param, n, grad_scratch), n);
   }
   return squares.total();
+}
+
+template <typename state_t>
+CompensatedSum<double> sq_norm_chunk(
+    const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
+  const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
+  CompensatedSum<double> sum;
+  for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kNormSize) {
+    const int64_t end = std::min(begin + kNormSize, chunk_end);
+    sum.add(sq_norm_part<state_t>(tensor, options, begin, end));
+  }
+  return sum;
 }
 
 // A block of exp_avg in the update's type.
@@ -200,7 +213,7 @@ inline const state_t* exp_avg_block(
 
 // Only the deferred commit of a chunk.
 template <typename state_t>
-double commit_chunk(const TensorStep& tensor, int64_t chunk) {
+CompensatedSum<double> commit_chunk(const TensorStep& tensor, int64_t chunk) {
   alignas(64) state_t scratch[kLargestBlock];
   const int64_t chunk_end = std::min((chunk + 1) * kChunkSize, tensor.numel);
   for (int64_t begin = chunk * kChunkSize; begin < chunk_end; begin += kLargestBlock) {
@@ -221,28 +234,29 @@ double commit_chunk(const TensorStep& tensor, int64_t chunk) {
       }
     });
   }
-  return 0.0;
+  return {};
 }
 
 // Calls visit with a value of the state's type.
 template <typename Visit>
-inline double with_state_type(ParamDtype dtype, Visit visit) {
+inline CompensatedSum<double> with_state_type(ParamDtype dtype, Visit visit) {
   return dtype == ParamDtype::kFloat64 ? visit(double{}) : visit(float{});
 }
 
 template <bool kCriticalGradients>
-double step(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
+CompensatedSum<double> step(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
   return with_state_type(tensor.dtype, [&](auto state) {
     return ChunkStep<decltype(state)>(tensor, options, kCriticalGradients, chunk).run();
   });
 }
 
-double sq_norm(const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
+CompensatedSum<double> sq_norm(
+    const TensorStep& tensor, const StepOptions& options, int64_t chunk) {
   return with_state_type(tensor.dtype,
       [&](auto state) { return sq_norm_chunk<decltype(state)>(tensor, options, chunk); });
 }
 
-double commit(const TensorStep& tensor, const StepOptions&, int64_t chunk) {
+CompensatedSum<double> commit(const TensorStep& tensor, const StepOptions&, int64_t chunk) {
   return with_state_type(
       tensor.dtype, [&](auto state) { return commit_chunk<decltype(state)>(tensor, chunk); });
 }
