@@ -7,11 +7,12 @@ steps than the first rebuild of a running sum takes, and not in float64.
 Every case here has a rebuild of each running sum, a gradient of zeros, elements of -0 and a
 gradient that is not finite. NaNs are compared as such: their bits are the machine's.
 
-The passes add a norm's squares up in different orders. In float64 parameters clipped by it every bit
-of the norm shows: older cases had gradients whose squares have an exact sum.
+The passes add a norm's squares up in different orders. Every bit of the norm shows in float64
+parameters clipped by it: older cases had gradients whose squares have an exact sum.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,17 +22,21 @@ import torch
 from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM
+from cm_fused._backends.select import select
 from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.cases import (
     CHUNK,
     device_of,
+    make_bucket,
     make_params,
     needs_cpu_backend,
     needs_triton,
     normal_like,
     real,
+    step_options,
 )
+from tests.support.oracle import Options
 
 DEVICE = device_of("triton")
 pytestmark = [
@@ -248,6 +253,24 @@ def _run(case: Case) -> None:
 def test_each(case: Case) -> None:
     """Each class with each option away from its default, each dtype and each capacity."""
     _run(case)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_norms_of_float64_are_rounded_once(seed: int) -> None:
+    """The squares of a chunk add up as real numbers do, and so do the chunks.
+
+    A sum's order shows in few norms: the runs above need not meet one.
+    """
+    params = make_params([(length,) for length in (*TAILS, *LENGTHS)], torch.float64, seed=seed)
+    chunks = [param.detach().square().split(CHUNK_SIZE) for param in params]
+    expected = [math.fsum(math.fsum(chunk.tolist()) for chunk in parts) for parts in chunks]
+    for backend in ("cpu", "triton"):
+        bucket = make_bucket(
+            [param.to(device_of(backend)) for param in params], Options(), fused=True
+        )
+        bucket.grads = bucket.params
+        sums = select(backend, bucket.device).sq_norms(bucket, step_options(Options()))
+        assert sums.tolist() == expected, backend
 
 
 @pytest.mark.slow
