@@ -52,6 +52,7 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
     )
 
 
+# The fields that are options of a group by the same name: "eps" to "seed".
 _OF_GROUP = StepOptions._fields[3:13]
 
 
@@ -93,7 +94,7 @@ class Bucket:
     grads: list[Tensor]  # never changed; shape and dtype of their parameter, any strides
     state: dict[str, list[Tensor]]  # changed; by the keys of `cm_fused._state.table` there are
     # The index of each parameter among the optimizer's, the key of its random bits; empty where the
-    # bucket is all there is.
+    # bucket has all of them, in order.
     param_indices: list[int] = field(default_factory=list)
     # Where each parameter's elements lie in the full parameter, which keys their random bits: the
     # three numbers of `cm_fused.philox.ShardLayout` for each; empty where all are full.
@@ -161,9 +162,9 @@ class Batch:
 
 
 def over_scope(sq_norms: Tensor, options: StepOptions) -> Tensor:
-    """Return the sums of squares over the priority scope, where there is no more to the group.
+    """Return the sums of squares over the priority scope, for a bucket that is all of its group.
 
-    Given those of each parameter, float64 (params,).
+    `sq_norms` has each parameter's, float64 (params,); the scope "tensor" takes them as they are.
     """
     if options.priority_scope == "tensor":
         return sq_norms

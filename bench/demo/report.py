@@ -57,7 +57,8 @@ def select(runs: Sequence[Run], task: Task, contender: str) -> list[Run]:
     return [run for run in runs if (run.job.task, run.job.contender) == (task.name, contender)]
 
 
-def _mean_and_spread(values: Sequence[float], digits: int) -> str:
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Return the mean, and of several values their standard deviation."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
@@ -89,9 +90,9 @@ def results_table(runs: Sequence[Run], ratios: Mapping[str, Mapping[str, float]]
                     task.name,
                     label,
                     f"{chosen[0].job.lr:g}",
-                    _mean_and_spread([run.train_loss for run in chosen], 4),
-                    _mean_and_spread([run.val_losses[-1] for run in chosen], 4),
-                    f"{task.score_name} {_mean_and_spread([run.score for run in chosen], 2)}",
+                    mean_and_spread([run.train_loss for run in chosen], 4),
+                    mean_and_spread([run.val_losses[-1] for run in chosen], 4),
+                    f"{task.score_name} {mean_and_spread([run.score for run in chosen], 2)}",
                     f"{ratios[task.name][label]:.2f}",
                     f"{chosen[0].state_bytes:.1f}",
                 )

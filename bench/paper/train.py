@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
 
-from bench.demo.report import align
+from bench.demo.report import align, mean_and_spread
 from bench.paper.contenders import SYSTEMS, VARIED, Hyperparameters
 from bench.paper.sweep import Config, Run, run_all
 from bench.paper.tasks import TASKS
@@ -112,8 +112,7 @@ def _as_text(config: Config) -> str:
 def _mean_and_spread(values: Sequence[float], digits: int) -> str:
     if not all(map(math.isfinite, values)):
         return f"diverged in {sum(not math.isfinite(value) for value in values)}"
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
+    return mean_and_spread(values, digits)
 
 
 def save_curves(runs: Sequence[Run], path: Path) -> None:

@@ -12,13 +12,7 @@ Campaign = Callable[[], Finding]
 # Those that take longest come first.
 _OWN = (kill.run, drift.run, scale.many, scale.large, damage.run, damage.files)
 # `make test` is the quick run of these.
-_OF_TESTS = (
-    more_cases.random_use,
-    more_cases.magnitudes,
-    more_cases.memory,
-    more_cases.threads,
-    more_cases.forks,
-)
+_OF_TESTS = tuple(partial(more_cases.run, *campaign) for campaign in more_cases.CAMPAIGNS)
 
 
 def campaigns(quick: bool) -> list[Campaign]:

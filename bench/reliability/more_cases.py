@@ -11,54 +11,44 @@ from bench.reliability.finding import Finding, require
 ROOT = Path(__file__).parents[2]
 
 
-def random_use() -> Finding:
-    """Use the API at random."""
-    return Finding(
+# What a campaign is called, its test, what one case is, and what held in every case.
+CAMPAIGNS = (
+    (
         "random use",
-        _cases("tests/optimizer/test_fuzz.py::test_random_use"),
+        "tests/optimizer/test_fuzz.py::test_random_use",
         "transitions of state machines",
         "the reference's parameters and state, and the bits of a run that is not disturbed",
-    )
-
-
-def magnitudes() -> Finding:
-    """Try powers of two from the smallest denormal on, in each position."""
-    return Finding(
+    ),
+    (
         "magnitudes",
-        _cases("tests/optimizer/test_numbers.py::test_any_magnitude_in_any_position"),
+        "tests/optimizer/test_numbers.py::test_any_magnitude_in_any_position",
         "gradients of 2^-149 to 2^127 in each position",
         "the key is the norm, parameters are finite",
-    )
-
-
-def memory() -> Finding:
-    """Look at the resident memory."""
-    return Finding(
+    ),
+    (
         "memory",
-        _cases("tests/backends/test_threads.py::test_steps_keep_no_memory"),
+        "tests/backends/test_threads.py::test_steps_keep_no_memory",
         "steps: plain, with state dicts saved, with gradients that come and go",
         "resident memory within 1 MiB, no object kept",
-    )
-
-
-def threads() -> Finding:
-    """Step in threads."""
-    return Finding(
+    ),
+    (
         "threads",
-        _cases("tests/backends/test_threads.py::test_threads_step_their_own_optimizers"),
+        "tests/backends/test_threads.py::test_threads_step_their_own_optimizers",
         "steps in 4 threads",
         "the bits of one after the other, of parameters and state",
-    )
-
-
-def forks() -> Finding:
-    """Step in forked processes."""
-    return Finding(
+    ),
+    (
         "forks",
-        _cases("tests/backends/test_threads.py::test_forked_processes_step"),
+        "tests/backends/test_threads.py::test_forked_processes_step",
         "forked processes that step",
         "the bits of the parent's steps",
-    )
+    ),
+)
+
+
+def run(campaign: str, test: str, what: str, result: str) -> Finding:
+    """Run one of `CAMPAIGNS`."""
+    return Finding(campaign, _cases(test), what, result)
 
 
 def _cases(test: str) -> int:

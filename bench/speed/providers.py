@@ -125,8 +125,7 @@ def _adamw(
     make: Callable[[list[Parameter]], AdamW], params: list[Parameter], regime: Regime
 ) -> Contestant:
     optimizer = make(params)
-    optimizer.step()
-    return Contestant(optimizer.step, priorities=[])
+    return Contestant(_prepared(optimizer), priorities=[])
 
 
 def _critical(
@@ -139,31 +138,16 @@ def _critical(
     optimizer = make(
         params, capacity=capacity, priority_decay=regime.priority_decay, backend=backend
     )
+    step = _prepared(optimizer)
+    return Contestant(step, [state["priorities"] for state in optimizer.state.values()])
+
+
+def _prepared(optimizer: Optimizer) -> Callable[[], object]:
+    """Have the state made; return the step, or the replay of its graph if it is capturable."""
+    if optimizer.defaults["capturable"]:
+        return _captured(optimizer)
     optimizer.step()
-    return Contestant(optimizer.step, _priorities(optimizer))
-
-
-def _captured_adamw(params: list[Parameter], regime: Regime) -> Contestant:
-    optimizer = AdamW(params, fused=True, capturable=True)
-    return Contestant(_captured(optimizer), priorities=[])
-
-
-def _captured_critical(
-    optimizer_class: type[AdamCM | AdamCG],
-    capacity: int,
-    backend: str,
-    params: list[Parameter],
-    regime: Regime,
-) -> Contestant:
-    optimizer = optimizer_class(
-        params,
-        capacity=capacity,
-        priority_decay=regime.priority_decay,
-        capturable=True,
-        backend=backend,
-    )
-    replay = _captured(optimizer)
-    return Contestant(replay, _priorities(optimizer))
+    return optimizer.step
 
 
 def _captured(optimizer: Optimizer) -> Callable[[], object]:
@@ -185,10 +169,6 @@ def _captured(optimizer: Optimizer) -> Callable[[], object]:
     # The graph reads what the optimizer holds.
     replay.optimizer = optimizer  # type: ignore[attr-defined]
     return replay
-
-
-def _priorities(optimizer: Optimizer) -> list[Tensor]:
-    return [state["priorities"] for state in optimizer.state.values()]
 
 
 def _compiled(capacity: int, params: list[Parameter], regime: Regime) -> Contestant:
@@ -244,11 +224,12 @@ def _rounded(
 
 def _captured_fused(capacity: int, device: str) -> Provider:
     fused = _fused(AdamCM, capacity, device)
+    make = partial(AdamCM, capturable=True)
     return replace(
         fused,
         name=f"{fused.name} graph",
         what=f"replay of a CUDA graph of {fused.what[:-1]}, capturable=True)",
-        make=partial(_captured_critical, AdamCM, capacity, BACKENDS[device]),
+        make=partial(_critical, make, capacity, BACKENDS[device]),
     )
 
 
@@ -274,7 +255,7 @@ _ADAMW_FOREACH = Provider(
 _ADAMW_GRAPH = Provider(
     "AdamW fused graph",
     "replay of a CUDA graph of torch.optim.AdamW(fused=True, capturable=True)",
-    _captured_adamw,
+    partial(_adamw, partial(AdamW, fused=True, capturable=True)),
     lambda admits: byte_model.adamw_fused(),
     (NO_BUFFER,),
     state_copies=2,

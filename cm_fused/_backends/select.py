@@ -19,8 +19,8 @@ from cm_fused._warnings import warn
 class Backend:
     """One implementation of the steps that `cm_fused.reference` defines.
 
-    A batch's step is taken whole or, where it raises, not at all: with the reference this is
-    `cm_fused._backends.eager.Undo`'s doing.
+    A batch's step is taken whole or, where it raises, not at all. For the reference
+    `cm_fused._backends.eager.Undo` sees to that.
     """
 
     name: str  # the value of the `backend` option that asks for it
@@ -32,7 +32,7 @@ class Backend:
     update_priorities_: Callable[[Batch], None]  # once the norms are known
     # The sum of the squares of each of a bucket's gradients, float64 (params,).
     sq_norms: Callable[[Bucket, StepOptions], Tensor]
-    describe: Callable[[torch.device], str]  # what of it is at work on a device, for `repr`
+    describe: Callable[[torch.device], str]  # names what steps on a device, for `repr`
     is_fused: bool  # whether it keeps the state of `cm_fused._state.table.fused_keys`
     checks_lists: bool  # whether a registered step checks the lists before it changes anything
 
@@ -41,7 +41,7 @@ def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
     """Return the backend that a module implements."""
     return Backend(
         name,
-        # Others prepare nothing: the Triton backend makes its tables at a bucket's first launch.
+        # The others register nothing: the Triton backend makes tables at a bucket's first launch.
         getattr(module, "register", lambda batch: None),
         module.prepare,
         module.update_,

@@ -36,9 +36,9 @@ class CriticalAdam(CheckpointedOptimizer):
     """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
 
     _critical_gradients: ClassVar[bool]
-    # What steps the parameters inside backward: belongs to the process, never copied.
+    # Steps the parameters inside backward, if enabled. It belongs to the process: no copy has it.
     _release: Release | None = None
-    # The ids of parameters that take no part in a step although they have gradients.
+    # For `cm_fused.compat`: ids of parameters that take no part although they have gradients.
     _waiting: Set[int] = frozenset()
 
     def __init_subclass__(cls, defaults: dict[str, Any] | None = None, **arguments: Any) -> None:
@@ -50,7 +50,7 @@ class CriticalAdam(CheckpointedOptimizer):
         if "__init__" in cls.__dict__:
             return
         base = cls.__init__
-        if not isinstance(base, FunctionType):  # of a base that is not Python's
+        if not isinstance(base, FunctionType):  # it is not written in Python
             return
         own = FunctionType(
             base.__code__, base.__globals__, "__init__", base.__defaults__, base.__closure__
@@ -95,7 +95,7 @@ class CriticalAdam(CheckpointedOptimizer):
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
     ) -> None:
-        # So far the names are the arguments, and what every method has.
+        # Before any other name is set, these are the arguments and what every method has.
         arguments = dict(locals())
         for name in ("self", "params", "__class__"):
             del arguments[name]
@@ -106,13 +106,14 @@ class CriticalAdam(CheckpointedOptimizer):
         self._forget_plans()
 
     def _forget_plans(self) -> None:
-        """Have nothing prepared for the next step."""
+        """Drop all that is prepared for later steps."""
         self._plans = Plans()
-        # The plans of captured graphs, which go on using what their buckets have.
+        # The plans of captured steps: the graphs go on using the tensors of their buckets.
         self._captured_plans: list[Plan] = []
-        # A step whose norms other processes are still adding to: its plan, the norms, the work.
+        # A step whose norms are still being summed over processes: its plan, the sums, the work.
         self._pending: tuple[Plan, Tensor, Any] | None = None
-        # The plans of parameters that are stepped inside backward, by parameter.
+        # The plans of parameters that are stepped inside backward, by the parameter's id, each with
+        # the parameter's index among the optimizer's.
         self._single_plans: dict[int, tuple[Plans, int]] = {}
 
     @property
@@ -178,13 +179,13 @@ class CriticalAdam(CheckpointedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._release is not None:
+        if self._release is not None:  # the parameters have been stepped inside backward
             return loss
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 self._traced_step()
             return loss
-        # As torch.no_grad, which is five calls.
+        # What torch.no_grad does, which would cost five Python calls a step.
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
@@ -202,20 +203,21 @@ class CriticalAdam(CheckpointedOptimizer):
         index of their first parameter among the optimizer's.
         """
         plan = cached = None
-        made: list[tuple[Tensor, State]] = []
+        new_state: list[tuple[Tensor, State]] = []
         try:
             plan = cached = plans.find(groups, self.state, self._waiting)
             if plans.on_gpu:
                 _check_graph_capture(self)
             if plan is None:
-                plan = self._new_plan(plans, groups, first, made)
+                plan = self._new_plan(plans, groups, first, new_state)
             elif not plan.checks_itself:
                 self._check(groups, plan)
             self._run(plan, plans, groups)
         except BaseException as error:
-            self._unmake_state(made)
+            self._remove_new_state(new_state)
             if isinstance(error, RuntimeError) and groups is self.param_groups:
-                self._check(groups, cached)  # which names the group and the parameter
+                # An operator names an item of its lists; these checks name group and parameter.
+                self._check(groups, cached)
             raise
         finally:
             plans.drop_gradients(plan)
@@ -229,8 +231,8 @@ class CriticalAdam(CheckpointedOptimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         is_eager = all(group["backend"] == "eager" for group in self.param_groups)
         if any(map(is_sharded, params)) or (not is_eager and any(map(torch.is_complex, params))):
-            # A graph has no sum over processes that ends in the next step, and cannot give an
-            # operator that changes it a complex input as pairs of reals.
+            # A graph cannot have a sum over processes that ends in the next step, nor a complex
+            # input that an operator changes as pairs of reals.
             self._untraced_step()
             return
         plans = Plans()
@@ -246,7 +248,10 @@ class CriticalAdam(CheckpointedOptimizer):
 
     @torch.no_grad()
     def _step_one(self, index: int, position: int) -> None:
-        """Step a parameter, by its group and position, as a priority scope of its own."""
+        """Step one parameter as a priority scope of its own.
+
+        `index` is its group's, `position` its own in the group.
+        """
         group = self.param_groups[index]
         param = group["params"][position]
         checks.check_gradients(index, [param], position)
@@ -264,7 +269,7 @@ class CriticalAdam(CheckpointedOptimizer):
             self._release._check_groups(groups)
 
     def _finish_step(self) -> None:
-        """Update the priorities of the last step, where that waits for the norms' sum."""
+        """Update the priorities of the last step, if they still wait for the sum of its norms."""
         if self._pending is None:
             return
         plan, sums, work = self._pending
@@ -277,6 +282,7 @@ class CriticalAdam(CheckpointedOptimizer):
 
     def _run(self, plan: Plan, plans: Plans, groups: Groups) -> None:
         """Take a plan's step in all groups, or in none."""
+        # torch.amp.GradScaler sets these for the length of a step.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[norms.SkippedSteps] = []
         try:
@@ -307,7 +313,7 @@ class CriticalAdam(CheckpointedOptimizer):
     def _check(self, groups: Groups, cached: Plan | None) -> None:
         """Check all gradients, and parameters against the state of a cached plan."""
         for i, group in enumerate(groups):
-            # A model may have been wrapped since the group was added.
+            # FSDP1 may have wrapped the model since the group was added.
             checks.check_not_flattened(i, group)
             checks.check_gradients(i, group["params"])
             if cached is None and group["capturable"]:
@@ -329,20 +335,20 @@ class CriticalAdam(CheckpointedOptimizer):
             check_param(local(param), local_state(self.state[param]))
 
     def _new_plan(
-        self, plans: Plans, groups: Groups, first: int, made: list[tuple[Tensor, State]]
+        self, plans: Plans, groups: Groups, first: int, new_state: list[tuple[Tensor, State]]
     ) -> Plan:
-        """Return a plan of the step that was looked for, with its gradients and options.
+        """Return a plan of the step that `plans` has read, with its gradients and options.
 
-        New state is added to `made`, for `_unmake_state`; `first` is as of `_take_step`.
+        New state is added to `new_state`, for `_remove_new_state`; `first` is as of `_take_step`.
         """
         self._check(groups, None)
         members = plans.members(groups, first)
-        made.extend(self._make_state(members, groups))
+        new_state.extend(self._make_state(members, groups))
         buckets = [self._bucket(member, groups[member.group]) for member in members]
         return plans.new_plan(members, buckets, groups)
 
     def _make_state(self, members: list[Member], groups: Groups) -> list[tuple[Tensor, State]]:
-        """Make the state that parameters which take part lack, all of it or none, and return it."""
+        """Make the missing state of all parameters that take part, or none; return what is new."""
         missing = []
         for member in members:
             group = groups[member.group]
@@ -351,16 +357,16 @@ class CriticalAdam(CheckpointedOptimizer):
                 with self._naming(param):
                     state = self.state.get(param, {})
                     missing.append((param, missing_state_of(param, state, keys, group)))
-        made = [(param, tensors) for param, tensors in missing if tensors]
-        for param, _ in made:
+        new_state = [(param, tensors) for param, tensors in missing if tensors]
+        for param, _ in new_state:
             check_not_capturing(param.device)
-        for param, tensors in made:
+        for param, tensors in new_state:
             self.state[param].update(tensors)
-        return made
+        return new_state
 
     @contextlib.contextmanager
     def _naming(self, param: Tensor) -> Iterator[None]:
-        """Have errors about a parameter say which one it is."""
+        """Add the parameter's name to an error about it."""
         try:
             yield
         except RuntimeError as error:
@@ -369,7 +375,7 @@ class CriticalAdam(CheckpointedOptimizer):
             raise RuntimeError(f"{self._name_of(param)}: {error}") from error
 
     def _name_of(self, param: Tensor) -> str:
-        """Return a parameter's place among the groups, and its names where it has such."""
+        """Return which parameter of which group it is, with their names if they have some."""
         for i, group in enumerate(self.param_groups):
             for j, member in enumerate(group["params"]):
                 if member is param:
@@ -379,21 +385,21 @@ class CriticalAdam(CheckpointedOptimizer):
                     return f"parameter {j} of group {i}{name}"
         return "a parameter of no group"
 
-    def _unmake_state(self, made: list[tuple[Tensor, State]]) -> None:
+    def _remove_new_state(self, new_state: list[tuple[Tensor, State]]) -> None:
         """Remove what `_make_state` made and no step has used, after one that failed."""
-        for param, tensors in made:
+        for param, tensors in new_state:
             if "step" in tensors and not local(tensors["step"]) > 0:
                 self._drop_state(param, tensors)
 
     def _drop_state(self, param: Tensor, keys: Iterable[str]) -> None:
-        """Take away some of a parameter's state."""
+        """Remove some keys of a parameter's state, and the state when it is empty."""
         for key in keys:
             self.state[param].pop(key, None)
         if not self.state[param]:
             del self.state[param]
 
     def _stores_gradients(self, group: dict[str, Any]) -> bool:
-        """Return whether the buffers of a group have gradients, else momenta."""
+        """Return whether the buffers of a group hold gradients; else they hold momenta."""
         return self._critical_gradients
 
     def _state_keys(self, group: dict[str, Any], backend: Backend) -> tuple[str, ...]:
@@ -403,7 +409,7 @@ class CriticalAdam(CheckpointedOptimizer):
         return keys
 
     def _bucket(self, member: Member, group: dict[str, Any]) -> Bucket:
-        """Gather the tensors of one bucket, whose state is there."""
+        """Return the bucket of a member, all of whose state must have been made."""
         keys = self._state_keys(group, member.backend)
         drop_derived([self.state[param] for param in member.params], keys)
         states = [local_state(self.state[param]) for param in member.params]
@@ -432,7 +438,7 @@ class CriticalAdam(CheckpointedOptimizer):
 def _shard_layouts(
     params: list[Tensor], exp_avgs: list[Tensor], group: dict[str, Any]
 ) -> list[int]:
-    """Return the `shard_layouts` of a bucket, which only random bits need."""
+    """Return the `shard_layouts` of a bucket; only shards that draw random bits need them."""
     rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
     if not (rounds or group["low_precision_update"] == "stochastic"):
         return []
@@ -449,7 +455,7 @@ def _active_backend(requested: str | None, device: torch.device) -> str:
 
 
 def _check_graph_capture(optimizer: Optimizer) -> None:
-    """Call torch's check that a captured step is capturable, by its name in this release."""
+    """Call torch's check that a captured step is capturable, whose name torch has changed."""
     if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
         optimizer._accelerator_graph_capture_health_check()
     else:

@@ -1,4 +1,4 @@
-"""What a step does, cached by which parameters have gradients."""
+"""The plan of a step, cached by which parameters have gradients."""
 
 from collections import Counter
 from collections.abc import Mapping, Set
@@ -18,7 +18,8 @@ from cm_fused._distributed import Processes, is_sharded, local, local_grad, proc
 from cm_fused._state.tracking import OptimizerState
 
 Groups = list[dict[str, Any]]
-# First the options that decide which tensors a step needs and who steps them.
+# The options that decide which tensors a step needs and which backend steps them. They come first
+# in `_options_of`.
 _STRUCTURE = (
     *("amsgrad", "capacity", "backend", "capturable"),
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
@@ -31,8 +32,8 @@ _options_of = itemgetter(
 )
 _lr_of = itemgetter("lr")
 _params_of = itemgetter("params")
-# As many sets of parameters with gradients are remembered: those of the experts of a mixture, of
-# two networks that are trained in turn. More cost memory for lists alone.
+# How many plans are cached, one for each set of parameters with gradients. It is enough for the
+# experts of a mixture, or two networks trained in turn; more would cost the memory of their lists.
 _MAX_PLANS = 16
 
 
@@ -67,13 +68,15 @@ class Plan:
     dtypes: list[torch.dtype] | None = None
     # Complex tensors with their views as pairs of reals, which do not follow a replaced `.data`.
     views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    options: list[StepOptions] | None = None  # by group, those the buckets have; None: others
+    # By group, what `take_options` gave the buckets; None where `norms.scale_` has replaced it.
+    options: list[StepOptions] | None = None
     # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
 
     def __post_init__(self) -> None:
+        # Without these `is_current` has nothing to compare.
         self.is_plain = self.local_params is None and self.dtypes is None and not self.views
-        # One call takes the step, and checks all lists before it.
+        # One operator takes the whole step, and checks all its lists before the first change.
         self.checks_itself = len(self.batches) <= 1 and all(
             backend.checks_lists for backend, _ in self.batches
         )
@@ -163,7 +166,7 @@ class Plans:
         return plan
 
     def read(self, groups: Groups, waiting: Set[int] = frozenset()) -> None:
-        """Read what `find` reads, in a form that torch.compile can trace; arguments likewise."""
+        """Read what `find` reads, by code that torch.compile can trace; the arguments are its."""
         self.params = [param for group in groups for param in group["params"]]
         self._read_gradients(self.params, waiting)
         self.sizes = [len(group["params"]) for group in groups]
@@ -186,7 +189,7 @@ class Plans:
         self._plans.clear()
 
     def drop_gradients(self, plan: Plan | None) -> None:
-        """Keep no gradient alive."""
+        """Let go of this step's gradients, which `zero_grad` is to free."""
         self.grads = []
         if plan is not None:
             for _, batch in plan.batches:
@@ -213,7 +216,7 @@ class Plans:
     def new_plan(self, members: list[Member], buckets: list[Bucket], groups: Groups) -> Plan:
         """Return a registered plan of these buckets, with this step's gradients and options.
 
-        They are the buckets of `members`, of local tensors.
+        `buckets` has one for each of `members`, of local tensors.
         """
         by_index = {i: p for m in members for i, p in zip(m.indices, m.params, strict=True)}
         # In the order of the groups, whatever their devices.
@@ -246,7 +249,7 @@ class Plans:
         return plan
 
     def add(self, plan: Plan, state: Any) -> None:
-        """Keep the plan of the step that was looked for, if the state counts its changes."""
+        """Cache a plan for what `find` last read, if the state counts its changes."""
         if not isinstance(state, OptimizerState) or not all(map(state.counts, plan.params)):
             self._state = None
             return
@@ -263,7 +266,7 @@ class Plans:
         if len(params) == len(known) and sizes == self.sizes and all(map(is_, params, known)):
             return
         self._plans.clear()
-        # Parameters that are refused are not remembered.
+        # This may raise, after which refused parameters must not be taken for known ones.
         self.processes = processes(params)
         self.params, self.sizes = params, sizes
         self.on_gpu = any(param.is_cuda for param in params)
@@ -273,7 +276,7 @@ class Plans:
         # A learning rate is compared by its identity: a tensor's value may be on a device.
         if self._values is not None and values == self._values and all(map(is_, lrs, self._lrs)):
             return
-        # Options that are refused are not remembered.
+        # `step_options` may raise, after which refused options must not be taken for known ones.
         self._values = None
         structure = [each[: len(_STRUCTURE)] for each in values]
         if structure != self._structure:
@@ -282,15 +285,15 @@ class Plans:
         self.needs_norm = any(map(needs_norm, groups))
         self._structure, self._lrs = structure, lrs
         # What may change in place is read at every step.
-        lasts = all(_lasts(value) for each in values for value in each)
-        if lasts and all(isinstance(lr, (float, int, Tensor)) for lr in lrs):
+        immutable = all(_is_immutable(value) for each in values for value in each)
+        if immutable and all(isinstance(lr, (float, int, Tensor)) for lr in lrs):
             self._values = values
 
 
-def _lasts(value: Any) -> bool:
+def _is_immutable(value: Any) -> bool:
     """Return whether an option's value cannot change in place."""
     if type(value) is tuple:
-        return all(map(_lasts, value))
+        return all(map(_is_immutable, value))
     return value is None or type(value) in (bool, int, float, str, torch.dtype)
 
 

@@ -50,7 +50,7 @@ def check_param(param: Tensor, state: State) -> None:
             "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
             f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
         )
-    # torch.compile does not trace the questions.
+    # torch.compile traces neither is_conj nor is_neg.
     if not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):
         raise RuntimeError(
             "a parameter must not be a lazy conjugate or negative, got a lazy "
@@ -126,7 +126,7 @@ def _check_state(param: Tensor, state: State, group: Group) -> None:
 
 
 def missing_state_of(param: Tensor, state: State, keys: tuple[str, ...], group: Group) -> State:
-    """Return what `missing_state` does, of a parameter that may be a DTensor, placed as it is."""
+    """Return what `missing_state` does, for a parameter that may be a DTensor, placed as it is."""
     return placed_as(param, missing_state(local(param), local_state(state), keys, group))
 
 
@@ -188,8 +188,9 @@ def _new_buffer(like: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
 def unscaled(state: Group) -> State:
     """Return a state whose DTensors have no scales: values in float32 where they had.
 
-    A process's blocks are not another mesh's. Instead of its scales, each such tensor has a scale
-    of 1, without dimensions: whoever takes codes for values, or values for codes, notices.
+    A process's blocks are not those of another mesh. Instead of its scales, each such tensor has a
+    scale of 1, without dimensions: a load that takes codes for values, or values for codes, then
+    finds scales of another size.
     """
     values = dict(state)
     for key, scales in SCALES.items():

@@ -92,14 +92,16 @@ LEADING = {
     for row in STATE
     if row.shape in (Shape.PARAM, Shape.SLOTS)
 }
-# The state that only backends ask for, and scales, which come with the dtype.
+# What only some backends keep.
 _BY_BACKEND = {row.key for row in STATE if row.is_derived and row.option is None}
+# What all backends need, under the options that ask for it. Scales are not here: they come with the
+# dtype.
 _NEEDED = tuple(row for row in STATE if row.key not in _BY_BACKEND | set(SCALES.values()))
 
-# The elements a slot has from which keeping the sum of the slots costs no more bytes than reading
-# them, by the bytes of an element. Besides what both move, with b bytes an element: C b against 8
-# for the sum and 2 b for a slot; on a CPU a slot that is written must be fetched first. Measured
-# against fused AdamW at C = 1, 2, 3, 4 (30 M float32, two cores of a Zen 4): reading 1.35, 1.65,
+# The capacity from which keeping the sum of the slots costs no more bytes than reading them, by the
+# bytes of a slot's element. Besides what both move, with b bytes an element: C b against 8 for the
+# sum and 2 b for a slot; on a CPU a slot that is written must be fetched first. Measured against
+# fused AdamW at C = 1, 2, 3, 4 (30 M float32, two cores of a Zen 4): reading 1.35, 1.65,
 # 1.92, 2.24; running sum 1.73 for each. Of 2 and of 1 byte at C = 5 (two cores of a Xeon): reading
 # 1.67 to 1.72 and 1.37 to 1.41, running sum 1.70 to 1.99 and 1.37 to 1.45. A GPU would gain 4 bytes
 # an element at C = 3 of float32 by reading; one table for all keeps the bits of all backends equal.
@@ -107,7 +109,7 @@ RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10}
 
 
 def option_dtype(key: str, group: Group) -> torch.dtype | None:
-    """Return the dtype that a group's options give a state key, or None: as the parameter says."""
+    """Return the dtype that a group's options give a state key; None if the parameter decides."""
     option = ROWS[key].dtype_option
     dtype: torch.dtype | None = group[option] if option is not None else None
     return dtype

@@ -23,7 +23,6 @@ from tests.support.training import (
     KINDS,
     assert_same,
     new_optimizer,
-    params_of,
     train,
 )
 
@@ -102,15 +101,6 @@ def test_repr_shows_the_active_backend(cls: type[CriticalAdam], backend: str) ->
     other = "cpu" if backend == "eager" else "eager"
     optimizer.param_groups[1]["backend"] = other
     assert repr(optimizer).endswith(f"Active backends: {backend} on cpu{kernel}, {other} on cpu\n)")
-
-
-def test_explicit_backend_is_the_one_that_steps() -> None:
-    """The eager backend keeps none of the C++ backend's state, and the other way round."""
-    for backend, keeps in (("eager", False), ("cpu", True)):
-        optimizer = new_optimizer(AdamCM, backend=backend, capacity=5)
-        train(optimizer, range(2))
-        state = optimizer.state[params_of(optimizer)[0]]
-        assert ("critical_sum" in state, "pending_slot" in state) == (keeps, keeps)
 
 
 def test_other_devices_fall_back_with_a_warning() -> None:

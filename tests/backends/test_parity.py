@@ -1,13 +1,11 @@
 """Every fused backend does what the reference does: in lock-step, whatever the tensors are like."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import lr_scheduler
 
 from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer.base import CriticalAdam
@@ -234,29 +232,3 @@ def _three_groups(params: list[Tensor], backend: str) -> CriticalAdam:
 def test_groups_with_options_of_their_own(backend: str) -> None:
     """Every option is the group's, and every group's norm its own."""
     _run(backend, make_params([(70,), (3, 3), (65,), (20,), (1,)]), _three_groups, EVENTS)
-
-
-SCHEDULERS: dict[str, Callable[[CriticalAdam], lr_scheduler.LRScheduler]] = {
-    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t)),
-    "one_cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12),
-}
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_schedulers(backend: str, kind: Kind, scheduler: str) -> None:
-    """A scheduler of lr, or of lr and betas, is a loop that sets them by hand."""
-    params = make_params([(70,), (3, 3)])
-    lockstep = Lockstep(params, maker(replace(Options(kind), lr=LR)), backend)
-    schedule = SCHEDULERS[scheduler](lockstep.optimizer)
-    scheduled, by_hand = (
-        lockstep.optimizer.param_groups[0],
-        lockstep.reference.param_groups[0],
-    )
-    seen = set()
-    for grads in make_gradients(params, [event for event in EVENTS if event.missing is None]):
-        by_hand["lr"], by_hand["betas"] = float(scheduled["lr"]), tuple(scheduled["betas"])
-        seen.add((by_hand["lr"], by_hand["betas"]))
-        lockstep.step(grads)
-        schedule.step()
-    assert len(seen) > 8

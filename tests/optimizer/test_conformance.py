@@ -270,20 +270,6 @@ def test_gradients_that_are_missing_or_empty(info: OptimizerInfo, config: Optimi
     assert_same([param.detach() for param in params], before_all)
 
 
-@of_each_class
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad(info: OptimizerInfo, set_to_none: bool) -> None:
-    """Gradients are freed, or zeroed in place."""
-    params = _params()
-    optimizer = _cls(info)(params)
-    _step(optimizer, 0)
-    grads = [param.grad for param in params]
-    optimizer.zero_grad(set_to_none=set_to_none)
-    for param, grad in zip(params, grads, strict=True):
-        assert param.grad is (None if set_to_none else grad)
-        assert set_to_none or not param.grad.any()  # type: ignore[union-attr]
-
-
 # Around the step
 
 

@@ -21,18 +21,12 @@ from tests.support.release import (
     inputs,
     loss_of,
     new_model,
+    two_groups,
     values,
 )
 from tests.support.training import BACKENDS, KINDS, assert_same, snapshot, trained
 
 pytestmark = pytest.mark.sampled
-
-
-def _groups(model: Any) -> list[dict[str, Any]]:
-    return [
-        {"params": model[0].parameters()},
-        {"params": [*model[2].parameters(), *model[4].parameters()], "lr": 0.03},
-    ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,7 +40,7 @@ def test_steps_are_those_after_backward(
     def make() -> tuple[nn.Module, CriticalAdam]:
         model = new_model()
         options = {"priority_scope": "tensor", "backend": backend, **precision}
-        return model, cls(_groups(model), lr=0.01, **options)
+        return model, cls(two_groups(model), lr=0.01, **options)
 
     def train(_: nn.Module, optimizer: CriticalAdam, step: Step) -> None:
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -72,27 +66,10 @@ def test_steps_of_the_research_packages_optimizers(
 
     def make() -> tuple[nn.Module, Any]:
         model = new_model()
-        groups = [{**group, "backend": backend} for group in _groups(model)]
+        groups = [{**group, "backend": backend} for group in two_groups(model)]
         return model, cls(groups, lr=0.01, synced=False, **options)  # type: ignore[call-arg]
 
-    def train(_: nn.Module, __: CriticalAdam, step: Step) -> None:
-        for t in range(8):
-            step(t)
-
-    assert_steps_are_those_after_backward(make, train)
-
-
-def test_gradients_are_freed_within_backward() -> None:
-    """When the first layer's gradient arrives, all that came before are gone."""
-    model: Any = new_model()
-    optimizer = AdamCM(model.parameters(), priority_scope="tensor")
-    enable_gradient_release(model, optimizer)
-    left: list[int] = []
-    model[0].weight.register_hook(
-        lambda grad: left.append(sum(p.grad is not None for p in model[2:].parameters()))
-    )
-    backward(model, 0)
-    assert left == [0]
+    assert_steps_are_those_after_backward(make)
 
 
 @pytest.mark.parametrize("cls", KINDS)
@@ -266,11 +243,6 @@ def _plain() -> tuple[Any, CriticalAdam]:
     return model, AdamCM(model.parameters(), lr=0.02, priority_scope="tensor")
 
 
-def _train(_: nn.Module, __: CriticalAdam, step: Step) -> None:
-    for t in range(4):
-        step(t)
-
-
 def test_gradients_that_are_only_asked_for_take_no_step() -> None:
     """A gradient penalty: torch.autograd.grad before the backward pass of the sum."""
 
@@ -281,7 +253,7 @@ def test_gradients_that_are_only_asked_for_take_no_step() -> None:
         torch.autograd.grad(outputs.sum(), model[0].weight, retain_graph=True)
         (loss_of(outputs, t) + slope.square().sum()).backward()  # type: ignore[no-untyped-call]
 
-    assert_steps_are_those_after_backward(_plain, _train, penalty)
+    assert_steps_are_those_after_backward(_plain, backward=penalty)
 
 
 def test_a_tied_parameter_takes_one_step() -> None:
@@ -296,7 +268,7 @@ def test_a_tied_parameter_takes_one_step() -> None:
         model[2].weight = model[0].weight
         return model, AdamCM(model.parameters(), lr=0.02, priority_scope="tensor")
 
-    assert_steps_are_those_after_backward(make, _train)
+    assert_steps_are_those_after_backward(make)
 
 
 def test_a_retained_graph_is_stepped_by_each_backward() -> None:

@@ -526,8 +526,8 @@ def test_words_far_into_a_parameter(
         assert torch.equal(mine, expected)
 
 
-def test_capacity_of_quantized_state_follows_options() -> None:
-    """Options that no longer fit the state are refused before anything changes."""
+def test_options_that_no_longer_fit_the_state_are_refused() -> None:
+    """An option changed by hand is refused, with its state named, before anything changes."""
     params = _params(torch.float32)
     optimizer = AdamCM(params, buffer_dtype=torch.int8)
     _take_step(optimizer, params, 0)

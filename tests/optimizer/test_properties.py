@@ -175,6 +175,3 @@ def test_eager_is_the_oracle(run: Run) -> None:
                     where,
                     amsgrad=run.options.amsgrad,
                 )
-
-
-# The rules of the buffer, by which no backend needs another

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from cm_fused import AdamCM, enable_gradient_release
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.release import (
-    Step,
     assert_steps_are_those_after_backward,
     backward,
     inputs,
@@ -119,11 +118,6 @@ def _make(forward: Forward) -> Callable[[], tuple[Net, CriticalAdam]]:
     return make
 
 
-def _train(_: nn.Module, __: CriticalAdam, step: Step) -> None:
-    for t in range(7):
-        step(t)
-
-
 FORWARDS = [
     *(_shared, _shared_and_called, _sequential, _not_shared, _nested, _not_reentrant),
     _another_librarys,
@@ -133,7 +127,7 @@ FORWARDS = [
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_checkpoints_train_as_steps_after_backward(forward: Forward) -> None:
     """A user checkpoints; shared modules and the order of the passes make no difference."""
-    assert_steps_are_those_after_backward(_make(forward), _train)
+    assert_steps_are_those_after_backward(_make(forward))
 
 
 @pytest.mark.parametrize("forward", [_shared, _sequential])
@@ -151,7 +145,7 @@ def test_the_loss_is_of_several_outputs_and_calls(forward: Forward) -> None:
             loss = loss + loss_of(first, t) + loss_of(second, t)
         loss.backward()
 
-    assert_steps_are_those_after_backward(_make(outputs), _train, several)
+    assert_steps_are_those_after_backward(_make(outputs), backward=several)
 
 
 def test_containers_train_as_steps_after_backward() -> None:
@@ -164,22 +158,25 @@ def test_containers_train_as_steps_after_backward() -> None:
     def both(models: Any, t: int) -> None:
         loss_of(models[1]["last"](models[0](inputs(t))), t).backward()  # type: ignore[no-untyped-call]
 
-    assert_steps_are_those_after_backward(make, _train, both)
+    assert_steps_are_those_after_backward(make, backward=both)
 
 
-def test_gradients_are_freed_within_backward_of_functions_that_are_no_checkpoints() -> None:
-    """Only a checkpoint makes gradients wait: a Function of the user, as fused kernels are, not."""
+class _Twice(torch.autograd.Function):
+    """A Function of the user, as fused kernels are."""
 
-    class Twice(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return 2 * x
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return 2 * grad
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
 
-    net = Net(lambda net, x: net.layers[1:](Twice.apply(net.layers[0](x))))  # type: ignore[no-untyped-call]
+
+@pytest.mark.parametrize("function", [torch.tanh, _Twice.apply], ids=["torch's", "the user's"])
+def test_gradients_are_freed_within_backward(function: Callable[[Tensor], Tensor]) -> None:
+    """Only a checkpoint makes gradients wait: all before the first layer's are gone at its own."""
+    net = Net(lambda net, x: net.layers[1:](function(net.layers[0](x))))
     enable_gradient_release(net, AdamCM(net.parameters(), priority_scope="tensor"))
     left: list[int] = []
     net.layers[0].weight.register_hook(

@@ -19,6 +19,14 @@ def new_model() -> Any:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
 
 
+def two_groups(model: Any) -> list[dict[str, Any]]:
+    """Return the model's parameters in groups of different learning rates."""
+    return [
+        {"params": model[0].parameters()},
+        {"params": [*model[2].parameters(), *model[4].parameters()], "lr": 0.03},
+    ]
+
+
 def inputs(t: int) -> Tensor:
     """Return the inputs of step t."""
     return torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
@@ -36,9 +44,15 @@ def backward(model: Callable[[Tensor], Tensor], t: int) -> Tensor:
     return loss
 
 
+def take_steps(_: nn.Module, __: CriticalAdam, step: Step) -> None:
+    """Take eight steps."""
+    for t in range(8):
+        step(t)
+
+
 def assert_steps_are_those_after_backward(
     make: Callable[[], tuple[nn.Module, CriticalAdam]],
-    train: Callable[[nn.Module, CriticalAdam, Step], None],
+    train: Callable[[nn.Module, CriticalAdam, Step], None] = take_steps,
     backward: Callable[[Any, int], object] = backward,
 ) -> None:
     """Check that a training has the same bits with gradient release as without.
