@@ -152,10 +152,13 @@ class Batch:
     params: list[Tensor]  # those of all of them, one bucket after the other
     grads: list[Tensor] = field(default_factory=list)
     registered: Any = None  # what the backend prepared for all steps of these buckets
+    _split: list[Tensor] | None = None  # the `grads` that the buckets have
 
     def split_gradients(self) -> None:
-        """Give the buckets their gradients."""
-        first = 0
+        """Give the buckets their gradients; once for each list of them."""
+        if self._split is self.grads:
+            return
+        self._split, first = self.grads, 0
         for bucket in self.buckets:
             bucket.grads = self.grads[first : first + len(bucket.params)]
             first += len(bucket.params)

@@ -5,6 +5,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
+from cm_fused._devices import to_device
 from cm_fused._distributed import Processes, local, processes
 
 # Keeps the perturbation of a zero gradient zero.
@@ -55,7 +56,7 @@ def ascend_(pairs: list[_Pair], rho: float, adaptive: bool, sums: Sums) -> None:
     kinds = lists if len(counted) == len(pairs) else _by_kind(counted)
     norm = sums.norm(_norm([_products(*kind) if adaptive else kind[1] for kind in kinds]))
     for params, directions in lists:
-        scale = _on(params[0].device, rho / (norm + _TINY))
+        scale = to_device(rho / (norm + _TINY), params[0].device)
         if adaptive:
             directions = _products(params, _products(params, directions))
         elif params[0].dtype in (torch.bfloat16, torch.float16):
@@ -87,7 +88,7 @@ def _norm(lists: list[list[Tensor]]) -> Tensor:
     if not lists:
         return torch.zeros((), dtype=torch.float64, device="cpu")
     norms = [
-        _on(lists[0][0].device, norm)
+        to_device(norm, lists[0][0].device)
         for tensors in lists
         for norm in torch._foreach_norm(tensors, dtype=torch.float64)
     ]
@@ -105,15 +106,10 @@ def count_nonzero(params: list[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device="cpu")
     # Not the Euclidean norm: squares of small values are 0.
     norms = torch._foreach_norm(filled, 1)
-    flags = [_on(filled[0].device, (norm != 0).double()) for norm in norms]
+    flags = [to_device((norm != 0).double(), filled[0].device) for norm in norms]
     return torch.stack(flags).sum()
 
 
 def _as_real(tensor: Tensor) -> Tensor:
     # Autograd does not resolve the lazy conjugation of a complex gradient.
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    # The CPU may read a copy only after it has been waited for.
-    return tensor.to(device, non_blocking=device.type != "cpu")

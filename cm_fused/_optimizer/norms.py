@@ -13,6 +13,7 @@ from torch import Tensor
 from cm_fused._backends import traced
 from cm_fused._backends.select import Backend
 from cm_fused._bucket import Bucket, StepOptions, over_scope
+from cm_fused._devices import to_device
 from cm_fused._distributed import Processes
 from cm_fused._optimizer.plan import Groups, Plan, needs_norm
 
@@ -27,11 +28,13 @@ def gathered(
     `of_buckets` has those of each bucket's. What another process of `among` counts is 0.
     """
     pairs = list(of_buckets)
-    device = among.device if among is not None else _home([values.device for _, values in pairs])
     total = sum(count for _, count in plan.spans)
+    if among is None and len(pairs) == 1 and len(pairs[0][1]) == total:
+        return pairs[0][1]
+    device = among.device if among is not None else _home([values.device for _, values in pairs])
     sums = torch.zeros(total, dtype=torch.float64, device=device)
     for bucket, values in pairs:
-        sums.index_copy_(0, bucket.indices_on(device), values.to(device, non_blocking=True))
+        sums.index_copy_(0, bucket.indices_on(device), to_device(values, device))
     return sums if among is None else sums.mul_(among.counted)
 
 
@@ -53,7 +56,7 @@ def set_sq_norms(plan: Plan, sums: Tensor) -> None:
         else:
             values = sums.index_select(0, bucket.indices_on(sums.device))
         sq_norm = over_scope(values, bucket.options)
-        bucket.sq_norm = sq_norm.to(bucket.device, non_blocking=True)
+        bucket.sq_norm = to_device(sq_norm, bucket.device)
 
 
 def clear_sq_norms(plan: Plan) -> None:
@@ -121,16 +124,16 @@ def scale_(
     to restore them after an error.
     """
     unscale = None if grad_scale is None else _reciprocal(grad_scale)
+    if found_inf is not None:
+        found_inf = found_inf.to(torch.float64).reshape(())
     scalars = [(unscale, found_inf)] * len(groups)
     if any(map(needs_norm, groups)):
         norm = _total_norm(plan, among, unscale)
         counts += [SkippedSteps(group) for group in groups if group["skip_nonfinite"]]
-        scalars = [_clip_(group, norm, unscale, found_inf) for group in groups]
+        scalars = _clip_(groups, norm, unscale, found_inf)
     plan.options, plan.scalars = None, scalars
     for bucket in plan.buckets:
         factor, found = scalars[bucket.group]
-        if found is not None:
-            found = found.to(torch.float64).reshape(())
         bucket.options = bucket.options._replace(grad_factor=factor, found_inf=found)
 
 
@@ -152,24 +155,38 @@ def _total_norm(plan: Plan, among: Processes | None, unscale: Tensor | None) -> 
 
 
 def _clip_(
-    group: dict[str, Any], norm: Tensor, unscale: Tensor | None, found_inf: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return a group's factor and mark, and count the step where it is to be skipped."""
-    factor, max_grad_norm = unscale, group["max_grad_norm"]
-    if max_grad_norm is not None:
-        # As torch.nn.utils.clip_grad_norm_.
-        coefficient = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        factor = coefficient if unscale is None else unscale.to(norm.device) * coefficient
-    if group["skip_nonfinite"]:
-        skipped = (~torch.isfinite(norm)).to(torch.float64)
+    groups: Groups, norm: Tensor, unscale: Tensor | None, found_inf: Tensor | None
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return each group's factor and mark, and count the step where it is to be skipped."""
+    limits = {group["max_grad_norm"] for group in groups}
+    factors = {limit: _clip_factor(norm, limit, unscale) for limit in limits}
+    marks = {False: found_inf}
+    skipping = [group for group in groups if group["skip_nonfinite"]]
+    if skipping:
+        skipped = ~torch.isfinite(norm)
+        mark = skipped.to(torch.float64)
+        marks[True] = mark if found_inf is None else found_inf.to(norm.device) + mark
+    for group in skipping:
         # One tensor for good: a captured graph goes on adding to it.
-        count = group.get("skipped_steps")
-        if count is None:
-            count = torch.zeros((), dtype=torch.int64, device=norm.device)
-        count = torch.as_tensor(count, device=norm.device)
-        group["skipped_steps"] = count.add_(skipped.to(count.dtype))
-        found_inf = skipped if found_inf is None else found_inf.to(norm.device) + skipped
-    return factor, found_inf
+        group["skipped_steps"] = _count_on(norm.device, group.get("skipped_steps", 0)).add_(skipped)
+    return [
+        (factors[group["max_grad_norm"]], marks[bool(group["skip_nonfinite"])]) for group in groups
+    ]
+
+
+def _clip_factor(norm: Tensor, limit: float | None, unscale: Tensor | None) -> Tensor | None:
+    """Return what clips gradients as torch.nn.utils.clip_grad_norm_ does, and unscales them."""
+    if limit is None:
+        return unscale
+    coefficient = (limit / (norm + 1e-6)).clamp(max=1.0)
+    return coefficient if unscale is None else unscale.to(norm.device) * coefficient
+
+
+def _count_on(device: torch.device, count: Any) -> Tensor:
+    """Return a count on a device, itself where it is there; no accelerator is waited for."""
+    if isinstance(count, Tensor) and (count.device.type != "cpu" or device.type == "cpu"):
+        return count.to(device)
+    return torch.full((), int(count), dtype=torch.int64, device=device)
 
 
 class SkippedSteps:

@@ -31,6 +31,7 @@ from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import as_real
 from cm_fused._backends.select import select
 from cm_fused._bucket import Bucket, StepOptions, step_options
+from cm_fused._devices import to_device
 from cm_fused._distributed import Processes, is_sharded, local_grad
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import check_number
@@ -181,7 +182,7 @@ class _ResearchAdam(CriticalAdam):
                 total = _total([*(sums.sqrt() for _, sums in pairs), *keys])
                 keys = [total] * len(first)
                 for bucket in buckets:
-                    bucket.sq_norm = total.square().to(bucket.device, non_blocking=True)
+                    bucket.sq_norm = to_device(total.square(), bucket.device)
             for bucket in buckets:
                 self._choose_slots_(group, bucket, options, undo, made)
                 if not group["kappa"]:

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <iterator>
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +12,8 @@
 namespace cm_fused {
 namespace {
 
-enum Refreshed : int64_t { kUnchanged, kChanged, kNeedsCopies };
+// What differs from the table: nothing, gradients' addresses alone, more than those.
+enum Refreshed : int64_t { kUnchanged, kGradsMoved, kChanged, kNeedsCopies };
 
 using Row = std::array<int64_t, kNumRefreshedColumns>;
 
@@ -37,6 +37,15 @@ Row refreshed(const ParamData& data, const int64_t* row) {
   return result;
 }
 
+Refreshed difference(Row now, const int64_t* row) {
+  const bool grad_moved = now[kGradColumn] != row[kGradColumn];
+  now[kGradColumn] = row[kGradColumn];
+  if (!std::equal(now.begin(), now.end(), row)) {
+    return kChanged;
+  }
+  return grad_moved ? kGradsMoved : kUnchanged;
+}
+
 int64_t refresh_table_(int64_t id, Tensors params, Tensors grads, Tensor table) {
   const LockedStates states({id});
   const StateTensors& state = states[0].tensors;
@@ -50,26 +59,22 @@ int64_t refresh_table_(int64_t id, Tensors params, Tensors grads, Tensor table) 
 
   auto& bound = states[0].cache<std::vector<ParamData>>();
   bound.resize(params.size());
-  std::atomic<bool> needs_copies = false;
-  std::atomic<bool> changed = false;
-  for_each_tensor(params.size(), [&](size_t i) {
+  bool needs_copies = false;
+  Refreshed result = kUnchanged;
+  // By one thread: others are the data loaders', and a start costs more than a thousand tensors.
+  for (size_t i = 0; i < params.size(); ++i) {
     const ParamViews views = bind_param(i, state, params[i], grads[i], bound[i]);
-    if (!lies_as(views.param, views.order) || !lies_as(views.grad, views.order)) {
-      needs_copies.store(true, std::memory_order_relaxed);
-    }
-    const Row now = refreshed(bound[i], row(i));
-    if (!std::equal(now.begin(), now.end(), row(i))) {
-      changed.store(true, std::memory_order_relaxed);
-    }
-  });
-  if (needs_copies || !changed) {
+    needs_copies |= !lies_as(views.param, views.order) || !lies_as(views.grad, views.order);
+    result = std::max(result, difference(refreshed(bound[i], row(i)), row(i)));
+  }
+  if (needs_copies || result == kUnchanged) {
     return needs_copies ? kNeedsCopies : kUnchanged;
   }
-  for_each_tensor(params.size(), [&](size_t i) {
+  for (size_t i = 0; i < params.size(); ++i) {
     const Row now = refreshed(bound[i], row(i));
     std::copy(now.begin(), now.end(), row(i));
-  });
-  return kChanged;
+  }
+  return result;
 }
 
 // The values of a negated view or of a tensor of implied zeros lie nowhere. Left to torch, the

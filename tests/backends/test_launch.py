@@ -65,11 +65,7 @@ for kernel in KERNELS:
 triton.unavailable_reason = lambda device: None
 triton.priority_kernel = lambda device: "Triton"
 # As on a CUDA device: with the caps on registers.
-triton._Launcher._pass_options = lambda self, dtype, dtypes, *others: (
-    triton_kernels.launch_options(
-        triton.TRITON_DTYPES[dtype], dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"], *others
-    )
-)
+triton._has_register_caps = lambda device: True
 
 
 def variants():

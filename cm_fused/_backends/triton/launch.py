@@ -7,7 +7,7 @@ take the norm first, in a pass of its own. No launch depends on a value of the d
 
 import contextlib
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,8 +22,10 @@ from cm_fused._backends.overlap import have_overlap
 from cm_fused._backends.triton import common as triton_common
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import norms as triton_norms
+from cm_fused._backends.triton.calls import Calls, Pointers
 from cm_fused._backends.triton.tables import Chunks, OutdatedTablesError, Tables, lies_as
 from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
+from cm_fused._devices import to_device
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -77,7 +79,7 @@ def prepare(batch: Batch) -> Callable[[], None]:
 
 def _launchers(buckets: list[Bucket]) -> list["_Launcher"]:
     """Prepare the launches of some buckets; find parameters that overlap where one has moved."""
-    launchers = [_Launcher(bucket, bucket.options) for bucket in buckets]
+    launchers = [_Launcher(bucket, bucket.options, is_last=True) for bucket in buckets]
     if any(launcher.may_have_moved() for launcher in launchers):
         params = chain.from_iterable(bucket.params for bucket in buckets)
         one_by_one = have_overlap(params)
@@ -150,33 +152,70 @@ def update_priorities_of_table_(
     capacity: int,
     priority_decay: float,
     group_scope: bool,  # whether every key is the norm over the group, or each over its tensor
+    calls: Calls | None = None,  # of earlier launches
 ) -> None:
     """Update the priorities: cm_fused::update_priorities_ where its kernel is not built."""
     if not len(table):
         return
     if group_scope and sq_norm is None:
         sq_norm = chunk_sq_norms.sum()
-    triton_norms.update_priorities_kernel[(len(table),)](
-        table,
-        chunk_sq_norms,
-        sq_norm,
-        found_inf,
-        0 if sq_norm is None or sq_norm.numel() == 1 else 1,
-        capacity,
-        float(priority_decay),
-        CAPACITY_BLOCK=triton.next_power_of_2(capacity),
-        **triton_common.LAUNCH_OPTIONS,
+    block = {"CAPACITY_BLOCK": triton.next_power_of_2(capacity), **triton_common.LAUNCH_OPTIONS}
+    stride = 0 if sq_norm is None or sq_norm.numel() == 1 else 1
+    (calls or Calls()).launch(
+        triton_norms.update_priorities_kernel,
+        len(table),
+        (table, chunk_sq_norms, sq_norm, found_inf),
+        (stride, capacity, float(priority_decay)),
+        lambda: block,
     )
 
 
-class _Launcher:
-    """One step's launches, for which the bucket's device must be the current one.
+class _Placed:
+    """A bucket's tensors of one step where its table has them.
 
     A parameter or gradient that does not lie in memory as the state does is replaced by a copy
     that does; a parameter's copy is written back at the end.
     """
 
-    def __init__(self, bucket: Bucket, options: StepOptions) -> None:
+    def __init__(self, bucket: Bucket) -> None:
+        self.tables = _tables_of(bucket)
+        try:
+            self._refresh(bucket)
+        except OutdatedTablesError:
+            self.tables = _remake_tables(bucket)
+            self._refresh(bucket)
+        self.step_grads = bucket.grads  # by which the step is known
+
+    def _refresh(self, bucket: Bucket) -> None:
+        params, grads = bucket.params, bucket.grads
+        table = self.tables.refresh(params, grads)
+        if table is None:
+            params, grads = _laid_out(params, bucket), _laid_out(grads, bucket)
+            table = self.tables.refresh(params, grads)
+            assert table is not None
+        self.table = table
+        self.param_copies = [] if params is bucket.params else params
+        # The table has their addresses alone: they live until the step is over.
+        self._grads = grads
+
+
+def _placed(bucket: Bucket, is_last: bool) -> _Placed:
+    """Return the bucket's tensors as this step's norms found them, or place them.
+
+    `is_last` says that this step places no more.
+    """
+    tables = bucket.registered
+    placed = tables.placed if isinstance(tables, Tables) else None
+    if placed is None or placed.step_grads is not bucket.grads:
+        placed = _Placed(bucket)
+    placed.tables.placed = None if is_last else placed
+    return placed
+
+
+class _Launcher:
+    """One step's launches, for which the bucket's device must be the current one."""
+
+    def __init__(self, bucket: Bucket, options: StepOptions, is_last: bool = False) -> None:
         self.bucket = bucket
         self._options = options
         self._device = bucket.device
@@ -184,36 +223,19 @@ class _Launcher:
         self._lr_ptr, self._lr = _lr(options, self._device)
         self._grad_factor = _on_device(options.grad_factor, self._device)
         self._found_inf = _on_device(options.found_inf, self._device)
-        self.tables = _tables_of(bucket)
-        try:
-            self._refresh_table()
-        except OutdatedTablesError:
-            self.tables = _remake_tables(bucket)
-            self._refresh_table()
-
-    def _refresh_table(self) -> None:
-        bucket = self.bucket
-        params, grads = bucket.params, bucket.grads
-        table = self.tables.refresh(params, grads)
-        if table is None:
-            params, grads = _laid_out(params, bucket), _laid_out(grads, bucket)
-            table = self.tables.refresh(params, grads)
-            assert table is not None
-        self._table = table
-        self._param_copies = [] if params is bucket.params else params
-        # The table has their addresses alone: they live until the step is over.
-        self._grads = grads
+        self._placed = _placed(bucket, is_last)
+        self.tables = self._placed.tables
 
     def may_have_moved(self) -> bool:
         """Return whether a parameter may lie elsewhere than at the last step.
 
         The table knows a copy's address alone, which may be the one that its parameter left.
         """
-        return self.tables.changed or bool(self._param_copies)
+        return self.tables.changed or bool(self._placed.param_copies)
 
     def update(self) -> None:
         """Launch the pass that changes moments, buffers and parameters."""
-        params, copies = self.bucket.params, self._param_copies
+        params, copies = self.bucket.params, self._placed.param_copies
         if self.tables.one_by_one:
             for i, chunks in self.tables.launches_one_by_one():
                 # Another parameter's step may have changed this one.
@@ -227,86 +249,98 @@ class _Launcher:
 
     def _update_chunks(self, launches: list[Chunks]) -> None:
         options = self._options
-        amsgrad = bool(self.bucket["max_exp_avg_sq"])
-        summed_slots = 0 if self.bucket["critical_sum"] else self._capacity
-        l2, late_l2, decoupled = _weight_decays(options)
-        stored = self.bucket["exp_avg"][0].dtype, self.bucket["critical_buffer"][0].dtype
+        pointers = self._lr_ptr, self._grad_factor, self._found_inf
+        scalars = (
+            self._lr,
+            options.beta1,
+            options.beta2,
+            *_eps(options),
+            *_weight_decays(options),
+            _sign(options),
+            self._capacity,
+            int(options.buffer_mean == "capacity"),
+            options.seed,
+        )
         for chunks in launches:
-            dtypes = precision(chunks.param_dtype, *stored, options.low_precision_update)
-            self._launch(
-                triton_kernels.critical_adam_kernel,
-                chunks,
-                self._lr_ptr,
-                self._grad_factor,
-                self._found_inf,
-                self._lr,
-                options.beta1,
-                options.beta2,
-                *_eps(options),
-                l2,
-                late_l2,
-                decoupled,
-                -1.0 if options.maximize else 1.0,
-                self._capacity,
-                int(options.buffer_mean == "capacity"),
-                options.seed,
-                CRITICAL_GRADIENTS=self.bucket.critical_gradients,
-                AMSGRAD=amsgrad,
-                SUMMED_SLOTS=summed_slots,
-                BY_FOURS=self.tables.by_fours,
-                **dtypes,
-                **self._pass_options(chunks.param_dtype, dtypes, amsgrad, summed_slots),
-            )
+            kernel = triton_kernels.critical_adam_kernel
+            self._launch(kernel, chunks, pointers, scalars, partial(self._pass_options, chunks))
 
     def sq_norms(self) -> None:
         """Launch the pass that only reads the gradients, for the sum of g^2 of each chunk."""
-        l2, *_ = _weight_decays(self._options)
+        scalars = _weight_decays(self._options)[0], _sign(self._options)
         for chunks in self.tables.launches:
-            self._launch(
-                triton_norms.sq_norm_kernel,
-                chunks,
-                self._grad_factor,
-                l2,
-                -1.0 if self._options.maximize else 1.0,
-                **triton_common.LAUNCH_OPTIONS,
-            )
+            kernel, options = triton_norms.sq_norm_kernel, partial(_dtype_options, chunks)
+            self._launch(kernel, chunks, (self._grad_factor,), scalars, options)
 
     def tensor_sq_norms(self) -> Tensor:
         """Return the sum of g^2 of each parameter, after a pass that took those of the chunks."""
-        count = len(self._table)
-        result = torch.empty(count, dtype=torch.float64, device=self._device)
-        if count:
-            triton_norms.tensor_sq_norms_kernel[(count,)](
-                self._table, self.tables.chunk_sq_norms, result, **triton_common.LAUNCH_OPTIONS
-            )
+        table = self._placed.table
+        result = torch.empty(len(table), dtype=torch.float64, device=self._device)
+        if len(table):
+            pointers = table, self.tables.chunk_sq_norms, result
+            kernel = triton_norms.tensor_sq_norms_kernel
+            self.tables.calls.launch(kernel, len(table), pointers, (), _launch_options)
         return result
 
     def update_priorities(self, sq_norm: Tensor | None) -> None:
         """Launch the priority kernel on the norms of the pass before, or on a given sum."""
-        _update_priorities(self.tables, self._table, self.bucket, sq_norm, self._found_inf)
+        _update_priorities(self.tables, self._placed.table, self.bucket, sq_norm, self._found_inf)
 
-    def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
-        if not len(chunks.chunks):
-            return
-        kernel[(len(chunks.chunks),)](
-            self._table,
-            chunks.chunks,
-            chunks.sq_norms,
-            *arguments,
-            PARAM_DTYPE=TRITON_DTYPES[chunks.param_dtype],
-            STATE_DTYPE=tl.float64 if chunks.param_dtype is torch.float64 else tl.float32,
+    def _launch(
+        self,
+        kernel: Any,
+        chunks: Chunks,
+        pointers: Pointers,
+        scalars: tuple[float, ...],
+        options: Callable[[], dict[str, Any]],
+    ) -> None:
+        programs = len(chunks.chunks)
+        if programs:
+            pointers = self._placed.table, chunks.chunks, chunks.sq_norms, *pointers
+            chunks.calls.launch(kernel, programs, pointers, scalars, options)
+
+    def _pass_options(self, chunks: Chunks) -> dict[str, Any]:
+        bucket = self.bucket
+        amsgrad = bool(bucket["max_exp_avg_sq"])
+        summed_slots = 0 if bucket["critical_sum"] else self._capacity
+        stored = bucket["exp_avg"][0].dtype, bucket["critical_buffer"][0].dtype
+        dtypes = precision(chunks.param_dtype, *stored, self._options.low_precision_update)
+        options = _dtype_options(chunks)
+        if _has_register_caps(self._device):
+            options |= triton_kernels.launch_options(
+                options["PARAM_DTYPE"],
+                dtypes["MOMENT_DTYPE"],
+                dtypes["SLOT_DTYPE"],
+                amsgrad,
+                summed_slots,
+            )
+        return {
             **options,
-        )
+            **dtypes,
+            "CRITICAL_GRADIENTS": bucket.critical_gradients,
+            "AMSGRAD": amsgrad,
+            "SUMMED_SLOTS": summed_slots,
+            "BY_FOURS": self.tables.by_fours,
+        }
 
-    def _pass_options(
-        self, param_dtype: torch.dtype, dtypes: dict[str, Any], amsgrad: bool, summed_slots: int
-    ) -> dict[str, Any]:
-        if self._device.type != "cuda" or torch.version.hip is not None:
-            return triton_common.LAUNCH_OPTIONS
-        stored = dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"]
-        return triton_kernels.launch_options(
-            TRITON_DTYPES[param_dtype], *stored, amsgrad, summed_slots
-        )
+
+def _launch_options() -> dict[str, Any]:
+    return triton_common.LAUNCH_OPTIONS
+
+
+def _dtype_options(chunks: Chunks) -> dict[str, Any]:
+    """Return the launch options, and the dtypes of a chunk's parameters and arithmetic."""
+    state_dtype = tl.float64 if chunks.param_dtype is torch.float64 else tl.float32
+    dtypes = {"PARAM_DTYPE": TRITON_DTYPES[chunks.param_dtype], "STATE_DTYPE": state_dtype}
+    return triton_common.LAUNCH_OPTIONS | dtypes
+
+
+def _has_register_caps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _sign(options: StepOptions) -> float:
+    return -1.0 if options.maximize else 1.0
 
 
 def _lr(options: StepOptions, device: torch.device) -> tuple[Tensor | None, float]:
@@ -315,7 +349,7 @@ def _lr(options: StepOptions, device: torch.device) -> tuple[Tensor | None, floa
     if not isinstance(lr, Tensor):
         return None, float(lr)
     if lr.device == device or lr.device.type != "cpu":
-        return lr.to(device, non_blocking=True), 0.0
+        return to_device(lr, device), 0.0
     return None, float(lr)
 
 
@@ -323,7 +357,9 @@ def _update_priorities(
     tables: Tables, table: Tensor, bucket: Bucket, sq_norm: Tensor | None, found_inf: Tensor | None
 ) -> None:
     in_triton = priority_kernel(bucket.device) == "Triton"
-    kernel = update_priorities_of_table_ if in_triton else torch.ops.cm_fused.update_priorities_
+    kernel: Any = torch.ops.cm_fused.update_priorities_
+    if in_triton:
+        kernel = partial(update_priorities_of_table_, calls=tables.calls)
     kernel(
         table,
         tables.chunk_sq_norms,
@@ -337,7 +373,7 @@ def _update_priorities(
 
 def _on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     """Return a scalar where the kernels can read it; never waits for a device."""
-    return None if scalar is None else scalar.to(device, torch.float64, non_blocking=True)
+    return None if scalar is None else to_device(scalar, device, torch.float64)
 
 
 def precision(
@@ -400,12 +436,8 @@ def _laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:
     ]
 
 
-@cache
-def _device_module(device_type: str) -> Any:
-    return torch.get_device_module(device_type)
-
-
 def _device_guard(device: torch.device) -> Any:
-    if device.type == "cpu":
+    """Make a device the current one; where it is, there is nothing to enter and leave."""
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
         return contextlib.nullcontext()
-    return _device_module(device.type).device(device)
+    return torch.get_device_module(device.type).device(device)

@@ -2,26 +2,29 @@
 
 NOTE: [Tables and graph capture]
 What was uploaded is never written again: a change makes a new table. So a captured graph can share
-the table of the steps before it, and keeps its own where its gradients are new. An upload during
-capture takes place when the graph is replayed, from host memory that must then still be there, and
-no eager step may use it before: it is kept for the graph alone, for as long as these tables live.
-The optimizer keeps the plan of a captured step for as long as it lives itself.
+the table of the steps before it, which is kept when they go on to another. Where its gradients are
+new it has a table of its own: an upload during capture takes place when the graph is replayed, from
+host memory that must then still be there, and no eager step may use it before. Both are kept for as
+long as these tables live. The optimizer keeps the plan of a captured step for as long as it lives
+itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cm_fused._backends import library
 from cm_fused._backends.capture import is_capturing
+from cm_fused._backends.triton.calls import Calls
 from cm_fused._backends.triton.columns import CHUNK_SIZE, COLUMNS, PARAM_DTYPES, WIDTH
 from cm_fused._bucket import Bucket
 from cm_fused.philox import WORDS, ShardLayout
 
 # What cm_fused::refresh_table_ returns.
-_UNCHANGED, _CHANGED, _NEEDS_COPIES = range(3)
+_UNCHANGED, _GRADS_MOVED, _CHANGED, _NEEDS_COPIES = range(4)
 _INT64_BYTES = 8
 
 
@@ -32,6 +35,7 @@ class Chunks:
     param_dtype: torch.dtype
     chunks: Tensor  # int32 (chunks, 2) on the device: each chunk's tensor and number within it
     sq_norms: Tensor  # float64 (chunks,) on the device, for the kernels to write
+    calls: Calls = field(default_factory=Calls)  # of the kernels that are launched for them
 
 
 class OutdatedTablesError(Exception):
@@ -59,11 +63,14 @@ class Tables:
             for layout in map(bucket.shard_layout, range(len(bucket.params)))
         )
         self._host = torch.zeros((len(bucket.params), WIDTH), dtype=torch.int64, device="cpu")
-        # The tensors of uploads that a capture recorded, on the device and on the host.
-        self._of_captures: list[tuple[Tensor, Tensor]] = []
+        # What captures recorded: tables, and the host's memory of those uploaded in a capture.
+        self._of_captures: list[tuple[Tensor, ...]] = []
         self._table: Tensor | None = None
         self.last: Tensor | None = None  # the table of the last refresh
-        # Whether a refresh found an address changed, until parameters that overlap were looked for.
+        self.placed: Any = None  # for `launch`: this step's tensors, while it places no others
+        self.calls = Calls()  # of the kernels that are launched for the whole table
+        self._stream = _stream(self._device)
+        # Whether a parameter may have moved, until parameters that overlap were looked for.
         self.changed = True
         # Whether parameters of the step overlap, to be launched one after the other.
         self.one_by_one = False
@@ -129,7 +136,15 @@ class Tables:
         self.changed |= refreshed == _CHANGED
         if refreshed == _UNCHANGED and self._table is not None:
             self.last = self._table
-            return self._table
+            if capturing:
+                self._of_captures.append((self._table,))
+        else:
+            self.last = self._upload_table(host, capturing)
+        if not capturing:
+            self._follow_stream()
+        return self.last
+
+    def _upload_table(self, host: Tensor, capturing: bool) -> Tensor:
         if not torch.equal(host[:, COLUMNS["param_dtype"]], self._dtypes):
             raise OutdatedTablesError
         table, uploaded_from = _upload(host, self._device)
@@ -137,21 +152,25 @@ class Tables:
             self._of_captures.append((table, uploaded_from))
         else:
             self._table = table
-        self.last = table
         return table
 
+    def _follow_stream(self) -> None:
+        """Have memory that another stream uses freed when that stream is done with it."""
+        stream = _stream(self._device)
+        if stream is None or stream == self._stream:
+            return
+        for tensor in (self._table, self._chunks, self.chunk_sq_norms, self._scratch):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
     def _refresh(self, params: list[Tensor], grads: list[Tensor], host: Tensor) -> int:
-        if any(map(Tensor.is_neg, params)):
+        if self._registered is None:
+            refreshed = _refresh_in_python(params, grads, self._bucket, host)
+        else:
+            refreshed = torch.ops.cm_fused.refresh_table_(self._registered.id, params, grads, host)
+        if refreshed == _NEEDS_COPIES and any(map(Tensor.is_neg, params)):
             raise RuntimeError("a parameter must not be a lazy negative")  # which the step names
-        if self._registered is not None:
-            # The operator would be given copies of lazy negatives, which end with its call.
-            if any(map(Tensor.is_neg, grads)):
-                return _NEEDS_COPIES
-            refreshed: int = torch.ops.cm_fused.refresh_table_(
-                self._registered.id, params, grads, host
-            )
-            return refreshed
-        return _refresh_in_python(params, grads, self._bucket, host)
+        return refreshed
 
 
 def _on_host(numbers: Sequence[int]) -> Tensor:
@@ -167,6 +186,10 @@ def lies_as(tensor: Tensor, order: Tensor) -> bool:
     """Return whether a tensor's memory holds its elements in the places of another's."""
     strides = zip(tensor.shape, tensor.stride(), order.stride(), strict=True)
     return not tensor.is_neg() and all(size <= 1 or a == b for size, a, b in strides)
+
+
+def _stream(device: torch.device) -> torch.Stream | None:
+    return None if device.type == "cpu" else torch.accelerator.current_stream(device)
 
 
 def _upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -196,4 +219,8 @@ def _refresh_in_python(
     layouts = bucket.shard_layouts or ShardLayout()
     host[:, first : last + 1] = _on_host(layouts).reshape(-1, len(ShardLayout._fields))
     host[:, COLUMNS["numel"]] = _on_host([param.numel() for param in params])
-    return _UNCHANGED if torch.equal(before, host) else _CHANGED
+    if torch.equal(before, host):
+        return _UNCHANGED
+    grad = COLUMNS["grad"]
+    before[:, grad] = host[:, grad]
+    return _GRADS_MOVED if torch.equal(before, host) else _CHANGED
