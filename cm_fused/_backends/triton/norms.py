@@ -31,11 +31,6 @@ def _two_sum(a, b):
     return total, (a - (total - added)) + (b - added)
 
 
-@triton.constexpr_function
-def _log2(size):
-    return size.bit_length() - 1
-
-
 @triton.jit
 def _compensated_total(sums, errors, SIZE: tl.constexpr):
     """Return the sum of a block with its errors, rounded once, so that its order does not matter.
@@ -43,10 +38,11 @@ def _compensated_total(sums, errors, SIZE: tl.constexpr):
     csrc/cpu/compensated_sum.h adds up in another order, and has the same bits.
     """
     error = tl.sum(errors)
-    for level in tl.static_range(1, _log2(SIZE) + 1):
-        left, right = tl.split(tl.reshape(sums, (SIZE >> level, 2)))
-        sums, rounded = _two_sum(left, right)
-        error += tl.sum(rounded)
+    for level in tl.static_range(1, 12):  # the halvings of the largest block
+        if SIZE >> level > 0:
+            left, right = tl.split(tl.reshape(sums, (SIZE >> level, 2)))
+            sums, rounded = _two_sum(left, right)
+            error += tl.sum(rounded)
     total = tl.sum(sums)
     return tl.where(tl.abs(total) < float("inf"), total + error, total)
 

@@ -1,0 +1,1 @@
+"""Benchmarks of cm_fused, and its demo."""

@@ -1,0 +1,1 @@
+"""Train two models with AdamCM beside torch's AdamW: ``python -m bench.demo``."""

@@ -1,0 +1,1 @@
+"""The machine code of the Triton pass: `python -m bench.machine_code`."""

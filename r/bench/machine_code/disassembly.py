@@ -1,0 +1,131 @@
+"""Which instructions access tensors, and how many bytes of an element, by the disassembler."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.speed.bytes import Bytes
+from cm_fused._backends.triton import kernels as triton_kernels
+from cm_fused._backends.triton import rounding as triton_rounding
+
+
+class Instruction(NamedTuple):
+    """One instruction and the source lines it comes from, the innermost call's first.
+
+    Those of the roundings' file are negative, those of other files 0.
+    """
+
+    opcode: str
+    lines: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """The bits a thread loads or stores."""
+        suffixes = [int(part) for part in self.opcode.split(".") if part.isdecimal()]
+        return suffixes[0] if suffixes else _NARROW.get(self.opcode.split(".")[-1], 32)
+
+
+_NARROW = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_SIGNS = {
+    Path(inspect.getfile(module)).name: sign
+    for module, sign in ((triton_kernels, 1), (triton_rounding, -1))
+}
+_LINE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
+
+
+def instructions(listing: str) -> Iterator[Instruction]:
+    """Yield the instructions of what `nvdisasm -gi` printed."""
+    lines: list[int] = []
+    complete = False
+    for text in listing.splitlines():
+        line = _LINE.match(text)
+        if line:
+            if complete:
+                lines, complete = [], False
+            lines.append(_SIGNS.get(Path(line[1]).name, 0) * int(line[2]))
+            continue
+        instruction = _INSTRUCTION.match(text)
+        if instruction:
+            complete = True
+            yield Instruction(instruction[1], tuple(lines))
+
+
+@dataclass(frozen=True)
+class SourceLines:
+    """The lines of the kernels' source that decide what an access is.
+
+    Attributes:
+        full: The call for full chunks.
+        tail: The call for all others.
+        loop: The loop over a chunk's elements.
+        param_store: The one store of each element's parameter.
+        scales: The functions that access scales, a 64th of a byte an element, negative.
+    """
+
+    full: range
+    tail: range
+    loop: range
+    param_store: range
+    scales: frozenset[int]
+
+
+def _lines_of(node: ast.stmt | ast.expr) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+@cache
+def source_lines() -> SourceLines:
+    """Find the lines in the kernels' source."""
+    tree = ast.parse(inspect.getsource(triton_kernels))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls = [
+        node
+        for node in ast.walk(functions["critical_adam_kernel"])
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_update_chunk"
+    ]
+    by_last = {ast.unparse(call.args[-1]): _lines_of(call) for call in calls}
+    update = functions["_update_chunk"]
+    (loop,) = [node for node in update.body if isinstance(node, ast.For)]
+    (store,) = [
+        node
+        for node in ast.walk(functions["_store_param"])
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith("tl.store(tensors.param ")
+    ]
+    scales = frozenset(
+        -line
+        for node in ast.parse(inspect.getsource(triton_rounding)).body
+        if isinstance(node, ast.FunctionDef) and node.name in ("load_scales", "store_scales")
+        for line in _lines_of(node)
+    )
+    return SourceLines(by_last["True"], by_last["False"], _lines_of(loop), _lines_of(store), scales)
+
+
+def accesses(listing: str, call: range) -> list[Instruction]:
+    """Return the accesses of tensors by one of the two calls, in its loop over the elements."""
+    loop, scales = source_lines().loop, source_lines().scales
+    return [
+        instruction
+        for instruction in instructions(listing)
+        if instruction.opcode.startswith(("LDG", "STG"))
+        and any(line in call for line in instruction.lines)
+        and any(line in loop for line in instruction.lines)
+        and not scales.intersection(instruction.lines)
+    ]
+
+
+def bytes_per_element(accesses: Iterable[Instruction], param_bytes: int) -> Bytes:
+    """Count what is read and written for each parameter that is stored."""
+    accesses = list(accesses)
+    param_store = source_lines().param_store
+    stores = [access for access in accesses if access.opcode.startswith("STG")]
+    stored = sum(access.width for access in stores if access.lines[0] in param_store)
+    elements = stored / 8 / param_bytes
+    written = sum(access.width for access in stores) / 8
+    read = sum(access.width for access in accesses) / 8 - written
+    return Bytes(read / elements, written / elements)

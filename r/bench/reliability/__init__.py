@@ -1,0 +1,1 @@
+"""The reliability campaign: faults, random use and long runs, each of which must end right."""

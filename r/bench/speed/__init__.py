@@ -1,0 +1,1 @@
+"""What a step takes of time and memory: `python -m bench.speed`."""

@@ -1,0 +1,1 @@
+"""The implementations of the step, and the choice between them."""

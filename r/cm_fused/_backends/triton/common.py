@@ -1,0 +1,131 @@
+"""What the Triton kernels share: their sizes, and how they find what a table names.
+
+Hyperparameters are float64 run-time values, rounded once to the state's dtype as in the C++ step.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from cm_fused._backends.triton import columns
+
+# Whether kernels run on the CPU, in Python: TRITON_INTERPRET=1 was set.
+INTERPRETED = triton.knobs.runtime.interpret
+# Elements that a program works on at a time: four, 16 bytes of float32, a thread; where they are
+# not aligned or not all there, one a thread. The interpreter's time is by operation: it is given
+# half a chunk.
+NUM_THREADS = 128
+BLOCK_SIZE = 2048 if INTERPRETED else 4 * NUM_THREADS
+TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
+# What every launch is given besides its arguments. A kernel that changes its arguments in place is
+# never autotuned: the trials would be steps.
+LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
+CHUNK_SIZE = tl.constexpr(columns.CHUNK_SIZE)
+REBUILT_CHUNK_SIZE = tl.constexpr(columns.REBUILT_CHUNK_SIZE)
+FULL_BLOCK = tl.constexpr(BLOCK_SIZE)
+TAIL_BLOCK = tl.constexpr(TAIL_BLOCK_SIZE)
+THREADS = tl.constexpr(NUM_THREADS)
+_COLUMNS = columns.COLUMNS
+ROW = tl.constexpr(columns.WIDTH)
+
+
+# One variant for all values of the options. A later dtype's chunks start anywhere in the lists of
+# all: none for each alignment either.
+entry = triton.jit(
+    do_not_specialize=("capacity", "mean_over_capacity", "seed", "sq_norm_stride"),
+    do_not_specialize_on_alignment=("chunks_ptr", "chunk_sq_norms_ptr", "sq_norm_ptr"),
+)
+
+
+@triton.jit
+def double(x):
+    """Return a number as a float64 scalar; the interpreter passes floats as Python's."""
+    return tl.full((), x, tl.float64)
+
+
+@triton.jit
+def spread(x, BLOCK: tl.constexpr):
+    """Return a block of a scalar.
+
+    For comparisons: the interpreter cannot spread the result of one of scalars, as it takes the
+    operands' dtype for its own.
+    """
+    return tl.full((BLOCK,), x, x.dtype)
+
+
+@triton.jit
+def signed_factor(sign, grad_factor_ptr):
+    """Return what gradients are multiplied by: unscaled and clipped, negated to maximize."""
+    factor = double(sign)
+    if grad_factor_ptr is not None:
+        factor *= tl.load(grad_factor_ptr)
+    return factor
+
+
+@triton.jit
+def is_set(flag_ptr):
+    """Return whether a flag, float64 on the device or None, is set."""
+    if flag_ptr is None:
+        return False
+    else:
+        return tl.load(flag_ptr) != 0.0
+
+
+@triton.constexpr_function
+def _column(name):
+    return _COLUMNS[name]
+
+
+@triton.jit
+def cell(row_ptr, NAME: tl.constexpr):
+    """Return what a row has in a column of the table."""
+    return tl.load(row_ptr + _column(NAME))
+
+
+@triton.jit
+def pointer(row_ptr, NAME: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the address in a column of a row."""
+    return cell(row_ptr, NAME).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def at(ptr, start, ALIGNED: tl.constexpr):
+    """Return ptr + start, promising 16-byte alignment where it is known."""
+    if ALIGNED:
+        return tl.multiple_of(ptr + start, 16)
+    return ptr + start
+
+
+@triton.jit
+def is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
+    """Return whether every chunk of every tensor of a row starts at 16 bytes."""
+    joined = numel * SLOT_BYTES  # from one slot to the next
+    for column in tl.static_range(_column("param"), _column("compensation") + 1):
+        joined |= tl.load(row_ptr + column)
+    return joined % 16 == 0
+
+
+@triton.jit
+def empty_sum(DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a block of what changes nothing it is added to: -0, since 0 + -0 is +0."""
+    # Older Tritons make a constant of -0.0 that is +0.
+    return tl.full((BLOCK,), 0.0, DTYPE) * -1.0
+
+
+@triton.jit
+def effective_gradient(grad, param, factor, l2):
+    """Return the gradient the step uses, with the L2 term; see `signed_factor`."""
+    g = factor * grad
+    # Without weight decay the gradient stays what it is: a parameter that is not finite does not
+    # count, and -0 + 0 would be +0, which a buffer of gradients stores.
+    return tl.where(l2 != 0, g + l2 * param, g)
+
+
+@triton.jit
+def sum_squares(g, BLOCK: tl.constexpr):
+    """Return one partial sum of g^2 in float64 for each thread of a block."""
+    # A float32 gradient's square neither overflows nor underflows.
+    squares = g.to(tl.float64) * g.to(tl.float64)
+    # A thread's own elements first: it keeps one partial sum, not one for each.
+    return tl.sum(tl.reshape(squares, (THREADS, BLOCK // THREADS)), 1)

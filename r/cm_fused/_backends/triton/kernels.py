@@ -1,0 +1,607 @@
+"""The Triton kernel of the step: one pass over all chunks of all tensors.
+
+It finds its tensors through a table (`cm_fused._backends.triton.columns`). Nothing is contracted to
+a fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correctly rounded, so a
+parameter's bits depend neither on the path its chunk takes nor on the device.
+"""
+
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from cm_fused._backends.triton import rounding
+from cm_fused._backends.triton.common import (
+    BLOCK_SIZE,
+    CHUNK_SIZE,
+    LAUNCH_OPTIONS,
+    REBUILT_CHUNK_SIZE,
+    ROW,
+    TAIL_BLOCK_SIZE,
+    THREADS,
+    at,
+    cell,
+    double,
+    effective_gradient,
+    empty_sum,
+    entry,
+    is_aligned,
+    is_set,
+    pointer,
+    signed_factor,
+    spread,
+    sum_squares,
+)
+from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
+
+
+def launch_options(
+    param_dtype: tl.dtype,
+    moment_dtype: tl.dtype,
+    slot_dtype: tl.dtype,
+    amsgrad: bool,
+    summed_slots: int,
+) -> dict[str, Any]:
+    """Return the launch options of the pass for CUDA devices.
+
+    Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
+    AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
+    which no variant spills, at half of a multiprocessor's warps for float32 (bench.machine_code).
+    State of low precision spills 40 to 112 bytes a thread at 80 registers, none at 96 except 8 to
+    32 on sm_100 with 8-bit floats or a compensation; int8 moments spill 48 there.
+    """
+    if param_dtype == tl.float64:
+        return LAUNCH_OPTIONS
+    if moment_dtype == tl.int8:
+        return {**LAUNCH_OPTIONS, "maxnreg": 128}
+    if moment_dtype != tl.float32 or slot_dtype != tl.float32:
+        return {**LAUNCH_OPTIONS, "maxnreg": 96}
+    half = param_dtype != tl.float32
+    if half and summed_slots == 4:
+        return {**LAUNCH_OPTIONS, "maxnreg": 80}
+    return {**LAUNCH_OPTIONS, "maxnreg": 72 if half or amsgrad else 64}
+
+
+# What the parts of the pass hand to each other
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through."""
+
+    PARAM_DTYPE: tl.dtype
+    STATE_DTYPE: tl.dtype
+    MOMENT_DTYPE: tl.dtype
+    SLOT_DTYPE: tl.dtype
+    CRITICAL_GRADIENTS: bool
+    AMSGRAD: bool
+    SUMMED_SLOTS: int
+    STOCHASTIC: bool
+    KAHAN: bool
+    BY_FOURS: bool
+    FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
+    BLOCK: int = 0  # the elements that are worked on at a time
+
+    def of_chunk(self, full: bool) -> "_Variant":
+        """Return the variant with its block: whole blocks of elements that share scales."""
+        block = BLOCK_SIZE
+        if not full:
+            scaled = {self.MOMENT_DTYPE, self.SLOT_DTYPE} & {tl.int8, tl.uint8}
+            block = max(TAIL_BLOCK_SIZE, SCALE_BLOCK_SIZE) if scaled else TAIL_BLOCK_SIZE
+        return replace(self, FULL=full, BLOCK=block)
+
+
+@triton.constexpr_function
+def _variant(*arguments):
+    return _Variant(*arguments)
+
+
+@triton.constexpr_function
+def _of_chunk(variant, full):
+    return variant.of_chunk(full)
+
+
+# The numbers of a launch, see `critical_adam_kernel`.
+_Hyperparameters = namedtuple(
+    "_Hyperparameters",
+    "lr beta1 beta2 eps_inside eps_outside l2 late_l2 decoupled_weight_decay factor",
+)
+
+# The scalars of a tensor's step, rounded once to the state's dtype.
+_Scalars = namedtuple(
+    "_Scalars",
+    "inverse_divisor beta1 one_minus_beta1 beta2 one_minus_beta2 inverse_bias_correction2 "
+    "step_size eps_inside eps_outside decay_factor l2 late_l2 factor",
+)
+
+# The elements of one program: `count` from `start` of a tensor.
+_Chunk = namedtuple("_Chunk", "row_ptr start count numel")
+
+# The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum.
+_Admission = namedtuple("_Admission", "capacity slot rebuild")
+
+# Addresses of a chunk's first element; an option's tensor is not touched without it.
+_Tensors = namedtuple(
+    "_Tensors",
+    "param grad exp_avg exp_avg_sq max_exp_avg_sq compensation exp_avg_scales exp_avg_sq_scales",
+)
+
+# A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. `slot`
+# is the one to write, or -1.
+_Buffer = namedtuple("_Buffer", "slots scales critical_sum numel capacity slot slot_ptr")
+
+# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
+_Block = namedtuple("_Block", "begin count offsets mask")
+
+
+# Arithmetic
+
+
+@triton.jit
+def _divide(x, y):
+    """Return x / y, correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    return x / y
+
+
+@triton.jit
+def _sqrt(x):
+    """Return the root of x, correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
+
+
+@triton.jit
+def _power(base, exponent):
+    """Return base to a power >= 1, by squaring: exp would cost 24 registers of coefficients."""
+    result = base * 0.0 + 1.0
+    while exponent > 0:
+        if exponent % 2 == 1:
+            result *= base
+        base *= base
+        exponent = exponent // 2
+    return result
+
+
+# Addresses
+
+
+@triton.jit
+def _tensors_of(chunk, V: tl.constexpr):
+    """Return the addresses of a chunk's tensors, except the buffer's."""
+    row_ptr = chunk.row_ptr
+    start = chunk.start
+    scale = start // rounding.SCALE_BLOCK
+    return _Tensors(
+        at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "grad", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "exp_avg", V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "exp_avg_sq", V.MOMENT_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "max_exp_avg_sq", V.STATE_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "compensation", V.PARAM_DTYPE), start, V.FULL),
+        pointer(row_ptr, "exp_avg_scales", tl.float32) + scale,
+        pointer(row_ptr, "exp_avg_sq_scales", tl.float32) + scale,
+    )
+
+
+@triton.jit
+def _buffer_of(chunk, admission, V: tl.constexpr):
+    """Return a chunk's buffer."""
+    row_ptr = chunk.row_ptr
+    start = chunk.start
+    slots_ptr = at(pointer(row_ptr, "critical_buffer", V.SLOT_DTYPE), start, V.FULL)
+    return _Buffer(
+        slots_ptr,
+        pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
+        at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
+        chunk.numel,
+        admission.capacity,
+        admission.slot,
+        at(slots_ptr, admission.slot * chunk.numel, V.FULL),
+    )
+
+
+@triton.jit
+def _counters_of(chunk, seed, step):
+    """Return what a tensor's random bits are drawn from."""
+    return rounding.Counters(
+        seed,
+        cell(chunk.row_ptr, "param_index"),
+        step,
+        cell(chunk.row_ptr, "shard_offset"),
+        cell(chunk.row_ptr, "shard_length"),
+        cell(chunk.row_ptr, "shard_stride"),
+    )
+
+
+@triton.jit
+def _block_at(begin, count, V: tl.constexpr):
+    """Return the block from `begin` on of a chunk with `count` elements."""
+    BLOCK: tl.constexpr = V.BLOCK
+    offsets = begin + tl.arange(0, BLOCK)
+    mask = tl.full((BLOCK,), 1, dtype=tl.int1) if V.FULL else offsets < count
+    return _Block(begin, count, offsets, mask)
+
+
+# The moments
+
+
+@triton.jit
+def _load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.constexpr):
+    """Return the values of a moment."""
+    BLOCK: tl.constexpr = V.BLOCK
+    stored = tl.load(moment_ptr + block.offsets, mask=block.mask, other=0)
+    if stored.dtype == tl.int8:
+        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
+        return rounding.from_moment(stored, scales, SIGNED, BLOCK)
+    else:
+        return stored.to(V.STATE_DTYPE)
+
+
+@triton.jit
+def _store_moment(
+    moment_ptr, scales_ptr, block, values, bits, SIGNED: tl.constexpr, V: tl.constexpr
+):
+    """Store a moment; the upper half of an element's random bits rounds m, the lower half v."""
+    BLOCK: tl.constexpr = V.BLOCK
+    if V.MOMENT_DTYPE == V.STATE_DTYPE:
+        tl.store(moment_ptr + block.offsets, values, mask=block.mask)
+    else:
+        half = bits >> 16 if SIGNED else bits & 0xFFFF
+        if V.MOMENT_DTYPE == tl.int8:
+            codes, scales = rounding.to_moment(values, half, SIGNED, BLOCK)
+            rounding.store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
+            tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
+        else:
+            rounded = rounding.round_to_bfloat16(values, half)
+            tl.store(moment_ptr + block.offsets, rounded, mask=block.mask)
+
+
+@triton.jit
+def _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V: tl.constexpr):
+    """Store both moments of the elements from `first` of a tensor."""
+    bits = 0
+    if V.MOMENT_DTYPE != V.STATE_DTYPE:
+        bits = rounding.random_bits(counters, first, rounding.MOMENTS_STREAM, V.BY_FOURS, V.BLOCK)
+    _store_moment(tensors.exp_avg, tensors.exp_avg_scales, block, exp_avg, bits, True, V)
+    _store_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, exp_avg_sq, bits, False, V)
+
+
+@triton.jit
+def _second_moment(tensors, block, exp_avg_sq, V: tl.constexpr):
+    """Return the second moment that the step uses; with amsgrad store the largest of all steps."""
+    second_moment = exp_avg_sq
+    if V.AMSGRAD:
+        largest = tl.load(tensors.max_exp_avg_sq + block.offsets, mask=block.mask, other=0.0)
+        # In this order a NaN in exp_avg_sq is kept.
+        second_moment = tl.where(largest > exp_avg_sq, largest, exp_avg_sq)
+        tl.store(tensors.max_exp_avg_sq + block.offsets, second_moment, mask=block.mask)
+    return second_moment
+
+
+# The buffer
+
+
+@triton.jit
+def _load_slot(buffer, slot, block, mask, V: tl.constexpr):
+    """Return the values of a slot, or what is cheap to load where the mask is not set."""
+    BLOCK: tl.constexpr = V.BLOCK
+    slot_ptr = at(buffer.slots, slot * buffer.numel, V.FULL)
+    stored = tl.load(slot_ptr + block.offsets, mask=mask, other=0)
+    scales = 0
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
+    return rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+
+
+@triton.jit
+def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
+    """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
+    taken = (not V.CRITICAL_GRADIENTS) & (spread(buffer.slot, V.BLOCK) == other)
+    stored = _load_slot(buffer, other, block, block.mask & ~taken, V)
+    return buffer_sum + tl.where(taken, item, stored)
+
+
+@triton.jit
+def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
+    """Set the running sum of a chunk to the sum of its slots, in slot order.
+
+    A pending momentum takes its slot's place; a gradient is not there yet.
+    """
+    BLOCK: tl.constexpr = V.BLOCK
+    for begin in range(0, CHUNK_SIZE if V.FULL else count, BLOCK):
+        block = _block_at(begin, count, V)
+        buffer_sum = empty_sum(V.STATE_DTYPE, BLOCK)
+        item = buffer_sum
+        if not V.CRITICAL_GRADIENTS:
+            item = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
+        stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
+        item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+        for other in range(0, buffer.capacity):
+            buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+        tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
+
+
+@triton.jit
+def _sum_of_slots(buffer, item, block, V: tl.constexpr):
+    """Return the sum of all slots, in their order."""
+    SUMMED_SLOTS: tl.constexpr = V.SUMMED_SLOTS
+    buffer_sum = empty_sum(V.STATE_DTYPE, V.BLOCK)
+    for other in tl.static_range(SUMMED_SLOTS):
+        buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+    return buffer_sum
+
+
+@triton.jit
+def _follow_commit(buffer, item, follow, block, V: tl.constexpr):
+    """Return the running sum of this step, and store the one that follows the commit."""
+    sum_ptr = buffer.critical_sum + block.offsets
+    buffer_sum = tl.load(sum_ptr, mask=block.mask, other=0.0)
+    evicted = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, block.mask & follow, V)
+    new_sum = tl.where(follow, buffer_sum + (item - evicted), buffer_sum)
+    tl.store(sum_ptr, new_sum, mask=block.mask & follow)
+    return buffer_sum if V.CRITICAL_GRADIENTS else new_sum
+
+
+@triton.jit
+def _sum_and_commit(buffer, item, commit, follow, block, V: tl.constexpr):
+    """Return the sum of the buffer, and put an item, rounded, in its slot where `commit` is set.
+
+    A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
+    comes after. `follow` is set where a running sum has yet to follow.
+    """
+    BLOCK: tl.constexpr = V.BLOCK
+    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
+    # What is stored is what is summed.
+    item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+    if V.SUMMED_SLOTS > 0:
+        buffer_sum = _sum_of_slots(buffer, item, block, V)
+    else:
+        buffer_sum = _follow_commit(buffer, item, follow, block, V)
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        rounding.store_scales(scales_ptr, block.begin, block.count, scales, buffer.slot >= 0, BLOCK)
+    # Where nothing is committed this is no slot, and it is not touched.
+    tl.store(buffer.slot_ptr + block.offsets, stored, mask=block.mask & commit)
+    return buffer_sum
+
+
+# The update
+
+
+@triton.jit
+def _load(tensors, block, V: tl.constexpr):
+    """Return m, the parameter, the gradient and v of a block."""
+    exp_avg = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
+    param = tl.load(tensors.param + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
+    grad = tl.load(tensors.grad + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
+    exp_avg_sq = _load_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, False, V)
+    return exp_avg, param, grad, exp_avg_sq
+
+
+@triton.jit
+def _update_moments(s, g, buffer_sum, exp_avg, exp_avg_sq, V: tl.constexpr):
+    """Return m, v and the numerator of the step, Eqs. (3) to (6)."""
+    mean = s.inverse_divisor * buffer_sum  # Eq. (6)
+    if V.CRITICAL_GRADIENTS:
+        aggregate = g + mean  # Eq. (3)
+        exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * aggregate
+        numerator = exp_avg
+    else:
+        exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * g  # Eq. (4)
+        aggregate = exp_avg + mean  # Eq. (5)
+        numerator = aggregate
+    exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (aggregate * aggregate)  # Eq. (5)
+    return exp_avg, exp_avg_sq, numerator
+
+
+@triton.jit
+def _update_param(s, param, numerator, second_moment):
+    """Return the parameter after the step, Eq. (7)."""
+    corrected = s.inverse_bias_correction2 * second_moment
+    denominator = _sqrt(corrected + s.eps_inside) + s.eps_outside
+    return s.decay_factor * param - s.step_size * _divide(numerator, denominator)
+
+
+@triton.jit
+def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
+    """Store the parameter, rounded as the variant says, of the elements from `first`."""
+    if V.STOCHASTIC:
+        words = rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK)
+        bits = words >> 16
+        if V.PARAM_DTYPE == tl.bfloat16:
+            rounded = rounding.round_to_bfloat16(param, bits)
+        else:
+            rounded = rounding.round_to_float16(param, bits)
+    else:
+        rounded = param.to(V.PARAM_DTYPE)
+    tl.store(tensors.param + block.offsets, rounded, mask=block.mask)
+    if V.KAHAN:
+        lost = (param - rounded.to(V.STATE_DTYPE)).to(V.PARAM_DTYPE)
+        tl.store(tensors.compensation + block.offsets, lost, mask=block.mask)
+
+
+@triton.jit
+def _update_chunk(
+    chunk, chunk_sq_norm_ptr, admission, s, seed, step, VARIANT: tl.constexpr, FULL: tl.constexpr
+):
+    """Update a chunk, and write its sum of g^2 where that has not been taken before.
+
+    FULL: it has CHUNK_SIZE elements, and every tensor is aligned.
+    """
+    V: tl.constexpr = _of_chunk(VARIANT, FULL)
+    BLOCK: tl.constexpr = V.BLOCK
+    tensors = _tensors_of(chunk, V)
+    buffer = _buffer_of(chunk, admission, V)
+    counters = _counters_of(chunk, seed, step)
+    commit = spread(admission.slot, BLOCK) >= 0
+    follow = commit
+    if not V.CRITICAL_GRADIENTS:
+        # A sum that was rebuilt with the momentum in its slot has followed the commit.
+        follow = commit & (spread(admission.rebuild, BLOCK) == 0)
+    if admission.rebuild:
+        # The threads that write an element here read it below: both walk in the same layout.
+        _rebuild_sum(tensors, buffer, chunk.count, V)
+    squares = tl.zeros((THREADS,), dtype=tl.float64)
+    for begin in range(0, CHUNK_SIZE if FULL else chunk.count, BLOCK):
+        block = _block_at(begin, chunk.count, V)
+        exp_avg, param, grad, exp_avg_sq = _load(tensors, block, V)
+        g = effective_gradient(grad, param, s.factor, s.l2)
+        late_g = effective_gradient(g, param, 1.0, s.late_l2) if V.CRITICAL_GRADIENTS else g
+        if V.KAHAN:
+            lost = tl.load(tensors.compensation + block.offsets, mask=block.mask, other=0.0)
+            param += lost.to(V.STATE_DTYPE)
+        item = g if V.CRITICAL_GRADIENTS else exp_avg
+        buffer_sum = _sum_and_commit(buffer, item, commit, follow, block, V)
+        if not V.CRITICAL_GRADIENTS:
+            squares += sum_squares(g, BLOCK)
+        exp_avg, exp_avg_sq, numerator = _update_moments(
+            s, late_g, buffer_sum, exp_avg, exp_avg_sq, V
+        )
+        first = chunk.start + begin
+        _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V)
+        second_moment = _second_moment(tensors, block, exp_avg_sq, V)
+        param = _update_param(s, param, numerator, second_moment)
+        _store_param(tensors, block, first, param, counters, V)
+    if not V.CRITICAL_GRADIENTS:
+        tl.store(chunk_sq_norm_ptr, tl.sum(squares))
+
+
+@triton.jit
+def _mean_divisor(row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS: tl.constexpr):
+    """Return what the buffer's sum is divided by: its capacity, or its number of filled slots."""
+    divisor = capacity
+    if mean_over_capacity == 0:
+        filled = tl.full((), 0, tl.int32)
+        if CRITICAL_GRADIENTS:
+            filled = tl.load(pointer(row_ptr, "filled", tl.int64)).to(tl.int32)
+        else:
+            keys_ptr = pointer(row_ptr, "priorities", tl.float32)
+            for slot in range(0, capacity):
+                filled += (tl.load(keys_ptr + slot) >= 0).to(tl.int32)
+        # An empty buffer's sum is 0 whatever divides it.
+        divisor = tl.maximum(filled, 1)
+    return divisor
+
+
+@triton.jit
+def _scalars_of(hyperparameters, step, divisor, STATE_DTYPE: tl.constexpr):
+    """Return the scalars of step number `step`, from 1, all computed in float64."""
+    lr = hyperparameters.lr
+    beta1 = double(hyperparameters.beta1)
+    beta2 = double(hyperparameters.beta2)
+    bias_correction1 = 1.0 - _power(beta1, step)
+    bias_correction2 = 1.0 - _power(beta2, step)
+    return _Scalars(
+        (1.0 / divisor.to(tl.float64)).to(STATE_DTYPE),
+        beta1.to(STATE_DTYPE),
+        (1.0 - beta1).to(STATE_DTYPE),
+        beta2.to(STATE_DTYPE),
+        (1.0 - beta2).to(STATE_DTYPE),
+        (1.0 / bias_correction2).to(STATE_DTYPE),
+        (lr / bias_correction1).to(STATE_DTYPE),
+        double(hyperparameters.eps_inside).to(STATE_DTYPE),
+        double(hyperparameters.eps_outside).to(STATE_DTYPE),
+        (1.0 - lr * hyperparameters.decoupled_weight_decay).to(STATE_DTYPE),
+        double(hyperparameters.l2).to(STATE_DTYPE),
+        double(hyperparameters.late_l2).to(STATE_DTYPE),
+        hyperparameters.factor.to(STATE_DTYPE),
+    )
+
+
+@triton.jit
+def _chunk_of(table_ptr, chunks_ptr):
+    """Return this program's chunk."""
+    program = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
+    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK_SIZE
+    numel = cell(row_ptr, "numel")
+    return _Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
+
+
+@entry
+def critical_adam_kernel(
+    table_ptr,  # the bucket's table; except gradients and keys, what it names is changed
+    chunks_ptr,  # int32 (programs, 2): tensor and number of each program's chunk within it
+    # float64 (programs,): the sum of g^2 of each chunk. Written by critical momenta; critical
+    # gradients have taken their norm before.
+    chunk_sq_norms_ptr,
+    lr_ptr,  # the learning rate on the device, or None: `lr`
+    grad_factor_ptr,  # float64 (): what every gradient is multiplied by; None for 1
+    found_inf_ptr,  # float64 (): where it is not 0 nothing is changed; or None
+    lr: tl.float64,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    eps_inside: tl.float64,  # added inside the root
+    eps_outside: tl.float64,  # added outside of it; one of the two is 0
+    l2: tl.float64,  # coupled weight decay
+    late_l2: tl.float64,  # that of critical gradients which neither norms nor slots have
+    decoupled_weight_decay: tl.float64,
+    sign: tl.float64,  # -1 to maximize, else 1
+    capacity: tl.int32,
+    mean_over_capacity: tl.int32,  # else the buffer's sum is divided by its filled slots
+    seed: tl.int64,  # of the random bits, in [0, 2^63)
+    PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
+    STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state except the next two
+    MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
+    SLOT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats
+    CRITICAL_GRADIENTS: tl.constexpr,  # the buffer holds gradients, else momenta
+    AMSGRAD: tl.constexpr,  # divide by the running maximum of the second moment
+    SUMMED_SLOTS: tl.constexpr,  # the capacity where slots are summed, 0 where there are sums
+    STOCHASTIC: tl.constexpr,  # a half-precision parameter is rounded stochastically
+    KAHAN: tl.constexpr,  # it has a compensation, which takes what rounding leaves
+    # Each four consecutive elements, from the first on, are four of the whole parameter's that
+    # share a counter of random bits.
+    BY_FOURS: tl.constexpr,
+):
+    """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
+    if is_set(found_inf_ptr):
+        return
+    VARIANT: tl.constexpr = _variant(
+        PARAM_DTYPE,
+        STATE_DTYPE,
+        MOMENT_DTYPE,
+        SLOT_DTYPE,
+        CRITICAL_GRADIENTS,
+        AMSGRAD,
+        SUMMED_SLOTS,
+        STOCHASTIC,
+        KAHAN,
+        BY_FOURS,
+    )
+    chunk = _chunk_of(table_ptr, chunks_ptr)
+    aligned = is_aligned(chunk.row_ptr, chunk.numel, SLOT_DTYPE.primitive_bitwidth // 8)
+    # The priorities of critical momenta are updated after the pass, those of critical gradients
+    # before.
+    step = tl.load(pointer(chunk.row_ptr, "step", tl.float32)).to(tl.int64)
+    if not CRITICAL_GRADIENTS:
+        step += 1
+    hyperparameters = _Hyperparameters(
+        double(lr) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64),
+        beta1,
+        beta2,
+        eps_inside,
+        eps_outside,
+        l2,
+        late_l2,
+        decoupled_weight_decay,
+        signed_factor(sign, grad_factor_ptr),
+    )
+    divisor = _mean_divisor(chunk.row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS)
+    s = _scalars_of(hyperparameters, step, divisor, STATE_DTYPE)
+    slot = tl.load(pointer(chunk.row_ptr, "pending_slot", tl.int64)).to(tl.int32)
+    # A running sum loses a rounding with every admission: each part of a tensor is summed anew once
+    # in 4 C steps, a different part each step (see csrc/cpu/kernels/slots.h).
+    turn = step + chunk.start // REBUILT_CHUNK_SIZE
+    rebuild = ((turn % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
+    admission = _Admission(capacity, slot, rebuild)
+    sq_norm_ptr = chunk_sq_norms_ptr + tl.program_id(0)
+    if (chunk.count == CHUNK_SIZE) & aligned:
+        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, True)
+    else:
+        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, False)

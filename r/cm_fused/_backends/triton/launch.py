@@ -1,0 +1,411 @@
+"""The Triton step: launches of `cm_fused._backends.triton.kernels` and of the priority kernel.
+
+A step of critical momenta is one pass over all chunks of all tensors of a dtype, which leaves the
+gradient's norm in parts, and one launch that updates the priorities from them; critical gradients
+take the norm first, in a pass of its own. No launch depends on a value of the device.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import chain
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cm_fused._backends import library
+from cm_fused._backends.capture import is_capturing
+from cm_fused._backends.overlap import have_overlap
+from cm_fused._backends.triton import common as triton_common
+from cm_fused._backends.triton import kernels as triton_kernels
+from cm_fused._backends.triton import norms as triton_norms
+from cm_fused._backends.triton.tables import Chunks, OutdatedTablesError, Tables, lies_as
+from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+# State that is stored otherwise than it is computed with; 8-bit floats as their bytes.
+STORED_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.uint8,
+    torch.int8: tl.int8,
+}
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Return why this backend cannot step parameters on a device, or None."""
+    if triton_common.INTERPRETED:
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on the CPU"
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton compiles for CUDA, ROCm and XPU devices, got {device}"
+    return None
+
+
+def priority_kernel(device: torch.device) -> str:
+    """Return what updates the priorities on a device: "CUDA", "C++" or "Triton"."""
+    if device.type == "cpu":
+        return "Triton" if library.unavailable_reason is not None else "C++"
+    if device.type == "cuda" and library.cuda_unavailable_reason is None:
+        return "CUDA"
+    return "Triton"
+
+
+def describe(device: torch.device) -> str:
+    """Return what is at work on a device."""
+    return f"triton on {device.type} with the {priority_kernel(device)} priority kernel"
+
+
+def prepare(batch: Batch) -> Callable[[], None]:
+    """Prepare the step of a batch, and return what launches it.
+
+    It is that of `cm_fused.reference`; of critical momenta the commit is deferred to the next. What
+    can fail, allocations included, comes before the first launch.
+    """
+    batch.split_gradients()
+    sq_norms = [_sq_norm_of(bucket) for bucket in batch.buckets]
+    launchers = _launchers(batch.buckets)
+    return partial(_launch_, list(zip(launchers, sq_norms, strict=True)))
+
+
+def _launchers(buckets: list[Bucket]) -> list["_Launcher"]:
+    """Prepare the launches of some buckets; find parameters that overlap where one has moved."""
+    launchers = [_Launcher(bucket, bucket.options) for bucket in buckets]
+    if any(launcher.may_have_moved() for launcher in launchers):
+        params = chain.from_iterable(bucket.params for bucket in buckets)
+        one_by_one = have_overlap(params)
+        for launcher in launchers:
+            launcher.tables.one_by_one = one_by_one
+            launcher.tables.changed = False
+    return launchers
+
+
+def _sq_norm_of(bucket: Bucket) -> Tensor | None:
+    """Return the sum over the priority scope where the kernels, which add up squares, cannot."""
+    options = bucket.options
+    if bucket.sq_norm is None and options.sum_of_norms and options.priority_scope == "group":
+        return over_scope(sq_norms(bucket, options), options)
+    return bucket.sq_norm
+
+
+def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
+    for launcher, sq_norm in prepared:
+        if launcher.bucket.critical_gradients and sq_norm is None:
+            # The gradient is gone by the next step: its norm comes first, so that it can be stored
+            # at once.
+            with _device_guard(launcher.bucket.device):
+                launcher.sq_norms()
+    for launcher, sq_norm in prepared:
+        with _device_guard(launcher.bucket.device):
+            if launcher.bucket.critical_gradients:
+                launcher.update_priorities(sq_norm)
+                launcher.update()
+            else:
+                launcher.update()
+                launcher.update_priorities(sq_norm)
+
+
+def update_(batch: Batch) -> list[Tensor]:
+    """Step critical momenta without their priorities; return each gradient's sum of squares."""
+    batch.split_gradients()
+    sq_norms = []
+    for launcher in _launchers(batch.buckets):
+        with _device_guard(launcher.bucket.device):
+            launcher.update()
+            sq_norms.append(launcher.tensor_sq_norms())
+    return sq_norms
+
+
+def update_priorities_(batch: Batch) -> None:
+    """Update the priorities that `update_` left; the commit is deferred to the next step."""
+    for bucket in batch.buckets:
+        tables: Tables = bucket.registered
+        assert tables.last is not None
+        found_inf = _on_device(bucket.options.found_inf, bucket.device)
+        with _device_guard(bucket.device):
+            _update_priorities(tables, tables.last, bucket, bucket.sq_norm, found_inf)
+
+
+def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
+    """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
+    launcher = _Launcher(bucket, options)
+    with _device_guard(bucket.device):
+        launcher.sq_norms()
+        return launcher.tensor_sq_norms()
+
+
+def update_priorities_of_table_(
+    table: Tensor,  # int64 (params, `WIDTH`); keys, slots, steps and filled slots are changed
+    chunk_sq_norms: Tensor,  # the sum of g^2 of each chunk, float64 (chunks,)
+    sq_norm: Tensor | None,  # over the scope, float64 () or (params,), if not that of these chunks
+    found_inf: Tensor | None,  # float64 (); where it is not 0 nothing is changed
+    *,
+    capacity: int,
+    priority_decay: float,
+    group_scope: bool,  # whether every key is the norm over the group, or each over its tensor
+) -> None:
+    """Update the priorities: cm_fused::update_priorities_ where its kernel is not built."""
+    if not len(table):
+        return
+    if group_scope and sq_norm is None:
+        sq_norm = chunk_sq_norms.sum()
+    triton_norms.update_priorities_kernel[(len(table),)](
+        table,
+        chunk_sq_norms,
+        sq_norm,
+        found_inf,
+        0 if sq_norm is None or sq_norm.numel() == 1 else 1,
+        capacity,
+        float(priority_decay),
+        CAPACITY_BLOCK=triton.next_power_of_2(capacity),
+        **triton_common.LAUNCH_OPTIONS,
+    )
+
+
+class _Launcher:
+    """One step's launches, for which the bucket's device must be the current one.
+
+    A parameter or gradient that does not lie in memory as the state does is replaced by a copy
+    that does; a parameter's copy is written back at the end.
+    """
+
+    def __init__(self, bucket: Bucket, options: StepOptions) -> None:
+        self.bucket = bucket
+        self._options = options
+        self._device = bucket.device
+        self._capacity = bucket.capacity
+        self._lr_ptr, self._lr = _lr(options, self._device)
+        self._grad_factor = _on_device(options.grad_factor, self._device)
+        self._found_inf = _on_device(options.found_inf, self._device)
+        self.tables = _tables_of(bucket)
+        try:
+            self._refresh_table()
+        except OutdatedTablesError:
+            self.tables = _remake_tables(bucket)
+            self._refresh_table()
+
+    def _refresh_table(self) -> None:
+        bucket = self.bucket
+        params, grads = bucket.params, bucket.grads
+        table = self.tables.refresh(params, grads)
+        if table is None:
+            params, grads = _laid_out(params, bucket), _laid_out(grads, bucket)
+            table = self.tables.refresh(params, grads)
+            assert table is not None
+        self._table = table
+        self._param_copies = [] if params is bucket.params else params
+        # The table has their addresses alone: they live until the step is over.
+        self._grads = grads
+
+    def may_have_moved(self) -> bool:
+        """Return whether a parameter may lie elsewhere than at the last step.
+
+        The table knows a copy's address alone, which may be the one that its parameter left.
+        """
+        return self.tables.changed or bool(self._param_copies)
+
+    def update(self) -> None:
+        """Launch the pass that changes moments, buffers and parameters."""
+        params, copies = self.bucket.params, self._param_copies
+        if self.tables.one_by_one:
+            for i, chunks in self.tables.launches_one_by_one():
+                # Another parameter's step may have changed this one.
+                _copy_(copies[i : i + 1], params[i : i + 1])
+                self._update_chunks([chunks])
+                _copy_(params[i : i + 1], copies[i : i + 1])
+        else:
+            self._update_chunks(self.tables.launches)
+            _copy_(params, copies)
+        torch.autograd.graph.increment_version(params)
+
+    def _update_chunks(self, launches: list[Chunks]) -> None:
+        options = self._options
+        amsgrad = bool(self.bucket["max_exp_avg_sq"])
+        summed_slots = 0 if self.bucket["critical_sum"] else self._capacity
+        l2, late_l2, decoupled = _weight_decays(options)
+        stored = self.bucket["exp_avg"][0].dtype, self.bucket["critical_buffer"][0].dtype
+        for chunks in launches:
+            dtypes = precision(chunks.param_dtype, *stored, options.low_precision_update)
+            self._launch(
+                triton_kernels.critical_adam_kernel,
+                chunks,
+                self._lr_ptr,
+                self._grad_factor,
+                self._found_inf,
+                self._lr,
+                options.beta1,
+                options.beta2,
+                *_eps(options),
+                l2,
+                late_l2,
+                decoupled,
+                -1.0 if options.maximize else 1.0,
+                self._capacity,
+                int(options.buffer_mean == "capacity"),
+                options.seed,
+                CRITICAL_GRADIENTS=self.bucket.critical_gradients,
+                AMSGRAD=amsgrad,
+                SUMMED_SLOTS=summed_slots,
+                BY_FOURS=self.tables.by_fours,
+                **dtypes,
+                **self._pass_options(chunks.param_dtype, dtypes, amsgrad, summed_slots),
+            )
+
+    def sq_norms(self) -> None:
+        """Launch the pass that only reads the gradients, for the sum of g^2 of each chunk."""
+        l2, *_ = _weight_decays(self._options)
+        for chunks in self.tables.launches:
+            self._launch(
+                triton_norms.sq_norm_kernel,
+                chunks,
+                self._grad_factor,
+                l2,
+                -1.0 if self._options.maximize else 1.0,
+                **triton_common.LAUNCH_OPTIONS,
+            )
+
+    def tensor_sq_norms(self) -> Tensor:
+        """Return the sum of g^2 of each parameter, after a pass that took those of the chunks."""
+        count = len(self._table)
+        result = torch.empty(count, dtype=torch.float64, device=self._device)
+        if count:
+            triton_norms.tensor_sq_norms_kernel[(count,)](
+                self._table, self.tables.chunk_sq_norms, result, **triton_common.LAUNCH_OPTIONS
+            )
+        return result
+
+    def update_priorities(self, sq_norm: Tensor | None) -> None:
+        """Launch the priority kernel on the norms of the pass before, or on a given sum."""
+        _update_priorities(self.tables, self._table, self.bucket, sq_norm, self._found_inf)
+
+    def _launch(self, kernel: Any, chunks: Chunks, *arguments: Any, **options: Any) -> None:
+        if not len(chunks.chunks):
+            return
+        kernel[(len(chunks.chunks),)](
+            self._table,
+            chunks.chunks,
+            chunks.sq_norms,
+            *arguments,
+            PARAM_DTYPE=TRITON_DTYPES[chunks.param_dtype],
+            STATE_DTYPE=tl.float64 if chunks.param_dtype is torch.float64 else tl.float32,
+            **options,
+        )
+
+    def _pass_options(
+        self, param_dtype: torch.dtype, dtypes: dict[str, Any], amsgrad: bool, summed_slots: int
+    ) -> dict[str, Any]:
+        if self._device.type != "cuda" or torch.version.hip is not None:
+            return triton_common.LAUNCH_OPTIONS
+        stored = dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"]
+        return triton_kernels.launch_options(
+            TRITON_DTYPES[param_dtype], *stored, amsgrad, summed_slots
+        )
+
+
+def _lr(options: StepOptions, device: torch.device) -> tuple[Tensor | None, float]:
+    """Return the learning rate as an address or as a number; never waits for a device."""
+    lr = options.lr
+    if not isinstance(lr, Tensor):
+        return None, float(lr)
+    if lr.device == device or lr.device.type != "cpu":
+        return lr.to(device, non_blocking=True), 0.0
+    return None, float(lr)
+
+
+def _update_priorities(
+    tables: Tables, table: Tensor, bucket: Bucket, sq_norm: Tensor | None, found_inf: Tensor | None
+) -> None:
+    in_triton = priority_kernel(bucket.device) == "Triton"
+    kernel = update_priorities_of_table_ if in_triton else torch.ops.cm_fused.update_priorities_
+    kernel(
+        table,
+        tables.chunk_sq_norms,
+        sq_norm,
+        found_inf,
+        capacity=bucket.capacity,
+        priority_decay=bucket.options.priority_decay,
+        group_scope=bucket.options.priority_scope == "group",
+    )
+
+
+def _on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a scalar where the kernels can read it; never waits for a device."""
+    return None if scalar is None else scalar.to(device, torch.float64, non_blocking=True)
+
+
+def precision(
+    param_dtype: torch.dtype,
+    moment_dtype: torch.dtype,
+    slot_dtype: torch.dtype,
+    low_precision_update: str,
+) -> dict[str, Any]:
+    """Return the pass's compile-time arguments of how state and parameters are stored."""
+    half = param_dtype in (torch.bfloat16, torch.float16)
+    update_dtype = tl.float64 if param_dtype == torch.float64 else tl.float32
+    return {
+        "MOMENT_DTYPE": STORED_DTYPES.get(moment_dtype, update_dtype),
+        "SLOT_DTYPE": STORED_DTYPES.get(slot_dtype, update_dtype),
+        "STOCHASTIC": half and low_precision_update == "stochastic",
+        "KAHAN": half and low_precision_update == "kahan",
+    }
+
+
+def _weight_decays(options: StepOptions) -> tuple[float, float, float]:
+    """Return weight decay in the gradient, in the aggregate alone and decoupled: two are 0."""
+    if options.decoupled_weight_decay:
+        return 0.0, 0.0, options.weight_decay
+    if options.l2_in_aggregate:
+        return 0.0, options.weight_decay, 0.0
+    return options.weight_decay, 0.0, 0.0
+
+
+def _eps(options: StepOptions) -> tuple[float, float]:
+    """Return eps as it is inside and outside of the root, one of them 0."""
+    return (options.eps, 0.0) if options.eps_inside_sqrt else (0.0, options.eps)
+
+
+def _tables_of(bucket: Bucket) -> Tables:
+    """Return the bucket's tables from its handle, or make them."""
+    tables = bucket.registered
+    if isinstance(tables, Tables) and (not tables.made_in_capture or is_capturing(bucket.device)):
+        return tables
+    return _remake_tables(bucket)
+
+
+def _remake_tables(bucket: Bucket) -> Tables:
+    bucket.registered = tables = Tables(bucket)
+    return tables
+
+
+def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy what is not the target itself; without copies there is nothing to do."""
+    for target, source in zip(targets, sources, strict=False):
+        if target is not source:
+            target.copy_(source)
+
+
+def _laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:
+    return [
+        tensor
+        if lies_as(tensor, exp_avg)
+        else torch.empty_like(exp_avg, dtype=tensor.dtype).copy_(tensor)
+        for tensor, exp_avg in zip(tensors, bucket["exp_avg"], strict=True)
+    ]
+
+
+@cache
+def _device_module(device_type: str) -> Any:
+    return torch.get_device_module(device_type)
+
+
+def _device_guard(device: torch.device) -> Any:
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return _device_module(device.type).device(device)

@@ -1,0 +1,145 @@
+"""The Triton kernels of norms, and of the priorities that are updated from them."""
+
+import triton
+import triton.language as tl
+
+from cm_fused._backends.triton.common import (
+    CHUNK_SIZE,
+    FULL_BLOCK,
+    ROW,
+    TAIL_BLOCK,
+    THREADS,
+    at,
+    cell,
+    double,
+    effective_gradient,
+    entry,
+    is_aligned,
+    is_set,
+    pointer,
+    signed_factor,
+    spread,
+    sum_squares,
+)
+
+
+@triton.jit
+def _sq_norm_of_chunk(
+    row_ptr,
+    chunk_sq_norm_ptr,
+    start,
+    count,
+    l2,
+    factor,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    param_ptr = at(pointer(row_ptr, "param", PARAM_DTYPE), start, FULL)
+    grad_ptr = at(pointer(row_ptr, "grad", PARAM_DTYPE), start, FULL)
+    BLOCK: tl.constexpr = FULL_BLOCK if FULL else TAIL_BLOCK
+    decays = spread(l2, BLOCK) != 0
+    squares = tl.zeros((THREADS,), dtype=tl.float64)
+    for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
+        # Without weight decay there is no need to read the parameter.
+        param = tl.load(param_ptr + offsets, mask=mask & decays, other=0.0).to(STATE_DTYPE)
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
+        squares += sum_squares(effective_gradient(grad, param, factor, l2), BLOCK)
+    tl.store(chunk_sq_norm_ptr, tl.sum(squares))
+
+
+@entry
+def sq_norm_kernel(
+    table_ptr,
+    chunks_ptr,
+    chunk_sq_norms_ptr,
+    grad_factor_ptr,
+    l2: tl.float64,
+    sign: tl.float64,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+):
+    """Write the sum of g^2 of each chunk; arguments as for `critical_adam_kernel`."""
+    program = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
+    chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
+    numel = cell(row_ptr, "numel")
+    start = chunk * CHUNK_SIZE
+    count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
+    l2 = double(l2).to(STATE_DTYPE)
+    factor = signed_factor(sign, grad_factor_ptr).to(STATE_DTYPE)
+    chunk_sq_norm_ptr = chunk_sq_norms_ptr + program
+    full = (count == CHUNK_SIZE) & is_aligned(row_ptr, numel, STATE_DTYPE.primitive_bitwidth // 8)
+    if full:
+        _sq_norm_of_chunk(
+            row_ptr, chunk_sq_norm_ptr, start, count, l2, factor, PARAM_DTYPE, STATE_DTYPE, True
+        )
+    else:
+        _sq_norm_of_chunk(
+            row_ptr, chunk_sq_norm_ptr, start, count, l2, factor, PARAM_DTYPE, STATE_DTYPE, False
+        )
+
+
+@triton.jit
+def _sum_of_chunks(row_ptr, chunk_sq_norms_ptr):
+    """Return the sum of g^2 of a row's tensor, float64."""
+    first = cell(row_ptr, "first_chunk")
+    num_chunks = cell(row_ptr, "num_chunks")
+    sums = tl.zeros((FULL_BLOCK,), dtype=tl.float64)
+    for begin in range(0, num_chunks, FULL_BLOCK):
+        offsets = begin + tl.arange(0, FULL_BLOCK)
+        sums += tl.load(chunk_sq_norms_ptr + first + offsets, mask=offsets < num_chunks, other=0.0)
+    return tl.sum(sums)
+
+
+@entry
+def tensor_sq_norms_kernel(table_ptr, chunk_sq_norms_ptr, sq_norms_ptr):
+    """Write the sum of g^2 of each tensor, float64 (rows,), from those of its chunks."""
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(sq_norms_ptr + row, _sum_of_chunks(table_ptr + row * ROW, chunk_sq_norms_ptr))
+
+
+@entry
+def update_priorities_kernel(
+    table_ptr,  # keys, slots, steps and, where there are such, counts of filled slots are changed
+    chunk_sq_norms_ptr,  # float64: the sum of g^2 of each chunk
+    sq_norm_ptr,  # float64: those over the priority scope, or None for each tensor's chunks'
+    found_inf_ptr,  # float64 (): where it is not 0 nothing is changed; or None
+    sq_norm_stride: tl.int32,  # 1 for a sum for each row, 0 for one for all
+    capacity: tl.int32,
+    priority_decay,  # float32
+    CAPACITY_BLOCK: tl.constexpr,  # the capacity rounded up to a power of two
+):
+    """Update the priorities of one tensor: key, admission, decay, slot, step (csrc/priority)."""
+    if is_set(found_inf_ptr):
+        return
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + row * ROW
+    if sq_norm_ptr is not None:
+        sq_norm = tl.load(sq_norm_ptr + row * sq_norm_stride)
+    else:
+        sq_norm = _sum_of_chunks(row_ptr, chunk_sq_norms_ptr)
+    key = tl.sqrt(sq_norm).to(tl.float32)
+
+    slots = tl.arange(0, CAPACITY_BLOCK)
+    in_buffer = slots < capacity
+    keys_ptr = pointer(row_ptr, "priorities", tl.float32)
+    keys = tl.load(keys_ptr + slots, mask=in_buffer, other=float("inf"))
+    filled_address = cell(row_ptr, "filled")
+    if filled_address != 0:
+        filled = tl.sum((in_buffer & (keys >= 0)).to(tl.int64))
+        tl.store(filled_address.to(tl.pointer_type(tl.int64)), filled)
+    # An unfilled slot's key, -inf, is the smallest; of equal ones the first.
+    slot = tl.argmin(keys, 0)
+    admitted = ((key < float("inf")) & (key > tl.min(keys, 0))).to(tl.int32)
+    taken = (spread(admitted, CAPACITY_BLOCK) != 0) & (slots == slot)
+    keys = tl.where(taken, key, keys)
+    # An unfilled slot keeps -inf, which times 0 would be NaN.
+    keys = tl.where(keys >= 0, keys * priority_decay, keys)
+    tl.store(keys_ptr + slots, keys, mask=in_buffer)
+    slot_ptr = pointer(row_ptr, "pending_slot", tl.int64)
+    tl.store(slot_ptr, tl.where(admitted != 0, slot, -1).to(tl.int64))
+    step_ptr = pointer(row_ptr, "step", tl.float32)
+    tl.store(step_ptr, tl.load(step_ptr) + 1.0)

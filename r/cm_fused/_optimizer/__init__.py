@@ -1,0 +1,1 @@
+"""The optimizers' base: options, state dicts and the dispatch of a step."""

@@ -1,0 +1,456 @@
+"""What AdamCM and AdamCG share: options, state and the dispatch of a step."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Set
+from itertools import chain
+from types import FunctionType
+from typing import Any, ClassVar, Protocol, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing, is_capturing
+from cm_fused._backends.eager import Undo
+from cm_fused._backends.flush import drop_derived
+from cm_fused._backends.select import Backend, select
+from cm_fused._bucket import Bucket
+from cm_fused._distributed import Processes, is_sharded, local, local_state, shard_layout_of
+from cm_fused._optimizer import checks, norms
+from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
+from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
+from cm_fused._state.making import check_param, missing_state_of
+from cm_fused._state.table import State, fused_keys, required_keys
+from cm_fused._state.tracking import OptimizerState
+
+
+class Release(Protocol):
+    """Steps an optimizer's parameters inside backward; `enable_gradient_release` makes it."""
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None: ...
+
+    def _follow_groups(self) -> None: ...
+
+
+class CriticalAdam(CheckpointedOptimizer):
+    """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
+
+    _critical_gradients: ClassVar[bool]
+    # What steps the parameters inside backward: belongs to the process, never copied.
+    _release: Release | None = None
+    # The ids of parameters that take no part in a step although they have gradients.
+    _waiting: Set[int] = frozenset()
+
+    def __init_subclass__(cls, defaults: dict[str, Any] | None = None, **arguments: Any) -> None:
+        """Give the class a constructor of its own, whose errors name it and not its base.
+
+        `defaults` has those arguments of the constructor whose defaults are not the base's.
+        """
+        super().__init_subclass__(**arguments)
+        if "__init__" in cls.__dict__:
+            return
+        base = cls.__init__
+        if not isinstance(base, FunctionType):  # of a base that is not Python's
+            return
+        own = FunctionType(
+            base.__code__, base.__globals__, "__init__", base.__defaults__, base.__closure__
+        )
+        own.__dict__.update(base.__dict__)
+        own.__doc__, own.__module__ = base.__doc__, cls.__module__
+        own.__annotations__ = base.__annotations__
+        own.__kwdefaults__ = base.__kwdefaults__
+        own.__qualname__ = f"{cls.__qualname__}.__init__"
+        if defaults is not None:
+            values = base.__defaults__ or ()
+            names = base.__code__.co_varnames[: base.__code__.co_argcount][-len(values) :]
+            pairs = zip(names, values, strict=True)
+            own.__defaults__ = tuple(defaults.get(name, value) for name, value in pairs)
+            keywords = base.__kwdefaults__ or {}
+            own.__kwdefaults__ = {name: defaults.get(name, keywords[name]) for name in keywords}
+        cls.__init__ = own  # type: ignore[method-assign]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        capacity: int = 5,
+        priority_decay: float = 0.7,
+        priority_scope: str = "group",
+        buffer_mean: str = "capacity",
+        eps_inside_sqrt: bool = True,
+        buffer_dtype: torch.dtype | None = None,
+        moment_dtype: torch.dtype | None = None,
+        low_precision_update: str = "nearest",
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        # So far the names are the arguments, and what every method has.
+        arguments = dict(locals())
+        for name in ("self", "params", "__class__"):
+            del arguments[name]
+        defaults = checks.plain_options(arguments)
+        checks.check_options(defaults)
+        super().__init__(params, defaults)
+        self.state = OptimizerState()
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        """Have nothing prepared for the next step."""
+        self._plans = Plans()
+        # The plans of captured graphs, which go on using what their buckets have.
+        self._captured_plans: list[Plan] = []
+        # A step whose norms other processes are still adding to: its plan, the norms, the work.
+        self._pending: tuple[Plan, Tensor, Any] | None = None
+        # The plans of parameters that are stepped inside backward, by parameter.
+        self._single_plans: dict[int, tuple[Plans, int]] = {}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` asks: whether a step unscales, and skips where it must."""
+        amp_scaling: bool = self.defaults["amp_scaling"]
+        return amp_scaling
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: "params" and any of the constructor's options.
+
+        Raises:
+            ValueError: An option is out of its range, or asks for low-precision state of float64 or
+                complex parameters, or a parameter is a shard of FSDP1; nothing is added.
+            RuntimeError: The requested backend, or gradient release, cannot serve the parameters;
+                nothing is added.
+        """
+        if isinstance(param_group, dict):
+            options = checks.plain_options(
+                {name: value for name, value in param_group.items() if name != "params"}
+            )
+            checks.check_options({**self.defaults, **options})
+            checks.check_partitioner({**self.defaults, **options})
+            checks.check_optimizer_option("amp_scaling", options, self.defaults)
+            param_group.update(options)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
+            checks.check_low_precision(group)
+            for device in {param.device for param in group["params"]}:
+                if group["backend"] is not None:
+                    select(group["backend"], device)
+            if self._release is not None:
+                self._release._follow_groups()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step for every parameter that has a gradient.
+
+        Args:
+            closure: Called once, with gradients enabled, before the step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype or
+                device, or a parameter is a shard of FSDP1. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._release is not None:
+            return loss
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                self._traced_step()
+            return loss
+        # As torch.no_grad, which is five calls.
+        grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            if self._pending is not None:
+                self._finish_step()
+            self._take_step(self._plans, self.param_groups)
+        finally:
+            torch._C._set_grad_enabled(grad_enabled)
+        return loss
+
+    def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
+        """Validate the cached plan or make a new one, and run it.
+
+        `groups` are the param groups, or one with the one parameter that is stepped. `first` is the
+        index of their first parameter among the optimizer's.
+        """
+        plan = cached = None
+        made: list[tuple[Tensor, State]] = []
+        try:
+            plan = cached = plans.find(groups, self.state, self._waiting)
+            if plans.on_gpu:
+                _check_graph_capture(self)
+            if plan is None:
+                plan = self._new_plan(plans, groups, first, made)
+            elif not plan.checks_itself:
+                self._check(groups, plan)
+            self._run(plan, plans, groups)
+        except BaseException as error:
+            self._unmake_state(made)
+            if isinstance(error, RuntimeError) and groups is self.param_groups:
+                self._check(groups, cached)  # which names the group and the parameter
+            raise
+        finally:
+            plans.drop_gradients(plan)
+        if cached is None:
+            plans.add(plan, self.state)
+        if plans.on_gpu and any(is_capturing(bucket.device) for bucket in plan.buckets):
+            self._captured_plans.append(plan)
+
+    def _traced_step(self) -> None:
+        """Take a step that torch.compile traces; no plan is kept."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        is_eager = all(group["backend"] == "eager" for group in self.param_groups)
+        if any(map(is_sharded, params)) or (not is_eager and any(map(torch.is_complex, params))):
+            # A graph has no sum over processes that ends in the next step, and cannot give an
+            # operator that changes it a complex input as pairs of reals.
+            self._untraced_step()
+            return
+        plans = Plans()
+        plans.read(self.param_groups, self._waiting)
+        plan = self._new_plan(plans, self.param_groups, 0, [])
+        self._run(plan, plans, self.param_groups)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _untraced_step(self) -> None:
+        with torch.no_grad():
+            self._finish_step()
+            self._take_step(self._plans, self.param_groups)
+
+    @torch.no_grad()
+    def _step_one(self, index: int, position: int) -> None:
+        """Step a parameter, by its group and position, as a priority scope of its own."""
+        group = self.param_groups[index]
+        param = group["params"][position]
+        checks.check_gradients(index, [param], position)
+        if param in self.state:
+            self._check_state(param)
+        first = position + sum(len(group["params"]) for group in self.param_groups[:index])
+        plans, known_first = self._single_plans.get(id(param), (Plans(), first))
+        if known_first != first:
+            plans = Plans()
+        self._single_plans[id(param)] = plans, first
+        self._take_step(plans, [{**group, "params": [param]}], first)
+
+    def _check_groups(self, groups: Groups) -> None:
+        if self._release is not None:
+            self._release._check_groups(groups)
+
+    def _finish_step(self) -> None:
+        """Update the priorities of the last step, where that waits for the norms' sum."""
+        if self._pending is None:
+            return
+        plan, sums, work = self._pending
+        work.wait()
+        norms.set_sq_norms(plan, sums)
+        for backend, batch in plan.batches:
+            backend.update_priorities_(batch)
+        norms.clear_sq_norms(plan)
+        self._pending = None
+
+    def _run(self, plan: Plan, plans: Plans, groups: Groups) -> None:
+        """Take a plan's step in all groups, or in none."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        skipped: list[norms.SkippedSteps] = []
+        try:
+            if plans.needs_norm or grad_scale is not None or found_inf is not None:
+                norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
+            if plan.has_eager and not plan.is_traced:
+                with Undo(plan.eager_buckets()):
+                    self._run_buckets(plan, groups, plans.processes)
+            else:
+                self._run_buckets(plan, groups, plans.processes)
+        except BaseException:
+            for count in skipped:
+                count.restore()
+            raise
+
+    def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
+        if among is not None:
+            check_not_captured_sharded(among.device)
+            if not self._critical_gradients:
+                # While the norms are added up over processes the next backward may begin.
+                sums = norms.gathered(plan, norms.update_all_(plan), among)
+                self._pending = plan, sums, among.start_sum(sums)
+                return
+        if among is not None or plan.divided:
+            norms.set_scope_norms(plan, among)
+        plan.run_()
+
+    def _check(self, groups: Groups, cached: Plan | None) -> None:
+        """Check all gradients, and parameters against the state of a cached plan."""
+        for i, group in enumerate(groups):
+            # A model may have been wrapped since the group was added.
+            checks.check_not_flattened(i, group)
+            checks.check_gradients(i, group["params"])
+            if cached is None and group["capturable"]:
+                checks.check_capturable([p for p in group["params"] if p.grad is not None])
+        if cached is None:
+            checks.check_no_duplicates(groups)
+        else:
+            for param in cached.params:
+                self._check_state(param)
+
+    def _check_states(self) -> None:
+        """Check that the state of every parameter fits it."""
+        for param in self.state:
+            if isinstance(param, Tensor):
+                self._check_state(param)
+
+    def _check_state(self, param: Tensor) -> None:
+        with self._naming(param):
+            check_param(local(param), local_state(self.state[param]))
+
+    def _new_plan(
+        self, plans: Plans, groups: Groups, first: int, made: list[tuple[Tensor, State]]
+    ) -> Plan:
+        """Return a plan of the step that was looked for, with its gradients and options.
+
+        New state is added to `made`, for `_unmake_state`; `first` is as of `_take_step`.
+        """
+        self._check(groups, None)
+        members = plans.members(groups, first)
+        made.extend(self._make_state(members, groups))
+        buckets = [self._bucket(member, groups[member.group]) for member in members]
+        return plans.new_plan(members, buckets, groups)
+
+    def _make_state(self, members: list[Member], groups: Groups) -> list[tuple[Tensor, State]]:
+        """Make the state that parameters which take part lack, all of it or none, and return it."""
+        missing = []
+        for member in members:
+            group = groups[member.group]
+            keys = self._state_keys(group, member.backend)
+            for param in member.params:
+                with self._naming(param):
+                    state = self.state.get(param, {})
+                    missing.append((param, missing_state_of(param, state, keys, group)))
+        made = [(param, tensors) for param, tensors in missing if tensors]
+        for param, _ in made:
+            check_not_capturing(param.device)
+        for param, tensors in made:
+            self.state[param].update(tensors)
+        return made
+
+    @contextlib.contextmanager
+    def _naming(self, param: Tensor) -> Iterator[None]:
+        """Have errors about a parameter say which one it is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # running out of a device's memory, for one
+                raise
+            raise RuntimeError(f"{self._name_of(param)}: {error}") from error
+
+    def _name_of(self, param: Tensor) -> str:
+        """Return a parameter's place among the groups, and its names where it has such."""
+        for i, group in enumerate(self.param_groups):
+            for j, member in enumerate(group["params"]):
+                if member is param:
+                    names = [group["name"]] if "name" in group else []
+                    names += group.get("param_names", [])[j : j + 1]
+                    name = f" ({', '.join(map(repr, names))})" if names else ""
+                    return f"parameter {j} of group {i}{name}"
+        return "a parameter of no group"
+
+    def _unmake_state(self, made: list[tuple[Tensor, State]]) -> None:
+        """Remove what `_make_state` made and no step has used, after one that failed."""
+        for param, tensors in made:
+            if "step" in tensors and not local(tensors["step"]) > 0:
+                self._drop_state(param, tensors)
+
+    def _drop_state(self, param: Tensor, keys: Iterable[str]) -> None:
+        """Take away some of a parameter's state."""
+        for key in keys:
+            self.state[param].pop(key, None)
+        if not self.state[param]:
+            del self.state[param]
+
+    def _stores_gradients(self, group: dict[str, Any]) -> bool:
+        """Return whether the buffers of a group have gradients, else momenta."""
+        return self._critical_gradients
+
+    def _state_keys(self, group: dict[str, Any], backend: Backend) -> tuple[str, ...]:
+        keys = required_keys(group)
+        if backend.is_fused:
+            keys += fused_keys(group, critical_gradients=self._stores_gradients(group))
+        return keys
+
+    def _bucket(self, member: Member, group: dict[str, Any]) -> Bucket:
+        """Gather the tensors of one bucket, whose state is there."""
+        keys = self._state_keys(group, member.backend)
+        drop_derived([self.state[param] for param in member.params], keys)
+        states = [local_state(self.state[param]) for param in member.params]
+        lists = {key: [state[key] for state in states] for key in keys}
+        return Bucket(
+            [local(param) for param in member.params],
+            [],
+            lists,
+            member.indices,
+            _shard_layouts(member.params, lists["exp_avg"], group),
+            self._stores_gradients(group),
+            group=member.group,
+        )
+
+    def __repr__(self) -> str:
+        active = ", ".join(
+            dict.fromkeys(
+                _active_backend(group["backend"], param.device)
+                for group in self.param_groups
+                for param in group["params"]
+            )
+        )
+        return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
+
+
+def _shard_layouts(
+    params: list[Tensor], exp_avgs: list[Tensor], group: dict[str, Any]
+) -> list[int]:
+    """Return the `shard_layouts` of a bucket, which only random bits need."""
+    rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
+    if not (rounds or group["low_precision_update"] == "stochastic"):
+        return []
+    if not any(map(is_sharded, params)):
+        return []
+    return list(chain.from_iterable(map(shard_layout_of, params, exp_avgs)))
+
+
+def _active_backend(requested: str | None, device: torch.device) -> str:
+    try:
+        return select(requested, device).describe(device)
+    except RuntimeError:
+        return f"none on {device.type}, where {requested!r} cannot serve"
+
+
+def _check_graph_capture(optimizer: Optimizer) -> None:
+    """Call torch's check that a captured step is capturable, by its name in this release."""
+    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
+        optimizer._accelerator_graph_capture_health_check()
+    else:
+        optimizer._cuda_graph_capture_health_check()

@@ -1,0 +1,159 @@
+"""Saving, loading, copying and resizing an optimizer's state, flushed before it is seen."""
+
+import copy
+from abc import abstractmethod
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, StateDict
+
+from cm_fused._backends.flush import flush_all_
+from cm_fused._optimizer import state_dict as checkpoint
+from cm_fused._optimizer.checks import check_capacity, plain_options
+from cm_fused._optimizer.plan import Plan
+from cm_fused._state.making import param_states, resize_buffer
+from cm_fused._state.tracking import OptimizerState
+
+
+class CheckpointedOptimizer(Optimizer):
+    """An optimizer whose state can be saved, loaded, copied and resized; it takes no step."""
+
+    # Captured graphs go on using the tensors that a load writes to.
+    _captured_plans: list[Plan]
+
+    @abstractmethod
+    def _finish_step(self) -> None:
+        """Update the priorities of the last step, where that waits for the norms' sum."""
+
+    @abstractmethod
+    def _forget_plans(self) -> None:
+        """Have nothing prepared for the next step."""
+
+    @abstractmethod
+    def _check_states(self) -> None:
+        """Check that the state of every parameter fits it."""
+
+    @abstractmethod
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Check that the parameters can be stepped with the options of these groups."""
+
+    def state_dict(self) -> StateDict:
+        """Return the state as `torch.optim.Optimizer.state_dict`, flushed.
+
+        The tensors are references, not copies: the next step changes them, as it does those of
+        torch's optimizers. Loading does not change them. Once a step was captured in a CUDA graph,
+        for which loading writes into the state, they are copies. Groups have every key that the
+        optimizer's groups have: options of the process (`backend`, `amp_scaling`) are saved as None
+        and False and never loaded, and dtypes are saved by name.
+
+        DTensors' state with scales is the exception: its scales belong to blocks of the local
+        tensor, which differs between meshes. It is saved as float32 DTensors of the values, new
+        tensors of 4 bytes an element (for int8 slots and moments 4 C + 8 instead of C + 2), each
+        with a scale of 1 instead of its scales. A `torch.distributed.checkpoint` of it loads into
+        such an optimizer on any mesh; for plain parameters gather it
+        (`StateDictOptions(full_state_dict=True)`).
+        """
+        self._flush()
+        # The first of the hooks, so that all others see what the caller gets.
+        hook = partial(checkpoint.saved_form, copies=bool(self._captured_plans))
+        saved_form = self.register_state_dict_post_hook(hook, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            saved_form.remove()
+
+    def _flush(self) -> None:
+        """Make the state what it is in Algorithm 1 after the last step."""
+        self._finish_step()
+        try:
+            flush_all_(param_states(self.state))
+        except RuntimeError:
+            self._check_states()  # which names the group and the parameter
+            raise
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict of any backend, or one of torch.optim.Adam or AdamW (buffer empty).
+
+        Float32 state of half-precision parameters stays float32. `buffer_dtype` and `moment_dtype`
+        stay this optimizer's: state of another precision is rounded to nearest, with a warning.
+        Options that are missing in the state dict stay as they are. A warning names the options
+        that a state dict of another kind of optimizer brings. The values are copied into new
+        tensors, so that neither `state_dict` nor any state dict taken before changes; besides the
+        two states, memory is needed for that of one parameter at a time. Once a step of this
+        optimizer was captured in a CUDA graph, they are copied into the tensors that the graph
+        uses; state of the graph that is missing in `state_dict` starts anew there.
+
+        Args:
+            state_dict: A state dict, as `state_dict()` returns it.
+
+        Raises:
+            ValueError: Groups, shapes or capacity do not match, or gradient release is enabled and
+                cannot serve the groups. Nothing has been changed then.
+        """
+        # Hooks may change it.
+        state_dict = copy.copy(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            hooked = pre_hook(self, state_dict)
+            if hooked is not None:
+                state_dict = hooked
+        checkpoint.check_form(state_dict)
+        saved_groups = state_dict["param_groups"]
+        groups = checkpoint.loaded_groups(self.param_groups, saved_groups)
+        self._check_groups(groups)
+        entries = checkpoint.checked_entries(groups, state_dict)
+        checkpoint.warn_of_conversion(groups, saved_groups)
+        checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
+        self._finish_step()
+        captured = self._captured_plans
+        self._forget_plans()  # which have the tensors that are given up
+        self._captured_plans = captured
+        in_place = bool(captured)
+        state = checkpoint.take_over_state(
+            entries, state_dict["state"], groups, self.state, in_place=in_place
+        )
+        if in_place:
+            checkpoint.write_options_into_(self.param_groups, groups)
+        self.__setstate__({"state": state, "param_groups": groups})
+        self._captured_plans = captured
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @torch.no_grad()
+    def resize_buffer(self, capacity: int) -> None:
+        """Change the capacity of all buffers. A smaller one drops the slots with the lowest keys.
+
+        The buffers are new tensors: a state dict that was taken before stays as it is, and a step
+        that was captured in a CUDA graph has to be captured again.
+
+        Args:
+            capacity: The number of slots, an int >= 1.
+
+        Raises:
+            ValueError: The capacity is not an int >= 1. Nothing has been changed then.
+        """
+        (capacity,) = plain_options({"capacity": capacity}).values()
+        check_capacity(capacity)
+        self._flush()
+        for group in self.param_groups:
+            group["capacity"] = capacity
+            for param in group["params"]:
+                if "priorities" in self.state.get(param, {}):
+                    resize_buffer(param, self.state[param], group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._flush()
+        state = super().__getstate__()
+        # With `pending_slot`: processes that share the state share what is pending.
+        return {**state, "state": checkpoint.picklable(state["state"])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch adds an option that the constructor does not know.
+        self.defaults.pop("differentiable", None)
+        self._forget_plans()
+        self.state = OptimizerState(dict, checkpoint.unpickled(self.state))
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)

@@ -1,0 +1,237 @@
+"""Checks of hyperparameters and gradients. Every message names the argument or tensor."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from cm_fused._backends.select import NAMES
+from cm_fused._distributed import is_flattened, is_sharded, partitioner
+from cm_fused._state.making import refused_precision
+
+BUFFER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "priority_scope": ("group", "tensor"),
+    "buffer_mean": ("capacity", "size"),
+    "backend": (None, *NAMES),
+    "buffer_dtype": (None, *BUFFER_DTYPES),
+    "moment_dtype": (None, *MOMENT_DTYPES),
+    "low_precision_update": ("nearest", "stochastic", "kahan"),
+}
+_Rule = tuple[str, Callable[[float], bool]]
+_NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+_NUMBERS: dict[str, _Rule] = dict.fromkeys(("lr", "eps", "weight_decay"), _NOT_NEGATIVE)
+_NUMBERS["priority_decay"] = ("in [0, 1]", lambda x: 0 <= x <= 1)
+# A scheduler may have made these negative.
+_SCHEDULED = dict.fromkeys(("lr", "weight_decay"), ("finite", math.isfinite))
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as checkpoints can have them: Python's numbers for NumPy's, betas as a tuple.
+
+    Configuration files and schedulers give NumPy's scalars, lists, arrays and OmegaConf's lists.
+    """
+    plain = dict(zip(options, _python_numbers(options.values()), strict=True))
+    betas = plain.get("betas")
+    if not isinstance(betas, (str, bytes, Mapping, Set)):
+        with contextlib.suppress(TypeError):  # a single number, say, which the check refuses
+            plain["betas"] = tuple(_python_numbers(betas))  # type: ignore[arg-type]
+    return plain
+
+
+def _python_numbers(values: Iterable[Any]) -> list[Any]:
+    """Return values with Python's numbers for NumPy's scalars; NumPy is not imported for it."""
+    return [
+        value.item()
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+        else value
+        for value in values
+    ]
+
+
+def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> None:
+    """Check hyperparameters as `plain_options` returns them; ValueError where one is out of range.
+
+    A scheduler may make a run's learning rate and weight decay negative, and its checkpoint must
+    load: `in_training` lets them pass.
+    """
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {tuple(lr.shape)!r}")
+    _require(isinstance(betas, tuple) and len(betas) == 2, "betas must be a pair of floats", betas)
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
+    for name, (rule, holds) in (_NUMBERS | _SCHEDULED if in_training else _NUMBERS).items():
+        check_number(name, options[name], rule, holds)
+    check_capacity(options["capacity"])
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            names = ", ".join(map(repr, choices))
+            raise ValueError(f"{name} must be one of {names}, got {options[name]!r}")
+    max_grad_norm = options["max_grad_norm"]
+    if max_grad_norm is not None:
+        rule = "None or finite and > 0"
+        check_number("max_grad_norm", max_grad_norm, rule, lambda x: math.isfinite(x) and x > 0)
+    for name in ("skip_nonfinite", "amp_scaling"):
+        _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
+    seed = options["seed"]
+    _require(_is_int(seed) and 0 <= seed < 2**63, "seed must be an int in [0, 2^63)", seed)
+
+
+def check_capacity(capacity: object) -> None:
+    """Check a number of slots."""
+    _require(_is_int(capacity) and capacity >= 1, "capacity must be an int >= 1", capacity)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_optimizer_option(
+    name: str, param_group: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Check that a group does not change an option of the whole optimizer."""
+    default = defaults[name]
+    value = param_group.get(name, default)
+    _require(value == default, f"{name} must be the same for all param groups, {default}", value)
+
+
+def check_partitioner(options: Mapping[str, Any]) -> None:
+    """Check that a group needs no norm over parameters that its optimizer does not get."""
+    name = partitioner()
+    if name is None:
+        return
+    if name == "ShardedOptimizer":
+        raise ValueError(
+            "params must be whole parameters, got the local shards of ShardedOptimizer, whose "
+            "norms are not the parameters'; shard with fully_shard or parallelize_module"
+        )
+    scope = options["priority_scope"]
+    _require(
+        scope == "tensor",
+        f"priority_scope must be 'tensor' under {name}, whose optimizers do not have all gradients "
+        "of a group; pass priority_scope='tensor', or give all parameters to one optimizer "
+        "(fully_shard shards them)",
+        scope,
+    )
+    for option, off in (("max_grad_norm", None), ("skip_nonfinite", False)):
+        _require(
+            options[option] == off,
+            f"{option} must be {off} under {name}, whose optimizers do not have all gradients; use "
+            "torch.nn.utils.clip_grad_norm_",
+            options[option],
+        )
+
+
+def check_not_flattened(
+    index: int, group: Mapping[str, Any], error: type[Exception] = RuntimeError
+) -> None:
+    """Check that no parameter of a group is a shard of FSDP1, whose norm is not the parameter's."""
+    for i, param in enumerate(group["params"]):
+        if is_flattened(param):
+            name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+            raise error(
+                f"{name} of group {index} must be a whole parameter or a DTensor, got one of "
+                f"FullyShardedDataParallel (FSDP1) of shape {tuple(param.shape)}: norms over its "
+                "shards would be those of one process; use fully_shard (FSDP2), or "
+                "DistributedDataParallel in place of NO_SHARD"
+            )
+
+
+def check_no_duplicates(groups: list[dict[str, Any]]) -> None:
+    """Check that no parameter stands twice: two steps would change its one state.
+
+    Torch checks it where groups are added.
+    """
+    indices: dict[int, tuple[int, int]] = {}
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            first = indices.setdefault(id(param), (i, j))
+            if first != (i, j):
+                raise RuntimeError(
+                    f"the groups must have every parameter once, got parameter {first[1]} of group "
+                    f"{first[0]} again as parameter {j} of group {i}; remove one of the two"
+                )
+
+
+def check_low_precision(group: Mapping[str, Any]) -> None:
+    """Check that the parameters of a group can have the state that its options ask for.
+
+    Frozen parameters are not checked until they take part in a step.
+    """
+    for i, param in enumerate(group["params"]):
+        if not param.requires_grad:
+            continue
+        name = refused_precision(param, group)
+        if name is not None:
+            raise ValueError(
+                f"{name} must be None for float64 and complex parameters; put them into a group of "
+                f"their own: params[{i}] is {param.dtype}, got {group[name]!r}"
+            )
+
+
+def _require(condition: bool, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{rule}, got {value!r}")
+
+
+def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    """Check that an argument is a number for which a rule holds."""
+    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    if not (number and holds(float(value))):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def check_capturable(params: list[Tensor]) -> None:
+    """Check that a CUDA graph could capture a step of these parameters."""
+    for i, param in enumerate(params):
+        if not param.is_cuda and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"capturable=True needs parameters on a CUDA device, got params[{i}] on "
+                f"{param.device}; use capturable=False"
+            )
+
+
+def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> None:
+    """Check that every gradient fits its parameter; strides may differ.
+
+    `first` is the index in the group of the first of these parameters, for messages. Those without
+    a gradient are passed over.
+    """
+    for i, param in enumerate(params, first):
+        grad = param.grad
+        if grad is None:
+            continue
+        where = f"the gradient of parameter {i} of group {group_index}"
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{where} must be dense, got layout {grad.layout}; for an embedding, use "
+                "sparse=False"
+            )
+        check_placement(where, param, grad)
+        for name in ("dtype", "shape", "device"):
+            value, expected = getattr(grad, name), getattr(param, name)
+            if value != expected:
+                raise RuntimeError(
+                    f"{where} must have the {name} {_plain(expected)} of its parameter, got "
+                    f"{_plain(value)}"
+                )
+        if not (grad.is_floating_point() or grad.is_complex()):
+            raise RuntimeError(f"{where} must be floating point or complex, got {grad.dtype}")
+
+
+def check_placement(where: str, param: Tensor, grad: Tensor) -> None:
+    """Check that a gradient and its parameter are both DTensors or both plain tensors."""
+    if is_sharded(grad) != is_sharded(param):
+        raise RuntimeError(
+            f"{where} must be a DTensor as its parameter is, or neither, got {type(grad)} for "
+            f"{type(param)}"
+        )
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value

@@ -1,0 +1,319 @@
+"""What a step does, cached by which parameters have gradients."""
+
+from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cm_fused._backends import traced
+from cm_fused._backends.flush import as_real
+from cm_fused._backends.select import CPU, EAGER, Backend, select
+from cm_fused._bucket import Batch, Bucket, StepOptions, step_options
+from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
+from cm_fused._state.tracking import OptimizerState
+
+Groups = list[dict[str, Any]]
+# First the options that decide which tensors a step needs and who steps them.
+_STRUCTURE = (
+    *("amsgrad", "capacity", "backend", "capturable"),
+    *("buffer_dtype", "moment_dtype", "low_precision_update"),
+)
+_options_of = itemgetter(
+    *_STRUCTURE,
+    *("betas", "eps", "weight_decay", "priority_decay", "priority_scope", "buffer_mean"),
+    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "seed"),
+    *("max_grad_norm", "skip_nonfinite"),
+)
+_lr_of = itemgetter("lr")
+_params_of = itemgetter("params")
+# As many sets of parameters with gradients are remembered: those of the experts of a mixture, of
+# two networks that are trained in turn. More cost memory for lists alone.
+_MAX_PLANS = 16
+
+
+def needs_norm(group: Mapping[str, Any]) -> bool:
+    """Return whether a step of a group needs the norm of all gradients."""
+    return group["max_grad_norm"] is not None or bool(group["skip_nonfinite"])
+
+
+class Member(NamedTuple):
+    """The parameters of one group and device that take part in a step."""
+
+    group: int  # the index of the group
+    backend: Backend  # the one that steps them
+    params: list[Tensor]
+    indices: list[int]  # theirs among the optimizer's parameters
+
+
+@dataclass(eq=False)
+class Plan:
+    """The buckets of a step, with the backends that step them."""
+
+    params: list[Tensor]  # those that take part, in the order of the groups
+    buckets: list[Bucket]  # those of every group and device, in the order of the groups
+    # The same buckets by backend: the reference first, whose steps can be undone, then the C++
+    # operator, which may yet fail with nothing changed.
+    batches: list[tuple[Backend, Batch]]
+    orders: list[list[int] | None]  # each batch's positions in `params`; None: all, in order
+    spans: list[tuple[int, int]]  # each group's first index among the optimizer's, and its size
+    divided: list[Bucket]  # those of groups that have several, whose norms are added up
+    local_params: list[Tensor] | None = None  # those of `params`, where some are DTensors
+    # The dtypes of `params`, where the state depends on them besides the gradients.
+    dtypes: list[torch.dtype] | None = None
+    # Complex tensors with their views as pairs of reals, which do not follow a replaced `.data`.
+    views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    options: list[StepOptions] | None = None  # by group, those the buckets have; None: others
+    # This step's factor of the gradients and mark of a skipped step, by group.
+    scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
+
+    def __post_init__(self) -> None:
+        self.is_plain = self.local_params is None and self.dtypes is None and not self.views
+        # One call takes the step, and checks all lists before it.
+        self.checks_itself = len(self.batches) <= 1 and all(
+            backend.checks_lists for backend, _ in self.batches
+        )
+        self.has_eager = any(backend is EAGER for backend, _ in self.batches)
+        self.is_traced = torch.compiler.is_compiling()
+
+    def eager_buckets(self) -> list[Bucket]:
+        """Return the buckets that the reference steps."""
+        return [b for backend, batch in self.batches if backend is EAGER for b in batch.buckets]
+
+    def is_current(self) -> bool:
+        """Return whether the plan's tensors are still those of the parameters."""
+        return (
+            (self.local_params is None or all(map(is_, map(local, self.params), self.local_params)))
+            and (self.dtypes is None or self.dtypes == [param.dtype for param in self.params])
+            and all(map(_is_view_of, self.views))
+        )
+
+    def run_(self) -> None:
+        """Take the step of all batches: all is prepared before the first change."""
+        if len(self.batches) == 1 and not self.is_traced:
+            ((backend, batch),) = self.batches
+            backend.prepare(batch)()
+            return
+        prepared = [
+            traced.prepare(backend, batch) if self.is_traced else backend.prepare(batch)
+            for backend, batch in self.batches
+        ]
+        for take_ in prepared:
+            take_()
+
+    def take_gradients(self, grads: list[Tensor]) -> None:
+        """Give the batches this step's gradients, those of `params`."""
+        if self.local_params is not None:
+            grads = list(map(local_grad, self.params))
+        if self.views:
+            # Autograd leaves the conjugation of a complex gradient to whoever reads it.
+            grads = [as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
+        for (_, batch), order in zip(self.batches, self.orders, strict=True):
+            batch.grads = grads if order is None else [grads[i] for i in order]
+
+    def take_options(self, options: list[StepOptions]) -> None:
+        """Give the buckets this step's options, by group."""
+        if options is self.options:
+            return
+        for bucket in self.buckets:
+            bucket.options = options[bucket.group]
+        self.options, self.scalars = options, None
+
+
+class Plans:
+    """The plans of an optimizer's last steps, and what they were made for."""
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []  # those of all groups at the last step
+        self.grads: list[Tensor | None] = []  # None where a parameter takes no part
+        self.sizes: list[int] = []  # the number of parameters of each group
+        self.options: list[StepOptions] = []  # those of each group
+        self.needs_norm = False  # whether a step needs the norm of all gradients
+        self.processes: Processes | None = None  # those that the parameters are sharded among
+        self.on_gpu = False  # whether a parameter is on a CUDA device
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._values: list[tuple[Any, ...]] | None = None
+        self._structure: list[tuple[Any, ...]] = []
+        self._lrs: list[float | Tensor] = []
+        self._state: Any = None
+        self._changes = -1
+        self.kinds: list[bool] = []  # for `cm_fused.compat`: what each group's buffers store
+        self._key: tuple[bool, ...] = ()
+
+    def find(self, groups: Groups, state: Any, waiting: Set[int] = frozenset()) -> Plan | None:
+        """Return the cached plan of this step, with its gradients and options, or None.
+
+        `waiting` has the ids of parameters that take no part although they have gradients.
+        """
+        params = [param for group in groups for param in group["params"]]
+        self._read_gradients(params, waiting)
+        self._read_params(params, list(map(len, map(_params_of, groups))))
+        self._read_options(groups)
+        if state is not self._state or state.changes.count != self._changes:
+            self._plans.clear()
+        self._key = tuple([grad is not None for grad in self.grads])
+        plan = self._plans.get(self._key)
+        if plan is None or not (plan.is_plain or plan.is_current()):
+            return None
+        self._begin(plan)
+        return plan
+
+    def read(self, groups: Groups, waiting: Set[int] = frozenset()) -> None:
+        """Read what `find` reads, in a form that torch.compile can trace; arguments likewise."""
+        self.params = [param for group in groups for param in group["params"]]
+        self._read_gradients(self.params, waiting)
+        self.sizes = [len(group["params"]) for group in groups]
+        self.options = [step_options(group) for group in groups]
+        self.needs_norm = any(needs_norm(group) for group in groups)
+
+    def _read_gradients(self, params: list[Tensor], waiting: Set[int]) -> None:
+        self.grads = [param.grad for param in params]
+        if waiting:
+            pairs = zip(params, self.grads, strict=True)
+            self.grads = [None if id(param) in waiting else grad for param, grad in pairs]
+
+    def _begin(self, plan: Plan) -> None:
+        """Give a plan this step's gradients and options."""
+        plan.take_gradients([grad for grad in self.grads if grad is not None])
+        plan.take_options(self.options)
+
+    def forget(self) -> None:
+        """Forget the plans."""
+        self._plans.clear()
+
+    def drop_gradients(self, plan: Plan | None) -> None:
+        """Keep no gradient alive."""
+        self.grads = []
+        if plan is not None:
+            for _, batch in plan.batches:
+                batch.grads = []
+                if batch.buckets[0].grads:
+                    batch.split_gradients()
+
+    def members(self, groups: Groups, first: int) -> list[Member]:
+        """Return the parameters that take part, by group and device.
+
+        `first` is the index of the groups' first parameter among the optimizer's.
+        """
+        members = []
+        start, params = 0, self.params
+        for index, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
+            present = [i for i in range(start, start + size) if self.grads[i] is not None]
+            start += size
+            for device in dict.fromkeys([params[i].device for i in present]):
+                chosen = [i for i in present if params[i].device == device]
+                backend, indices = select(group["backend"], device), [first + i for i in chosen]
+                members.append(Member(index, backend, [params[i] for i in chosen], indices))
+        return members
+
+    def new_plan(self, members: list[Member], buckets: list[Bucket], groups: Groups) -> Plan:
+        """Return a registered plan of these buckets, with this step's gradients and options.
+
+        They are the buckets of `members`, of local tensors.
+        """
+        by_index = {i: p for m in members for i, p in zip(m.indices, m.params, strict=True)}
+        # In the order of the groups, whatever their devices.
+        params = [by_index[index] for index in sorted(by_index)]
+        positions = {index: position for position, index in enumerate(sorted(by_index))}
+        views = view_as_real_(buckets)
+        batches, orders = [], []
+        for backend in sorted({m.backend for m in members}, key=_rank_of):
+            chosen = [b for m, b in zip(members, buckets, strict=True) if m.backend is backend]
+            order = [positions[i] for bucket in chosen for i in bucket.param_indices]
+            batches.append((backend, Batch(chosen, [p for b in chosen for p in b.params])))
+            orders.append(None if order == list(range(len(params))) else order)
+        counts = Counter(bucket.group for bucket in buckets)
+        compensates = any(group["low_precision_update"] == "kahan" for group in groups)
+        plan = Plan(
+            params,
+            buckets,
+            batches,
+            orders,
+            list(zip(accumulate(self.sizes[:-1], initial=0), self.sizes, strict=True)),
+            divided=[bucket for bucket in buckets if counts[bucket.group] > 1],
+            local_params=list(map(local, params)) if any(map(is_sharded, params)) else None,
+            dtypes=[param.dtype for param in params] if compensates else None,
+            views=views,
+        )
+        self._begin(plan)
+        if not plan.is_traced:
+            for backend, batch in batches:
+                backend.register(batch)
+        return plan
+
+    def add(self, plan: Plan, state: Any) -> None:
+        """Keep the plan of the step that was looked for, if the state counts its changes."""
+        if not isinstance(state, OptimizerState) or not all(map(state.counts, plan.params)):
+            self._state = None
+            return
+        if state is not self._state or state.changes.count != self._changes:
+            self._plans.clear()
+            self._state, self._changes = state, state.changes.count
+        self._plans.pop(self._key, None)
+        while len(self._plans) >= _MAX_PLANS:
+            del self._plans[next(iter(self._plans))]
+        self._plans[self._key] = plan
+
+    def _read_params(self, params: list[Tensor], sizes: list[int]) -> None:
+        known = self.params
+        if len(params) == len(known) and sizes == self.sizes and all(map(is_, params, known)):
+            return
+        self._plans.clear()
+        # Parameters that are refused are not remembered.
+        self.processes = processes(params)
+        self.params, self.sizes = params, sizes
+        self.on_gpu = any(param.is_cuda for param in params)
+
+    def _read_options(self, groups: Groups) -> None:
+        values, lrs = list(map(_options_of, groups)), list(map(_lr_of, groups))
+        # A learning rate is compared by its identity: a tensor's value may be on a device.
+        if self._values is not None and values == self._values and all(map(is_, lrs, self._lrs)):
+            return
+        # Options that are refused are not remembered.
+        self._values = None
+        structure = [each[: len(_STRUCTURE)] for each in values]
+        if structure != self._structure:
+            self._plans.clear()
+        self.options = list(map(step_options, groups))
+        self.needs_norm = any(map(needs_norm, groups))
+        self._structure, self._lrs = structure, lrs
+        # What may change in place is read at every step.
+        lasts = all(_lasts(value) for each in values for value in each)
+        if lasts and all(isinstance(lr, (float, int, Tensor)) for lr in lrs):
+            self._values = values
+
+
+def _lasts(value: Any) -> bool:
+    """Return whether an option's value cannot change in place."""
+    if type(value) is tuple:
+        return all(map(_lasts, value))
+    return value is None or type(value) in (bool, int, float, str, torch.dtype)
+
+
+def _is_view_of(pair: tuple[Tensor, Tensor]) -> bool:
+    """Return whether a view as pairs of reals is still that of its complex tensor."""
+    source, view = pair
+    same_memory = source.data_ptr() == view.data_ptr() and source.shape == view.shape[:-1]
+    strides = tuple(2 * stride for stride in source.stride())
+    return same_memory and strides == view.stride()[:-1] and not source.is_conj()
+
+
+def _rank_of(backend: Backend) -> tuple[bool, bool]:
+    """Return what sorts backends as `Plan.batches` has them."""
+    return backend is not EAGER, backend is not CPU
+
+
+def view_as_real_(buckets: list[Bucket]) -> list[tuple[Tensor, Tensor]]:
+    """Put views as pairs of reals in the place of a bucket's complex tensors; return both."""
+    views = []
+    for bucket in buckets:
+        for tensors in (bucket.params, *bucket.state.values()):
+            for i, tensor in enumerate(tensors):
+                if tensor.is_complex():
+                    tensors[i] = as_real(tensor)
+                    views.append((tensor, tensors[i]))
+    return views

@@ -1,0 +1,293 @@
+"""The form of state dicts, and their checks before a load changes an optimizer."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, MutableMapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
+from torch.utils._pytree import tree_map_only
+
+from cm_fused._optimizer.checks import check_options, plain_options
+from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
+from cm_fused._state.making import missing_state_of, unscaled
+from cm_fused._state.table import KEYS, UNSAVED_KEYS, State, required_keys
+from cm_fused._warnings import warn
+
+FLOAT8 = torch.float8_e4m3fn
+# Options of the process, not of the training run: saved as these values, never loaded. They are
+# saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
+LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
+# Options that stay the optimizer's own; the state is converted to them.
+PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
+# Options of Adam that a load warns of: those whose best values differ for an update with critical
+# momenta, and those that would change a run unnoticed.
+ADAM_OPTIONS = (
+    *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad"),
+    *("maximize", "capturable"),
+)
+# Types whose values need no copies.
+_IMMUTABLE = (bool, int, float, str, type(None))
+
+
+def picklable(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a state with bytes instead of 8-bit floats, which torch does not pickle."""
+    return {key: _with_viewed(value, FLOAT8, torch.uint8) for key, value in state.items()}
+
+
+def unpickled(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the state from which `picklable` returned this one."""
+    return {key: _with_viewed(value, torch.uint8, FLOAT8) for key, value in state.items()}
+
+
+def _with_viewed(state: Any, stored: torch.dtype, viewed: torch.dtype) -> Any:
+    buffer = state.get("critical_buffer") if isinstance(state, dict) else None
+    if not isinstance(buffer, Tensor) or buffer.dtype != stored:
+        return state
+    return {**state, "critical_buffer": buffer.view(viewed)}
+
+
+def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
+    """Return a flushed optimizer's state dict as it is saved; a state dict post hook."""
+    saved = {
+        **state_dict,
+        "state": {
+            key: unscaled({name: state[name] for name in state if name not in UNSAVED_KEYS})
+            if isinstance(state, dict)
+            else state
+            for key, state in state_dict["state"].items()
+        },
+        "param_groups": [_saved_group(group) for group in state_dict["param_groups"]],
+    }
+    return tree_map_only(Tensor, torch.clone, saved) if copies else saved
+
+
+def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group as it is saved: with every key that any optimizer's group can have."""
+    named = {
+        # torch.distributed.checkpoint cannot gather dtypes.
+        name: str(value) if isinstance(value, torch.dtype) else value
+        for name, value in plain_options(group).items()
+    }
+    # A group has it from its first step with `skip_nonfinite` on.
+    count = torch.zeros((), dtype=torch.int64, device="cpu")
+    return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
+
+
+def check_form(state_dict: Any) -> None:
+    """Check that a state dict has the parts that every state dict has; else ValueError."""
+    parts = {"state": dict, "param_groups": list}
+    for name, expected in parts.items():
+        found = state_dict.get(name) if isinstance(state_dict, Mapping) else None
+        if not isinstance(found, expected):
+            raise ValueError(
+                f"state_dict[{name!r}] must be a {expected.__name__}, got {type(found).__name__}; "
+                "is it what optimizer.state_dict() returned?"
+            )
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError(
+                f"group {i} of the state dict must be a dict with a list 'params', got "
+                f"{type(group).__name__}"
+            )
+    for index, state in state_dict["state"].items():
+        if isinstance(index, int) and not isinstance(state, Mapping):
+            raise ValueError(
+                f"the state of parameter {index} must be a dict, got {type(state).__name__}"
+            )
+
+
+def loaded_groups(
+    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the param groups with saved options over their own; changes neither."""
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"the state dict must have {len(groups)} param groups, got {len(saved_groups)}"
+        )
+    loaded = []
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"group {i} of the state dict must have {len(group['params'])} parameters, got "
+                f"{len(saved['params'])}"
+            )
+        options = {
+            name: value if type(value) in _IMMUTABLE else copied(value, group["params"])
+            for name, value in saved.items()
+            if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
+        }
+        merged = {**group, **plain_options(options)}
+        if merged["capacity"] != group["capacity"]:
+            raise ValueError(
+                f"the state dict must have the capacity {group['capacity']} of group {i}, got "
+                f"{merged['capacity']}; load it into an optimizer of that capacity, whose "
+                "resize_buffer() changes it"
+            )
+        check_options(merged, in_training=True)
+        loaded.append(merged)
+    return loaded
+
+
+def checked_entries(
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> dict[Any, Entry | None]:
+    """Return each index of a state dict's state with its parameter's entry, None for no parameter.
+
+    `groups` have the loaded options. The state dict is one that `check_form` has passed. Makes no
+    state; ValueError where that of a parameter does not fit it.
+    """
+    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    members = [
+        (param, group, keys)
+        for group, keys in zip(groups, map(required_keys, groups), strict=True)
+        for param in group["params"]
+    ]
+    owners = dict(zip(indices, members, strict=True))
+    entries: dict[Any, Entry | None] = dict.fromkeys(state_dict["state"])
+    for index, saved in state_dict["state"].items():
+        if index not in owners:
+            continue
+        param, group, keys = owners[index]
+        # torch reads a flattened state dict with an empty dict for each key of the optimizer's own
+        # state that was not saved.
+        saved = {
+            key: value
+            for key, value in saved.items()
+            if not (isinstance(value, dict) and not value and key in KEYS)
+        }
+        entries[index] = entry = Entry(f"parameter {index}", param, saved, group, keys)
+        check_entry(entry)
+    return entries
+
+
+def take_over_state(
+    entries: Mapping[Any, Entry | None],
+    saved: Mapping[Any, Any],
+    groups: list[dict[str, Any]],
+    own: MutableMapping[Any, State],
+    *,
+    in_place: bool,
+) -> dict[Any, State]:
+    """Return the state of a state dict for the parameters of `groups`, in new tensors.
+
+    Besides the state dict and the optimizer's `own` state, one parameter's is needed at a time:
+    parameters are removed from `own` as theirs are loaded. After an error, which only an allocation
+    can raise, `own` has what was loaded. Entries that belong to no parameter are copied.
+
+    `in_place` writes into all tensors of `own`, for a captured CUDA graph. No state dict may refer
+    to them: see `saved_form`.
+    """
+    state: dict[Any, State] = defaultdict(dict)
+    params = list(chain.from_iterable(group["params"] for group in groups))
+    try:
+        for index, entry in entries.items():
+            if entry is None:
+                state[index] = copied(saved[index], params)
+                continue
+            new = loaded_state_of(entry)
+            for key, value in new.items():
+                if value is entry.saved.get(key):
+                    new[key] = copied(value, params)
+            if in_place:
+                new = _written_into(own.get(entry.param, {}), new, entry.param, entry.group)
+            state[entry.param] = new
+            own.pop(entry.param, None)
+        if in_place:
+            # The graph has state that the state dict does not have.
+            for group in groups:
+                for param in filter(own.__contains__, group["params"]):
+                    state[param] = _written_into(own[param], {}, param, group)
+                    own.pop(param)
+    except BaseException:
+        own.update(state)
+        raise
+    return state
+
+
+def _written_into(old: State, new: State, param: Tensor, group: Mapping[str, Any]) -> State:
+    """Return a loaded state in the tensors, `old`, that a captured graph goes on using.
+
+    State that the graph has and the state dict does not have starts anew with what was loaded: no
+    commit is pending, and the running sum is that of the loaded slots.
+    """
+    of_graph = tuple(key for key in KEYS if key in old)
+    whole = new | missing_state_of(param, new, of_graph, group)
+    return {key: write_into(old.get(key), value) for key, value in whole.items()}
+
+
+def write_options_into_(groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Write loaded values into the tensors of the groups' options, which a captured graph uses.
+
+    The loaded groups get these tensors.
+    """
+    for group, new in zip(groups, loaded, strict=True):
+        for name, own in group.items():
+            if isinstance(own, Tensor) and isinstance(new[name], (int, float, Tensor)):
+                new[name] = own.copy_(torch.as_tensor(new[name]).reshape(own.shape))
+
+
+def copied(value: Any, params: Iterable[Tensor]) -> Any:
+    """Return a deep copy of a value, in which these parameters are not copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return copy.deepcopy(value, {id(param): param for param in params})
+
+
+def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    """Warn of groups whose state was saved in another precision than theirs."""
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        # A checkpoint of torch.optim has no buffer.
+        names = PRECISION_OPTIONS if "capacity" in saved else ("moment_dtype",)
+        for name in names:
+            # Saved by its name, in older state dicts by itself.
+            own, other = (str(options.get(name) or torch.float32) for options in (group, saved))
+            if own != other:
+                warn(
+                    f"the state of group {i} was saved with {name}={other} and is converted to "
+                    f"this optimizer's {name}={own}"
+                )
+
+
+def warn_of_another_kind(
+    groups: list[dict[str, Any]], loaded: list[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Warn of the options that a state dict of another kind of optimizer brings.
+
+    Those of torch.optim have neither a capacity nor buffers. `loaded` are the groups with the
+    options of the state dict.
+    """
+    saved_groups = state_dict["param_groups"]
+    states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))
+    if any("capacity" in saved for saved in saved_groups):
+        return
+    if any("critical_buffer" in state for state in states):
+        return
+    taken = [
+        f"group {i}: {changes}"
+        for i, (group, new, saved) in enumerate(zip(groups, loaded, saved_groups, strict=True))
+        if (changes := _changes(group, new, saved))
+    ]
+    if taken:
+        warn(
+            "the state dict is of another optimizer and brings options that were chosen for its "
+            f"update, not for this one's ({'; '.join(taken)}). To keep this optimizer's own, "
+            "delete them from the groups of state_dict['param_groups'] before it is loaded, or set "
+            "them in optimizer.param_groups afterwards"
+        )
+
+
+def _changes(group: dict[str, Any], new: dict[str, Any], saved: Mapping[str, Any]) -> str:
+    """Return which of Adam's options change, with their values."""
+    return ", ".join(
+        f"{name}={_number(new[name])!r} instead of {_number(group[name])!r}"
+        for name in ADAM_OPTIONS
+        if name in saved and _number(new[name]) != _number(group[name])
+    )
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -1,0 +1,242 @@
+"""Making a parameter's state: on its first step, when options change, when the buffer is resized.
+
+State is float32, or float64 for a float64 parameter (complex likewise), unless a group's
+`buffer_dtype` and `moment_dtype` say otherwise. It has the strides of its parameter where that is
+dense, so that the fused backends walk both in one order.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm_fused import rounding
+from cm_fused._distributed import is_sharded, local, local_state, sharded_as
+from cm_fused._state.table import (
+    BUFFER_KEYS,
+    LEADING,
+    ROWS,
+    SCALES,
+    Group,
+    State,
+    option_dtype,
+    shapes_of,
+)
+from cm_fused.rounding import LARGEST
+
+# Dtypes that moments have where no `moment_dtype` is asked for, besides float32.
+_WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)
+LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALF_DTYPES = LOW_PRECISION_PARAM_DTYPES[1:]
+
+
+def refused_precision(param: Tensor, group: Group) -> str | None:
+    """Return the option that asks for state which a parameter cannot have, or None."""
+    if param.dtype in LOW_PRECISION_PARAM_DTYPES:
+        return None
+    asked = (name for name in ("buffer_dtype", "moment_dtype") if group[name] is not None)
+    return next(asked, None)
+
+
+def check_param(param: Tensor, state: State) -> None:
+    """Check that a step could write a parameter and that its state, if any, fits it.
+
+    RuntimeError where it is an expanded tensor, or a lazy conjugate or negative, or its shape or
+    dtype is not its state's.
+    """
+    if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            "a parameter must not hold two elements in one place (an expanded tensor?), got shape "
+            f"{tuple(param.shape)} and strides {param.stride()}; use param.contiguous()"
+        )
+    # torch.compile does not trace the questions.
+    if not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):
+        raise RuntimeError(
+            "a parameter must not be a lazy conjugate or negative, got a lazy "
+            f"{'conjugate' if param.is_conj() else 'negative'}; set "
+            "param.data = param.data.resolve_conj().resolve_neg()"
+        )
+    for key, leading in LEADING.items():
+        # A compensation of what is not rounded is empty.
+        if key in state and key != "compensation":
+            _check_shape(key, state[key], param, leading)
+    # Moments of lower precision are those of parameters whose state is float32.
+    stored = state["exp_avg"].dtype if "exp_avg" in state else None
+    computed = stored if stored in _WIDE_DTYPES else torch.float32
+    if stored is not None and computed != state_dtype(param.dtype):
+        raise RuntimeError(
+            f"a parameter must have a dtype that fits its state of {computed}, got {param.dtype}; "
+            "load state_dict() into a new optimizer to convert the state, or delete "
+            "optimizer.state[param] to start anew"
+        )
+
+
+def _check_shape(key: str, tensor: Tensor, param: Tensor, leading: int) -> None:
+    if tensor.shape[leading:] == param.shape:
+        return
+    slots = "C, " if leading else ""
+    raise RuntimeError(
+        f"the state's {key!r} must have the parameter's shape, "
+        f"({slots}{', '.join(map(str, param.shape))}), got {tuple(tensor.shape)}; change all "
+        "tensors of the state as the parameter is changed, delete 'critical_buffer' from "
+        "optimizer.state[param] to start with an empty buffer, or delete all of it"
+    )
+
+
+def missing_state(param: Tensor, state: State, keys: tuple[str, ...], group: Group) -> State:
+    """Return new tensors for those of `keys` that `state` lacks; changes nothing.
+
+    Where a part of the buffer is missing, all of it is new. RuntimeError as of `check_param`, or
+    where the state's capacity or a dtype of it is not the group's, or the parameter cannot have
+    state of the group's precision.
+    """
+    if not ("critical_buffer" in state and "priorities" in state):
+        keys = (*keys, *(key for key in BUFFER_KEYS if key in state and key not in keys))
+        state = {key: value for key, value in state.items() if key not in BUFFER_KEYS}
+    _check_state(param, state, group)
+    return {
+        key: new_tensor(key, param, state, group)
+        for key in keys
+        if key not in state or (key == "compensation" and state[key].dtype != param.dtype)
+    }
+
+
+def _check_state(param: Tensor, state: State, group: Group) -> None:
+    check_param(param, state)
+    refused = refused_precision(param, group)
+    if refused is not None:
+        raise RuntimeError(
+            f"{refused} must be None for float64 and complex parameters, got {group[refused]!r} "
+            f"for one of {param.dtype}; put it into a group of its own"
+        )
+    if "priorities" in state and state["priorities"].numel() != group["capacity"]:
+        raise RuntimeError(
+            f"capacity must stay that of the state, {state['priorities'].numel()}, got "
+            f"{group['capacity']}; optimizer.resize_buffer() changes it"
+        )
+    for key in SCALES:
+        expected = dtype_of(key, param, group)
+        if key in state and state[key].dtype != expected:
+            raise RuntimeError(
+                f"buffer_dtype and moment_dtype must stay those of the state, whose {key!r} is "
+                f"{state[key].dtype}, got {expected}; to convert a state, load its state dict into "
+                "a new optimizer"
+            )
+
+
+def missing_state_of(param: Tensor, state: State, keys: tuple[str, ...], group: Group) -> State:
+    """Return what `missing_state` does, of a parameter that may be a DTensor, placed as it is."""
+    return placed_as(param, missing_state(local(param), local_state(state), keys, group))
+
+
+def placed_as(param: Tensor, state: State) -> State:
+    """Return a state of the local tensor of a parameter with DTensors placed as the parameter."""
+    if not is_sharded(param):
+        return state
+    shape = local(param).shape
+    return {
+        key: sharded_as(value, param, LEADING[key])
+        if key in LEADING and value.shape[LEADING[key] :] == shape
+        else value
+        for key, value in state.items()
+    }
+
+
+def dtype_of(key: str, param: Tensor, group: Group) -> torch.dtype:
+    """Return the dtype of a state key."""
+    if key == "compensation":
+        return param.dtype
+    return ROWS[key].dtype or option_dtype(key, group) or state_dtype(param.dtype)
+
+
+def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
+    """Return the tensor of a key of the STATE table as it is before the first step.
+
+    `state` is what there is of the parameter's, whose memory order it follows. A running sum starts
+    as the sum of its slots.
+    """
+    row, capacity, dtype = ROWS[key], group["capacity"], dtype_of(key, param, group)
+    if key in LEADING:
+        return _new_shaped(key, param, state, capacity, dtype)
+    size = shapes_of(param, capacity)[row.shape]
+    return torch.full(size, row.fill, dtype=dtype, device=param.device)
+
+
+def _new_shaped(key: str, param: Tensor, state: State, capacity: int, dtype: torch.dtype) -> Tensor:
+    like = state.get("exp_avg", param)
+    if key == "critical_buffer":
+        return _new_buffer(like, capacity, dtype)
+    if key == "compensation" and dtype not in _HALF_DTYPES:
+        return torch.zeros(0, dtype=dtype, device=param.device)
+    shaped = torch.zeros_like(
+        like, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+    )
+    if key == "critical_sum" and "critical_buffer" in state:
+        shaped.copy_(rounding.sum_slots(dequantized(state, "critical_buffer")))
+    return shaped
+
+
+def _new_buffer(like: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
+    buffer = torch.empty_strided(
+        (capacity, *slot.shape), (like.numel(), *slot.stride()), dtype=dtype, device=like.device
+    )
+    return buffer.zero_()
+
+
+def unscaled(state: Group) -> State:
+    """Return a state whose DTensors have no scales: values in float32 where they had.
+
+    A process's blocks are not another mesh's. Instead of its scales, each such tensor has a scale
+    of 1, without dimensions: whoever takes codes for values, or values for codes, notices.
+    """
+    values = dict(state)
+    for key, scales in SCALES.items():
+        stored = state.get(key)
+        if scales in state and isinstance(stored, Tensor) and is_sharded(stored):
+            codes = {key: local(stored), scales: state[scales]}
+            values[key] = sharded_as(dequantized(codes, key), stored)
+            values[scales] = torch.ones((), dtype=torch.float32, device=codes[key].device)
+    return values
+
+
+def dequantized(state: Group, key: str) -> Tensor:
+    """Return the values of a row of `SCALES`: the tensor itself where no cast is needed."""
+    stored: Tensor = state[key]
+    scales = state.get(SCALES[key]) if stored.dtype in LARGEST else None
+    if LEADING[key]:
+        return rounding.load_slots(stored, scales)
+    return rounding.load_moment(stored, scales, signed=key == "exp_avg")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the state, and of the update, of a parameter's dtype."""
+    if dtype in (torch.float64, torch.complex128):
+        return dtype
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def resize_buffer(param: Tensor, state: State, group: Group) -> None:
+    """Give a flushed state a buffer of a group's capacity.
+
+    Of too many slots those with the highest keys stay, in their order, of equal ones the first.
+    `critical_buffer`, its scales and `priorities` are replaced; the running sum is removed, to be
+    made anew.
+    """
+    keys: Tensor = state["priorities"]
+    slots = keys.argsort(descending=True, stable=True)[: group["capacity"]].sort().values
+    # Unfilled slots come last, as they do in every buffer.
+    new: State = {}
+    for key in ("priorities", "critical_buffer", "critical_scales"):
+        if key in state:
+            new[key] = new_tensor(key, local(param), local_state(state), group)
+            resized, old = rounding.as_bytes(new[key]), rounding.as_bytes(local(state[key]))
+            resized[: len(slots)].copy_(old.index_select(0, slots))
+    state.update(placed_as(param, new))
+    state.pop("critical_sum", None)
+
+
+def param_states(state: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """Return the local states of parameters; an optimizer's state may hold other entries."""
+    return [local_state(value) for key, value in state.items() if isinstance(key, Tensor)]

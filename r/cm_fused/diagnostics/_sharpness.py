@@ -1,0 +1,252 @@
+"""The sharpness of the loss."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Vector = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The largest eigenvalue of a Hessian.
+
+    Attributes:
+        eigenvalue: The largest one, with its sign.
+        converged: Whether the residual is at most the tolerance. The distance of the estimate to an
+            eigenvalue is then at most that; it is the largest one for almost every start.
+        iterations: The number of Hessian-vector products.
+    """
+
+    eigenvalue: float
+    converged: bool
+    iterations: int
+
+
+def sharpness(
+    loss: Tensor,
+    params: Iterable[Tensor],
+    *,
+    tolerance: float = 1e-4,
+    max_iterations: int = 200,
+    seed: int = 0,
+) -> Sharpness:
+    r"""Return the largest eigenvalue of the Hessian of a loss, by conjugate gradients.
+
+    Each iteration makes one Hessian-vector product. It takes the vector of the largest Rayleigh
+    quotient :math:`\lambda` among the combinations of the last vector :math:`x`, its residual
+    :math:`Hx - \lambda x` and the last direction. It stops where the residual's norm is at most the
+    tolerance times the largest :math:`\lVert Hx \rVert` of the unit vectors so far, and a new
+    product confirms it.
+
+    About ten vectors of the parameters' size are in memory, in float32 or wider. Products are
+    computed in the parameters' dtype, without autocast; a tolerance below their rounding is not
+    reached. The result does not depend on torch's global generators and does not change them or
+    `.grad`.
+
+    Source: Knyazev, "Toward the Optimal Preconditioned Eigensolver: Locally Optimal Block
+    Preconditioned Conjugate Gradient Method" (2001), for one vector and without a preconditioner;
+    Hessian-vector products as in Yao et al., "PyHessian: Neural Networks Through the Lens of the
+    Hessian" (2020).
+
+    Args:
+        loss: A scalar with its graph, which is not freed; not changed.
+        params: Real tensors that the loss depends on; not changed.
+        tolerance: The tolerance of the residual, relative to the largest product, > 0.
+        max_iterations: The largest number of Hessian-vector products, >= 1.
+        seed: The seed of the vector that it starts from.
+
+    Raises:
+        ValueError: There are no parameters or elements, a parameter is complex, or a number is out
+            of its range.
+    """
+    # A parameter that two modules share counts once.
+    params = list({id(param): param for param in params}.values())
+    _check(params, tolerance, max_iterations)
+    with _without_autocast([loss, *params]):
+        slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+
+        def hessian_times(vectors: Sequence[Tensor]) -> Vector:
+            dependent = [
+                (slope, vector.to(slope.dtype))
+                for slope, vector in zip(slopes, vectors, strict=True)
+                if slope.requires_grad
+            ]
+            if not dependent:  # the loss is linear
+                return [torch.zeros_like(vector) for vector in vectors]
+            of, along = zip(*dependent, strict=True)
+            products = torch.autograd.grad(
+                of, params, along, retain_graph=True, materialize_grads=True
+            )
+            return [p.to(vector.dtype) for p, vector in zip(products, vectors, strict=True)]
+
+        with torch.no_grad():
+            search = _Search(hessian_times, _random_unit(params, seed), tolerance, max_iterations)
+            return search.run()
+
+
+def _check(params: Sequence[Tensor], tolerance: float, max_iterations: int) -> None:
+    if not params:
+        raise ValueError("params must have at least one tensor, got none")
+    if not any(param.numel() for param in params):
+        raise ValueError("params must have at least one element, got none")
+    for i, param in enumerate(params):
+        if param.is_complex():
+            raise ValueError(
+                f"params must be real, got {param.dtype} for params[{i}]; compute the loss of "
+                "torch.view_as_real of it and pass that"
+            )
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be > 0, got {tolerance!r}")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be >= 1, got {max_iterations!r}")
+
+
+def _without_autocast(tensors: Sequence[Tensor]) -> ExitStack:
+    stack = ExitStack()
+    for kind in sorted({tensor.device.type for tensor in tensors}):
+        if torch.amp.is_autocast_available(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+class _Search:
+    """The iteration: orthonormal vectors, x and the last direction, and their products.
+
+    `apply` returns the product of the Hessian and a vector; `start` is a unit vector.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[Sequence[Tensor]], Vector],
+        start: Vector,
+        tolerance: float,
+        max_iterations: int,
+    ) -> None:
+        self._apply = apply
+        self._tolerance = tolerance
+        self._max_iterations = max_iterations
+        self._made = 0
+        self._largest = 0.0
+        self._vectors = [start]
+        self._products = [self._product_of(start)]
+        # Whether the product of x was computed, not combined from others.
+        self._is_exact = True
+
+    def run(self) -> Sharpness:
+        """Return the result, once the iteration has converged or can go no further."""
+        while True:
+            eigenvalue = _dot(self._vectors[0], self._products[0])
+            residual = _combined([1.0, -eigenvalue], [self._products[0], self._vectors[0]])
+            norm = _norm(residual)
+            has_converged = math.isfinite(norm) and norm <= self._tolerance * self._largest
+            if has_converged and self._is_exact:
+                return self._result(eigenvalue, True)
+            if self._made == self._max_iterations or not math.isfinite(norm):
+                return self._result(eigenvalue, False)
+            if has_converged:
+                self._confirm()
+                continue
+            direction = self._direction(residual, norm)
+            if direction is None:
+                return self._result(eigenvalue, False)
+            self._improve(direction)
+
+    def _result(self, eigenvalue: float, converged: bool) -> Sharpness:
+        return Sharpness(eigenvalue + 0.0, converged, self._made)  # no -0.0
+
+    def _product_of(self, vector: Vector) -> Vector:
+        product = self._apply(vector)
+        self._made += 1
+        self._largest = max(self._largest, _norm(product))
+        return product
+
+    def _confirm(self) -> None:
+        """Replace the product of x, in which rounding errors add up, by a new one."""
+        x = _scaled(self._vectors[0], 1 / _norm(self._vectors[0]))
+        self._vectors, self._products = [x], [self._product_of(x)]
+        self._is_exact = True
+
+    def _direction(self, residual: Vector, norm: float) -> Vector | None:
+        """Return a unit vector towards the residual and orthogonal to the vectors, or None.
+
+        Drops the last direction where the residual lies along it.
+        """
+        unit = _scaled(residual, 1 / norm)
+        direction = _orthonormalized(unit, self._vectors)
+        if direction is None and len(self._vectors) > 1:
+            del self._vectors[1:], self._products[1:]
+            direction = _orthonormalized(unit, self._vectors)
+        return direction
+
+    def _improve(self, direction: Vector) -> None:
+        """Move x to where the Rayleigh quotient is largest in the span of all vectors."""
+        self._vectors.append(direction)
+        self._products.append(self._product_of(direction))
+        rows = [[_dot(v, p) for p in self._products] for v in self._vectors]
+        gram = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        if not gram.isfinite().all():  # no vector is best: the next residual is not finite
+            best = torch.full((len(rows),), math.nan, dtype=torch.float64, device="cpu")
+        else:
+            best = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -1]
+        # The part that is added to x, orthogonal to the new x.
+        along = best.clone()
+        along[0] = 0.0
+        along -= along.dot(best) * best
+        length = torch.linalg.vector_norm(along)
+        new = [best.tolist(), (along / length).tolist()] if length > 0 else [best.tolist()]
+        self._vectors = [_combined(coefficients, self._vectors) for coefficients in new]
+        self._products = [_combined(coefficients, self._products) for coefficients in new]
+        self._is_exact = False
+
+
+def _combined(coefficients: list[float], vectors: list[Vector]) -> Vector:
+    result = _scaled(vectors[0], coefficients[0])
+    for coefficient, vector in zip(coefficients[1:], vectors[1:], strict=True):
+        torch._foreach_add_(result, torch._foreach_mul(vector, coefficient))
+    return result
+
+
+def _scaled(vector: Vector, factor: float) -> Vector:
+    return list(torch._foreach_mul(vector, factor))
+
+
+# A part of a unit vector with a smaller norm is rounding errors.
+_NOTHING = 1e-3
+
+
+def _orthonormalized(unit: Vector, basis: list[Vector]) -> Vector | None:
+    """Return a unit vector's part orthogonal to a basis, of norm 1, or None if it is nothing."""
+    for attempt in range(2):  # the second removes rounding errors of the first
+        for vector in basis:
+            unit = _combined([1.0, -_dot(unit, vector)], [unit, vector])
+        norm = _norm(unit)
+        if not norm > (_NOTHING if attempt == 0 else 0.5):
+            return None
+        unit = _scaled(unit, 1 / norm)
+    return unit
+
+
+def _random_unit(params: Sequence[Tensor], seed: int) -> Vector:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    vectors = [
+        torch.randn(param.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            param.device, torch.promote_types(param.dtype, torch.float32)
+        )
+        for param in params
+    ]
+    return _scaled(vectors, 1 / _norm(vectors))
+
+
+def _norm(vector: Vector) -> float:
+    return math.sqrt(_dot(vector, vector))
+
+
+def _dot(left: Vector, right: Vector) -> float:
+    """Return the dot product, summed in float64; waits for the device."""
+    products = [(a.double() * b.double()).sum() for a, b in zip(left, right, strict=True)]
+    return torch.stack([product.to(products[0].device) for product in products]).sum().item()

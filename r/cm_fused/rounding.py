@@ -1,0 +1,261 @@
+"""The definition of every rounding of low-precision state, in plain torch.
+
+Values come as float32, flat in the state's memory order; leading dimensions, such as a buffer's
+slots, are kept. int8 and float8_e4m3fn have one float32 scale for each block of `BLOCK_SIZE`
+consecutive elements, by which no value of a block is too large. The fused backends give the same
+bits.
+
+The int8 form of moments is companded, as in Gonzalez Ortiz, Gupta, Rinard and Blalock, "FlashOptim:
+Optimizers for Memory-Efficient Training" (arXiv 2602.23349): codes are linear in a root of the
+value, so that small values of a block are not lost beside its largest. They share a scale among 32
+values, and take a softsign of the momentum and the square root of the second moment; among 256, as
+in Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (ICLR 2022), values range wider,
+and both are stored by their fourth root. Rounding is stochastic in the value, since an average that
+changes by less than half a code would stand still.
+"""
+
+import torch
+from torch import Tensor
+
+# Consecutive elements that share a scale.
+BLOCK_SIZE = 256
+# Dtypes with scales, and the largest number they hold.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# The largest code of an int8 moment, by whether codes have a sign.
+LARGEST_CODE = {True: 127.0, False: 255.0}
+# A block whose largest value is below is stored as zeros: the inverse of its scale would overflow.
+SMALLEST_SCALED = 2.0**-100
+# The random bits of one rounding.
+RANDOM_BITS = 16
+_EXPONENT = 0x7F800000
+_MAX_FINITE = float(torch.finfo(torch.float32).max)
+
+
+def num_blocks(numel: int) -> int:
+    """Return the number of scales of a tensor."""
+    return -(-numel // BLOCK_SIZE)
+
+
+def as_flat(tensor: Tensor, leading: int = 0) -> Tensor:
+    """Return a view of dense state in memory order, its first `leading` dimensions kept.
+
+    Those must be as a buffer's slots: one after the other.
+    """
+    shape = tensor.shape[:leading]
+    numel = tensor.shape[leading:].numel()
+    strides = [numel] if leading else []
+    return tensor.as_strided((*shape, numel), (*strides, 1))
+
+
+def flat_as(values: Tensor, order: Tensor) -> Tensor:
+    """Return values in the memory order of a dense tensor of their shape."""
+    laid_out = torch.empty_like(order, dtype=values.dtype, memory_format=torch.preserve_format)
+    return as_flat(laid_out.copy_(values))
+
+
+def shaped_as(flat: Tensor, order: Tensor) -> Tensor:
+    """Return a view of flat values with the shape and strides of a dense tensor."""
+    return flat.as_strided(order.shape, order.stride())
+
+
+# NOTE: [Quantizing again]
+# A block's largest value L has the scale s = fl(L / n), n being 127 or 448 = 7 * 64, and is
+# restored as L' = fl(n s). Then fl(L' / n) is s: n s is at most n / 2 last places of s from L, so
+# that L' is L where a last place of L is more than n of those; where it is not, L' / n is within a
+# third of a place of s. A moment's scale is L itself, whose code is the largest and stands for 1
+# (below 2^127, where the inverse of L has lost few bits). So a state that was saved as values is
+# loaded with the codes it had, if its blocks are the same.
+
+
+def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return values as a slot stores them, rounded to nearest even, and their scales.
+
+    Args:
+        values: float32 (*, numel).
+        dtype: bfloat16, float16, float8_e4m3fn, int8, or float32 and float64, which store all.
+
+    Returns:
+        The stored values, (*, numel), and their scales, float32 (*, num_blocks) or None. A block
+        with a value that is not finite is restored as NaN. Values that `dequantize` gave are
+        stored as they were: see the NOTE below.
+    """
+    if dtype not in LARGEST:
+        return values.to(dtype), None
+    blocks = _blocks(values)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = _inverse(LARGEST[dtype], largest)
+    # Without a usable scale also what is not finite is stored as 0, and what is negative not as -0.
+    scaled = torch.where(inverse == 0, 0.0, blocks * inverse)
+    if dtype is torch.int8:
+        scaled = scaled.round()
+    stored = scaled.to(dtype)
+    # Divided by a number, CUDA's tensors are multiplied by its reciprocal: rounded twice.
+    scales = (largest / torch.full_like(largest, LARGEST[dtype])).squeeze(-1)
+    return _unblocked(stored, values.shape[-1]), scales
+
+
+def dequantize(stored: Tensor, scales: Tensor | None) -> Tensor:
+    """Return the values of a slot: `stored` itself for the dtypes of the update, else float32."""
+    if stored.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+        return stored
+    values = stored.to(torch.float32)
+    return values if scales is None else values * _per_element(scales, values.shape[-1])
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Return float32 values rounded to one of a half dtype's two neighbours, as float32.
+
+    A value goes up with the probability of its distance from the lower neighbour, to 2^-16.
+
+    Args:
+        values: float32, any shape. What is not finite stays.
+        dtype: bfloat16 or float16.
+        bits: int64 of that shape, with values in [0, 2^16).
+    """
+    raw = values.view(torch.int32)
+    if dtype is torch.bfloat16:
+        rounded = (raw + bits.to(torch.int32)) & -0x10000
+        return torch.where(values.isfinite(), rounded.view(torch.float32), values)
+    exponent = (raw & _EXPONENT).view(torch.float32).clamp(min=2.0**-14)
+    spacing = exponent * 2.0**-10
+    scaled = values.abs() / spacing  # exact: a power of two
+    lower = scaled.floor()
+    up = (scaled - lower) * 2.0**RANDOM_BITS > bits.to(torch.float32)
+    rounded = torch.copysign((lower + up) * spacing, values)
+    return torch.where(values.isfinite(), rounded, values)
+
+
+def _magnitude(codes: Tensor, largest_code: float) -> Tensor:
+    """Return the part of a block's largest value that codes >= 0 stand for."""
+    largest = torch.tensor(largest_code, dtype=torch.float32, device=codes.device)
+    root = codes.to(torch.float32) * (1.0 / largest)
+    square = root * root
+    return square * square
+
+
+def quantize_moment(values: Tensor, bits: Tensor | None, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Return a moment's codes and scales.
+
+    Args:
+        values: float32 (numel,); >= 0 without a sign.
+        bits: int64 (numel,) with values in [0, 2^16), for stochastic rounding; None rounds to
+            nearest.
+        signed: Whether the codes have a sign.
+
+    Returns:
+        int8 (numel,), the bits of a uint8 without a sign, and scales, float32 (num_blocks,). A
+        positive value without a sign is never stored as 0: it is divided by.
+    """
+    largest_code = LARGEST_CODE[signed]
+    blocks = _blocks(values)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    scaled = (blocks.abs() * _inverse(1.0, largest)).clamp(max=1.0)
+    scaled = torch.where(scaled.isfinite(), scaled, 0.0)
+    codes = (scaled.sqrt().sqrt() * largest_code).to(torch.int32).clamp(max=int(largest_code) - 1)
+    lower, upper = _magnitude(codes, largest_code), _magnitude(codes + 1, largest_code)
+    threshold = 2.0 ** (RANDOM_BITS - 1) if bits is None else _blocks(bits.to(torch.float32))
+    codes = codes + ((scaled - lower) * 2.0**RANDOM_BITS > threshold * (upper - lower))
+    if signed:
+        codes = torch.where(blocks < 0, -codes, codes)
+    else:
+        codes = torch.where((codes == 0) & (scaled > 0), 1, codes)
+    stored = codes.to(torch.uint8).view(torch.int8)
+    return _unblocked(stored, values.shape[-1]), largest.squeeze(-1)
+
+
+def dequantize_moment(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """Return the values of a moment's codes, float32 (numel,); see `quantize_moment`."""
+    # Without a sign it is the bits of a uint8.
+    wide = codes.to(torch.int32) if signed else codes.view(torch.uint8).to(torch.int32)
+    values = _magnitude(wide.abs(), LARGEST_CODE[signed])
+    values = torch.copysign(values, wide.to(torch.float32))
+    return values * _per_element(scales, values.shape[-1])
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """Return values by blocks, (*, num_blocks, BLOCK_SIZE), the last one filled with zeros."""
+    missing = -values.shape[-1] % BLOCK_SIZE
+    padded = torch.nn.functional.pad(values, (0, missing))
+    return padded.reshape(*values.shape[:-1], num_blocks(values.shape[-1]), BLOCK_SIZE)
+
+
+def _unblocked(blocks: Tensor, numel: int) -> Tensor:
+    return blocks.flatten(-2)[..., :numel]
+
+
+def _per_element(scales: Tensor, numel: int) -> Tensor:
+    return scales.repeat_interleave(BLOCK_SIZE, dim=-1)[..., :numel]
+
+
+def _inverse(numerator: float, largest: Tensor) -> Tensor:
+    """Return what a block is multiplied by, 0 where its largest value is too small or not finite.
+
+    The values of such a block are stored as 0, and restored as 0 or, by the scale, as NaN.
+    """
+    usable = (largest >= SMALLEST_SCALED) & (largest <= _MAX_FINITE)
+    # A number divided by a tensor is, in torch, the tensor's reciprocal times it: rounded twice.
+    return torch.where(usable, torch.full_like(largest, numerator) / largest, 0.0)
+
+
+def load_slots(buffer: Tensor, scales: Tensor | None) -> Tensor:
+    """Return the values of a buffer's slots, in their dtype or float32, (C, *shape)."""
+    if scales is None:
+        return dequantize(buffer, None)
+    values = dequantize(as_flat(buffer, leading=1), scales)
+    return values.as_strided(buffer.shape, buffer.stride())
+
+
+def load_moment(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
+    """Return the values of a moment, in its dtype or float32, (*shape)."""
+    if scales is None:
+        return dequantize(stored, None)
+    values = dequantize_moment(as_flat(stored), scales, signed=signed)
+    return shaped_as(values, stored)
+
+
+def load_slot(buffer: Tensor, scales: Tensor | None, slot: Tensor) -> Tensor:
+    """Return the values of one slot, int64 (1,), in the buffer's dtype or float32, (*shape)."""
+    slots = as_flat(buffer, leading=1)
+    stored = as_bytes(slots).index_select(0, slot)[0].view(buffer.dtype)
+    if scales is not None:
+        scales = scales.index_select(0, slot)[0]
+    return shaped_as(dequantize(stored, scales), buffer[0])
+
+
+def sum_slots(slots: Tensor) -> Tensor:
+    """Return the sum over slots, (C, *shape), added in their order as the fused backends add them.
+
+    `Tensor.sum` adds five and more in another order, which goes by their strides.
+    """
+    total = slots[0].clone()
+    for slot in slots[1:]:
+        total.add_(slot)
+    return total
+
+
+def store_slot_(
+    buffer: Tensor, scales: Tensor | None, slot: Tensor, admitted: Tensor, item: Tensor
+) -> None:
+    """Round an item to its slot's dtype and store it, where it is admitted.
+
+    Args:
+        buffer: The slots, (C, *shape). Changed.
+        scales: Their scales, or None. Changed.
+        slot: Which one, int64 (1,).
+        admitted: Whether to, bool () or (1,).
+        item: (*shape).
+    """
+    values = item if item.dtype == buffer.dtype else flat_as(item, buffer[0])
+    stored, new_scales = quantize(values, buffer.dtype)
+    slots = buffer if item.dtype == buffer.dtype else as_flat(buffer, leading=1)
+    slots, stored = as_bytes(slots), as_bytes(stored)
+    content = torch.where(admitted, stored.unsqueeze(0), slots.index_select(0, slot))
+    slots.index_copy_(0, slot, content)
+    if scales is not None and new_scales is not None:
+        content = torch.where(admitted, new_scales.unsqueeze(0), scales.index_select(0, slot))
+        scales.index_copy_(0, slot, content)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return 8-bit floats as bytes, which more operators take, and other tensors as they are."""
+    return tensor.view(torch.int8) if tensor.dtype is torch.float8_e4m3fn else tensor

@@ -1,0 +1,104 @@
+// Copies of a tensor's data in the update's type: of what is in half precision, or does not lie in
+// memory as the state does.
+
+// Calls visit with a value of the parameter's type.
+template <typename state_t, typename Visit>
+inline auto with_param_type(ParamDtype dtype, Visit visit) {
+  if constexpr (std::is_same_v<state_t, float>) {
+    if (dtype == ParamDtype::kBFloat16) {
+      return visit(c10::BFloat16{});
+    }
+    if (dtype == ParamDtype::kFloat16) {
+      return visit(c10::Half{});
+    }
+  }
+  return visit(state_t{});
+}
+
+// Consecutive elements of a tensor, as a step reads and changes them: its own memory, or copies in
+// the update's type.
+template <typename state_t>
+struct Range {
+  int64_t begin;  // with scales or random words, a multiple of kLargestBlock
+  int64_t n;
+  bool copies_moments;
+  bool rebuilds_sum;
+  const state_t* grad;
+  void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
+  void* exp_avg_sq;
+  state_t* max_exp_avg_sq;  // nullptr without amsgrad
+  state_t* param;
+  const uint32_t* words;  // of rounded moments; nullptr: to be made by tiles
+
+  // Of copies, made by who has asked for what comes next: the gradients as critical gradients store
+  // them and as the update uses them. nullptr: to be found from grad by tiles.
+  const state_t* stored_g;
+  const state_t* update_g;
+};
+
+// Copies of at most kLargestBlock elements at a time. Once for each type of state, called from
+// where a step is inlined.
+template <typename state_t>
+class Copies {
+ public:
+  Copies(const TensorStep& tensor, const StepOptions& options)
+      : tensor_(tensor), options_(options), gradients_(options) {}
+
+  bool are_needed() const {
+    return is_half(tensor_.dtype) || tensor_.param_layout != nullptr ||
+           tensor_.grad_layout != nullptr;
+  }
+
+  // Copies a range's parameters and gradients.
+  [[gnu::noinline]] void load(Range<state_t>& range) {
+    const int64_t begin = range.begin;
+    const int64_t n = range.n;
+    const state_t* grad = nullptr;
+    with_param_type<state_t>(tensor_.dtype, [&](auto type) {
+      using param_t = decltype(type);
+      param_ = load_block(static_cast<param_t*>(tensor_.param), tensor_.param_layout.get(), begin,
+          n, param_scratch_);
+      grad = load_block(static_cast<const param_t*>(tensor_.grad), tensor_.grad_layout.get(), begin,
+          n, grad_scratch_);
+    });
+    with_block_size(n, [&](auto size) {
+      range.stored_g = gradients_.effective(grad, param_, size, grad_scratch_);
+      range.update_g =
+          gradients_.with_late_l2_term(range.stored_g, param_, size, late_grad_scratch_);
+    });
+    with_param_type<state_t>(tensor_.dtype,
+        [&](auto param) { add_compensation<state_t, decltype(param)>(tensor_, begin, n, param_); });
+    range.param = param_;
+  }
+
+  // Writes the parameters back.
+  [[gnu::noinline]] void store(int64_t begin, int64_t n) {
+    with_param_type<state_t>(
+        tensor_.dtype, [&](auto param) { store_data<decltype(param)>(begin, n); });
+  }
+
+ private:
+  template <typename param_t>
+  CM_FUSED_INLINE void store_data(int64_t begin, int64_t n) {
+    constexpr bool kRounds = !std::is_same_v<state_t, param_t>;
+    if constexpr (kRounds) {
+      if (options_.stochastic_update) {
+        alignas(64) uint32_t words[kLargestBlock];
+        random_words(tensor_, options_, begin, Stream::kParam, words);
+        round_stochastically<state_t, param_t>(words, n, param_);
+      }
+    }
+    store_block(static_cast<param_t*>(tensor_.param), tensor_.param_layout.get(), begin, n, param_);
+    if constexpr (kRounds) {
+      keep_compensation<state_t, param_t>(tensor_, begin, n, param_);
+    }
+  }
+
+  const TensorStep& tensor_;
+  const StepOptions& options_;
+  const Gradients<state_t> gradients_;
+  state_t* param_ = nullptr;
+  alignas(64) state_t grad_scratch_[kLargestBlock];
+  alignas(64) state_t late_grad_scratch_[kLargestBlock];
+  alignas(64) state_t param_scratch_[kLargestBlock];
+};

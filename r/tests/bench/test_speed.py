@@ -1,0 +1,93 @@
+"""The timing loop, the tables of results, and what stands in the README."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from bench.speed import report
+from bench.speed.precision import report as precision_report
+from bench.speed.precision.timing import Cost
+from bench.speed.precision.train import Run
+from bench.timing import MIN_ROUNDS, Step, Timed, interleave
+from tests.support.cases import ROOT
+
+RESULTS = ROOT / "bench" / "results" / "cpu-amd-epyc-2core-torch2.13.0.json"
+PRECISION = ROOT / "bench" / "speed" / "precision" / "results"
+
+
+def test_steps_take_turns() -> None:
+    """Every round takes each step once, in order, after what is not timed."""
+    taken: list[str] = []
+    steps: dict[str, Step] = {name: lambda name=name: taken.append(name) for name in "ab"}  # type: ignore[misc]
+    timed = interleave(steps, 2, warm_up=1, before_round=lambda: taken.append("-"))
+    assert "".join(taken) == "-ab-ab-ab"
+    assert {name: len(seconds) for name, seconds in timed.seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_rounds_that_take_long_end_early() -> None:
+    """At the earliest after so many that a median says something."""
+    timed = interleave({"a": lambda: None}, 100, most_seconds=0.0)
+    assert len(timed.seconds["a"]) == MIN_ROUNDS
+
+
+def test_ratios_are_those_of_a_round() -> None:
+    """The median of the ratios, not the ratio of the medians."""
+    timed = Timed({"own": [2.0, 9.0, 4.0], "baseline": [1.0, 3.0, 8.0]})
+    assert timed.ratios("own", "baseline") == [2.0, 3.0, 0.5]
+    assert timed.ratio("own", "baseline") == 2.0
+    assert timed.median("own") == 4.0
+
+
+def test_another_clock() -> None:
+    """What takes a round says how long each step took."""
+
+    def take(steps: Mapping[str, Step]) -> dict[str, float]:
+        return dict.fromkeys(steps, 3.0)
+
+    assert interleave({"a": lambda: None}, 2, take_round=take).seconds == {"a": [3.0, 3.0]}
+
+
+def test_readme_has_the_committed_results() -> None:
+    """The tables of README and docs are those that the committed results give."""
+    pages = (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    readme = "".join(page.read_text() for page in pages)
+    assert report.main_table(json.loads(RESULTS.read_text())) in readme
+    runs = [Run(**json.loads(line)) for line in (PRECISION / "runs.jsonl").read_text().splitlines()]
+    found = json.loads((PRECISION / "costs.json").read_text())
+    costs = [Cost(**cost) for cost in found["costs"]]
+    assert precision_report.table(runs, costs, found["machine"]) in readme
+
+
+def test_report_says_what_was_left_out_and_missed() -> None:
+    """A target that was not measured is not one that was met."""
+    results = json.loads(RESULTS.read_text())
+    text = report.markdown_report(results)
+    assert "- 1000 tensors of 256, AdamCM C=5 compiled: unrolled over" in text
+    target = "| time ratio, one 30 M tensor, C=5, replacing |"
+    assert f"{target} 1.560 | 1.650 | met |" in text
+    results["cases"] = [c for c in results["cases"] if c["workload"] != "one 30 M tensor"]
+    assert f"{target} not measured | 1.650 | - |" in report.targets_table(results)
+
+
+@pytest.mark.parametrize(
+    ("regimes", "empty_tables"), [((), 2), (("filling",), 1), (("no buffer",), 1)]
+)
+def test_report_of_few_cases(regimes: tuple[str, ...], empty_tables: int) -> None:
+    """Where the time was up before any case of a table was measured, the table says so."""
+    results = json.loads(RESULTS.read_text())
+    results["cases"] = [case for case in results["cases"] if case["regime"] in regimes]
+    text = report.markdown_report(results)
+    assert ("(no pairs)" in text) == ("no buffer" not in regimes)
+    assert text.count("Nothing was measured.") == empty_tables
+
+
+def test_smoke_results_stay_out_of_the_readme(tmp_path: Path) -> None:
+    """Tiny sizes prove nothing; a file without the table's place is named."""
+    results = json.loads(RESULTS.read_text())
+    with pytest.raises(ValueError, match="those of a full run"):
+        report.update_readme({**results, "smoke": True}, tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match=r"README.md must have the lines <!-- bench:begin -->"):
+        report.update_readme(results, tmp_path / "README.md")

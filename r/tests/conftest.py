@@ -1,0 +1,61 @@
+"""What every test starts from."""
+
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+# Before anything imports the kernels: without a GPU they are interpreted, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from tests.support import interpreter
+
+    interpreter.mend()
+
+
+# Interpreted, a step takes a hundred times as long as compiled. What such a test holds is the
+# optimizer's, the same for every backend, or the kernel's for one combination of many: of those for
+# triton some are enough. 13 has no divisor in common with the numbers of values of most parameters,
+# so that all of them come up.
+_SAMPLED = 13
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option to leave nothing out."""
+    parser.addoption(
+        "--every-case", action="store_true", help="run all interpreted cases of sampled tests"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one in 13 of a sampled test's triton cases, the first among them."""
+    if config.getoption("--every-case"):
+        return
+    seen: Counter[Any] = Counter()
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case and "triton" in case.params.values() and item.get_closest_marker("sampled"):
+            seen[item.originalname] += 1  # type: ignore[attr-defined]
+            sampled = seen[item.originalname] % _SAMPLED == 1  # type: ignore[attr-defined]
+            (kept if sampled else left_out).append(item)
+        else:
+            kept.append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def _settled() -> Iterator[None]:
+    """Seed torch's generator; one thread, unless a test asks for more, as tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

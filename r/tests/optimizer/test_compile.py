@@ -1,0 +1,177 @@
+"""torch.compile takes steps whole, compiles them twice and never again."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from cm_fused import AdamCG, AdamCM
+from cm_fused._backends import traced
+from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._state.table import KEYS, mask_of
+from tests.support.cases import make_bucket
+from tests.support.oracle import Options
+from tests.support.training import BACKENDS, KINDS, ROUNDING, assert_same
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipping": {"max_grad_norm": 0.5, "skip_nonfinite": True, "amsgrad": True},
+    "decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.1, "buffer_mean": "size"},
+    "low_precision": {"buffer_dtype": torch.bfloat16, "moment_dtype": torch.int8, "seed": 5},
+}
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Forget what was compiled; what torch says of itself while it compiles is not ours."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+
+
+def _lr(in_a_tensor: bool) -> Any:
+    return torch.tensor(0.02) if in_a_tensor else 0.02
+
+
+def _give_gradients(model: nn.Module, t: int) -> None:
+    generator = torch.Generator().manual_seed(t)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator) * (1 + t % 3)
+
+
+def _compare(ours: nn.Module, theirs: nn.Module) -> None:
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, **ROUNDING)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("cls", "options", "lr_in_a_tensor"),
+    [
+        (AdamCM, "plain", False),
+        (AdamCM, "clipping", True),
+        (AdamCM, "low_precision", True),
+        (AdamCG, "decoupled", False),
+        (AdamCG, "clipping", False),
+    ],
+)
+def test_compiled_step(
+    cls: type[CriticalAdam], options: str, lr_in_a_tensor: bool, backend: str
+) -> None:
+    """One graph for the first step, which makes the state, and one for all that follow.
+
+    A scheduler changes the learning rate after each; the parameters are those of plain steps.
+    """
+    runs = []
+    for _ in range(2):
+        model = _model()
+        lr = _lr(lr_in_a_tensor)
+        optimizer = cls(model.parameters(), lr=lr, backend=backend, **OPTIONS[options])
+        runs.append((model, optimizer))
+    (model, optimizer), (twin, expected) = runs
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for _, o in runs]
+    for t in range(STEPS):
+        for each in (model, twin):
+            _give_gradients(each, t)
+        step()
+        expected.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        assert counter.frame_count == min(t + 1, 2)
+    if options == "low_precision":
+        # Torch contracts some sums: a code may differ.
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0.05, atol=0.01)
+    else:
+        _compare(model, twin)
+
+
+def test_compiled_step_goes_on_eagerly() -> None:
+    """State that compiled steps left, a commit pending, is an eager step's, and the other way."""
+    model = _model()
+    optimizer = AdamCM(model.parameters(), lr=0.02)
+    twin = copy.deepcopy(model)
+    expected = AdamCM(twin.parameters(), lr=0.02)
+    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    for t in range(STEPS):
+        for each in (model, twin):
+            _give_gradients(each, t)
+        (step if t % 4 < 2 else optimizer.step)()
+        expected.step()
+    assert_same(optimizer.state_dict()["state"], expected.state_dict()["state"])
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("cls", KINDS)
+def test_compiled_training_step(cls: type[CriticalAdam], backend: str) -> None:
+    """Forward, backward and step in one function: its only breaks are torch's own, at backward.
+
+    The same function with torch.optim.AdamW has as many graphs.
+    """
+    frames = []
+    for optimizer_class, options in ((cls, {"backend": backend}), (torch.optim.AdamW, {})):
+        torch._dynamo.reset()
+        model = _model()
+        optimizer = optimizer_class(model.parameters(), lr=torch.tensor(0.01), **options)  # type: ignore[arg-type]
+        counter = CompileCounterWithBackend("aot_eager")
+
+        def train(inputs: Tensor, model: Any = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = model(inputs).square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            return loss
+
+        compiled = torch.compile(train, backend=counter)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        losses = []
+        for t in range(STEPS):
+            inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(t))
+            losses.append(compiled(inputs).item())
+            scheduler.step()
+            if t == 1:
+                after_two = counter.frame_count
+        assert counter.frame_count == after_two
+        frames.append(after_two)
+    assert frames[0] <= frames[1] + 1
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+@pytest.mark.parametrize("kind", ["cm", "cg"])
+def test_opcheck_of_the_step(kind: Any, backend: str) -> None:
+    """Its schema, autograd registration, fake kernel and functionalization agree with it."""
+    params = [torch.randn(5, 3), torch.randn(4)]
+    bucket = make_bucket(params, Options(kind=kind, capacity=3), fused=True)
+    torch.library.opcheck(
+        traced.step_op,
+        (
+            bucket.params,
+            bucket.grads,
+            [tensor for key in KEYS for tensor in bucket[key]],
+            mask_of(bucket.state),
+            [0, 1],
+            [],
+            None,
+            *(torch.tensor(0.01), torch.tensor(0.5), None),
+        ),
+        {
+            "backend": backend,
+            "critical_gradients": kind == "cg",
+            **{name: getattr(bucket.options, name) for name in traced.PLAIN_OPTIONS},
+        },
+    )

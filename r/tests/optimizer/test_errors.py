@@ -1,0 +1,485 @@
+"""Bad input: a clear error that names the argument or the parameter, and nothing changed."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from cm_fused._backends import select as _backend
+from cm_fused._optimizer.base import CriticalAdam
+from tests.support.training import (
+    BACKENDS,
+    CLASSES,
+    KINDS,
+    assert_same,
+    give_gradients,
+    new_optimizer,
+    new_params,
+    params_of,
+    snapshot,
+    train,
+    trained,
+)
+
+pytestmark = pytest.mark.sampled
+
+NAN, INF = float("nan"), float("inf")
+
+
+@dataclass(frozen=True)
+class BadOption:
+    """An option that must be refused wherever options are given."""
+
+    name: str
+    value: Any
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r}"
+
+
+BAD_OPTIONS = [
+    BadOption("lr", NAN, "lr must be .*got nan"),
+    BadOption("lr", -1e-3, r"lr must be .*got -0\.001"),
+    BadOption("lr", INF, "lr must be .*got inf"),
+    BadOption("lr", "fast", "lr must be .*got 'fast'"),
+    BadOption("lr", None, "lr must be .*got None"),
+    BadOption("lr", torch.tensor(NAN), "lr must be .*nan"),
+    BadOption("lr", torch.tensor(-1.0), "lr must be .*-1"),
+    BadOption("lr", torch.ones(2), "lr must be 1-element"),
+    BadOption("betas", (-0.1, 0.9), r"betas\[0\] must be .*got -0\.1"),
+    BadOption("betas", (1.0, 0.9), r"betas\[0\] must be .*got 1\.0"),
+    BadOption("betas", (NAN, 0.9), r"betas\[0\] must be .*got nan"),
+    BadOption("betas", (0.9, -0.1), r"betas\[1\] must be .*got -0\.1"),
+    BadOption("betas", (0.9, 1.0), r"betas\[1\] must be .*got 1\.0"),
+    BadOption("betas", (0.9, NAN), r"betas\[1\] must be .*got nan"),
+    BadOption("betas", (0.9,), "betas must be a pair"),
+    BadOption("betas", (0.9, 0.99, 0.999), "betas must be a pair"),
+    BadOption("betas", 0.9, "betas must be a pair"),
+    BadOption("eps", -1e-8, "eps must be .*got -1e-08"),
+    BadOption("eps", NAN, "eps must be .*got nan"),
+    BadOption("eps", INF, "eps must be .*got inf"),
+    BadOption("weight_decay", -0.1, r"weight_decay must be .*got -0\.1"),
+    BadOption("weight_decay", NAN, "weight_decay must be .*got nan"),
+    BadOption("weight_decay", INF, "weight_decay must be .*got inf"),
+    BadOption("capacity", 0, "capacity must be an int >= 1, got 0"),
+    BadOption("capacity", -5, "capacity must be an int >= 1, got -5"),
+    BadOption("capacity", 2.0, r"capacity must be an int >= 1, got 2\.0"),
+    BadOption("capacity", True, "capacity must be an int >= 1, got True"),
+    BadOption("capacity", "5", "capacity must be an int >= 1, got '5'"),
+    BadOption("capacity", None, "capacity must be an int >= 1, got None"),
+    BadOption("priority_decay", -0.1, r"priority_decay must be in \[0, 1\], got -0\.1"),
+    BadOption("priority_decay", 1.1, r"priority_decay must be in \[0, 1\], got 1\.1"),
+    BadOption("priority_decay", NAN, r"priority_decay must be in \[0, 1\], got nan"),
+    BadOption("priority_scope", "layer", "priority_scope must be one of .*'tensor'.*got 'layer'"),
+    BadOption("priority_scope", None, "priority_scope must be one of .*got None"),
+    BadOption("buffer_mean", "filled", "buffer_mean must be one of .*'size'.*got 'filled'"),
+    BadOption("backend", "cuda", "backend must be one of .*'eager'.*'triton'.*got 'cuda'"),
+    BadOption("backend", "", "backend must be one of .*got ''"),
+    BadOption("buffer_dtype", torch.int64, r"buffer_dtype must be .*got torch\.int64"),
+    BadOption("buffer_dtype", "float8", "buffer_dtype must be .*got 'float8'"),
+    BadOption("moment_dtype", torch.int64, r"moment_dtype must be .*got torch\.int64"),
+    BadOption("moment_dtype", "half", "moment_dtype must be .*got 'half'"),
+    BadOption("buffer_dtype", torch.float64, "buffer_dtype must be one of .*float64"),
+    BadOption("buffer_dtype", torch.float8_e5m2, "buffer_dtype must be one of"),
+    BadOption("moment_dtype", torch.float16, "moment_dtype must be one of .*got torch.float16"),
+    BadOption("low_precision_update", "up", "low_precision_update must be one of .*got 'up'"),
+    BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
+    BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1.5"),
+]
+
+bad_options = pytest.mark.parametrize("bad", BAD_OPTIONS, ids=str)
+
+
+# Options
+
+
+@bad_options
+@pytest.mark.parametrize("cls", CLASSES)
+def test_constructor_refuses(cls: type[CriticalAdam], bad: BadOption) -> None:
+    """An option out of its range is a ValueError that names it and shows its value."""
+    with pytest.raises(ValueError, match=bad.message):
+        cls(new_params(), **{bad.name: bad.value})
+
+
+@bad_options
+def test_add_param_group_refuses(bad: BadOption) -> None:
+    """A group with a bad option is not added, and the optimizer stays as it was."""
+    optimizer = new_optimizer(CLASSES[0])
+    train(optimizer, range(2))
+    before = snapshot(optimizer)
+    extra = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=bad.message):
+        optimizer.add_param_group({"params": [extra], bad.name: bad.value})
+    assert_same(snapshot(optimizer), before)
+
+
+# Backends
+
+
+def test_cpu_backend_refuses_added_group_of_other_device() -> None:
+    """A group the requested backend cannot serve is not added."""
+    optimizer = new_optimizer(CLASSES[0], backend="cpu")
+    train(optimizer, range(2))
+    before = snapshot(optimizer)
+    param = torch.nn.Parameter(torch.empty(2, device="meta"))
+    with pytest.raises(RuntimeError, match=r"backend='cpu'.*CPU.*meta"):
+        optimizer.add_param_group({"params": [param]})
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.fixture
+def _without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make triton one that is not installed."""
+    _backend._found.clear()
+    monkeypatch.setattr(_backend, "find_spec", lambda name: None)
+    yield
+    _backend._found.clear()
+
+
+@pytest.mark.usefixtures("_without_triton")
+def test_triton_backend_says_why_not() -> None:
+    """A backend that cannot be had is an error that says so; no other takes its place."""
+    reason = "backend='triton' is not available: triton is not installed; pip install triton"
+    with pytest.raises(RuntimeError, match=reason):
+        CLASSES[0](new_params(), backend="triton")
+
+
+@pytest.mark.usefixtures("_without_triton")
+def test_backend_unmet_in_the_middle_of_training_changes_nothing() -> None:
+    """A group's backend that cannot be had stops the step before any group is touched."""
+    optimizer = new_optimizer(CLASSES[0])
+    train(optimizer, range(2))
+    optimizer.param_groups[-1]["backend"] = "triton"
+    give_gradients(optimizer, 2)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="backend='triton'"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+# Gradients and parameters
+
+
+class _ForeignGrad(torch.nn.Parameter):
+    """A parameter whose gradient may be anything, as torch's own setter would not allow."""
+
+    foreign: torch.Tensor | None = None
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """Whatever was set."""
+        return self.foreign
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        self.foreign = value
+
+
+def _sparse(param: torch.Tensor) -> None:
+    param.grad = torch.ones_like(param.data).to_sparse()
+
+
+def _data_of_other_dtype(param: torch.Tensor) -> None:
+    param.grad = torch.ones_like(param.data)
+    param.data = param.data.to(torch.float64)
+
+
+def _data_of_other_shape(param: torch.Tensor) -> None:
+    param.grad = torch.ones_like(param.data)
+    param.data = torch.ones(7)
+
+
+def _integer(param: torch.Tensor) -> None:
+    param.grad = torch.ones(param.shape, dtype=torch.int64)
+
+
+def _other_dtype(param: torch.Tensor) -> None:
+    param.grad = torch.ones(param.shape, dtype=torch.bfloat16)
+
+
+def _broadcastable(param: torch.Tensor) -> None:
+    param.grad = torch.ones(1)
+
+
+def _on_meta(param: torch.Tensor) -> None:
+    param.grad = torch.ones(param.shape, device="meta")
+
+
+@dataclass(frozen=True)
+class BadGradient:
+    """A gradient no step can use.
+
+    Attributes:
+        set_: Gives it to a parameter.
+        message: What the error says after the parameter's name.
+        foreign: Whether torch's own setter refuses it.
+    """
+
+    set_: Callable[[torch.Tensor], None]
+    message: str
+    foreign: bool = True
+
+    def __str__(self) -> str:
+        return self.set_.__name__.removeprefix("_")
+
+
+BAD_GRADIENTS = [
+    BadGradient(_sparse, "must be dense.*sparse_coo", foreign=False),
+    BadGradient(_data_of_other_dtype, "dtype torch.float64.*got torch.float32", foreign=False),
+    BadGradient(_data_of_other_shape, r"shape \(7,\).*got \(5,\)", foreign=False),
+    BadGradient(_integer, "dtype torch.float32.*got torch.int64"),
+    BadGradient(_other_dtype, "dtype torch.float32.*got torch.bfloat16"),
+    BadGradient(_broadcastable, r"shape \(5,\).*got \(1,\)"),
+    BadGradient(_on_meta, "device cpu.*got meta"),
+]
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 4])
+@pytest.mark.parametrize("bad", BAD_GRADIENTS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", KINDS)
+def test_bad_gradient_changes_nothing(
+    cls: type[CriticalAdam], backend: str, bad: BadGradient, steps_before: int
+) -> None:
+    """A bad gradient of the last parameter is found before any parameter or state is touched."""
+    optimizer = new_optimizer(cls, backend=backend)
+    last = _ForeignGrad(torch.ones(5)) if bad.foreign else torch.nn.Parameter(torch.ones(5))
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2)), last]})
+    train(optimizer, range(steps_before))
+    give_gradients(optimizer, steps_before)
+    bad.set_(last)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=f"gradient of parameter 1 of group 2.*{bad.message}"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", KINDS)
+def test_integer_parameter_and_gradient_change_nothing(
+    cls: type[CriticalAdam], backend: str, dtype: torch.dtype
+) -> None:
+    """An integer gradient is refused also where its parameter has the same dtype."""
+    optimizer = new_optimizer(cls, backend=backend)
+    integers = torch.ones(3, dtype=dtype)
+    optimizer.add_param_group({"params": [integers]})
+    give_gradients(optimizer, 0, without=[len(params_of(optimizer)) - 1])
+    integers.grad = torch.ones(3, dtype=dtype)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=f"{re.escape(str(dtype))}|integer"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", KINDS)
+def test_expanded_parameter_changes_nothing(cls: type[CriticalAdam], backend: str) -> None:
+    """A parameter that holds several elements in one place cannot be stepped, and says so."""
+    optimizer = new_optimizer(cls, backend=backend)
+    expanded = torch.nn.Parameter(torch.ones(1).expand(4))
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2)), expanded]})
+    give_gradients(optimizer, 0)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter.*expanded.*\(4,\).*\(0,\)"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def _expand_data(param: torch.Tensor) -> None:
+    param.data = torch.ones(1).expand(param.shape)
+
+
+def _reshape_data(param: torch.Tensor) -> None:
+    param.data = torch.ones(7)
+
+
+def _reshape_data_to_one_element(param: torch.Tensor) -> None:
+    param.data = torch.ones(1)
+
+
+@pytest.mark.parametrize("replace", [_expand_data, _reshape_data, _reshape_data_to_one_element])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", KINDS)
+def test_impossible_replaced_data_changes_nothing(
+    cls: type[CriticalAdam], backend: str, replace: Callable[[torch.Tensor], None]
+) -> None:
+    """Replaced `p.data` that the state does not fit is found before any group is stepped."""
+    optimizer = new_optimizer(cls, backend=backend)
+    train(optimizer, range(3))
+    last = params_of(optimizer)[-1]
+    replace(last)
+    give_gradients(optimizer, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"param|exp_avg|shape|size"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize(("capacity", "other"), [(3, 4), (3, 6), (6, 3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", KINDS)
+def test_changed_capacity_changes_nothing(
+    cls: type[CriticalAdam], backend: str, capacity: int, other: int
+) -> None:
+    """A group's capacity cannot change while it trains; once put back, training goes on."""
+    optimizer = new_optimizer(cls, capacity=capacity, backend=backend)
+    twin = new_optimizer(cls, capacity=capacity, backend=backend)
+    train(optimizer, range(4))
+    train(twin, range(4))
+    optimizer.param_groups[-1]["capacity"] = other
+    give_gradients(optimizer, 4)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=f"capacity must stay .*{capacity}, got {other}"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    optimizer.param_groups[-1]["capacity"] = capacity
+    train(optimizer, range(4, 8))
+    train(twin, range(4, 8))
+    assert_same(trained(optimizer), trained(twin))
+
+
+def test_capturable_needs_cuda() -> None:
+    """A step that no CUDA graph could hold is refused when it is asked to be one."""
+    optimizer = new_optimizer(CLASSES[0], capturable=True)
+    give_gradients(optimizer, 0)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"capturable=True .*CUDA.*params\[0\] on cpu"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+# State dicts
+
+StateDict = dict[str, Any]
+
+
+def _fewer_groups(state_dict: StateDict) -> None:
+    state_dict["param_groups"].pop()
+
+
+def _more_groups(state_dict: StateDict) -> None:
+    state_dict["param_groups"].append({**state_dict["param_groups"][0], "params": []})
+
+
+def _fewer_params(state_dict: StateDict) -> None:
+    state_dict["param_groups"][-1]["params"].pop()
+
+
+def _more_params(state_dict: StateDict) -> None:
+    state_dict["param_groups"][-1]["params"].append(99)
+
+
+def _other_capacity(state_dict: StateDict) -> None:
+    state_dict["param_groups"][-1]["capacity"] = 7
+
+
+def _other_capacity_of_buffer(state_dict: StateDict) -> None:
+    last = state_dict["state"][4]
+    last["critical_buffer"] = torch.zeros(7, 5)
+    last["priorities"] = torch.zeros(7)
+
+
+def _other_capacity_of_keys(state_dict: StateDict) -> None:
+    state_dict["state"][4]["priorities"] = torch.zeros(7)
+
+
+def _without_key(key: str) -> Callable[[StateDict], None]:
+    def remove(state_dict: StateDict) -> None:
+        del state_dict["state"][4][key]
+
+    remove.__name__ = f"without_{key}"
+    return remove
+
+
+def _misshapen(key: str) -> Callable[[StateDict], None]:
+    def reshape(state_dict: StateDict) -> None:
+        value = state_dict["state"][4][key]
+        state_dict["state"][4][key] = torch.cat([value.flatten(), value.flatten()])
+
+    reshape.__name__ = f"misshapen_{key}"
+    return reshape
+
+
+def _transposed(state_dict: StateDict) -> None:
+    state = state_dict["state"][0]
+    state["exp_avg_sq"] = state["exp_avg_sq"].t().contiguous()
+
+
+def _broadcastable_moment(state_dict: StateDict) -> None:
+    state_dict["state"][4]["exp_avg"] = torch.ones(1)
+
+
+def _bad_option(state_dict: StateDict) -> None:
+    state_dict["param_groups"][-1]["priority_decay"] = 2.0
+
+
+def _bad_scope(state_dict: StateDict) -> None:
+    state_dict["param_groups"][-1]["priority_scope"] = "layer"
+
+
+BAD_STATE_DICTS: list[tuple[Callable[[StateDict], None], str]] = [
+    (_fewer_groups, "2 param groups, got 1"),
+    (_more_groups, "2 param groups, got 3"),
+    (_fewer_params, "group 1.*2 parameters, got 1"),
+    (_more_params, "group 1.*2 parameters, got 3"),
+    (_other_capacity, "capacity 3 of group 1, got 7"),
+    (_other_capacity_of_buffer, r"parameter 4.*shape.*\(capacity 3\)"),
+    (_other_capacity_of_keys, r"'priorities'.*parameter 4.*shape \(3,\).*got \(7,\)"),
+    (_without_key("step"), "parameter 4 must have 'step'"),
+    (_without_key("exp_avg"), "parameter 4 must have 'exp_avg'"),
+    (_without_key("exp_avg_sq"), "parameter 4 must have 'exp_avg_sq'"),
+    (_without_key("priorities"), "parameter 4 .*'priorities'"),
+    (_without_key("critical_buffer"), "parameter 4 .*'critical_buffer'"),
+    (_misshapen("step"), r"'step'.*parameter 4.*shape \(\).*got \(2,\)"),
+    (_misshapen("exp_avg"), r"'exp_avg'.*parameter 4.*shape \(5,\).*got \(10,\)"),
+    (_misshapen("exp_avg_sq"), r"'exp_avg_sq'.*parameter 4.*shape \(5,\).*got \(10,\)"),
+    (_misshapen("max_exp_avg_sq"), r"'max_exp_avg_sq'.*parameter 4.*shape \(5,\).*got \(10,\)"),
+    (_misshapen("priorities"), r"'priorities'.*parameter 4.*shape \(3,\).*got \(6,\)"),
+    (_misshapen("critical_buffer"), r"'critical_buffer'.*parameter 4.*shape \(3, 5\).*got \(30,\)"),
+    (_transposed, r"'exp_avg_sq'.*parameter 0.*shape \(3, 4\).*got \(4, 3\)"),
+    (_broadcastable_moment, r"'exp_avg'.*parameter 4.*shape \(5,\).*got \(1,\)"),
+    (_bad_option, r"priority_decay must be in \[0, 1\], got 2\.0"),
+    (_bad_scope, "priority_scope must be one of .*got 'layer'"),
+]
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "running"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    BAD_STATE_DICTS,
+    ids=[spoil.__name__.lstrip("_") for spoil, _ in BAD_STATE_DICTS],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", KINDS)
+def test_bad_state_dict_changes_nothing(
+    cls: type[CriticalAdam],
+    backend: str,
+    spoil: Callable[[StateDict], None],
+    message: str,
+    fresh: bool,
+) -> None:
+    """A state dict that does not fit is a ValueError, and the optimizer is as it was before."""
+    source = new_optimizer(cls, capacity=3, amsgrad=True, backend=backend)
+    train(source, range(5))
+    state_dict = copy.deepcopy(source.state_dict())
+    spoil(state_dict)
+
+    optimizer, twin = (
+        new_optimizer(cls, capacity=3, amsgrad=True, backend=backend, lr=1e-3) for _ in range(2)
+    )
+    steps = 0 if fresh else 4
+    train(optimizer, range(steps))
+    train(twin, range(steps))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    assert_same(snapshot(optimizer), before)
+    train(optimizer, range(steps, steps + 3))
+    train(twin, range(steps, steps + 3))
+    assert_same(trained(optimizer), trained(twin))

@@ -1,0 +1,269 @@
+"""The definitions of low precision: random words, roundings, codes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from torch import Tensor
+
+from cm_fused import rounding
+from cm_fused.philox import ShardLayout, Stream, philox, random_words
+from tests.support.cases import generator
+
+HALVES = (torch.bfloat16, torch.float16)
+SCALED = (torch.int8, torch.float8_e4m3fn)
+
+
+def _words(values: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor([value]) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0,) * 4, (0,) * 2, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (
+            (0xFFFFFFFF,) * 4,
+            (0xFFFFFFFF,) * 2,
+            (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
+        ),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+        ),
+    ],
+)
+def test_known_answers(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
+    """Philox-4x32-7 as its authors' library, Random123, lists it in its known answers."""
+    words = philox(_words(counter), key)
+    assert [int(word) for word in words] == list(expected)
+
+
+def test_words_have_keys_of_their_own() -> None:
+    """Another seed, parameter, step or stream gives other words; the same ones give the same."""
+
+    def words(
+        seed: int = 2**62, index: int = 3, step: int = 7, stream: Stream = Stream.PARAM
+    ) -> list[int]:
+        values: list[int] = random_words(seed, index, torch.tensor(step), 9, stream).tolist()
+        return values
+
+    others = [words(seed=0), words(index=4), words(step=8), words(stream=Stream.MOMENTS)]
+    assert words() == words()
+    assert len({tuple(some) for some in [words(), *others]}) == 5
+    # A tensor's words are those of its elements, however many there are.
+    assert random_words(5, 1, torch.tensor(2.0), 4, Stream.PARAM).tolist() == (
+        random_words(5, 1, torch.tensor(2.0), 11, Stream.PARAM)[:4].tolist()
+    )
+
+
+@pytest.mark.parametrize("numbers", [(), (4,), (7,), (5, 3, 10), (2**34 - 7,), (8, 1, 3)])
+def test_words_are_those_of_the_layout(numbers: tuple[int, ...]) -> None:
+    """An element that lies somewhere in a larger parameter has the word of that place."""
+    layout = ShardLayout(*numbers)
+    words = random_words(5, 1, torch.tensor(2.0), 25, Stream.PARAM, layout).tolist()
+    for element, word in enumerate(words):
+        run, within = divmod(element, layout.length)
+        place = layout.offset + run * layout.stride + within
+        quad, part = divmod(place, 4)
+        counter = _words((quad % 2**32, (quad // 2**32) + 2**31, 1, 2))
+        assert word == int(philox(counter, (5, 0))[part])
+
+
+def _codes(dtype: torch.dtype) -> Tensor:
+    """Return every number a scaled dtype holds, ascending, as float64."""
+    if dtype is torch.int8:
+        return torch.arange(-127, 128, dtype=torch.float64)
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float64)
+    return values[values.isfinite()].sort().values
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+@given(
+    values=npst.arrays(
+        np.float32,
+        st.integers(1, 600),
+        elements=st.floats(-(2.0**40), 2.0**40, width=32, allow_subnormal=True),
+    )
+)
+def test_slots_are_rounded_to_the_nearest_code(
+    dtype: torch.dtype, values: np.typing.NDArray[np.float32]
+) -> None:
+    """By a search over all codes in float64, in each block of 256 by its own scale."""
+    tensor = torch.from_numpy(values)
+    stored, scales = rounding.quantize(tensor, dtype)
+    assert scales is not None
+    assert scales.shape == (-(-len(values) // 256),)
+    restored = rounding.dequantize(stored, scales).double()
+    codes = _codes(dtype)
+    for block, scale in enumerate(scales.double()):
+        part = slice(256 * block, 256 * (block + 1))
+        exact = tensor[part].double()
+        if exact.abs().max() < rounding.SMALLEST_SCALED:
+            assert not restored[part].any()
+            continue
+        nearest = (codes[:, None] * scale - exact).abs().amin(0)
+        # The scale and two products are rounded.
+        slack = 4 * 2.0**-24 * exact.abs().max()
+        assert ((restored[part] - exact).abs() <= nearest + slack).all()
+
+
+def _largest_values() -> Tensor:
+    """Return largest values of blocks, from those too small for a scale to nearly the greatest."""
+    mantissas = 1 + torch.arange(0, 2**23, 2**9 + 1) / 2**23
+    powers = [2.0**-149, 2.0**-101, *(2.0**n for n in range(-100, 120, 20)), 2.0**127]
+    parts = [power * mantissas[i :: len(powers)] for i, power in enumerate(powers)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_slots_are_restored_when_quantized_again(dtype: torch.dtype) -> None:
+    """Values that every code stands for are quantized to those codes, and restored as the same.
+
+    So a sharded checkpoint, which has values, loses nothing where blocks stay what they were.
+    """
+    largest = _largest_values()
+    codes = _codes(dtype)
+    blocks = (codes / rounding.LARGEST[dtype]).float()
+    blocks = torch.nn.functional.pad(blocks, (0, rounding.BLOCK_SIZE - len(blocks)))
+    stored, scales = rounding.quantize((blocks * largest[:, None]).flatten(), dtype)
+    values = rounding.dequantize(stored, scales)
+    again, new_scales = rounding.quantize(values, dtype)
+    assert torch.equal(_bytes(again), _bytes(stored))
+    assert torch.equal(rounding.dequantize(again, new_scales), values)
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_every_scale_is_found_again(dtype: torch.dtype) -> None:
+    """Of a block's largest value as it is restored the scale is the same, for all mantissas.
+
+    Not every number is: one of 129 (int8) or 9 (float8) is no quotient that this could give.
+    """
+    for power in (2.0**-100, 1.0, 2.0**126):
+        largest = (1 + torch.arange(2**23) / 2**23) * power
+        scales = largest / torch.full_like(largest, rounding.LARGEST[dtype])
+        restored = scales * rounding.LARGEST[dtype]
+        assert torch.equal(restored / torch.full_like(restored, rounding.LARGEST[dtype]), scales)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_moments_are_restored_when_quantized_again(signed: bool) -> None:
+    """Values that every code stands for, stored with any bits, are quantized to those codes."""
+    largest = _largest_values()
+    codes = torch.arange(-127, 128) if signed else torch.arange(256)
+    codes = torch.nn.functional.pad(codes, (0, rounding.BLOCK_SIZE - len(codes)))
+    stored = codes.to(torch.uint8).view(torch.int8).repeat(len(largest))
+    stored[: 2 * rounding.BLOCK_SIZE] = 0  # as blocks are stored that are too small
+    largest = torch.cat([torch.tensor([2.0**-149, 2.0**-101]), largest[largest >= 2.0**-100]])
+    stored = stored[: len(largest) * rounding.BLOCK_SIZE]
+    values = rounding.dequantize_moment(stored, largest, signed=signed)
+    again, scales = rounding.quantize_moment(values, None, signed=signed)
+    assert torch.equal(again, stored)
+    assert torch.equal(rounding.dequantize_moment(again, scales, signed=signed), values)
+    # Also of a moment as a step stores it the largest value has the largest code.
+    largest = largest[largest < 2.0**127]
+    drawn = largest.repeat_interleave(rounding.BLOCK_SIZE)
+    bits = torch.full(drawn.shape, 2**16 - 1)
+    stored, scales = rounding.quantize_moment(drawn, bits, signed=signed)
+    usable = scales >= rounding.SMALLEST_SCALED
+    codes = stored.view(torch.uint8).reshape(len(scales), -1)[usable]
+    assert (codes == rounding.LARGEST_CODE[signed]).all()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_spoils_its_block_alone(dtype: torch.dtype, bad: float) -> None:
+    """It comes back as NaN, in every place of the block: a scale has no value for it."""
+    values = torch.randn(700, generator=generator(0))
+    values[300] = bad
+    restored = rounding.dequantize(*rounding.quantize(values, dtype))
+    assert restored[256:512].isnan().all()
+    assert restored[:256].isfinite().all()
+    assert restored[512:].isfinite().all()
+
+
+VALUES = torch.tensor([1.0, -1.001, 3.14159e-3, 1e-7, -2.5e-6, 65000.0, 0.0, 1.0 + 2**-9, 6e-8])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_rounding_has_no_bias(dtype: torch.dtype) -> None:
+    """Over all 2^16 random numbers the mean is the value, to 2^-16 of the spacing."""
+    bits = torch.arange(2**16).unsqueeze(1)
+    rounded = rounding.round_stochastically(
+        VALUES.expand(2**16, -1).contiguous(), dtype, bits.expand(-1, len(VALUES))
+    )
+    torch.testing.assert_close(rounded.to(dtype).float(), rounded, rtol=0, atol=0)
+    lower, upper = rounded.amin(0).double(), rounded.amax(0).double()
+    off = (rounded.double().mean(0) - VALUES.double()).abs()
+    assert (off <= 2.0**-16 * (upper - lower)).all()
+    # Its neighbours, no others.
+    assert ((lower <= VALUES) & (upper >= VALUES)).all()
+    between = torch.nextafter(lower.to(dtype), torch.tensor(torch.inf, dtype=dtype))
+    assert (upper <= between.double()).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_half_rounding_keeps_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    """Random bits carry out of no exponent, and into no other NaN."""
+    bits = torch.tensor([0, 1, 2**16 - 1])
+    rounded = rounding.round_stochastically(torch.full((3,), value), dtype, bits).to(dtype)
+    torch.testing.assert_close(
+        rounded, torch.full((3,), value, dtype=dtype), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_moment_rounding_has_no_bias(signed: bool) -> None:
+    """Over random numbers spread evenly, the mean of every value is the value."""
+    values = torch.cat([torch.logspace(-12, 0, 199), torch.tensor([0.0, 1.0])])
+    if signed:
+        values = values * torch.tensor([1.0, -1.0]).repeat(101)[: len(values)]
+    total = torch.zeros(len(values), dtype=torch.float64)
+    draws = range(0, 2**16, 64)
+    for draw in draws:
+        bits = torch.full((len(values),), draw + 32)
+        codes, scales = rounding.quantize_moment(values, bits, signed=signed)
+        total += rounding.dequantize_moment(codes, scales, signed=signed)
+    mean = total / len(draws)
+    largest_code = rounding.LARGEST_CODE[signed]
+    code = (values.abs().double() ** 0.25 * largest_code).floor()
+    gap = ((code + 1) / largest_code) ** 4 - (code / largest_code) ** 4
+    within = (mean - values).abs() <= gap / len(draws) + 1e-6 * values.abs()
+    if not signed:
+        # What is positive and below half the first code is not unbiased but positive.
+        first = (1 / largest_code) ** 4
+        within |= (values < first) & (mean >= values)
+        assert (mean[values > 0] > 0).all()
+    assert within.all()
+
+
+def test_moment_codes_keep_small_values() -> None:
+    """A value of a millionth of its block's largest is known to its size, where int8 gives 0."""
+    values = torch.full((256,), 1e-6)
+    values[0] = 1.0
+    codes, scales = rounding.quantize_moment(values, None, signed=True)
+    restored = rounding.dequantize_moment(codes, scales, signed=True)
+    assert restored[0] == 1.0
+    assert (restored[1:] / 1e-6 - 1).abs().max() < 0.6
+    linear = rounding.dequantize(*rounding.quantize(values, torch.int8))
+    assert not linear[1:].any()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_flat_is_memory_order(memory_format: torch.memory_format) -> None:
+    """Blocks and words run through memory, not through the shape."""
+    tensor = torch.arange(120.0).reshape(2, 3, 4, 5).to(memory_format=memory_format)
+    flat = rounding.as_flat(tensor)
+    assert flat.data_ptr() == tensor.data_ptr()
+    assert torch.equal(rounding.shaped_as(flat, tensor), tensor)
+    assert torch.equal(rounding.flat_as(tensor.contiguous(), tensor), flat)

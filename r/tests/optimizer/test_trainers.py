@@ -1,0 +1,277 @@
+"""Hugging Face's Trainer, Accelerate and Lightning train with AdamCM, and resume.
+
+Each trains a small model whole, and again in two halves with a checkpoint between them; both end
+with the same parameters. The packages are the extra `integration`.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cm_fused import SAM, AdamCM, AdamWCM
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_DISABLED", "true")
+STEPS = 12
+BATCH = 4
+OPTIONS: dict[str, Any] = {"lr": 0.02, "capacity": 3, "max_grad_norm": 1.0}
+
+
+class Sums(Dataset[dict[str, Tensor]]):
+    """Vectors, and the sums of their elements."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(STEPS * BATCH, 5, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"inputs": self.inputs[i], "labels": self.inputs[i].sum()}
+
+
+class Model(nn.Module):
+    """A small network that returns its loss, as a Trainer wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the loss."""
+        return {"loss": (self.layers(inputs).squeeze(-1) - labels).square().mean()}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """What those packages warn of among themselves is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _assert_same(ours: nn.Module, expected: nn.Module) -> None:
+    for mine, theirs in zip(ours.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def _changed(model: nn.Module) -> bool:
+    return not any(map(torch.equal, model.parameters(), Model().parameters()))
+
+
+# Hugging Face
+
+
+def _hf_trainer(folder: Path, how: str, model: nn.Module, **arguments: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    given: dict[str, Any] = {}
+    if how == "optimizers":
+        optimizer = AdamWCM(model.parameters(), **OPTIONS)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
+        given["optimizers"] = (optimizer, scheduler)
+    else:
+        given["optimizer_cls_and_kwargs"] = (AdamWCM, OPTIONS)
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=1,
+            max_steps=STEPS,
+            max_grad_norm=0.0,  # the optimizer clips
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            save_strategy="steps",
+            save_steps=STEPS // 2,
+            seed=3,
+            **arguments,
+        ),
+        train_dataset=Sums(),
+        **given,
+    )
+
+
+@pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_hugging_face_trainer(how: str, tmp_path: Path) -> None:
+    """Given as an optimizer or as a class, resumed from the checkpoint in the middle."""
+    whole = Model()
+    _hf_trainer(tmp_path, how, whole).train()
+    assert _changed(whole)
+    resumed = Model()
+    checkpoint = tmp_path / f"checkpoint-{STEPS // 2}"
+    _hf_trainer(tmp_path / "resumed", how, resumed).train(resume_from_checkpoint=str(checkpoint))
+    _assert_same(resumed, whole)
+
+
+# Accelerate
+
+
+def _accelerated(folder: Path, steps: range, save_at: int | None, load: bool) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model: Any = Model()
+    optimizer = AdamCM(model.parameters(), **OPTIONS)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    loader: Any = DataLoader(Sums(), batch_size=BATCH)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    if load:
+        accelerator.load_state(str(folder))
+    for t, batch in enumerate(loader):
+        if t not in steps:
+            continue
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch)["loss"])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if t == save_at:
+            accelerator.save_state(str(folder), safe_serialization=False)
+    unwrapped: nn.Module = accelerator.unwrap_model(model)
+    return unwrapped
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    """With gradient accumulation and a scheduler, saved and loaded by the accelerator."""
+    half = STEPS // 2
+    whole = _accelerated(tmp_path / "a", range(STEPS), None, load=False)
+    assert _changed(whole)
+    _accelerated(tmp_path / "b", range(half), half - 1, load=False)
+    resumed = _accelerated(tmp_path / "b", range(half, STEPS), None, load=True)
+    _assert_same(resumed, whole)
+
+
+# Lightning
+
+
+def _lightning_trainer(folder: Path, max_epochs: int, **arguments: Any) -> Any:
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet: Any = {**dict.fromkeys(names, False), "default_root_dir": folder, **arguments}
+    lightning = pytest.importorskip("lightning")
+    return lightning.Trainer(max_epochs=max_epochs, accelerator="cpu", **quiet)
+
+
+def _lightning(folder: Path, max_epochs: int, checkpoint: Path | None) -> tuple[nn.Module, Any]:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return self.model(**batch)["loss"]  # type: ignore[no-any-return]
+
+        def configure_optimizers(self) -> Any:
+            optimizer = AdamCM(self.parameters(), **OPTIONS)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    trainer = _lightning_trainer(folder, max_epochs)
+    module = Module()
+    trainer.fit(module, DataLoader(Sums(), batch_size=BATCH), ckpt_path=checkpoint)
+    return module.model, trainer
+
+
+def test_lightning(tmp_path: Path) -> None:
+    """Automatic optimization, a scheduler by steps, a checkpoint of the Trainer's.
+
+    It is taken between epochs: Lightning begins an epoch's data anew.
+    """
+    whole, _ = _lightning(tmp_path, 2, None)
+    assert _changed(whole)
+    _, trainer = _lightning(tmp_path, 1, None)
+    checkpoint = tmp_path / "half.ckpt"
+    trainer.save_checkpoint(checkpoint)
+    resumed, _ = _lightning(tmp_path, 2, checkpoint)
+    _assert_same(resumed, whole)
+
+
+def _lightning_sam(folder: Path, manual: bool, **arguments: Any) -> nn.Module:
+    """Train with SAM, over pairs of batches if `manual`, and return the model."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+            self.automatic_optimization = not manual
+            self.waiting: list[dict[str, Tensor]] = []
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor | None:
+            if not manual:
+                return self.model(**batch)["loss"]  # type: ignore[no-any-return]
+            self.waiting.append(batch)
+            if len(self.waiting) == 2:
+                self.optimizers().step(self._closure)
+                self.waiting.clear()
+            return None
+
+        def _closure(self) -> None:
+            self.optimizers().zero_grad()
+            for batch in self.waiting:
+                self.manual_backward(self.model(**batch)["loss"] / 2)
+
+        def configure_optimizers(self) -> Any:
+            return SAM(torch.optim.SGD(self.parameters(), lr=0.02), rho=0.3)
+
+    trainer = _lightning_trainer(folder, 2, **arguments)
+    module = Module()
+    try:
+        trainer.fit(module, DataLoader(Sums(), batch_size=BATCH))
+    except RuntimeError:
+        assert trainer.global_step == (0 if "callbacks" not in arguments else STEPS)
+        raise
+    return module.model
+
+
+def _sam_by_hand(batch: int, epochs: int = 2) -> nn.Module:
+    model = Model()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.02), rho=0.3)
+    for _ in range(epochs):
+        for items in DataLoader(Sums(), batch_size=batch):
+
+            def closure(items: dict[str, Tensor] = items) -> Any:
+                optimizer.zero_grad()
+                loss = model(**items)["loss"]
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    return model
+
+
+def test_lightning_sam(tmp_path: Path) -> None:
+    """Lightning's automatic optimization calls SAM's step with a closure, as it should be."""
+    _assert_same(_lightning_sam(tmp_path, manual=False), _sam_by_hand(BATCH))
+
+
+def test_lightning_sam_accumulates_by_hand(tmp_path: Path) -> None:
+    """With manual optimization a closure over two batches is SAM of both."""
+    pairs = _lightning_sam(tmp_path, manual=True)
+    for mine, theirs in zip(pairs.parameters(), _sam_by_hand(2 * BATCH).parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_lightning_does_not_accumulate_for_sam(later: bool, tmp_path: Path) -> None:
+    """Accumulation has the closure compute one batch: refused, at first or by a scheduler later.
+
+    SAM took the sum of both batches at the first call, and added one of them at the second.
+    """
+    arguments: dict[str, Any] = {"accumulate_grad_batches": 2}
+    if later:
+        callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+        arguments = {"callbacks": [callbacks.GradientAccumulationScheduler({1: 2})]}
+    with pytest.raises(RuntimeError, match="closure must zero the gradients before it adds"):
+        _lightning_sam(tmp_path, manual=False, **arguments)
