@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing, is_capturing
+from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import drop_derived
 from cm_fused._backends.select import Backend, select
@@ -207,7 +207,7 @@ class CriticalAdam(CheckpointedOptimizer):
         try:
             plan = cached = plans.find(groups, self.state, self._waiting)
             if plans.on_gpu:
-                _check_graph_capture(self)
+                _check_graph_capture(self, groups)
             if plan is None:
                 plan = self._new_plan(plans, groups, first, new_state)
             elif not plan.checks_itself:
@@ -223,7 +223,7 @@ class CriticalAdam(CheckpointedOptimizer):
             plans.drop_gradients(plan)
         if cached is None:
             plans.add(plan, self.state)
-        if plans.on_gpu and any(is_capturing(bucket.device) for bucket in plan.buckets):
+        if plans.on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured_plans.append(plan)
 
     def _traced_step(self) -> None:
@@ -454,8 +454,13 @@ def _active_backend(requested: str | None, device: torch.device) -> str:
         return f"none on {device.type}, where {requested!r} cannot serve"
 
 
-def _check_graph_capture(optimizer: Optimizer) -> None:
-    """Call torch's check that a captured step is capturable, whose name torch has changed."""
+def _check_graph_capture(optimizer: Optimizer, groups: Groups) -> None:
+    """Check a captured step, also by torch's check that it is capturable.
+
+    Whose name torch has changed.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        checks.check_captured_lrs(groups)
     if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
         optimizer._accelerator_graph_capture_health_check()
     else:

@@ -196,6 +196,17 @@ def check_capturable(params: list[Tensor]) -> None:
             )
 
 
+def check_captured_lrs(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that no learning rate can change which a graph would keep as it is captured."""
+    for i, group in enumerate(groups):
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            raise RuntimeError(
+                f"a captured step needs a tensor lr on the parameters' device, got that of group "
+                f"{i} on cpu, whose changes no replay would see; move it there, or pass a number"
+            )
+
+
 def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> None:
     """Check that every gradient fits its parameter; strides may differ.
 

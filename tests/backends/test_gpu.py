@@ -152,6 +152,25 @@ def test_state_is_not_made_in_a_graph() -> None:
         optimizer.step()
 
 
+def test_a_learning_rate_on_the_cpu_is_not_captured() -> None:
+    """Replays would go on with its value of the capture.
+
+    Older tests captured numbers, which nobody can change in place, and tensors on the device.
+    """
+    params = _cuda_params()
+    optimizer = _optimizer(params, Options(), capturable=True, lr=torch.tensor(0.1))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = [param.clone() for param in params]
+    with (
+        pytest.raises(RuntimeError, match="needs a tensor lr on the parameters' device"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
 def _give(grads: list[Tensor], *optimizers: CriticalAdam) -> None:
     """Write gradients where those of the last step are, which is where a graph reads them."""
     for optimizer in optimizers:
@@ -443,15 +462,22 @@ def test_repr_names_the_priority_kernel() -> None:
 # Where and how large
 
 
+@with_and_without_clipping
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_on_cpu_and_cuda(kind: Kind) -> None:
-    """A group with parameters on both is stepped as it would be on the CPU, with one norm."""
+def test_parameters_on_cpu_and_cuda(kind: Kind, others: dict[str, Any]) -> None:
+    """A group with parameters on both is stepped as it would be on the CPU, with one norm.
+
+    The norm was read before its copy to the host had come: a fault that shows where copies take
+    long, and older tests had few bytes to copy.
+    """
     made = make_params([(40,), (3, 5), (7,)])
     params = [made[0].cuda(), made[1].clone(), made[2].cuda()]
     expected = [param.clone() for param in made]
     options = Options(kind, lr=0.05, capacity=3)
     mixed = make_optimizer(params, options, None)
     on_cpu = make_optimizer(expected, options, "eager")
+    for optimizer in (mixed, on_cpu):
+        optimizer.param_groups[0].update(others)
     for grads in make_gradients(made, MIXED.events(3)):
         for tensors, optimizer in ((params, mixed), (expected, on_cpu)):
             for param, grad in zip(tensors, grads, strict=True):
@@ -462,13 +488,14 @@ def test_parameters_on_cpu_and_cuda(kind: Kind) -> None:
 
 
 def test_a_stream_of_its_own() -> None:
-    """The step is queued on the current stream, also where that is not the default one."""
+    """The step is queued on the current stream, also where that is not the last step's."""
     params, others = _cuda_params(), _cuda_params()
     on_stream, on_default = (_optimizer(each, Options(lr=0.05)) for each in (params, others))
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    for grads in _gradients():
+    streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+    for step, grads in enumerate(_gradients()):
         for param, other, grad in zip(params, others, grads, strict=True):
             param.grad, other.grad = grad, grad
+        stream = streams[step % 2]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             on_stream.step()

@@ -200,6 +200,25 @@ def test_tables_and_graph_capture(extension: bool, monkeypatch: pytest.MonkeyPat
     assert own._replaced is in_capture
 
 
+def test_memory_that_another_stream_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is freed when that stream is done with it, not the one on which it was made.
+
+    Older tests had a stream to themselves; what is freed too early is rarely overwritten in time.
+    """
+    stream, used = "first", []
+    monkeypatch.setattr(tables, "_stream", lambda device: stream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *recorded: used.append(recorded))
+    bucket = _bucket_in_training(Options(capacity=3), 9, torch.zeros)
+    made = tables.Tables(bucket)
+    made.refresh(bucket.params, bucket.grads)
+    assert not used
+    stream = "second"
+    table = made.refresh(bucket.params, bucket.grads)
+    used_by_kernels = [table, made.chunk_sq_norms, made.launches[0].chunks]
+    pointers = {tensor.data_ptr() for tensor, on in used if on == "second"}
+    assert {tensor.data_ptr() for tensor in used_by_kernels} <= pointers
+
+
 # Offsets of more than 31 bits
 
 
