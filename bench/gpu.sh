@@ -85,7 +85,7 @@ stage() {  # name, seconds, command...
     return "$status"
 }
 
-build() {  # auto or cuda
+build() {  # cpu or cuda
     # In a folder without pyproject.toml, whose form an older setuptools does not read.
     local work
     work=$(mktemp -d) || return
@@ -101,7 +101,7 @@ export python
 
 # The CUDA library is what is asked for; without it Triton keeps the books too, and there is
 # something to measure.
-stage build 110 bash -c 'build cuda' || stage build-without-cuda 60 bash -c 'build auto'
+stage build 110 bash -c 'build cuda' || stage build-without-cuda 60 bash -c 'build cpu'
 
 # Correctness does not mind company: tests beside sanitizers. Where pytest-xdist is, several
 # processes compile the tests' many kernels.
