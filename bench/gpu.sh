@@ -26,7 +26,8 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2>&1); then
     echo "bench/gpu.sh: no GPU can be used here: ${found##*$'\n'}. Nothing was run." >&2
     exit 2
 fi
-export TORCH_CUDA_ARCH_LIST="$found"
+# The last line: warnings come before it.
+export TORCH_CUDA_ARCH_LIST="${found##*$'\n'}"
 
 logs=$(mktemp -d)
 # A working tree without its history cannot say which it is.
@@ -118,8 +119,8 @@ tests() {
 }
 
 sanitizers() {
-    # First without: it also leaves the compiled kernels for the others.
-    stage sanitize-plain 40 "$python" -m bench.reliability.sanitize || return
+    # First without: it also leaves the compiled kernels for the others, which takes most of a minute.
+    stage sanitize-plain 90 "$python" -m bench.reliability.sanitize || return
     if ! command -v compute-sanitizer >/dev/null; then
         echo "memcheck, racecheck: NOT RUN, compute-sanitizer is not installed" |
             tee -a "$logs/stages"
