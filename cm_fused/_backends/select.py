@@ -62,7 +62,7 @@ NAMES = ("eager", "cpu", "triton")
 _found: "dict[str, Backend | str]" = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _find_triton() -> None:
     """Look for the Triton backend once; torch.compile calls this and does not trace the imports."""
     if not _found:
