@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The oldest that is supported, and the newest.
+OTHER_TORCHES := 2.11.0 2.14.1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,8 +11,10 @@ CPP_SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o
 ARM64_CXX := aarch64-linux-gnu-g++
 NVCC := nvcc
 # For compilers that setup.py does not run here.
-STRICT = -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem $$($(BIN)/python -c \
+STANDARD := -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000
+STRICT = $(STANDARD) -isystem $$($(BIN)/python -c \
     'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')
+STRICT_NVCC := $(NVCC) -c -o /dev/null -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror
 
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 # Every build of the CPU library here compiles only what has changed since the last one, and a warning
@@ -19,14 +23,15 @@ WERROR := -Werror
 BUILD_CPU := CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=$(WERROR) CM_FUSED_OBJECTS=$(CURDIR)/build/objects
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
-.PHONY: help demo test test-all check bench bench-smoke paper torture torture-quick sanitize audit package \
-    package-cuda clean
+.PHONY: help demo test test-all check compile-others bench bench-smoke paper torture torture-quick sanitize audit \
+    package package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
 	@echo "make test         run the test suite, except what is slow"
 	@echo "make test-all     and then what is slow"
 	@echo "make check        format, lint, types, warnings as errors"
+	@echo "make compile-others  compile with the headers of the oldest torch and of the newest"
 	@echo "make bench        measure throughput; writes bench/results/"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
 	@echo "make paper        test the paper's claims on its toy surfaces; writes bench/paper/results/"
@@ -78,10 +83,35 @@ check: $(VENV)/lint
 	@if command -v $(NVCC) >/dev/null; then \
 	    for source in $(filter %.cu,$(CPP_SOURCES)); do \
 	        echo "cuda: $$source"; \
-	        $(NVCC) -c -o /dev/null -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror $(STRICT) \
-	            $$source || exit 1; \
+	        $(STRICT_NVCC) $(STRICT) $$source || exit 1; \
 	    done; \
 	else echo "cuda: not compiled, $(NVCC) is not installed"; fi
+
+build/headers/%/extracted: | $(VENV)/installed
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) torch==$*
+	$(BIN)/python -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); wheel.extractall( \
+	    sys.argv[2], [n for n in wheel.namelist() if n.startswith("torch/include/")])' \
+	    $(@D)/*.whl $(@D)
+	rm $(@D)/*.whl
+	touch $@
+
+# What compiles with a torch's headers, and names the stable ABI of 2.11, builds with that torch.
+compile-others: $(OTHER_TORCHES:%=build/headers/%/extracted)
+	@for torch in $(OTHER_TORCHES); do \
+	    headers="-isystem build/headers/$$torch/torch/include"; \
+	    for source in $(filter %.cpp,$(CPP_SOURCES)); do \
+	        echo "torch $$torch: $$source"; \
+	        $(CXX) -fsyntax-only -fvisibility=hidden -Wall -Wextra $(WERROR) $(STANDARD) $$headers \
+	            $$source || exit 1; \
+	    done; \
+	    command -v $(NVCC) >/dev/null || \
+	        { echo "torch $$torch: no .cu compiled, $(NVCC) is not installed"; continue; }; \
+	    for source in $(filter %.cu,$(CPP_SOURCES)); do \
+	        echo "torch $$torch: $$source"; \
+	        $(STRICT_NVCC) $(STANDARD) $$headers $$source || exit 1; \
+	    done; \
+	done
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.speed

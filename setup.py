@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -97,6 +98,42 @@ def missing_requirement() -> str | None:
     return None
 
 
+def name_toolkit() -> None:
+    """Set CUDA_HOME, where it is not set, to the toolkit that the nvcc on PATH belongs to.
+
+    Before torch.utils.cpp_extension is imported, which takes the folder above that nvcc: another
+    one where it is a script or a link.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    # What it would run, of a file that need not be there.
+    plan = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    if top is not None:
+        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
+
+
+def missing_cudart() -> str | None:
+    """Return where the linker finds no CUDA runtime, or None."""
+    from torch.utils.cpp_extension import library_paths
+
+    folders = library_paths(device_type="cuda")
+    compiler = os.environ.get("CXX", "c++").split()
+    flags = [*os.environ.get("LDFLAGS", "").split(), *(f"-L{folder}" for folder in folders)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, "-shared", *flags, "-lcudart", "-o", f"{folder}/linked.so"]
+        try:
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                return None
+        except OSError:  # the CPU library tells of a compiler that is not there
+            return None
+    return (
+        f"{compiler[0]} found no libcudart.so, neither by itself nor in {' or '.join(folders)} "
+        "(CUDA_HOME names the toolkit)"
+    )
+
+
 def missing_cuda_requirement() -> str | None:
     """Return why the CUDA library cannot be built here, or None."""
     import torch
@@ -112,7 +149,7 @@ def missing_cuda_requirement() -> str | None:
         return (
             f"torch was built with CUDA {torch.version.cuda}, but nvcc's major version is {found}"
         )
-    return None
+    return missing_cudart()
 
 
 def output_of(*command: str) -> str:
@@ -199,6 +236,7 @@ def cuda_extension() -> Extension:
 
 def extension_arguments() -> dict[str, object]:
     """Return setup()'s arguments for the libraries."""
+    name_toolkit()
     from torch.utils.cpp_extension import BuildExtension
 
     class OptionalBuildExtension(BuildExtension):
@@ -215,10 +253,18 @@ def extension_arguments() -> dict[str, object]:
                 try:
                     self.keep_objects()
                     super().run()
+                    self.check_libraries()
                     return
                 except Exception as error:
                     report(f"{self.extensions[-1].name} did not build: {error}")
                     self.extensions = self.extensions[:-1]
+
+        def check_libraries(self) -> None:
+            """Raise where a compiler reported success and made nothing."""
+            for extension in self.extensions:
+                path = Path(self.get_ext_fullpath(extension.name))
+                if not path.exists():
+                    raise FileNotFoundError(f"the compiler left no {path.name}")
 
         def keep_objects(self) -> None:
             """Compile copies of the sources whose paths are the same in every build."""

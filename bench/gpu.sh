@@ -26,7 +26,8 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2>&1); then
     echo "bench/gpu.sh: no GPU can be used here: ${found##*$'\n'}. Nothing was run." >&2
     exit 2
 fi
-export TORCH_CUDA_ARCH_LIST="$found"
+# The last line: warnings come before it.
+export TORCH_CUDA_ARCH_LIST="${found##*$'\n'}"
 
 logs=$(mktemp -d)
 # A working tree without its history cannot say which it is.
@@ -85,7 +86,7 @@ stage() {  # name, seconds, command...
     return "$status"
 }
 
-build() {  # auto or cuda
+build() {  # cpu or cuda
     # In a folder without pyproject.toml, whose form an older setuptools does not read.
     local work
     work=$(mktemp -d) || return
@@ -101,7 +102,7 @@ export python
 
 # The CUDA library is what is asked for; without it Triton keeps the books too, and there is
 # something to measure.
-stage build 110 bash -c 'build cuda' || stage build-without-cuda 60 bash -c 'build auto'
+stage build 110 bash -c 'build cuda' || stage build-without-cuda 60 bash -c 'build cpu'
 
 # Correctness does not mind company: tests beside sanitizers. Where pytest-xdist is, several
 # processes compile the tests' many kernels.
@@ -118,8 +119,8 @@ tests() {
 }
 
 sanitizers() {
-    # First without: it also leaves the compiled kernels for the others.
-    stage sanitize-plain 40 "$python" -m bench.reliability.sanitize || return
+    # First without: it also leaves the compiled kernels for the others, which takes most of a minute.
+    stage sanitize-plain 90 "$python" -m bench.reliability.sanitize || return
     if ! command -v compute-sanitizer >/dev/null; then
         echo "memcheck, racecheck: NOT RUN, compute-sanitizer is not installed" |
             tee -a "$logs/stages"

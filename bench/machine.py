@@ -69,7 +69,7 @@ def _describe_cuda() -> Description:
         "multiprocessors": properties.multi_processor_count,
         "cache": f"L2 {cache_bytes('cuda') / 2**20:.0f} MiB",
         "memory_gib": round(memory_bytes("cuda") / 2**30, 1),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "backend": _backend(),
         "host": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -122,17 +122,17 @@ def _commit() -> str:
     # For a copy of the tree without its history.
     if "CM_FUSED_COMMIT" in os.environ:
         return os.environ["CM_FUSED_COMMIT"]
-    head = _output("git", "-C", str(_REPOSITORY), "rev-parse", "--short=12", "HEAD")
+    head = output("git", "-C", str(_REPOSITORY), "rev-parse", "--short=12", "HEAD")
     if head == "unknown":
         return head
     # Not what benches write: the second of two runs is of the same code.
     parts = ("cm_fused", "csrc", "bench", ":!bench/results", ":!bench/RELIABILITY.md")
     status = ("status", "--porcelain", "--untracked-files=no", *parts)
-    changed = _output("git", "-C", str(_REPOSITORY), *status)
+    changed = output("git", "-C", str(_REPOSITORY), *status)
     return head + (" and changes" if changed else "")
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     """Return what a command prints, or "unknown"."""
     try:
         finished = subprocess.run(command, capture_output=True, text=True, check=True)

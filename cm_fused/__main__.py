@@ -34,6 +34,15 @@ def _devices() -> list[torch.device]:
     return found
 
 
+def _cuda_devices() -> str:
+    """Return the names of the CUDA devices, or why there is none."""
+    if torch.version.cuda is None:
+        return "none, this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "none, torch finds no device that it can use"
+    return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+
+
 def _run(kind: type[AdamCM | AdamCG], backend: str, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(device) for shape in _SHAPES]
@@ -68,6 +77,7 @@ def main() -> int:
     print(f"torch {torch.__version__} (CUDA {cuda}), triton {_version('triton')}")
     print(f"C++ library: {library.unavailable_reason or f'loaded, {cpu.capability()} kernels'}")
     print(f"CUDA library: {library.cuda_unavailable_reason or 'loaded'}")
+    print(f"CUDA devices: {_cuda_devices()}")
     failed = False
     for device in _devices():
         for name in NAMES:

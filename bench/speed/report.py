@@ -25,12 +25,13 @@ def main_table(results: Results) -> str:
     # Every step replaces a slot, or there is no buffer.
     steady = [case for case in results["cases"] if case["regime"] in ("replacing", "no buffer")]
     rounds = [case["rounds"] for case in steady]
+    pairs = f"{min(rounds)} to {max(rounds)}" if rounds else "no"
     return "\n\n".join(
         [
             _pivot("workload", steady, lambda c: c["workload"], lambda c: c["provider"]),
             "Time of a step divided by that of `torch.optim.AdamW(fused=True)`: **lower is "
             "better**. Median of the ratios of paired steps, each right after one of the baseline "
-            f"in the same process ({min(rounds)} to {max(rounds)} pairs); every step replaces a "
+            f"in the same process ({pairs} pairs); every step replaces a "
             "slot. In brackets what the byte model predicts, where memory is the limit; "
             "-: left out.",
             f"Measured {results['date']} on {_described(device)}; torch {versions['torch']}, "
@@ -69,6 +70,8 @@ def _pivot(
     corner: str, cases: list[Case], row: Callable[[Case], str], column: Callable[[Case], str]
 ) -> str:
     """Return a table of measured (predicted) ratios; rows and columns in order of appearance."""
+    if not cases:
+        return "Nothing was measured."
     cells = {(row(case), column(case)): _cell(case) for case in cases}
     rows, columns = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     body = [[name, *(cells.get((name, key), "-") for key in columns)] for name in rows]

@@ -58,8 +58,18 @@ CPU = _backend("cpu", cpu, is_fused=True)
 NAMES = ("eager", "cpu", "triton")
 
 
-@cache
-def _triton() -> "Backend | str":
+# "triton": the Triton backend, or why there is none.
+_found: "dict[str, Backend | str]" = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _find_triton() -> None:
+    """Look for the Triton backend once; torch.compile calls this and does not trace the imports."""
+    if not _found:
+        _found["triton"] = _import_triton()
+
+
+def _import_triton() -> "Backend | str":
     """Return the Triton backend, or why there is none; triton is imported when it is needed."""
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
@@ -72,7 +82,8 @@ def _triton() -> "Backend | str":
 
 def _triton_on(device: torch.device) -> "Backend | str":
     """Return the Triton backend if it can step parameters on a device, or why it cannot."""
-    backend = _triton()
+    _find_triton()
+    backend = _found["triton"]
     if isinstance(backend, str):
         return backend
     from cm_fused._backends.triton import launch

@@ -73,9 +73,10 @@ class ParamState(_Counted):
 
     __slots__ = ("changes",)
 
-    def __init__(self, values: Mapping[str, Any] = {}, changes: Changes = _NOBODYS) -> None:
+    def __init__(self, values: Mapping[str, Any] = {}, changes: Changes | None = None) -> None:
         super().__init__(values)
-        self.changes = changes
+        # Not a default argument: torch.compile of 2.11 cannot trace an object as such.
+        self.changes = _NOBODYS if changes is None else changes
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._flush_before(key)

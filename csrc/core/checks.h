@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 namespace cm_fused {
 
@@ -91,18 +92,18 @@ inline TensorView view_metadata(const char* role, size_t index, const Tensor& te
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
   int32_t layout = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
   STD_TORCH_CHECK(
       layout == strided, item(role, index), " must be a strided tensor, not a sparse one");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &result.device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &result.device.type));
   if (result.device.type != cpu) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &result.device.index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &result.device.index));
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &result.data));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &result.dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &result.data));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &result.dtype));
   const auto length = static_cast<size_t>(dim);
   result.sizes = {sizes, length};
   result.strides = {strides, length};
@@ -118,8 +119,8 @@ inline void check_memory(
   }
   int64_t storage_bytes = 0;
   int64_t offset = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
   const auto element_bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(metadata.dtype));
   const int64_t end = (offset + metadata.extent()) * element_bytes;
   const auto address = reinterpret_cast<uintptr_t>(metadata.data);

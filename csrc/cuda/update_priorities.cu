@@ -112,7 +112,7 @@ void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tenso
   const int32_t device = table.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   launch(update, group_scope, static_cast<cudaStream_t>(stream));
 }
 

@@ -354,9 +354,9 @@ def test_default_of_cuda_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.setattr(triton.triton_common, "INTERPRETED", False)
         assert _backend.select(None, device).name == "triton"
     monkeypatch.setattr(_backend, "find_spec", lambda name: None)
-    _backend._triton.cache_clear()
+    _backend._found.clear()
     _backend._warn_of_fallback.cache_clear()
     with pytest.warns(UserWarning, match="slow eager .* cuda .* triton is not installed") as warned:
         assert [_backend.select(None, device).name for _ in range(2)] == ["eager", "eager"]
     assert len(warned) == 1
-    _backend._triton.cache_clear()
+    _backend._found.clear()

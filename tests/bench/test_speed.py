@@ -71,6 +71,18 @@ def test_report_says_what_was_left_out_and_missed() -> None:
     assert f"{target} not measured | 1.650 | - |" in report.targets_table(results)
 
 
+@pytest.mark.parametrize(
+    ("regimes", "empty_tables"), [((), 2), (("filling",), 1), (("no buffer",), 1)]
+)
+def test_report_of_few_cases(regimes: tuple[str, ...], empty_tables: int) -> None:
+    """Where the time was up before any case of a table was measured, the table says so."""
+    results = json.loads(RESULTS.read_text())
+    results["cases"] = [case for case in results["cases"] if case["regime"] in regimes]
+    text = report.markdown_report(results)
+    assert ("(no pairs)" in text) == ("no buffer" not in regimes)
+    assert text.count("Nothing was measured.") == empty_tables
+
+
 def test_smoke_results_stay_out_of_the_readme(tmp_path: Path) -> None:
     """Tiny sizes prove nothing; a file without the table's place is named."""
     results = json.loads(RESULTS.read_text())

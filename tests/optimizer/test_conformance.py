@@ -300,7 +300,9 @@ def test_profiler_ranges(info: OptimizerInfo) -> None:
     """A profile has one range for step and one for zero_grad, by torch's names."""
     optimizer = _cls(info)(_params())
     _step(optimizer, 0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # torch 2.11 warns of events that it drops without.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         optimizer.step()
         optimizer.zero_grad()
     names = [event.key for event in profile.key_averages()]

@@ -135,10 +135,10 @@ def test_cpu_backend_refuses_added_group_of_other_device() -> None:
 @pytest.fixture
 def _without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make triton one that is not installed."""
-    _backend._triton.cache_clear()
+    _backend._found.clear()
     monkeypatch.setattr(_backend, "find_spec", lambda name: None)
     yield
-    _backend._triton.cache_clear()
+    _backend._found.clear()
 
 
 @pytest.mark.usefixtures("_without_triton")

@@ -21,6 +21,7 @@ from cm_fused._optimizer.base import CriticalAdam
 from tests.support.training import (
     BACKENDS,
     KINDS,
+    ROUNDING,
     assert_same,
     give_gradients,
     new_optimizer,
@@ -152,7 +153,11 @@ def test_compiled_step_of_complex_parameters(cls: type[CriticalAdam], backend: s
             step()
         runs.append(trained(optimizer))
     torch._dynamo.reset()
-    assert_same(runs[1], runs[0])
+    if backend == "eager" and torch.__version__ < "2.13":
+        # Older torch traces `add_` with alpha as two operations, each of which rounds.
+        torch.testing.assert_close(runs[1], runs[0], **ROUNDING)
+    else:
+        assert_same(runs[1], runs[0])
 
 
 # What was right already

@@ -20,13 +20,14 @@ CUDA_LIBRARY = "cm_fused/_C_cuda.abi3.so"
 # What torch and a CUDA toolkit look like to a build, on a machine that has neither a CUDA torch nor
 # a toolkit.
 CUDA_TORCH = """
-import os, torch.version
+import torch
 torch.version.cuda = "13.0"
-import torch.utils.cpp_extension
-torch.utils.cpp_extension.CUDA_HOME = os.environ["TOOLKIT"]
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: False
 """
 NVCC = """#!/bin/sh
 case "$*" in
+  "--dryrun any.cu") echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
   --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
   --list-gpu-arch) printf 'compute_80\\ncompute_90\\n' ;;
   *) echo "nvcc was given $*" ; exit {compiles} ;;
@@ -123,7 +124,7 @@ def cuda_torch(tmp_path: Path) -> dict[str, str]:
     compilers = dict.fromkeys(("CC", "CXX"), str(toolkit / "c++"))
     return {
         "PYTHONPATH": str(stub),
-        "TOOLKIT": str(toolkit),
+        "CUDA_HOME": str(toolkit),
         "TORCH_CUDA_ARCH_LIST": "",
         "TORCH_DONT_CHECK_COMPILER_ABI": "1",
         **compilers,
@@ -139,7 +140,7 @@ def write_script(path: Path, text: str) -> None:
 @pytest.mark.parametrize("build", ["auto", "cuda"])
 def test_build_with_cuda_has_both(source: Path, cuda_torch: dict[str, str], build: str) -> None:
     """With a toolkit and a CUDA torch both libraries are built, for what this nvcc can build."""
-    nvcc = Path(cuda_torch["TOOLKIT"], "bin", "nvcc")
+    nvcc = Path(cuda_torch["CUDA_HOME"], "bin", "nvcc")
     write_script(nvcc, nvcc.read_text().replace("*)", f'*) {cuda_torch["CXX"]} "$@";'))
     result = build_wheel(source, CM_FUSED_BUILD=build, **cuda_torch)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -150,6 +151,50 @@ def test_build_with_cuda_has_both(source: Path, cuda_torch: dict[str, str], buil
         "arch=compute_90,code=compute_90",
         "arch=compute_90,code=sm_90",
     ]
+
+
+@pytest.mark.parametrize("kind", ["script", "link"])
+def test_build_with_an_nvcc_outside_its_toolkit(
+    source: Path, cuda_torch: dict[str, str], kind: str
+) -> None:
+    """Where PATH has a script or a link of ccache, the toolkit is the one that nvcc names."""
+    toolkit = Path(cuda_torch["CUDA_HOME"])
+    nvcc, compiler = toolkit / "bin" / "nvcc", cuda_torch["CXX"]
+    write_script(nvcc, nvcc.read_text().replace("*)", f'*) {compiler} "$@";'))
+    other = source.parent / "other"
+    (other / "bin").mkdir(parents=True)
+    script = other / "bin" / "nvcc"
+    if kind == "link":
+        script = other / "ccache"
+        (other / "bin" / "nvcc").symlink_to(script)
+    write_script(script, f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    path = f"{other / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**cuda_torch, "CUDA_HOME": "", "CUDA_PATH": "", "PATH": path}
+    result = build_wheel(source, CM_FUSED_BUILD="cuda", **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{toolkit}/include" in result.stdout + result.stderr
+    assert str(other) not in result.stdout + result.stderr
+
+
+def test_build_without_a_cuda_runtime(source: Path, cuda_torch: dict[str, str]) -> None:
+    """Where the linker finds no CUDA runtime, the build says where it looked."""
+    compiler = Path(cuda_torch["CXX"])
+    refuse = 'case "$*" in *-lcudart*) exit 1 ;; esac\n'
+    write_script(compiler, COMPILER.replace("\n", "\n" + refuse, 1))
+    result = build_wheel(source, CM_FUSED_BUILD="cuda", **cuda_torch)
+    assert result.returncode != 0
+    reason = f"CM_FUSED_BUILD=cuda, but {compiler} found no libcudart.so"
+    assert reason in result.stdout + result.stderr
+    assert f"{cuda_torch['CUDA_HOME']}/lib" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("build", ["cpu", "cuda", "auto"])
+def test_build_that_leaves_no_library(source: Path, cuda_torch: dict[str, str], build: str) -> None:
+    """A compiler that succeeds and makes nothing fails what was asked for; auto says so."""
+    write_script(Path(cuda_torch["CXX"]), "#!/bin/sh\n")
+    result = build_wheel(source, CM_FUSED_BUILD=build, **cuda_torch)
+    assert (result.returncode == 0) == (build == "auto"), result.stdout + result.stderr
+    assert "did not build: the compiler left no " in result.stdout + result.stderr
 
 
 def test_build_without_cuda_says_why(source: Path) -> None:
@@ -185,7 +230,7 @@ def test_build_without_a_working_nvcc(
     source: Path, cuda_torch: dict[str, str], nvcc: str | None, reason: str
 ) -> None:
     """Without an nvcc that does, auto builds the CPU library alone and cuda fails; both say why."""
-    path = Path(cuda_torch["TOOLKIT"], "bin", "nvcc")
+    path = Path(cuda_torch["CUDA_HOME"], "bin", "nvcc")
     path.unlink()
     if nvcc is not None:
         write_script(path, nvcc)

@@ -24,6 +24,7 @@ def test_what_it_prints() -> None:
         f"torch {torch.__version__}",
         "C++ library: loaded, ",
         "CUDA library: ",
+        "CUDA devices: none, ",
         "eager on cpu: the reference",
         "cpu on cpu: agrees with the reference",
         "triton on cpu: backend='triton' is not available: ",

@@ -35,6 +35,8 @@ def _patch_once(function: Any) -> Any:
     """Patch triton.language for this process; theirs does it for each launch and each call."""
     if not _patched:
         _patched.append(_patch_lang(_language))
+        # Triton 3.6 converts an array of one element as a whole, which numpy no longer does.
+        tl.tensor.__index__ = lambda self: self.handle.data.item()
     return _NothingToRestore()
 
 

@@ -109,7 +109,8 @@ def is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
 @triton.jit
 def empty_sum(DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Return a block of what changes nothing it is added to: -0, since 0 + -0 is +0."""
-    return tl.full((BLOCK,), -0.0, DTYPE)
+    # Older Tritons make a constant of -0.0 that is +0.
+    return tl.full((BLOCK,), 0.0, DTYPE) * -1.0
 
 
 @triton.jit
