@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import chain
 from types import FunctionType
-from typing import Any, ClassVar, Protocol, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -24,20 +24,10 @@ from cm_fused._state.table import State, fused_keys, required_keys
 from cm_fused._state.tracking import OptimizerState
 
 
-class Release(Protocol):
-    """Steps an optimizer's parameters inside backward; `enable_gradient_release` makes it."""
-
-    def _check_groups(self, groups: list[dict[str, Any]]) -> None: ...
-
-    def _follow_groups(self) -> None: ...
-
-
 class CriticalAdam(CheckpointedOptimizer):
     """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
 
     _critical_gradients: ClassVar[bool]
-    # Steps the parameters inside backward, if enabled. It belongs to the process: no copy has it.
-    _release: Release | None = None
     # For `cm_fused.compat`: ids of parameters that take no part although they have gradients.
     _waiting: Set[int] = frozenset()
 
@@ -264,10 +254,6 @@ class CriticalAdam(CheckpointedOptimizer):
         self._single_plans[id(param)] = plans, first
         self._take_step(plans, [{**group, "params": [param]}], first)
 
-    def _check_groups(self, groups: Groups) -> None:
-        if self._release is not None:
-            self._release._check_groups(groups)
-
     def _finish_step(self) -> None:
         """Update the priorities of the last step, if they still wait for the sum of its norms."""
         if self._pending is None:
@@ -322,12 +308,6 @@ class CriticalAdam(CheckpointedOptimizer):
             checks.check_no_duplicates(groups)
         else:
             for param in cached.params:
-                self._check_state(param)
-
-    def _check_states(self) -> None:
-        """Check that the state of every parameter fits it."""
-        for param in self.state:
-            if isinstance(param, Tensor):
                 self._check_state(param)
 
     def _check_state(self, param: Tensor) -> None:
