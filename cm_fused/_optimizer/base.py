@@ -8,7 +8,7 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing, is_capturing
 from cm_fused._backends.eager import Undo
@@ -197,7 +197,7 @@ class CriticalAdam(CheckpointedOptimizer):
         try:
             plan = cached = plans.find(groups, self.state, self._waiting)
             if plans.on_gpu:
-                _check_graph_capture(self)
+                self._accelerator_graph_capture_health_check()
             if plan is None:
                 plan = self._new_plan(plans, groups, first, new_state)
             elif not plan.checks_itself:
@@ -432,11 +432,3 @@ def _active_backend(requested: str | None, device: torch.device) -> str:
         return select(requested, device).describe(device)
     except RuntimeError:
         return f"none on {device.type}, where {requested!r} cannot serve"
-
-
-def _check_graph_capture(optimizer: Optimizer) -> None:
-    """Call torch's check that a captured step is capturable, whose name torch has changed."""
-    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
-        optimizer._accelerator_graph_capture_health_check()
-    else:
-        optimizer._cuda_graph_capture_health_check()
