@@ -1,7 +1,7 @@
 """What AdamCM and AdamCG share: options, state and the dispatch of a step."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from itertools import chain
 from types import FunctionType
 from typing import Any, ClassVar, overload
@@ -30,6 +30,8 @@ class CriticalAdam(CheckpointedOptimizer):
     _critical_gradients: ClassVar[bool]
     # For `cm_fused.compat`: ids of parameters that take no part although they have gradients.
     _waiting: Set[int] = frozenset()
+    # Likewise: options of its own, with their defaults.
+    _own_defaults: Mapping[str, Any] = {}
 
     def __init_subclass__(cls, defaults: dict[str, Any] | None = None, **arguments: Any) -> None:
         """Give the class a constructor of its own, whose errors name it and not its base.
@@ -91,7 +93,7 @@ class CriticalAdam(CheckpointedOptimizer):
             del arguments[name]
         defaults = checks.plain_options(arguments)
         checks.check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **self._own_defaults})
         self.state = OptimizerState()
         self._forget_plans()
 
