@@ -157,14 +157,16 @@ class CheckpointedOptimizer(Optimizer):
         self._flush()
         state = super().__getstate__()
         # With `pending_slot`: processes that share the state share what is pending.
-        return {**state, "state": checkpoint.picklable(state["state"])}
+        slots = checkpoint.with_slots_viewed(state["state"], torch.float8_e4m3fn, torch.uint8)
+        return {**state, "state": slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
         self._forget_plans()
-        self.state = OptimizerState(dict, checkpoint.unpickled(self.state))
+        values = checkpoint.with_slots_viewed(self.state, torch.uint8, torch.float8_e4m3fn)
+        self.state = OptimizerState(dict, values)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
