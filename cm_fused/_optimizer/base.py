@@ -130,9 +130,10 @@ class CriticalAdam(CheckpointedOptimizer):
             options = checks.plain_options(
                 {name: value for name, value in param_group.items() if name != "params"}
             )
-            checks.check_options({**self.defaults, **options})
-            checks.check_partitioner({**self.defaults, **options})
-            checks.check_optimizer_option("amp_scaling", options, self.defaults)
+            merged = {**self.defaults, **options}
+            checks.check_options(merged)
+            checks.check_partitioner(merged)
+            checks.check_amp_scaling(merged["amp_scaling"], self.defaults["amp_scaling"])
             param_group.update(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -422,9 +423,8 @@ def _shard_layouts(
 ) -> list[int]:
     """Return the `shard_layouts` of a bucket; only shards that draw random bits need them."""
     rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
-    if not (rounds or group["low_precision_update"] == "stochastic"):
-        return []
-    if not any(map(is_sharded, params)):
+    draws = rounds or group["low_precision_update"] == "stochastic"
+    if not (draws and any(map(is_sharded, params))):
         return []
     return list(chain.from_iterable(map(shard_layout_of, params, exp_avgs)))
 
