@@ -1,7 +1,7 @@
 """Stepping inside backward, so that the gradients are never in memory all at once."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -32,7 +32,10 @@ class GradientRelease:
         self._model_handles: list[RemovableHandle] = []
         try:
             self._follow_groups()
-            self._hook_model()
+            for module in _called_modules(model):
+                before, after = _ModelHook(self._before_forward), _ModelHook(self._after_forward)
+                self._model_handles.append(module.register_forward_pre_hook(before))
+                self._model_handles.append(module.register_forward_hook(after))
             optimizer._release = self
         except BaseException:
             self.remove()
@@ -48,10 +51,6 @@ class GradientRelease:
         if self._optimizer._release is self:
             self._optimizer._release = None
             self._optimizer._single_plans = {}
-
-    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Check that groups which are about to be loaded can be stepped in backward."""
-        release_checks.check_options(groups)
 
     def _follow_groups(self) -> None:
         """Serve the parameters that the optimizer has now, and no others, or change nothing."""
@@ -70,9 +69,14 @@ class GradientRelease:
             for position, param in enumerate(group["params"])
         }
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _before_forward(self) -> None:
+    def _before_forward(self, *_: Any) -> None:
         """Follow or refuse what has changed since the last forward pass, before a step."""
+        # A compiled forward pass is left as it is, unless it has to be refused.
+        if not torch.compiler.is_compiling() or release_checks.active_ddp() is not None:
+            self._follow_or_refuse()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _follow_or_refuse(self) -> None:
         if not is_outermost_forward():
             return
         if dist.is_available() and dist.is_initialized():
@@ -81,9 +85,9 @@ class GradientRelease:
         release_checks.check_options(self._optimizer.param_groups)
         self._follow_groups()
 
-    def _after_forward(self, outputs: Any) -> None:
+    def _after_forward(self, _: nn.Module, __: Any, outputs: Any) -> None:
         """Watch for the backward pass that begins at these outputs of the model."""
-        if not is_outermost_forward():
+        if torch.compiler.is_compiling() or not is_outermost_forward():
             return
         # `replicate` may become active after the hook before forward.
         release_checks.check_ddp(self._params)
@@ -103,12 +107,6 @@ class GradientRelease:
         for gone in self._handles.keys() - set(map(id, params)):
             self._handles.pop(gone).remove()
         self._handles |= added
-
-    def _hook_model(self) -> None:
-        for module in _called_modules(self._model):
-            handles = self._model_handles
-            handles.append(module.register_forward_pre_hook(_BeforeForward(self)))
-            handles.append(module.register_forward_hook(_AfterForward(self)))
 
     def _step_or_wait(self, param: Tensor) -> None:
         try:
@@ -133,9 +131,10 @@ class GradientRelease:
     def _indices_of(self, param: Tensor) -> tuple[int, int] | None:
         """Return the index of a parameter's group and its own in it; None if it is in no group."""
         groups = self._optimizer.param_groups
-        cached = self._indices.get(id(param))
-        if cached is not None and _is_at(groups, cached, param):
-            return cached
+        index, position = self._indices.get(id(param), (0, 0))
+        params = groups[index]["params"] if index < len(groups) else []
+        if position < len(params) and params[position] is param:
+            return index, position
         for index, group in enumerate(groups):
             for position, other in enumerate(group["params"]):
                 if other is param:
@@ -167,30 +166,14 @@ class _GradientHook:
 class _ModelHook:
     """A hook of the model. A copy of the model gets one that does nothing."""
 
-    def __init__(self, release: GradientRelease | None = None) -> None:
-        self.release = release
+    def __init__(self, call: Callable[..., None] = lambda *_: None) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        self._call(*arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
-
-
-class _BeforeForward(_ModelHook):
-    """Follows what has changed since the last forward pass, before anything is stepped."""
-
-    def __call__(self, *_: Any) -> None:
-        # A compiled forward pass is left as it is, unless it has to be refused.
-        if self.release is not None and not (
-            torch.compiler.is_compiling() and release_checks.active_ddp() is None
-        ):
-            self.release._before_forward()
-
-
-class _AfterForward(_ModelHook):
-    """Watches for the backward pass that begins at the outputs."""
-
-    def __call__(self, _: nn.Module, __: Any, outputs: Any) -> None:
-        if self.release is not None and not torch.compiler.is_compiling():
-            self.release._after_forward(outputs)
 
 
 def enable_gradient_release(model: nn.Module, optimizer: CriticalAdam) -> GradientRelease:
@@ -266,9 +249,3 @@ def _called_modules(model: nn.Module) -> Iterator[nn.Module]:
         return
     children: Iterable[nn.Module] = model.children()
     yield from chain.from_iterable(map(_called_modules, children))
-
-
-def _is_at(groups: list[dict[str, Any]], indices: tuple[int, int], param: Tensor) -> bool:
-    index, position = indices
-    params = groups[index]["params"] if index < len(groups) else []
-    return position < len(params) and params[position] is param

@@ -54,8 +54,7 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
   // After a pass over a bucket: its partial sums of g^2 to keys, then admission, decay and step
   // count of every row. Changes what the table's addresses name: no tracing compiler may be given
   // it. sq_norm, one or one for each row, replaces the sums of chunk_sq_norms. Where found_inf,
-  // float64
-  // (), is not 0 nothing changes.
+  // float64 (), is not 0 nothing changes.
   m.def(
       "update_priorities_(Tensor table, Tensor chunk_sq_norms, Tensor? sq_norm, Tensor? found_inf, "
       "*, int capacity, float priority_decay, bool group_scope) -> ()");

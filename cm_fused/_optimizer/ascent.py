@@ -1,10 +1,13 @@
 """The ascent of `SAM` to where the loss is worst: norms over all parameters and processes."""
 
+from collections.abc import Iterable
+from itertools import chain
 from operator import is_
 
 import torch
 from torch import Tensor
 
+from cm_fused._backends.flush import as_real
 from cm_fused._devices import to_device
 from cm_fused._distributed import Processes, local, processes
 
@@ -70,10 +73,11 @@ def _by_kind(pairs: list[_Pair]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Return local tensors and gradients by device and dtype for multi-tensor kernels, all real."""
     lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for param, grad in pairs:
-        target = _as_real(local(param))
+        # Autograd does not resolve the lazy conjugation of a complex gradient.
+        target = as_real(local(param).resolve_conj())
         params, grads = lists.setdefault((target.device, target.dtype), ([], []))
         params.append(target)
-        grads.append(_as_real(grad))
+        grads.append(as_real(grad.resolve_conj()))
     return list(lists.values())
 
 
@@ -85,14 +89,8 @@ def _products(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 
 def _norm(lists: list[list[Tensor]]) -> Tensor:
     """Return the norm over all tensors, float64 (), on the first one's device."""
-    if not lists:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    norms = [
-        to_device(norm, lists[0][0].device)
-        for tensors in lists
-        for norm in torch._foreach_norm(tensors, dtype=torch.float64)
-    ]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    norms = [torch._foreach_norm(tensors, dtype=torch.float64) for tensors in lists]
+    norm: Tensor = torch.linalg.vector_norm(stacked(chain.from_iterable(norms)))
     return norm
 
 
@@ -101,15 +99,13 @@ def count_nonzero(params: list[Tensor]) -> Tensor:
     """Return how many local gradients are not all zeros, float64 (), on the first one's device."""
     grads = [local(param.grad) for param in params if param.grad is not None]
     dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
-    filled = [_as_real(grad) for grad in dense if grad.numel()]
-    if not filled:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
+    filled = [as_real(grad.resolve_conj()) for grad in dense if grad.numel()]
     # Not the Euclidean norm: squares of small values are 0.
-    norms = torch._foreach_norm(filled, 1)
-    flags = [to_device((norm != 0).double(), filled[0].device) for norm in norms]
-    return torch.stack(flags).sum()
+    norms = torch._foreach_norm(filled, 1) if filled else ()
+    return stacked(norm != 0 for norm in norms).sum()
 
 
-def _as_real(tensor: Tensor) -> Tensor:
-    # Autograd does not resolve the lazy conjugation of a complex gradient.
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def stacked(numbers: Iterable[Tensor]) -> Tensor:
+    """Return tensors of shape () as float64 (numbers,) on the first one's device; if none, a 0."""
+    listed = list(numbers) or [torch.zeros((), device="cpu")]
+    return torch.stack([to_device(number.double(), listed[0].device) for number in listed])

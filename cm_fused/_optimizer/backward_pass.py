@@ -5,6 +5,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -35,17 +36,13 @@ _REMEDY = (
 
 @dataclass(eq=False)
 class _Pass:
-    """An outermost backward pass, called by the engine when it ends, to which only it refers."""
+    """An outermost backward pass, to which only the engine refers until it ends."""
 
     graph_task: int
-    at_end: Callable[[], None]
     has_others: bool = False  # whether it may run other passes within it
     stepped: set[int] = field(default_factory=set)  # the ids of parameters stepped in it
     # The sequence numbers of the nodes that have been searched for checkpoints.
     searched: set[int] = field(default_factory=set)
-
-    def __call__(self) -> None:
-        self.at_end()
 
 
 class BackwardPasses:
@@ -54,7 +51,7 @@ class BackwardPasses:
     def __init__(self, step: Callable[[Tensor], None]) -> None:
         """Start with no pass; its end calls `step` with each parameter that had to wait."""
         self._step = step
-        self._outermost: weakref.ref[_Pass] | None = None
+        self._outermost: Callable[[], _Pass | None] = lambda: None
         self._waiting: dict[int, Tensor] = {}
 
     def watch(self, outputs: Any) -> None:
@@ -77,9 +74,12 @@ class BackwardPasses:
         part of the pass's, and the end of the pass cannot be found or the parameter has already
         been stepped with another part.
         """
-        outermost = self._current()
+        outermost = self._outermost()
         if outermost is None:
-            if _is_within_backward():
+            if any(
+                frame.f_code in _BACKWARD_CALLS
+                for frame, _ in traceback.walk_stack(sys._getframe())
+            ):
                 raise RuntimeError(
                     "gradient release cannot tell when the backward pass ends: a gradient of shape "
                     f"{tuple(param.shape)} comes from a backward pass within another one, and the "
@@ -105,28 +105,25 @@ class BackwardPasses:
         """Forget the waiting parameters; their gradients stay."""
         self._waiting.clear()
 
-    def _current(self) -> _Pass | None:
-        return None if self._outermost is None else self._outermost()
-
     def enter(self) -> None:
         """Begin an outermost pass unless one has begun; an output's hook calls this."""
-        outermost = self._current()
+        outermost = self._outermost()
         if outermost is None:
             # Gradients that a failed pass has left are no part of this pass's.
             for param in self._waiting.values():
                 param.grad = None
-            self._waiting.clear()
-            outermost = _Pass(_graph_task(), self._finish)
+            self.forget()
+            outermost = _Pass(_graph_task())
             # torch has no public name for the engine, and no type.
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(outermost)
+            engine.queue_callback(partial(self._finish, outermost))
             self._outermost = weakref.ref(outermost)
         if outermost.graph_task == _graph_task() and not outermost.has_others:
             node = torch._C._current_autograd_node()
             outermost.has_others = _leads_to_checkpoint(node, outermost.searched)
 
-    def _finish(self) -> None:
-        self._outermost = None
+    def _finish(self, _: _Pass) -> None:
+        self._outermost = lambda: None
         while self._waiting:
             self._step(self._waiting.pop(next(iter(self._waiting))))
 
@@ -139,12 +136,6 @@ def is_outermost_forward() -> bool:
 def _graph_task() -> int:
     """Return the number of the backward pass that this thread is in, or -1."""
     return torch._C._current_graph_task_id()
-
-
-def _is_within_backward() -> bool:
-    """Return whether the backward of a Function has called the one that runs this hook."""
-    frames = traceback.walk_stack(sys._getframe())
-    return any(frame.f_code in _BACKWARD_CALLS for frame, _ in frames)
 
 
 def _leads_to_checkpoint(node: Any, searched: set[int]) -> bool:

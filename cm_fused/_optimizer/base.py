@@ -1,14 +1,14 @@
 """What AdamCM and AdamCG share: options, state and the dispatch of a step."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from itertools import chain
 from types import FunctionType
-from typing import Any, ClassVar, Protocol, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing
 from cm_fused._backends.eager import Undo
@@ -24,22 +24,14 @@ from cm_fused._state.table import State, fused_keys, required_keys
 from cm_fused._state.tracking import OptimizerState
 
 
-class Release(Protocol):
-    """Steps an optimizer's parameters inside backward; `enable_gradient_release` makes it."""
-
-    def _check_groups(self, groups: list[dict[str, Any]]) -> None: ...
-
-    def _follow_groups(self) -> None: ...
-
-
 class CriticalAdam(CheckpointedOptimizer):
     """Base of the optimizers; holds no arithmetic. See `AdamCM` for the arguments."""
 
     _critical_gradients: ClassVar[bool]
-    # Steps the parameters inside backward, if enabled. It belongs to the process: no copy has it.
-    _release: Release | None = None
     # For `cm_fused.compat`: ids of parameters that take no part although they have gradients.
     _waiting: Set[int] = frozenset()
+    # Likewise: options of its own, with their defaults.
+    _own_defaults: Mapping[str, Any] = {}
 
     def __init_subclass__(cls, defaults: dict[str, Any] | None = None, **arguments: Any) -> None:
         """Give the class a constructor of its own, whose errors name it and not its base.
@@ -101,7 +93,7 @@ class CriticalAdam(CheckpointedOptimizer):
             del arguments[name]
         defaults = checks.plain_options(arguments)
         checks.check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **self._own_defaults})
         self.state = OptimizerState()
         self._forget_plans()
 
@@ -138,9 +130,10 @@ class CriticalAdam(CheckpointedOptimizer):
             options = checks.plain_options(
                 {name: value for name, value in param_group.items() if name != "params"}
             )
-            checks.check_options({**self.defaults, **options})
-            checks.check_partitioner({**self.defaults, **options})
-            checks.check_optimizer_option("amp_scaling", options, self.defaults)
+            merged = {**self.defaults, **options}
+            checks.check_options(merged)
+            checks.check_partitioner(merged)
+            checks.check_amp_scaling(merged["amp_scaling"], self.defaults["amp_scaling"])
             param_group.update(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -207,7 +200,9 @@ class CriticalAdam(CheckpointedOptimizer):
         try:
             plan = cached = plans.find(groups, self.state, self._waiting)
             if plans.on_gpu:
-                _check_graph_capture(self, groups)
+                self._accelerator_graph_capture_health_check()
+                if torch.cuda.is_current_stream_capturing():
+                    checks.check_captured_lrs(groups)
             if plan is None:
                 plan = self._new_plan(plans, groups, first, new_state)
             elif not plan.checks_itself:
@@ -264,10 +259,6 @@ class CriticalAdam(CheckpointedOptimizer):
         self._single_plans[id(param)] = plans, first
         self._take_step(plans, [{**group, "params": [param]}], first)
 
-    def _check_groups(self, groups: Groups) -> None:
-        if self._release is not None:
-            self._release._check_groups(groups)
-
     def _finish_step(self) -> None:
         """Update the priorities of the last step, if they still wait for the sum of its norms."""
         if self._pending is None:
@@ -322,12 +313,6 @@ class CriticalAdam(CheckpointedOptimizer):
             checks.check_no_duplicates(groups)
         else:
             for param in cached.params:
-                self._check_state(param)
-
-    def _check_states(self) -> None:
-        """Check that the state of every parameter fits it."""
-        for param in self.state:
-            if isinstance(param, Tensor):
                 self._check_state(param)
 
     def _check_state(self, param: Tensor) -> None:
@@ -440,9 +425,8 @@ def _shard_layouts(
 ) -> list[int]:
     """Return the `shard_layouts` of a bucket; only shards that draw random bits need them."""
     rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
-    if not (rounds or group["low_precision_update"] == "stochastic"):
-        return []
-    if not any(map(is_sharded, params)):
+    draws = rounds or group["low_precision_update"] == "stochastic"
+    if not (draws and any(map(is_sharded, params))):
         return []
     return list(chain.from_iterable(map(shard_layout_of, params, exp_avgs)))
 
@@ -452,16 +436,3 @@ def _active_backend(requested: str | None, device: torch.device) -> str:
         return select(requested, device).describe(device)
     except RuntimeError:
         return f"none on {device.type}, where {requested!r} cannot serve"
-
-
-def _check_graph_capture(optimizer: Optimizer, groups: Groups) -> None:
-    """Check a captured step, also by torch's check that it is capturable.
-
-    Whose name torch has changed.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        checks.check_captured_lrs(groups)
-    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
-        optimizer._accelerator_graph_capture_health_check()
-    else:
-        optimizer._cuda_graph_capture_health_check()

@@ -3,22 +3,33 @@
 import copy
 from abc import abstractmethod
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused._backends.flush import flush_all_
+from cm_fused._distributed import local_state
+from cm_fused._optimizer import release_checks
 from cm_fused._optimizer import state_dict as checkpoint
 from cm_fused._optimizer.checks import check_capacity, plain_options
 from cm_fused._optimizer.plan import Plan
-from cm_fused._state.making import param_states, resize_buffer
+from cm_fused._state.making import resize_buffer
 from cm_fused._state.tracking import OptimizerState
+
+
+class Release(Protocol):
+    """Steps an optimizer's parameters inside backward; `enable_gradient_release` makes it."""
+
+    def _follow_groups(self) -> None: ...
 
 
 class CheckpointedOptimizer(Optimizer):
     """An optimizer whose state can be saved, loaded, copied and resized; it takes no step."""
 
+    # Steps the parameters inside backward, if enabled. It belongs to the process: no copy has it.
+    _release: Release | None = None
     # Captured graphs go on using the tensors that a load writes to.
     _captured_plans: list[Plan]
 
@@ -31,12 +42,8 @@ class CheckpointedOptimizer(Optimizer):
         """Have nothing prepared for the next step."""
 
     @abstractmethod
-    def _check_states(self) -> None:
-        """Check that the state of every parameter fits it."""
-
-    @abstractmethod
-    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Check that the parameters can be stepped with the options of these groups."""
+    def _check_state(self, param: Tensor) -> None:
+        """Check that the state of a parameter fits it; the error names group and parameter."""
 
     def state_dict(self) -> StateDict:
         """Return the state as `torch.optim.Optimizer.state_dict`, flushed.
@@ -66,10 +73,13 @@ class CheckpointedOptimizer(Optimizer):
     def _flush(self) -> None:
         """Make the state what it is in Algorithm 1 after the last step."""
         self._finish_step()
+        # The state may have other entries.
+        params = [param for param in self.state if isinstance(param, Tensor)]
         try:
-            flush_all_(param_states(self.state))
+            flush_all_([local_state(self.state[param]) for param in params])
         except RuntimeError:
-            self._check_states()  # which names the group and the parameter
+            for param in params:
+                self._check_state(param)
             raise
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -101,7 +111,8 @@ class CheckpointedOptimizer(Optimizer):
         checkpoint.check_form(state_dict)
         saved_groups = state_dict["param_groups"]
         groups = checkpoint.loaded_groups(self.param_groups, saved_groups)
-        self._check_groups(groups)
+        if self._release is not None:
+            release_checks.check_options(groups)
         entries = checkpoint.checked_entries(groups, state_dict)
         checkpoint.warn_of_conversion(groups, saved_groups)
         checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
@@ -146,14 +157,16 @@ class CheckpointedOptimizer(Optimizer):
         self._flush()
         state = super().__getstate__()
         # With `pending_slot`: processes that share the state share what is pending.
-        return {**state, "state": checkpoint.picklable(state["state"])}
+        slots = checkpoint.with_slots_viewed(state["state"], torch.float8_e4m3fn, torch.uint8)
+        return {**state, "state": slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
         self._forget_plans()
-        self.state = OptimizerState(dict, checkpoint.unpickled(self.state))
+        values = checkpoint.with_slots_viewed(self.state, torch.uint8, torch.float8_e4m3fn)
+        self.state = OptimizerState(dict, values)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

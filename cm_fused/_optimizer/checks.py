@@ -91,13 +91,10 @@ def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_optimizer_option(
-    name: str, param_group: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
+def check_amp_scaling(value: bool, default: bool) -> None:
     """Check that a group does not change an option of the whole optimizer."""
-    default = defaults[name]
-    value = param_group.get(name, default)
-    _require(value == default, f"{name} must be the same for all param groups, {default}", value)
+    rule = f"amp_scaling must be the same for all param groups, {default}"
+    _require(value == default, rule, value)
 
 
 def check_partitioner(options: Mapping[str, Any]) -> None:

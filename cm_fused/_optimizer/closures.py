@@ -9,7 +9,7 @@ from torch.utils.weak import TensorWeakRef
 
 from cm_fused._backends.capture import is_capturing
 from cm_fused._distributed import local
-from cm_fused._optimizer.ascent import count_nonzero
+from cm_fused._optimizer.ascent import count_nonzero, stacked
 
 _ACCUMULATES = (
     "closure must zero the gradients before it adds to them, as SAM.step calls it twice, at other "
@@ -93,7 +93,7 @@ class TwoCalls:
     def _adds(self, marks: "Marks") -> bool:
         """Return whether the closure has added to marked gradients; may call it once more."""
         unsure = marks.unsure()
-        flags = any_of(marks.added_to()), any_of(are_nan(unsure))
+        flags = stacked(marks.added_to()).amax(), stacked(are_nan(unsure)).amax()
         added, is_unsure = self._total(torch.stack([flag.cpu() for flag in flags])).tolist()
         if added or not is_unsure:
             return bool(added)
@@ -101,7 +101,7 @@ class TwoCalls:
         reset(self._params, self._reused)
         with torch.enable_grad():
             self._closure()
-        finite = any_of([~flag for flag in are_nan(unsure)])
+        finite = stacked(~flag for flag in are_nan(unsure)).amax()
         return bool(self._total(finite).item())
 
     def _is_captured(self) -> bool:
@@ -160,7 +160,7 @@ class Marks:
 
     @torch.no_grad()
     def _look(self, i: int, _: Tensor) -> None:
-        same = self._is_same(i)
+        same = self._params[i].grad is self._grads[i]
         self._reached[i] = _first_element(self._params[i]).isnan() if same else None
 
     def _count(self, i: int, _: Tensor) -> None:
@@ -172,9 +172,6 @@ class Marks:
         if earlier is not None:
             self._seen[i] = None if is_marked is None else earlier & is_marked
 
-    def _is_same(self, i: int) -> bool:
-        return self._params[i].grad is self._grads[i]
-
     def added_to(self) -> list[Tensor]:
         """Return a bool () for each gradient that autograd added to: whether it had its mark."""
         return [flag for flag in self._seen.values() if flag is not None]
@@ -184,7 +181,7 @@ class Marks:
         return [
             param
             for i, param in enumerate(self._params)
-            if i not in self._seen and self._is_same(i)
+            if i not in self._seen and param.grad is self._grads[i]
         ]
 
 
@@ -192,14 +189,6 @@ class Marks:
 def are_nan(params: list[Tensor]) -> list[Tensor]:
     """Return a bool () for each gradient: whether its first element is NaN."""
     return [_first_element(param).isnan() for param in params]
-
-
-def any_of(flags: list[Tensor]) -> Tensor:
-    """Return whether any of some flags is set, float64 (), on the first one's device."""
-    if not flags:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    here = flags[0].device
-    return torch.stack([flag.to(here, torch.float64) for flag in flags]).amax()
 
 
 def _local_grad(param: Tensor) -> Tensor:

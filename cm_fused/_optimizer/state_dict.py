@@ -14,10 +14,9 @@ from torch.utils._pytree import tree_map_only
 from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
-from cm_fused._state.table import KEYS, UNSAVED_KEYS, State, required_keys
+from cm_fused._state.table import KEYS, UNSAVED_KEYS, State
 from cm_fused._warnings import warn
 
-FLOAT8 = torch.float8_e4m3fn
 # Options of the process, not of the training run: saved as these values, never loaded. They are
 # saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
 LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
@@ -33,21 +32,16 @@ ADAM_OPTIONS = (
 _IMMUTABLE = (bool, int, float, str, type(None))
 
 
-def picklable(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a state with bytes instead of 8-bit floats, which torch does not pickle."""
-    return {key: _with_viewed(value, FLOAT8, torch.uint8) for key, value in state.items()}
-
-
-def unpickled(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the state from which `picklable` returned this one."""
-    return {key: _with_viewed(value, torch.uint8, FLOAT8) for key, value in state.items()}
-
-
-def _with_viewed(state: Any, stored: torch.dtype, viewed: torch.dtype) -> Any:
-    buffer = state.get("critical_buffer") if isinstance(state, dict) else None
-    if not isinstance(buffer, Tensor) or buffer.dtype != stored:
-        return state
-    return {**state, "critical_buffer": buffer.view(viewed)}
+def with_slots_viewed(
+    state: Mapping[Any, Any], stored: torch.dtype, viewed: torch.dtype
+) -> dict[Any, Any]:
+    """Return a state whose slots of one dtype are views of another; torch pickles no float8."""
+    result = dict(state)
+    for key, value in state.items():
+        buffer = value.get("critical_buffer") if isinstance(value, dict) else None
+        if isinstance(buffer, Tensor) and buffer.dtype == stored:
+            result[key] = {**value, "critical_buffer": buffer.view(viewed)}
+    return result
 
 
 def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
@@ -141,17 +135,13 @@ def checked_entries(
     state; ValueError where that of a parameter does not fit it.
     """
     indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    members = [
-        (param, group, keys)
-        for group, keys in zip(groups, map(required_keys, groups), strict=True)
-        for param in group["params"]
-    ]
+    members = [(param, group) for group in groups for param in group["params"]]
     owners = dict(zip(indices, members, strict=True))
     entries: dict[Any, Entry | None] = dict.fromkeys(state_dict["state"])
     for index, saved in state_dict["state"].items():
         if index not in owners:
             continue
-        param, group, keys = owners[index]
+        param, group = owners[index]
         # torch reads a flattened state dict with an empty dict for each key of the optimizer's own
         # state that was not saved.
         saved = {
@@ -159,7 +149,7 @@ def checked_entries(
             for key, value in saved.items()
             if not (isinstance(value, dict) and not value and key in KEYS)
         }
-        entries[index] = entry = Entry(f"parameter {index}", param, saved, group, keys)
+        entries[index] = entry = Entry(f"parameter {index}", param, saved, group)
         check_entry(entry)
     return entries
 

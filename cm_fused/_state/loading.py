@@ -9,7 +9,7 @@ from torch import Tensor
 from cm_fused import rounding
 from cm_fused._distributed import is_sharded, local, local_as
 from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
-from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, State, shapes_of
+from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, State, required_keys, shapes_of
 
 # Keys that are loaded where the state dict has them, whatever the options; scales come with them.
 _LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
@@ -24,7 +24,6 @@ class Entry(NamedTuple):
     param: Tensor
     saved: Mapping[str, Any]  # the entry; not changed
     group: Mapping[str, Any]  # the options of the parameter's group
-    keys: tuple[str, ...]  # the state keys that every backend needs under these options
 
 
 def check_entry(entry: Entry) -> None:
@@ -32,7 +31,7 @@ def check_entry(entry: Entry) -> None:
 
     ValueError where a tensor is missing or does not fit the parameter or the capacity.
     """
-    where, param, saved, group, _ = entry
+    where, param, saved, group = entry
     if not saved:
         return
     values = _loaded_values(entry)
@@ -58,7 +57,12 @@ def check_entry(entry: Entry) -> None:
         missing_state(local(param), {}, (), group)
     except RuntimeError as error:
         raise ValueError(f"the state of {where} does not fit it: {error}") from error
-    _check_step(where, values["step"])
+    try:
+        count = float(values["step"])
+    except RuntimeError:  # a tensor without values, of an estimate of a run's memory
+        return
+    if not 0 <= count < torch.inf:
+        raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
 
 
 def _loaded_values(entry: Entry) -> dict[str, Tensor]:
@@ -90,15 +94,6 @@ def _as_tensor(where: str, key: str, value: Any) -> Tensor:
         ) from error
 
 
-def _check_step(where: str, step: Tensor) -> None:
-    try:
-        count = float(step)
-    except RuntimeError:  # a tensor without values, of an estimate of a run's memory
-        return
-    if not 0 <= count < torch.inf:
-        raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
-
-
 def loaded_state_of(entry: Entry) -> State:
     """Return a parameter's state as new tensors with the values of a checked entry.
 
@@ -111,11 +106,10 @@ def loaded_state_of(entry: Entry) -> State:
         return {}
     if is_sharded(param):
         saved = _without_scales(saved)
-    if is_sharded(param) or any(map(is_sharded, saved.values())):
-        saved = {
-            key: local_as(value, param, LEADING[key]) if key in LEADING else value
-            for key, value in saved.items()
-        }
+    saved = {
+        key: local_as(value, param, LEADING[key]) if key in LEADING else value
+        for key, value in saved.items()
+    }
     return placed_as(param, _loaded_state(entry._replace(param=local(param), saved=saved)))
 
 
@@ -151,7 +145,7 @@ def _without_scales(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _loaded_state(entry: Entry) -> State:
     """Return what `loaded_state_of` does, for local tensors."""
-    _, param, saved, group, keys = entry
+    _, param, saved, group = entry
     values = _loaded_values(entry)
     not_copied = {*values, *SCALES.values()}
     state = {key: value for key, value in saved.items() if key not in not_copied}
@@ -163,6 +157,7 @@ def _loaded_state(entry: Entry) -> State:
             state[key] = new.copy_(values[key].reshape(new.shape))
     if "critical_sum" in state and "critical_buffer" in state:
         _follow_slots_(state, values["critical_buffer"])
+    keys = required_keys(group)
     if not state.keys() >= set(keys):
         state |= missing_state(param, state, keys, group)
     return state

@@ -5,9 +5,6 @@ State is float32, or float64 for a float64 parameter (complex likewise), unless 
 dense, so that the fused backends walk both in one order.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,8 +22,6 @@ from cm_fused._state.table import (
 )
 from cm_fused.rounding import LARGEST
 
-# Dtypes that moments have where no `moment_dtype` is asked for, besides float32.
-_WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)
 LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALF_DTYPES = LOW_PRECISION_PARAM_DTYPES[1:]
 
@@ -59,29 +54,23 @@ def check_param(param: Tensor, state: State) -> None:
         )
     for key, leading in LEADING.items():
         # A compensation of what is not rounded is empty.
-        if key in state and key != "compensation":
-            _check_shape(key, state[key], param, leading)
+        if key == "compensation" or key not in state or state[key].shape[leading:] == param.shape:
+            continue
+        slots = "C, " if leading else ""
+        raise RuntimeError(
+            f"the state's {key!r} must have the parameter's shape, "
+            f"({slots}{', '.join(map(str, param.shape))}), got {tuple(state[key].shape)}; change "
+            "all tensors of the state as the parameter is changed, delete 'critical_buffer' from "
+            "optimizer.state[param] to start with an empty buffer, or delete all of it"
+        )
     # Moments of lower precision are those of parameters whose state is float32.
-    stored = state["exp_avg"].dtype if "exp_avg" in state else None
-    computed = stored if stored in _WIDE_DTYPES else torch.float32
-    if stored is not None and computed != state_dtype(param.dtype):
+    computed = state_dtype(state["exp_avg"].dtype if "exp_avg" in state else param.dtype)
+    if computed != state_dtype(param.dtype):
         raise RuntimeError(
             f"a parameter must have a dtype that fits its state of {computed}, got {param.dtype}; "
             "load state_dict() into a new optimizer to convert the state, or delete "
             "optimizer.state[param] to start anew"
         )
-
-
-def _check_shape(key: str, tensor: Tensor, param: Tensor, leading: int) -> None:
-    if tensor.shape[leading:] == param.shape:
-        return
-    slots = "C, " if leading else ""
-    raise RuntimeError(
-        f"the state's {key!r} must have the parameter's shape, "
-        f"({slots}{', '.join(map(str, param.shape))}), got {tuple(tensor.shape)}; change all "
-        "tensors of the state as the parameter is changed, delete 'critical_buffer' from "
-        "optimizer.state[param] to start with an empty buffer, or delete all of it"
-    )
 
 
 def missing_state(param: Tensor, state: State, keys: tuple[str, ...], group: Group) -> State:
@@ -94,15 +83,6 @@ def missing_state(param: Tensor, state: State, keys: tuple[str, ...], group: Gro
     if not ("critical_buffer" in state and "priorities" in state):
         keys = (*keys, *(key for key in BUFFER_KEYS if key in state and key not in keys))
         state = {key: value for key, value in state.items() if key not in BUFFER_KEYS}
-    _check_state(param, state, group)
-    return {
-        key: new_tensor(key, param, state, group)
-        for key in keys
-        if key not in state or (key == "compensation" and state[key].dtype != param.dtype)
-    }
-
-
-def _check_state(param: Tensor, state: State, group: Group) -> None:
     check_param(param, state)
     refused = refused_precision(param, group)
     if refused is not None:
@@ -123,6 +103,11 @@ def _check_state(param: Tensor, state: State, group: Group) -> None:
                 f"{state[key].dtype}, got {expected}; to convert a state, load its state dict into "
                 "a new optimizer"
             )
+    return {
+        key: new_tensor(key, param, state, group)
+        for key in keys
+        if key not in state or (key == "compensation" and state[key].dtype != param.dtype)
+    }
 
 
 def missing_state_of(param: Tensor, state: State, keys: tuple[str, ...], group: Group) -> State:
@@ -157,32 +142,22 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
     as the sum of its slots.
     """
     row, capacity, dtype = ROWS[key], group["capacity"], dtype_of(key, param, group)
-    if key in LEADING:
-        return _new_shaped(key, param, state, capacity, dtype)
-    size = shapes_of(param, capacity)[row.shape]
-    return torch.full(size, row.fill, dtype=dtype, device=param.device)
-
-
-def _new_shaped(key: str, param: Tensor, state: State, capacity: int, dtype: torch.dtype) -> Tensor:
-    like = state.get("exp_avg", param)
-    if key == "critical_buffer":
-        return _new_buffer(like, capacity, dtype)
+    if key not in LEADING:
+        size = shapes_of(param, capacity)[row.shape]
+        return torch.full(size, row.fill, dtype=dtype, device=param.device)
     if key == "compensation" and dtype not in _HALF_DTYPES:
         return torch.zeros(0, dtype=dtype, device=param.device)
+    like = state.get("exp_avg", param)
+    if key == "critical_buffer":
+        slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
+        size, strides = (capacity, *slot.shape), (like.numel(), *slot.stride())
+        return torch.empty_strided(size, strides, dtype=dtype, device=like.device).zero_()
     shaped = torch.zeros_like(
         like, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
     )
     if key == "critical_sum" and "critical_buffer" in state:
         shaped.copy_(rounding.sum_slots(dequantized(state, "critical_buffer")))
     return shaped
-
-
-def _new_buffer(like: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
-    slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
-    buffer = torch.empty_strided(
-        (capacity, *slot.shape), (like.numel(), *slot.stride()), dtype=dtype, device=like.device
-    )
-    return buffer.zero_()
 
 
 def unscaled(state: Group) -> State:
@@ -236,8 +211,3 @@ def resize_buffer(param: Tensor, state: State, group: Group) -> None:
             resized[: len(slots)].copy_(old.index_select(0, slots))
     state.update(placed_as(param, new))
     state.pop("critical_sum", None)
-
-
-def param_states(state: Mapping[Any, Any]) -> list[dict[str, Any]]:
-    """Return the local states of parameters; an optimizer's state may hold other entries."""
-    return [local_state(value) for key, value in state.items() if isinstance(key, Tensor)]

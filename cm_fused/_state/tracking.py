@@ -30,37 +30,42 @@ class _Counted(dict[Any, Any]):
 
     changes: Changes
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def _before_change(self, *keys: Any) -> None:
+        """Count a change; `keys` are those that are replaced or removed by name."""
         self.changes.count += 1
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._before_change(key)
         super().__setitem__(key, value)
 
     def __delitem__(self, key: Any) -> None:
-        self.changes.count += 1
+        self._before_change(key)
         super().__delitem__(key)
 
     def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
-        self.changes.count += 1
+        self._before_change()
         return super().__ior__(other)
 
     def clear(self) -> None:
-        self.changes.count += 1
+        self._before_change()
         super().clear()
 
     def pop(self, *arguments: Any) -> Any:
-        self.changes.count += 1
+        self._before_change(*arguments[:1])
         return super().pop(*arguments)
 
     def popitem(self) -> tuple[Any, Any]:
-        self.changes.count += 1
+        self._before_change()
         return super().popitem()
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        self.changes.count += 1
+        self._before_change()
         return super().setdefault(key, default)
 
     def update(self, *arguments: Any, **items: Any) -> None:
-        self.changes.count += 1
-        super().update(*arguments, **items)
+        values = dict(*arguments, **items)
+        self._before_change(*values)
+        super().update(values)
 
 
 class ParamState(_Counted):
@@ -78,26 +83,11 @@ class ParamState(_Counted):
         # Not a default argument: torch.compile of 2.11 cannot trace an object as such.
         self.changes = _NOBODYS if changes is None else changes
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._flush_before(key)
-        super().__setitem__(key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self._flush_before(key)
-        super().__delitem__(key)
-
-    def pop(self, *arguments: Any) -> Any:
-        self._flush_before(*arguments[:1])
-        return super().pop(*arguments)
-
-    def update(self, *arguments: Any, **items: Any) -> None:
-        self._flush_before(*dict(*arguments, **items))
-        super().update(*arguments, **items)
-
-    def _flush_before(self, *keys: Any) -> None:
+    def _before_change(self, *keys: Any) -> None:
         """Flush `exp_avg` to its slot before it is replaced."""
         if "exp_avg" in keys and "exp_avg" in self and "pending_slot" in self:
             flush_where_it_fits_(self)
+        super()._before_change(*keys)
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
         return dict, (dict(self),)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 # The package's options whose names differ here.
-NAMES = {"topC": "capacity", "decay": "priority_decay"}
-# Its other options have no meaning here.
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", *NAMES)
+_NAMES = {"topC": "capacity", "decay": "priority_decay"}
+# Its options that mean the same here, with a scheduler's. Others have no meaning.
+_OPTIONS = (
+    *("lr", "initial_lr", "betas", "eps", "weight_decay", "amsgrad", "synced", "buffer_dtype"),
+    *_NAMES,
+)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -57,15 +60,19 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def translated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a param group under cm_fused's names."""
+    result = {_NAMES.get(name, name): value for name, value in options.items()}
+    if "synced" in result:
+        result["priority_scope"] = "group" if result.pop("synced") else "tensor"
+    return result
+
+
 def _group(saved: Mapping[str, Any]) -> dict[str, Any]:
-    group = {NAMES.get(name, name): value for name, value in saved.items() if name in _OPTIONS}
-    group["priority_scope"] = "group" if saved["synced"] else "tensor"
+    group = translated({name: value for name, value in saved.items() if name in _OPTIONS})
     for name in ("kappa", "critical_test"):
         group[name] = float(saved[name])
-    group["buffer_dtype"] = saved["buffer_dtype"]
     group["params"] = list(saved["params"])
-    if "initial_lr" in saved:  # a scheduler's
-        group["initial_lr"] = saved["initial_lr"]
     return group
 
 

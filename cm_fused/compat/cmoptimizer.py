@@ -19,7 +19,7 @@ not take it, and of several slots of key 0 the first one is replaced.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,26 +33,19 @@ from cm_fused._backends.select import select
 from cm_fused._bucket import Bucket, StepOptions, step_options
 from cm_fused._devices import to_device
 from cm_fused._distributed import Processes, is_sharded, local_grad
+from cm_fused._optimizer.ascent import stacked
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import check_number
 from cm_fused._optimizer.norms import sq_norms_of_buckets
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans, view_as_real_
 from cm_fused._state.tracking import OptimizerState
-from cm_fused.compat._cmoptimizer_checkpoint import NAMES, convert_state_dict, read_checkpoint
+from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint, translated
 from cm_fused.philox import Stream, random_words
 
 __all__ = ["Adam_C", "Adam_CM", "convert_state_dict", "read_checkpoint"]
 
 # The parameters that get new state, with its keys.
 _Made = list[tuple[Tensor, Iterable[str]]]
-
-
-def _translated(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of a param group under cm_fused's names."""
-    result = {NAMES.get(name, name): value for name, value in options.items()}
-    if "synced" in result:
-        result["priority_scope"] = "group" if result.pop("synced") else "tensor"
-    return result
 
 
 class _ResearchAdam(CriticalAdam):
@@ -74,10 +67,9 @@ class _ResearchAdam(CriticalAdam):
         buffer_dtype: torch.dtype | None = None,
     ) -> None:
         _check(kappa, critical_test)
-        groups: Any = params if isinstance(params, Tensor) else list(params)
-        self._extra = {"kappa": kappa, "critical_test": critical_test}
+        self._own_defaults = {"kappa": kappa, "critical_test": critical_test}
         super().__init__(
-            groups,
+            params,
             lr,
             betas,
             eps,
@@ -91,7 +83,6 @@ class _ResearchAdam(CriticalAdam):
             buffer_dtype=buffer_dtype,
             decoupled_weight_decay=not self._critical_gradients,
         )
-        self.defaults.update(self._extra)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose options may have either package's names.
@@ -100,9 +91,10 @@ class _ResearchAdam(CriticalAdam):
             ValueError: An option is out of its range or a parameter a DTensor; nothing is added.
         """
         if isinstance(param_group, dict):
-            group = {**self._extra, **_translated(param_group)}
-            _check(group["kappa"], group["critical_test"])
-            if not group["kappa"]:
+            group = translated(param_group)
+            merged = {**self.defaults, **group}
+            _check(merged["kappa"], merged["critical_test"])
+            if not merged["kappa"]:
                 group["capacity"] = 1  # the slot stays empty
             param_group.clear()
             param_group.update(group)
@@ -114,17 +106,9 @@ class _ResearchAdam(CriticalAdam):
                 "with cm_fused.AdamCM"
             )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._extra = {name: self.defaults[name] for name in ("kappa", "critical_test")}
-
     def _stores_gradients(self, group: dict[str, Any]) -> bool:
         # Without a buffer, critical gradients are Adam; critical momenta have a second moment of m.
         return self._critical_gradients or not group["kappa"]
-
-    def _stores_first(self, group: dict[str, Any]) -> bool:
-        """Return whether a parameter's first step only stores its gradient."""
-        return not self._stores_gradients(group)
 
     @property
     def _waiting(self) -> set[int]:  # type: ignore[override]
@@ -133,7 +117,7 @@ class _ResearchAdam(CriticalAdam):
         return {
             id(param)
             for group in self.param_groups
-            if self._stores_first(group)
+            if not self._stores_gradients(group)
             for param in group["params"]
             if id(param) not in started
         }
@@ -179,7 +163,7 @@ class _ResearchAdam(CriticalAdam):
             keys = [_norm(param) for param in first]
             if options.priority_scope == "group" and (first or len(buckets) > 1):
                 pairs = sq_norms_of_buckets(plan, group=index)
-                total = _total([*(sums.sqrt() for _, sums in pairs), *keys])
+                total = stacked([*(sums.sqrt().sum() for _, sums in pairs), *keys]).sum()
                 keys = [total] * len(first)
                 for bucket in buckets:
                     bucket.sq_norm = to_device(total.square(), bucket.device)
@@ -194,7 +178,8 @@ class _ResearchAdam(CriticalAdam):
                 self._store_first_(group, param, options, key, made)
 
     def _first_timers(self, group: dict[str, Any]) -> list[Tensor]:
-        if not self._stores_first(group):
+        """Return the parameters that take their first step, if it only stores their gradient."""
+        if self._stores_gradients(group):
             return []
         started = self._started()
         return [p for p in group["params"] if p.grad is not None and id(p) not in started]
@@ -275,16 +260,6 @@ def _norm(param: Tensor) -> Tensor:
     dtype = torch.complex128 if param.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(param.grad, dtype=dtype)
     return norm.double()
-
-
-def _total(norms: list[Tensor]) -> Tensor:
-    """Return the sum of norms, float64 (), of any shapes and on any devices."""
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    sums = [norm.sum() for norm in norms]
-    if len(sums) == 1:
-        return sums[0]
-    return torch.stack([part.to(sums[0].device) for part in sums]).sum()
 
 
 class Adam_CM(_ResearchAdam):  # noqa: N801

@@ -1,12 +1,11 @@
 """The history of an optimizer's critical buffers and parameters."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cm_fused.diagnostics._reading import flat, weighted_mean
+from cm_fused.diagnostics._reading import flat
 
 
 @dataclass(frozen=True)
@@ -29,21 +28,26 @@ class History:
 class Track:
     """The history of one parameter."""
 
-    def __init__(self, param: Tensor, keys: Tensor | None) -> None:
+    def __init__(self, param: Tensor, keys: Tensor | None, count: float) -> None:
         self.start = param.detach().clone()
-        self.follow(keys)
+        self.follow(keys, count)
         self.admissions = 0
         self.steps = 0
 
-    def follow(self, keys: Tensor | None) -> None:
-        """Begin anew with keys, (C,) on the CPU, whose slots count as filled now."""
+    def follow(self, keys: Tensor | None, count: float) -> None:
+        """Begin anew after `count` steps with keys, (C,) on the CPU; their slots are filled now."""
+        self.count = count
         self.keys = torch.empty(0, device="cpu") if keys is None else keys
         self.ages = torch.zeros_like(self.keys, dtype=torch.int64)
 
-    def update(self, keys: Tensor, decay: float) -> None:
+    def update(self, keys: Tensor | None, count: float, decay: float) -> None:
         """Find what a step admitted, from the keys before and after it, both (C,) on the CPU."""
+        took_part, self.count = count != self.count, count
+        # A parameter without a gradient took no part: its keys did not decay.
+        if keys is None or not took_part:
+            return
         if len(self.keys) != len(keys):
-            self.follow(torch.full_like(keys, -torch.inf))
+            self.follow(torch.full_like(keys, -torch.inf), count)
         # Only the smallest key can be replaced, the first of equal ones; unfilled slots have -inf.
         slot = int(self.keys.argmin())
         self.ages += 1
@@ -53,7 +57,7 @@ class Track:
         if keys[slot] != decayed or (decay == 0 and decayed > -torch.inf):
             self.ages[slot] = 0
             self.admissions += 1
-        self.keys = keys.clone()
+        self.keys = keys
 
     def history(self, param: Tensor) -> History:
         """Return the history, and begin to count admissions anew."""
@@ -64,16 +68,3 @@ class Track:
         self.admissions = self.steps = 0
         moved = torch.linalg.vector_norm(flat(param.detach() - self.start, 0))
         return History(mean_age, max_age, rate, moved.item())
-
-
-def combine_histories(histories: Mapping[Tensor, History]) -> History:
-    """Return the history of several parameters together, means weighted by their elements."""
-    weights = [param.numel() for param in histories]
-    every = list(histories.values())
-    ages = [h.max_age for h in every if h.max_age == h.max_age]
-    return History(
-        weighted_mean([h.mean_age for h in every], weights),
-        max(ages, default=float("nan")),
-        weighted_mean([h.admission_rate for h in every], weights),
-        sum(h.distance**2 for h in every) ** 0.5,
-    )

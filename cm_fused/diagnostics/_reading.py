@@ -62,15 +62,26 @@ def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
 
 def combine(readings: Mapping[Tensor, Reading]) -> Reading:
     """Return the reading of several parameters together; see `Reading`."""
-    weights = [param.numel() for param in readings]
-    combined = {}
-    for field in fields(Reading):
-        values = [getattr(reading, field.name) for reading in readings.values()]
-        if field.name.endswith("norm"):
-            combined[field.name] = sum(value**2 for value in values) ** 0.5
+    return Reading(**combined(Reading, readings))
+
+
+def combined(kind: Any, items: Mapping[Tensor, Any]) -> dict[str, float]:
+    """Return the quantities of a `Reading` or `History` of several parameters together.
+
+    Norms and the distance are those of all elements together, `max_age` is the largest, and the
+    others are means weighted by the number of elements.
+    """
+    weights = [param.numel() for param in items]
+    result = {}
+    for field in fields(kind):
+        values = [getattr(item, field.name) for item in items.values()]
+        if field.name.endswith(("norm", "distance")):
+            result[field.name] = sum(value**2 for value in values) ** 0.5
+        elif field.name == "max_age":
+            result[field.name] = max((v for v in values if v == v), default=float("nan"))
         else:
-            combined[field.name] = weighted_mean(values, weights)
-    return Reading(**combined)
+            result[field.name] = _weighted_mean(values, weights)
+    return result
 
 
 def critical(optimizer: Optimizer) -> CriticalAdam:
@@ -84,7 +95,7 @@ def critical(optimizer: Optimizer) -> CriticalAdam:
     return base
 
 
-def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+def _weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
     """Return the mean of the values that exist; NaN if none does."""
     pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v == v and w]
     total = sum(weight for _, weight in pairs)

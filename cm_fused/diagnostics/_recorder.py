@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused.diagnostics._history import Track, combine_histories
-from cm_fused.diagnostics._reading import combine, critical, read
+from cm_fused.diagnostics._history import History, Track
+from cm_fused.diagnostics._reading import Reading, combined, critical, read
 
 ALL = "all"
 
@@ -71,13 +71,10 @@ class Recorder:
         # Open as long as the recorder is: a run is long, and may be cut off.
         self._file = None if path is None else Path(path).open("w", newline="")  # noqa: SIM115
         self._csv: csv.DictWriter[str] | None = None
-        self._tracks = {
-            param: Track(param, self._keys(param))
-            for group in self._optimizer.param_groups
-            for param in group["params"]
-        }
-        self._numbers = {param: number for number, param in enumerate(self._tracks)}
-        self._counts = {param: self._count(param) for param in self._tracks}
+        self._tracks: dict[Tensor, Track] = {}
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                self._begin_track(param, *self._keys_and_count(param))
         self.step = 0
         self.last: dict[str, dict[str, float]] = {}
         self._hooks = [
@@ -85,51 +82,46 @@ class Recorder:
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
-    def _keys(self, param: Tensor) -> Tensor | None:
-        keys = self._optimizer.state.get(param, {}).get("priorities")
-        return None if keys is None else keys.detach().cpu().clone()
+    def _begin_track(self, param: Tensor, keys: Tensor | None, count: float) -> None:
+        self._names.setdefault(param, str(len(self._tracks)))
+        self._tracks[param] = Track(param, keys, count)
 
-    def _count(self, param: Tensor) -> float:
-        return float(self._optimizer.state.get(param, {}).get("step", 0))
+    def _keys_and_count(self, param: Tensor) -> tuple[Tensor | None, float]:
+        """Return a parameter's keys, (C,) on the CPU, and the number of its steps."""
+        state = self._optimizer.state.get(param, {})
+        keys = state.get("priorities")
+        return None if keys is None else keys.detach().cpu().clone(), float(state.get("step", 0))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
         for group in self._optimizer.param_groups:
             for param in group["params"]:
                 if param not in self._tracks:
-                    self._numbers[param] = len(self._tracks)
-                    self._tracks[param] = Track(param, None)
-                keys, count = self._keys(param), self._count(param)
-                # A parameter without a gradient took no part: its keys did not decay.
-                if keys is not None and count != self._counts.get(param, 0.0):
-                    self._tracks[param].update(keys, group["priority_decay"])
-                self._counts[param] = count
+                    self._begin_track(param, None, 0.0)
+                keys, count = self._keys_and_count(param)
+                self._tracks[param].update(keys, count, group["priority_decay"])
         if self.step % self._every == 0:
             self.record()
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Follow the loaded buffers: their slots are no admissions of the next step."""
         for param, track in self._tracks.items():
-            track.follow(self._keys(param))
-            self._counts[param] = self._count(param)
+            track.follow(*self._keys_and_count(param))
 
     def record(self) -> dict[str, dict[str, float]]:
         """Record now; return the quantities of `Reading` and `History` by parameter name."""
         readings = read(self._optimizer)
         histories = {param: self._tracks[param].history(param) for param in readings}
         self.last = {
-            self._name(param): {**asdict(readings[param]), **asdict(histories[param])}
+            self._names[param]: {**asdict(readings[param]), **asdict(histories[param])}
             for param in readings
         }
-        self.last[ALL] = {**asdict(combine(readings)), **asdict(combine_histories(histories))}
+        self.last[ALL] = {**combined(Reading, readings), **combined(History, histories)}
         for name, quantities in self.last.items():
             self._write(name, quantities)
         if self._file is not None:
             self._file.flush()
         return self.last
-
-    def _name(self, param: Tensor) -> str:
-        return self._names.setdefault(param, str(self._numbers[param]))
 
     def _write(self, name: str, quantities: Mapping[str, float]) -> None:
         if self._file is not None:

@@ -85,8 +85,7 @@ def sharpness(
             return [p.to(vector.dtype) for p, vector in zip(products, vectors, strict=True)]
 
         with torch.no_grad():
-            search = _Search(hessian_times, _random_unit(params, seed), tolerance, max_iterations)
-            return search.run()
+            return _search(hessian_times, _random_unit(params, seed), tolerance, max_iterations)
 
 
 def _check(params: Sequence[Tensor], tolerance: float, max_iterations: int) -> None:
@@ -114,94 +113,66 @@ def _without_autocast(tensors: Sequence[Tensor]) -> ExitStack:
     return stack
 
 
-class _Search:
-    """The iteration: orthonormal vectors, x and the last direction, and their products.
+def _search(
+    apply: Callable[[Sequence[Tensor]], Vector],
+    start: Vector,
+    tolerance: float,
+    max_iterations: int,
+) -> Sharpness:
+    """Iterate until the result has converged, or it can get no better.
 
     `apply` returns the product of the Hessian and a vector; `start` is a unit vector.
     """
+    norms: list[float] = []  # those of the products so far
 
-    def __init__(
-        self,
-        apply: Callable[[Sequence[Tensor]], Vector],
-        start: Vector,
-        tolerance: float,
-        max_iterations: int,
-    ) -> None:
-        self._apply = apply
-        self._tolerance = tolerance
-        self._max_iterations = max_iterations
-        self._made = 0
-        self._largest = 0.0
-        self._vectors = [start]
-        self._products = [self._product_of(start)]
-        # Whether the product of x was computed, not combined from others.
-        self._is_exact = True
-
-    def run(self) -> Sharpness:
-        """Return the result, once the iteration has converged or can go no further."""
-        while True:
-            eigenvalue = _dot(self._vectors[0], self._products[0])
-            residual = _combined([1.0, -eigenvalue], [self._products[0], self._vectors[0]])
-            norm = _norm(residual)
-            has_converged = math.isfinite(norm) and norm <= self._tolerance * self._largest
-            if has_converged and self._is_exact:
-                return self._result(eigenvalue, True)
-            if self._made == self._max_iterations or not math.isfinite(norm):
-                return self._result(eigenvalue, False)
-            if has_converged:
-                self._confirm()
-                continue
-            direction = self._direction(residual, norm)
-            if direction is None:
-                return self._result(eigenvalue, False)
-            self._improve(direction)
-
-    def _result(self, eigenvalue: float, converged: bool) -> Sharpness:
-        return Sharpness(eigenvalue + 0.0, converged, self._made)  # no -0.0
-
-    def _product_of(self, vector: Vector) -> Vector:
-        product = self._apply(vector)
-        self._made += 1
-        self._largest = max(self._largest, _norm(product))
+    def product_of(vector: Vector) -> Vector:
+        product = apply(vector)
+        norms.append(_norm(product))
         return product
 
-    def _confirm(self) -> None:
-        """Replace the product of x, in which rounding errors add up, by a new one."""
-        x = _scaled(self._vectors[0], 1 / _norm(self._vectors[0]))
-        self._vectors, self._products = [x], [self._product_of(x)]
-        self._is_exact = True
+    # Orthonormal: x, and the last direction from the second iteration on.
+    vectors, products = [start], [product_of(start)]
+    # Whether the product of x was computed, not combined from others.
+    is_exact = True
+    while True:
+        eigenvalue = _dot(vectors[0], products[0])
+        residual = _combined([1.0, -eigenvalue], [products[0], vectors[0]])
+        norm = _norm(residual)
+        has_converged = math.isfinite(norm) and norm <= tolerance * max(0.0, *norms)
+        is_last = len(norms) == max_iterations or not math.isfinite(norm)
+        if has_converged and not (is_exact or is_last):
+            # A new product of x confirms it: rounding errors add up in the combined one.
+            x = _scaled(vectors[0], 1 / _norm(vectors[0]))
+            vectors, products, is_exact = [x], [product_of(x)], True
+            continue
+        direction = None
+        if not (has_converged or is_last):
+            residual = _scaled(residual, 1 / norm)
+            direction = _orthonormalized(residual, vectors)
+            if direction is None and len(vectors) > 1:  # the residual lies along the last one
+                del vectors[1:], products[1:]
+                direction = _orthonormalized(residual, vectors)
+        if direction is None:
+            return Sharpness(eigenvalue + 0.0, has_converged and is_exact, len(norms))  # no -0.0
+        vectors, products = _improved([*vectors, direction], [*products, product_of(direction)])
+        is_exact = False
 
-    def _direction(self, residual: Vector, norm: float) -> Vector | None:
-        """Return a unit vector towards the residual and orthogonal to the vectors, or None.
 
-        Drops the last direction where the residual lies along it.
-        """
-        unit = _scaled(residual, 1 / norm)
-        direction = _orthonormalized(unit, self._vectors)
-        if direction is None and len(self._vectors) > 1:
-            del self._vectors[1:], self._products[1:]
-            direction = _orthonormalized(unit, self._vectors)
-        return direction
-
-    def _improve(self, direction: Vector) -> None:
-        """Move x to where the Rayleigh quotient is largest in the span of all vectors."""
-        self._vectors.append(direction)
-        self._products.append(self._product_of(direction))
-        rows = [[_dot(v, p) for p in self._products] for v in self._vectors]
-        gram = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        if not gram.isfinite().all():  # no vector is best: the next residual is not finite
-            best = torch.full((len(rows),), math.nan, dtype=torch.float64, device="cpu")
-        else:
-            best = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -1]
-        # The part that is added to x, orthogonal to the new x.
-        along = best.clone()
-        along[0] = 0.0
-        along -= along.dot(best) * best
-        length = torch.linalg.vector_norm(along)
-        new = [best.tolist(), (along / length).tolist()] if length > 0 else [best.tolist()]
-        self._vectors = [_combined(coefficients, self._vectors) for coefficients in new]
-        self._products = [_combined(coefficients, self._products) for coefficients in new]
-        self._is_exact = False
+def _improved(vectors: list[Vector], products: list[Vector]) -> tuple[list[Vector], list[Vector]]:
+    """Move x to where the Rayleigh quotient is largest in the span of all vectors."""
+    rows = [[_dot(v, p) for p in products] for v in vectors]
+    gram = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    if not gram.isfinite().all():  # no vector is best: the next residual is not finite
+        best = torch.full((len(rows),), math.nan, dtype=torch.float64, device="cpu")
+    else:
+        best = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -1]
+    # The part that is added to x, orthogonal to the new x.
+    along = best.clone()
+    along[0] = 0.0
+    along -= along.dot(best) * best
+    length = torch.linalg.vector_norm(along)
+    new = [best.tolist(), (along / length).tolist()] if length > 0 else [best.tolist()]
+    return [_combined(c, vectors) for c in new], [_combined(c, products) for c in new]
 
 
 def _combined(coefficients: list[float], vectors: list[Vector]) -> Vector:
