@@ -13,18 +13,14 @@ parameters clipped by it: older cases had gradients whose squares have an exact 
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM
 from cm_fused._backends.select import select
 from cm_fused._backends.triton.columns import CHUNK_SIZE
-from cm_fused._optimizer.base import CriticalAdam
 from tests.support.cases import (
     CHUNK,
     device_of,
@@ -32,11 +28,10 @@ from tests.support.cases import (
     make_params,
     needs_cpu_backend,
     needs_triton,
-    normal_like,
-    real,
     step_options,
 )
 from tests.support.oracle import Options
+from tests.support.same_bits import Case, Class, run
 
 DEVICE = device_of("triton")
 pytestmark = [
@@ -45,7 +40,6 @@ pytestmark = [
     *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
 ]
 
-Class = type[CriticalAdam]
 CLASSES: tuple[Class, ...] = (AdamCM, AdamCG, AdamWCM)
 BUFFERS: tuple[Class, ...] = CLASSES[:2]
 CAPACITIES = (*range(1, 12), 20)
@@ -77,57 +71,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"max_grad_norm": 0.5},
     {"skip_nonfinite": True},
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run with both backends.
-
-    Attributes:
-        cls: The optimizer's class.
-        options: Its keywords away from their defaults.
-        dtype: Of the parameters.
-        lengths: Of the parameters.
-    """
-
-    cls: Class
-    options: dict[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    lengths: tuple[int, ...] = (5, 257)
-
-    @property
-    def capacity(self) -> int:
-        """The slots of each buffer; of 3 float32 a running sum is kept."""
-        return int(self.options.get("capacity", 3))
-
-    @property
-    def name(self) -> str:
-        """What the test's id says of it."""
-        options = [f"{key}={_short(value)}" for key, value in self.options.items()]
-        lengths = "+".join(map(str, self.lengths))
-        return "-".join([self.cls.__name__, _short(self.dtype), *options, lengths])
-
-    def make(self, params: list[Tensor], backend: str) -> CriticalAdam:
-        """Return the optimizer."""
-        options = {"lr": 0.05, "capacity": self.capacity, "seed": 2**40 + 3, **self.options}
-        return self.cls(params, **options, backend=backend)
-
-    def gradients(self) -> Iterator[list[Tensor]]:
-        """Yield the gradients of 2 C + 3 steps; the last but one is not finite."""
-        source = torch.Generator().manual_seed(1)
-        params = make_params([(length,) for length in self.lengths], self.dtype)
-        steps = 2 * self.capacity + 3
-        for step, scale in zip(range(steps), itertools.cycle((1.0, 0.5, 2.0, 0.0, 0.25, 4.0))):
-            grads = [normal_like(param, scale, source) for param in params]
-            for grad in map(real, grads):
-                grad.view(-1)[0] = -0.0
-                if step == steps - 2:
-                    grad.view(-1)[-1] = torch.inf if len(grad) % 2 else torch.nan
-            yield grads
-
-
-def _short(value: Any) -> str:
-    return str(value).removeprefix("torch.").replace(" ", "")
 
 
 def _cases() -> list[Case]:
@@ -196,63 +139,10 @@ def _slow_cases() -> list[Case]:
     return cases
 
 
-def _state(optimizer: CriticalAdam, params: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and their state as it lies in memory, a commit that is due included."""
-    for i, param in enumerate(params):
-        yield f"params[{i}]", param
-        for key, value in sorted(optimizer.state[param].items()):
-            yield f"state[{i}][{key!r}]", value
-
-
-def _saved(optimizer: CriticalAdam) -> Iterator[tuple[str, Tensor]]:
-    for i, state in optimizer.state_dict()["state"].items():
-        for key, value in sorted(state.items()):
-            yield f"state_dict: state[{i}][{key!r}]", value
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    values = real(tensor).cpu().contiguous().reshape(-1)
-    if values.dtype not in (torch.int8, torch.float8_e4m3fn):
-        values = (
-            torch.where(values.isnan(), torch.nan, values) if values.is_floating_point() else values
-        )
-    return values.view(torch.uint8)
-
-
-def _check(actual: Iterator[tuple[str, Tensor]], expected: Iterator[tuple[str, Tensor]]) -> None:
-    for (name, value), (expected_name, expected_value) in zip(actual, expected, strict=True):
-        assert name == expected_name
-        assert value.dtype == expected_value.dtype, name
-        bits, expected_bits = _bits(value), _bits(expected_value)
-        assert torch.equal(bits, expected_bits), (
-            f"{name}: {int((bits != expected_bits).sum())} of {len(bits)} bytes differ"
-        )
-
-
-def _run(case: Case) -> None:
-    """Take the steps with both backends, and compare everything after each."""
-    made = make_params([(length,) for length in case.lengths], case.dtype, seed=2)
-    runs = []
-    for backend in ("cpu", "triton"):
-        params = [param.to(device_of(backend), copy=True) for param in made]
-        runs.append((params, case.make(params, backend)))
-    for step, grads in enumerate(case.gradients()):
-        for params, optimizer in runs:
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad.to(param.device)
-                if step == 1:
-                    # Sums are rebuilt once in 4 C steps: the run comes to the next.
-                    optimizer.state[param]["step"] += 2 * case.capacity
-            optimizer.step()
-        (expected_params, expected), (actual_params, actual) = runs
-        _check(_state(actual, actual_params), _state(expected, expected_params))
-    _check(_saved(runs[1][1]), _saved(runs[0][1]))
-
-
 @pytest.mark.parametrize("case", _cases(), ids=lambda case: case.name)
 def test_each(case: Case) -> None:
     """Each class with each option away from its default, each dtype and each capacity."""
-    _run(case)
+    run(case)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -277,7 +167,7 @@ def test_norms_of_float64_are_rounded_once(seed: int) -> None:
 @pytest.mark.parametrize("case", _slow_cases(), ids=lambda case: case.name)
 def test_products(case: Case) -> None:
     """Options in every dtype, every capacity by how slots are stored, every pair of roundings."""
-    _run(case)
+    run(case)
 
 
 @pytest.mark.parametrize("cls", BUFFERS)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cm_fused._backends import library
-from cm_fused._backends.triton.columns import COLUMNS, WIDTH
-from tests.support.cases import device_of, needs_cpu_backend, needs_triton, skip_if
+from cm_fused._backends.triton.columns import COLUMNS
+from tests.support.cases import needs_cpu_backend, needs_triton, skip_if
+from tests.support.priority_rows import Rows
 
 # The operator for the CPU, and on a GPU for CUDA: both are csrc/priority/priority.h.
 OPERATOR = pytest.param("operator", marks=needs_cpu_backend)
@@ -57,64 +58,6 @@ class Model:
         """Return the keys as the state has them."""
         unfilled = [-float("inf")] * (self.capacity - len(self.keys))
         return [float(key) for key in self.keys] + unfilled
-
-
-class Rows:
-    """The tensors that a table names, in new state."""
-
-    def __init__(
-        self, num_chunks: list[int], capacity: int, kernel: str = "operator", *, filled: bool = True
-    ) -> None:
-        rows = len(num_chunks)
-        self.num_chunks = num_chunks
-        self.kernel = kernel
-        self.device = {"operator": torch.device("cpu"), "cuda": torch.device("cuda")}.get(
-            kernel, device_of("triton")
-        )
-        self.priorities = torch.full((rows, capacity), -torch.inf, device=self.device)
-        self.slots = torch.full((rows,), 99, device=self.device)
-        self.steps = torch.zeros(rows, device=self.device)
-        self.filled = torch.full((rows,), 99, device=self.device)
-        table = torch.zeros(rows, WIDTH, dtype=torch.int64)
-        for column, tensor in (
-            (COLUMNS["priorities"], self.priorities),
-            (COLUMNS["pending_slot"], self.slots),
-            (COLUMNS["step"], self.steps),
-            (COLUMNS["filled"], self.filled),
-        ):
-            stride = tensor.stride(0) * tensor.element_size()
-            table[:, column] = tensor.data_ptr() + stride * torch.arange(rows)
-        if not filled:
-            table[:, COLUMNS["filled"]] = 0
-        chunks = torch.tensor(num_chunks, dtype=torch.int64)
-        table[:, COLUMNS["num_chunks"]] = chunks
-        table[:, COLUMNS["first_chunk"]] = chunks.cumsum(0) - chunks
-        self.table = table.to(self.device)
-
-    def update(
-        self,
-        chunk_sq_norms: list[float],
-        sq_norm: float | list[float] | None = None,
-        found_inf: float | None = None,
-        **options: Any,
-    ) -> None:
-        """Call the kernel."""
-        norms, *scalars = (
-            None if value is None else torch.tensor(value, dtype=torch.float64, device=self.device)
-            for value in (chunk_sq_norms, sq_norm, found_inf)
-        )
-        assert norms is not None
-        if self.kernel == "triton":
-            from cm_fused._backends.triton import launch as triton
-
-            triton.update_priorities_of_table_(self.table, norms, *scalars, **options)
-            return
-        torch.ops.cm_fused.update_priorities_(self.table, norms, *scalars, **options)
-
-    def split(self, chunk_sq_norms: list[float]) -> list[list[float]]:
-        """Return each row's part of the chunks."""
-        ends = np.cumsum(self.num_chunks)
-        return [chunk_sq_norms[end - n : end] for end, n in zip(ends, self.num_chunks, strict=True)]
 
 
 # The norms of a step's chunks, those it is given instead, and found_inf.

@@ -11,6 +11,8 @@ LEFT_OUT = {
     "tests/packaging/test_build.py": "builds packages in subprocesses",
     "tests/optimizer/test_compile.py": "inductor compiles with another g++",
     "tests/backends/test_cuda_sources.py": _NO_CPP,
+    "tests/backends/test_compiled.py": "runs in processes without the preload",
+    "tests/backends/test_ptx.py": _NO_CPP,
     "tests/packaging/test_diagnosis.py": "subprocesses of `python -m cm_fused` without the preload",
     "tests/distributed/test_exits.py": "gloo's threads, not instrumented, outlive the main one",
     "tests/backends/test_gpu.py": "needs a GPU",

@@ -175,8 +175,11 @@ def update_priorities_kernel(
     keys = tl.where(taken, key, keys)
     # An unfilled slot keeps -inf, which times 0 would be NaN.
     keys = tl.where(keys >= 0, keys * priority_decay, keys)
+    step_ptr = pointer(row_ptr, "step", tl.float32)
+    step = tl.load(step_ptr) + 1.0
+    # Every thread has read keys and step by then; few of them write.
+    tl.debug_barrier()
     tl.store(keys_ptr + slots, keys, mask=in_buffer)
     slot_ptr = pointer(row_ptr, "pending_slot", tl.int64)
     tl.store(slot_ptr, tl.where(admitted != 0, slot, -1).to(tl.int64))
-    step_ptr = pointer(row_ptr, "step", tl.float32)
-    tl.store(step_ptr, tl.load(step_ptr) + 1.0)
+    tl.store(step_ptr, step)
