@@ -79,15 +79,9 @@ class Process:
                 register(table, {"param": params, "grad": grads, **state})
             return table
 
-        def pass_options(
-            self: Any, dtype: torch.dtype, dtypes: dict[str, Any], *others: Any
-        ) -> dict[str, Any]:
-            stored = dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"]
-            return kernels.launch_options(launch.TRITON_DTYPES[dtype], *stored, *others)
-
         replaced: tuple[tuple[Any, str, Any], ...] = (
             (tables.Tables, "refresh", refresh_and_register),
-            (launch._Launcher, "_pass_options", pass_options),
+            (launch, "_has_register_caps", lambda device: True),
             (launch, "unavailable_reason", lambda device: None),
             (launch, "priority_kernel", lambda device: "Triton"),
         )
@@ -137,6 +131,7 @@ class Process:
         capacity: int,
         priority_decay: float,
         group_scope: bool,
+        calls: object = None,
     ) -> None:
         """Launch the CUDA kernel as csrc/cuda/update_priorities.cu does."""
         if not len(table):
