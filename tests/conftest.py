@@ -27,21 +27,18 @@ _SAMPLED = 13
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option to leave nothing out."""
-    parser.addoption(
-        "--every-case", action="store_true", help="run all interpreted cases of sampled tests"
-    )
+    parser.addoption("--every-case", action="store_true", help="run all cases of sampled tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one in 13 of a sampled test's triton cases, the first among them."""
+    """Keep one in 13 of a sampled test's cases with Triton kernels, the first among them."""
     if config.getoption("--every-case"):
         return
     seen: Counter[Any] = Counter()
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     for item in items:
-        case = getattr(item, "callspec", None)
-        if case and "triton" in case.params.values() and item.get_closest_marker("sampled"):
+        if item.get_closest_marker("sampled") and _runs_kernels(item):
             seen[item.originalname] += 1  # type: ignore[attr-defined]
             sampled = seen[item.originalname] % _SAMPLED == 1  # type: ignore[attr-defined]
             (kept if sampled else left_out).append(item)
@@ -49,6 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+def _runs_kernels(item: Any) -> bool:
+    """Return whether a test runs kernels in Python: interpreted, or their compiled code."""
+    case = getattr(item, "callspec", None)
+    return case is not None and ("triton" in case.params.values() or "workers" in item.fixturenames)
 
 
 @pytest.fixture(autouse=True)

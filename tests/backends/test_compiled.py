@@ -94,7 +94,12 @@ def arch() -> int:
 
 def on_others(function: Any) -> Any:
     """Run a test on all architectures, slowly."""
-    return pytest.mark.slow(pytest.mark.parametrize("arch", ARCHITECTURES)(function))
+    return slowly(pytest.mark.parametrize("arch", ARCHITECTURES)(function))
+
+
+def slowly(function: Any) -> Any:
+    """Run some of a test's cases where there is time, all with --every-case: for half an hour."""
+    return pytest.mark.slow(pytest.mark.sampled(function))
 
 
 def _of_name(case: Case) -> str:
@@ -114,7 +119,7 @@ def test_same_bits_on_others(workers: Workers, arch: int, case: Case) -> None:
     workers.ask(arch, "same bits", case.name, "Triton")
 
 
-@pytest.mark.slow
+@slowly
 @pytest.mark.parametrize("case", SLOW_CASES, ids=_of_name)
 def test_same_bits_of_all(workers: Workers, case: Case) -> None:
     """Every class, dtype, capacity and way to store the state."""
