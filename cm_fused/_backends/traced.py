@@ -1,13 +1,16 @@
 """The step of the fused backends as one operator, for `torch.compile`.
 
-It cannot trace what prepares launches or registers state. Called eagerly the step goes past this:
-the operator registers a bucket anew at every call.
+It cannot trace what prepares launches or registers state. The operator finds what earlier calls
+have registered by a number of its optimizer's: a graph holds numbers and tensors alone. Called
+eagerly the step goes past this.
 """
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from itertools import chain, count
+from operator import is_
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,19 +27,52 @@ PLAIN_OPTIONS = tuple(name for name in StepOptions._fields if name not in _TENSO
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, SymInt mask, "
     "SymInt[] param_indices, SymInt[] shard_layouts, Tensor? sq_norm, Tensor lr, "
-    "Tensor? grad_factor, Tensor? found_inf, *, str backend, bool critical_gradients, "
+    "Tensor? grad_factor, Tensor? found_inf, *, SymInt batches, str backend, "
+    "bool critical_gradients, "
     + ", ".join(f"{_TYPES[StepOptions.__annotations__[name]]} {name}" for name in PLAIN_OPTIONS)
     + ") -> ()"
 )
 
 
-def prepare(backend: Backend, batch: Batch) -> Callable[[], None]:
+_numbers = count()
+_all_batches: WeakValueDictionary[int, "Batches"] = WeakValueDictionary()
+
+
+class Batches:
+    """The registered batches of an optimizer's compiled steps, a bucket each, by their `number`."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        self._batches: dict[int, tuple[Backend, Batch]] = {}
+        _all_batches[self.number] = self
+
+    def registered(self, backend: Backend, bucket: Bucket) -> Batch:
+        """Return a registered batch of a bucket's tensors: that of an earlier call, if there is."""
+        tensors = [bucket.params, *bucket.state.values()]
+        known, batch = self._batches.get(id(bucket.params[0]), (None, None))
+        if known is backend and batch is not None:
+            earlier = [batch.params, *batch.buckets[0].state.values()]
+            if all(map(_are_same, tensors, earlier)) and len(tensors) == len(earlier):
+                return batch
+        batch = Batch([bucket], bucket.params)
+        backend.register(batch)
+        self._batches[id(bucket.params[0])] = backend, batch
+        return batch
+
+
+def _are_same(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(map(is_, tensors, others))
+
+
+def prepare(backend: Backend, batch: Batch, batches: int) -> Callable[[], None]:
     """Return what takes the step of a batch, one operator for each bucket of a fused backend."""
     batch.split_gradients()
-    return partial(_step_, backend.name, batch) if backend.is_fused else backend.prepare(batch)
+    if not backend.is_fused:
+        return backend.prepare(batch)
+    return partial(_step_, backend.name, batch, batches)
 
 
-def _step_(backend: str, batch: Batch) -> None:
+def _step_(backend: str, batch: Batch, batches: int) -> None:
     for bucket in batch.buckets:
         options = bucket.options
         lr = options.lr
@@ -53,6 +89,7 @@ def _step_(backend: str, batch: Batch) -> None:
             lr,
             options.grad_factor,
             options.found_inf,
+            batches=batches,
             backend=backend,
             critical_gradients=bucket.critical_gradients,
             **{name: getattr(options, name) for name in PLAIN_OPTIONS},
@@ -84,20 +121,28 @@ def step_op(
     grad_factor: Tensor | None,
     found_inf: Tensor | None,
     *,
+    batches: int,
     backend: str,
     critical_gradients: bool,
     **options: Any,
 ) -> None:
     """Take a step of either kind, its arguments those of `Bucket` and `StepOptions`.
 
-    `state` has the tensors of each row of the STATE table in the mask, row by row.
+    `state` has the tensors of each row of the STATE table in the mask, row by row. `batches` is the
+    number of the optimizer's `Batches`, or of none.
     """
-    count = len(params)
-    lists = {key: list(state[i * count : (i + 1) * count]) for i, key in enumerate(keys_of(mask))}
-    bucket = Bucket(list(params), list(grads), lists, list(param_indices), list(shard_layouts))
-    bucket.critical_gradients, bucket.sq_norm = critical_gradients, sq_norm
-    bucket.options = StepOptions(lr=lr, grad_factor=grad_factor, found_inf=found_inf, **options)
-    batch = Batch([bucket], bucket.params, bucket.grads)
+    size = len(params)
+    lists = {key: list(state[i * size : (i + 1) * size]) for i, key in enumerate(keys_of(mask))}
+    bucket = Bucket(list(params), [], lists, list(param_indices), list(shard_layouts))
+    bucket.critical_gradients = critical_gradients
     chosen = select(backend, bucket.device)
-    chosen.register(batch)
-    chosen.prepare(batch)()
+    batch = _all_batches.get(batches, Batches()).registered(chosen, bucket)
+    (bucket,) = batch.buckets
+    bucket.sq_norm, batch.grads = sq_norm, list(grads)
+    bucket.options = StepOptions(lr=lr, grad_factor=grad_factor, found_inf=found_inf, **options)
+    try:
+        chosen.prepare(batch)()
+    finally:
+        # Which an optimizer keeps no longer than a step takes.
+        batch.grads, bucket.sq_norm = [], None
+        batch.split_gradients()

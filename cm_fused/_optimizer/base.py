@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from cm_fused._backends import traced
 from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import drop_derived
@@ -104,6 +105,8 @@ class CriticalAdam(CheckpointedOptimizer):
         self._captured_plans: list[Plan] = []
         # A step whose norms are still being summed over processes: its plan, the sums, the work.
         self._pending: tuple[Plan, Tensor, Any] | None = None
+        # What compiled steps have prepared, for good: its number is in their code.
+        self._traced_batches: traced.Batches = vars(self).get("_traced_batches", traced.Batches())
         # The plans of parameters that are stepped inside backward, by the parameter's id, each with
         # the parameter's index among the optimizer's.
         self._single_plans: dict[int, tuple[Plans, int]] = {}
@@ -233,6 +236,7 @@ class CriticalAdam(CheckpointedOptimizer):
         plans = Plans()
         plans.read(self.param_groups, self._waiting)
         plan = self._new_plan(plans, self.param_groups, 0, [])
+        plan.batches_number = self._traced_batches.number
         self._run(plan, plans, self.param_groups)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -69,6 +69,7 @@ class Plan:
     # Complex tensors with their views as pairs of reals, which do not follow a replaced `.data`.
     views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     # By group, what `take_options` gave the buckets; None where `norms.scale_` has replaced it.
+    batches_number: int = -1  # of the optimizer's `traced.Batches`
     options: list[StepOptions] | None = None
     # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
@@ -102,7 +103,9 @@ class Plan:
             backend.prepare(batch)()
             return
         prepared = [
-            traced.prepare(backend, batch) if self.is_traced else backend.prepare(batch)
+            traced.prepare(backend, batch, self.batches_number)
+            if self.is_traced
+            else backend.prepare(batch)
             for backend, batch in self.batches
         ]
         for take_ in prepared:

@@ -1,7 +1,9 @@
 """torch.compile takes steps whole, compiles them twice and never again."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cm_fused import AdamCG, AdamCM
-from cm_fused._backends import traced
+from cm_fused._backends import library, traced
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.table import KEYS, mask_of
 from tests.support.cases import make_bucket
@@ -152,6 +154,45 @@ def test_compiled_training_step(cls: type[CriticalAdam], backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+def test_a_compiled_step_registers_its_state_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in each step, but again when other state is loaded; nothing outlives the optimizer.
+
+    Older tests looked at the values alone, which were right.
+    """
+    made = []
+    register = library.RegisteredState.__init__
+
+    def counted(*arguments: Any, **others: Any) -> None:
+        made.append(1)
+        register(*arguments, **others)
+
+    monkeypatch.setattr(library.RegisteredState, "__init__", counted)
+    model = _model()
+    optimizer = AdamCM(model.parameters(), backend=backend, capacity=3)
+    step = torch.compile(optimizer.step, backend="eager")
+    counts = []
+    for t in range(7):
+        if t == 5:
+            optimizer.load_state_dict(optimizer.state_dict())
+            loaded = len(made)
+        _give_gradients(model, t)
+        step()
+        counts.append(len(made))
+    assert counts[1:5] == counts[1:2] * 4
+    assert counts[5:] == [loaded + 1] * 2
+    state = weakref.ref(next(iter(optimizer.state.values()))["exp_avg"])
+    grad = weakref.ref(next(model.parameters()).grad)
+    optimizer.zero_grad()
+    assert grad() is None
+    del optimizer, step
+    torch._dynamo.reset()
+    gc.collect()
+    assert state() is None
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
 @pytest.mark.parametrize("kind", ["cm", "cg"])
 def test_opcheck_of_the_step(kind: Any, backend: str) -> None:
     """Its schema, autograd registration, fake kernel and functionalization agree with it."""
@@ -170,6 +211,7 @@ def test_opcheck_of_the_step(kind: Any, backend: str) -> None:
             *(torch.tensor(0.01), torch.tensor(0.5), None),
         ),
         {
+            "batches": -1,
             "backend": backend,
             "critical_gradients": kind == "cg",
             **{name: getattr(bucket.options, name) for name in traced.PLAIN_OPTIONS},

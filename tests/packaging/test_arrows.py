@@ -15,7 +15,16 @@ LAYERS = (
     ("_optimizer",),
     ("_backends",),
     ("_state", "reference"),
-    ("_state.table", "_bucket", "_distributed", "philox", "rounding", "_warnings", "_works"),
+    (
+        "_state.table",
+        "_bucket",
+        "_distributed",
+        "philox",
+        "rounding",
+        "_warnings",
+        "_works",
+        "_devices",
+    ),
 )
 BACKENDS = ("cm_fused._backends.cpu", "cm_fused._backends.eager", "cm_fused._backends.triton")
 # Besides the backend that runs it, whoever chooses or traces it; `compat` takes first steps by it.
