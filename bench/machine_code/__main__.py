@@ -58,7 +58,7 @@ class Report:
         written: Likewise.
         expected: What the byte model says of these two.
         instructions: That a thread issues for each element of full chunks.
-        issue_share: Of the issue slots, the part they take while those bytes are moved at the
+        issue_share: Of the issue slots, the part they take while the expected bytes move at the
             speed of `bench.machine_code.loops`.
         barriers: Waits for the program's other warps in an iteration over full chunks.
         shared_bytes: Of shared memory, a program's.
@@ -148,7 +148,7 @@ def report(variant: Variant, arch: int) -> Report:
         written=counted.written,
         expected=(model.read, model.written),
         instructions=loop.per_element,
-        issue_share=loop.issue_share(counted.read + counted.written),
+        issue_share=loop.issue_share(model.read + model.written),
         barriers=loop.barriers,
         shared_bytes=compiled.metadata.shared,
         conversions=compiled.asm["ttgir"].count("convert_layout"),

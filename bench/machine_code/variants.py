@@ -77,7 +77,6 @@ class Variant:
             "AMSGRAD": self.amsgrad,
             "SUMMED_SLOTS": self.summed_slots,
             "BY_FOURS": True,
-            "IN_STEP": True,
         }
 
     def model(self) -> Bytes:

@@ -86,7 +86,6 @@ class _Variant:
     STOCHASTIC: bool
     KAHAN: bool
     BY_FOURS: bool
-    IN_STEP: bool
     FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
     SHAPE: tuple[int, ...] = ()  # of the elements that are worked on at a time
 
@@ -100,7 +99,7 @@ class _Variant:
         if {self.MOMENT_DTYPE, self.SLOT_DTYPE} & {tl.int8, tl.uint8}:
             warps = NUM_WARPS if not INTERPRETED else BLOCK_SIZE // SCALE_BLOCK_SIZE
             vector = 4 if full else 1
-            shape = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
+            shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
         else:
             shape = (BLOCK_SIZE if full else TAIL_BLOCK_SIZE,)
         return replace(self, FULL=full, SHAPE=shape)
@@ -265,7 +264,7 @@ def _store_moment(
         half = bits >> 16 if SIGNED else bits & 0xFFFF
         if V.MOMENT_DTYPE == tl.int8:
             codes, scales = rounding.to_moment(values, half, SIGNED)
-            rounding.store_scales(scales_ptr, block, scales, 1, V.IN_STEP, V.SHAPE)
+            rounding.store_scales(scales_ptr, block, scales, 1, V.SHAPE)
             tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
             rounded = rounding.round_to_bfloat16(values, half)
@@ -363,8 +362,7 @@ def _sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
     """Return the sum of the buffer, and put an item, rounded, in its slot where one is admitted.
 
     A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
-    comes after. `follow` is 1 where a running sum has yet to follow. A slot that is written is read
-    before the item is rounded, if at all: see the NOTE on blocks with scales.
+    comes after. `follow` is 1 where a running sum has yet to follow.
     """
     buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
     evicted = buffer_sum
@@ -393,7 +391,7 @@ def _commit(buffer, stored, scales, block, V: tl.constexpr):
     if rounding.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
         admits = (buffer.slot >= 0).to(tl.int32)
-        rounding.store_scales(scales_ptr, block, scales, admits, V.IN_STEP, V.SHAPE)
+        rounding.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
     # Where nothing is committed this is no slot, and it is not touched.
     commit = spread(buffer.slot, V.SHAPE) >= 0
     tl.store(buffer.slot_ptr + block.offsets, stored, mask=block.mask & commit)
@@ -585,7 +583,6 @@ def critical_adam_kernel(
     # Each four consecutive elements, from the first on, are four of the whole parameter's that
     # share a counter of random bits.
     BY_FOURS: tl.constexpr,
-    IN_STEP: tl.constexpr,  # warps have 32 lanes, which shuffles make wait for each other
 ):
     """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
     if is_set(found_inf_ptr):
@@ -601,7 +598,6 @@ def critical_adam_kernel(
         STOCHASTIC,
         KAHAN,
         BY_FOURS,
-        IN_STEP,
     )
     chunk = _chunk_of(table_ptr, chunks_ptr)
     aligned = is_aligned(chunk.row_ptr, chunk.numel, SLOT_DTYPE.primitive_bitwidth // 8)

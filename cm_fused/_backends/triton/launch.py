@@ -180,7 +180,6 @@ class _Launcher:
         self.bucket = bucket
         self._options = options
         self._device = bucket.device
-        self._is_nvidia = self._device.type == "cuda" and torch.version.hip is None
         self._capacity = bucket.capacity
         self._lr_ptr, self._lr = _lr(options, self._device)
         self._grad_factor = _on_device(options.grad_factor, self._device)
@@ -255,7 +254,6 @@ class _Launcher:
                 AMSGRAD=amsgrad,
                 SUMMED_SLOTS=summed_slots,
                 BY_FOURS=self.tables.by_fours,
-                IN_STEP=self._is_nvidia,
                 **dtypes,
                 **self._pass_options(chunks.param_dtype, dtypes, amsgrad, summed_slots),
             )
@@ -303,7 +301,7 @@ class _Launcher:
     def _pass_options(
         self, param_dtype: torch.dtype, dtypes: dict[str, Any], amsgrad: bool, summed_slots: int
     ) -> dict[str, Any]:
-        if not self._is_nvidia:
+        if self._device.type != "cuda" or torch.version.hip is not None:
             return triton_common.LAUNCH_OPTIONS
         stored = dtypes["MOMENT_DTYPE"], dtypes["SLOT_DTYPE"]
         return triton_kernels.launch_options(

@@ -22,10 +22,10 @@ _WEYL0, _WEYL1 = map(tl.constexpr, philox.WEYL)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _SIGN_BIT = tl.constexpr(-0x80000000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
-# The bits of 2^-14 and 2^17; those of a power of two taken from these are those of 2^10 by it.
+# The bits of 2^-14 and 2^17; those of a power of two taken from the last are those of its inverse.
 _SMALLEST_HALF = tl.constexpr(0x38800000)
 _INFINITE_HALF = tl.constexpr(0x48000000)
-_INVERSE_SPACING = tl.constexpr(264 << 23)
+_INVERSE_BITS = tl.constexpr(254 << 23)
 # The bits of 2^-6, and of 1.5 * 2^23 and 2^14, by whose sum a number is rounded to an
 # integer or to a multiple of 2^-9 in its last bits.
 _SMALLEST_FLOAT8 = tl.constexpr(0x3C800000)
@@ -42,9 +42,8 @@ _FLOAT8_BITS = tl.constexpr(-0x78100000)
 # float32 or one element, and a warp's runs follow each other. With these four dimensions triton
 # gives every tensor, whatever its dtype, the layout they name, and lays out nothing anew.
 #
-# All lanes load a scale and the first one stores it anew. On CUDA devices no barrier is needed in
-# between: what finds the new scale of a block's values makes the lanes of its warp wait for each
-# other, and each has issued its load of the old one before. Elsewhere warps may have other sizes.
+# A warp's first lane loads a scale, spreads it, and stores the new one: no other thread accesses
+# it, so that no barrier is needed in between.
 
 
 @triton.constexpr_function
@@ -167,8 +166,8 @@ def round_to_float16(value, bits):
     # From 2^17 on everything is infinite, whatever the spacing.
     exponent = tl.minimum(exponent, _INFINITE_HALF)
     spacing = exponent.to(tl.float32, bitcast=True) * (2.0**-10)
-    inverse = (_INVERSE_SPACING - exponent).to(tl.float32, bitcast=True)
-    scaled = magnitude.to(tl.float32, bitcast=True) * inverse  # exact
+    inverse = (_INVERSE_BITS - exponent).to(tl.float32, bitcast=True)
+    scaled = magnitude.to(tl.float32, bitcast=True) * inverse * 2.0**10  # exact
     lower = tl.floor(scaled)
     up = (scaled - lower) * 65536.0 > bits.to(tl.int32).to(tl.float32)
     # Infinity and NaN stay what they are.
@@ -209,7 +208,7 @@ def _block_scale(values, LARGEST: tl.constexpr):
 
 @triton.jit
 def _scale_offsets(begin, SHAPE: tl.constexpr):
-    """Return which of a chunk's scales each lane uses, and whether it is the one to store it."""
+    """Return an element whose scale each lane uses, and whether it is the one to access it."""
     SCALES: tl.constexpr = _scales(SHAPE)
     # By the element, which hides that a warp's scale follows that of another: lanes would be laid
     # out along them.
@@ -229,17 +228,18 @@ def _are_wanted(elements, block, wanted, SHAPE: tl.constexpr):
 @triton.jit
 def load_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
     """Load the scales of a block of a chunk, or return `other` where `wanted`, a scalar, is 0."""
-    elements, _ = _scale_offsets(block.begin, SHAPE)
-    mask = _are_wanted(elements, block, wanted, SHAPE)
-    scales = tl.load(scales_ptr + elements // SCALE_BLOCK, mask=mask, other=other)
-    return scales
+    elements, is_first = _scale_offsets(block.begin, SHAPE)
+    mask = is_first & _are_wanted(elements, block, wanted, SHAPE)
+    loaded = tl.load(scales_ptr + elements // SCALE_BLOCK, mask=mask, other=0.0)
+    # The other lanes have 0. Integers are reduced by one instruction.
+    bits = tl.max(loaded.to(tl.uint32, bitcast=True), 2, keep_dims=True)
+    scales = bits.to(tl.float32, bitcast=True)
+    return tl.where(tl.full(scales.shape, wanted, tl.int32) != 0, scales, other)
 
 
 @triton.jit
-def store_scales(scales_ptr, block, scales, wanted, IN_STEP: tl.constexpr, SHAPE: tl.constexpr):
+def store_scales(scales_ptr, block, scales, wanted, SHAPE: tl.constexpr):
     """Store the scales of a block where `wanted`, a scalar, is not 0; see the NOTE above."""
-    if not IN_STEP:
-        tl.debug_barrier()
     elements, is_first = _scale_offsets(block.begin, SHAPE)
     mask = is_first & _are_wanted(elements, block, wanted, SHAPE)
     scales = tl.broadcast_to(scales, _scales(SHAPE))
