@@ -100,7 +100,13 @@ def test_every_float32_variant(
 
 @pytest.mark.parametrize(
     ("variant", "moved"),
-    [("bfloat16", 38), ("int8", 33), ("int8 bfloat16 moments", 25)],
+    [
+        ("bfloat16", 38),
+        ("float8_e4m3fn", 33),
+        ("int8", 33),
+        ("int8 bfloat16 moments", 25),
+        ("int8 int8 moments", 21),
+    ],
 )
 def test_bytes_of_low_precision(
     reports: dict[tuple[int, str], dict[str, Any]], variant: str, moved: int
@@ -110,11 +116,16 @@ def test_bytes_of_low_precision(
     Of the five slots' loads the one of the replaced slot is issued but switched off.
     """
     report = reports[90, f"rounded float32 CM 5 slots {variant}"]
+    # Warps do not wait for each other.
+    assert report["barriers"] == 0
+    # int8 moments are limited by instructions: see bench/NOTES.md.
+    assert report["issue_share"] < (1.1 if variant.endswith("int8 moments") else 0.6)
     assert [report["read"], report["written"]] == report["expected"]
     slot_bytes = 2 if variant == "bfloat16" else 1
     assert report["read"] + report["written"] - slot_bytes == moved
     assert report["local_bytes"] == 0
-    assert report["fused_multiply_adds"] == 0
+    # Those of int8 moments are written as such: they find exact roots and exact products.
+    assert report["fused_multiply_adds"] == 0 or variant.endswith("int8 moments")
 
 
 LISTING = """
