@@ -166,7 +166,7 @@ def round_to_float16(value, bits):
     # From 2^17 on everything is infinite, whatever the spacing.
     exponent = tl.minimum(exponent, _INFINITE_HALF)
     spacing = exponent.to(tl.float32, bitcast=True) * (2.0**-10)
-    inverse = (_INVERSE_BITS - exponent).to(tl.float32, bitcast=True)
+    inverse = (tl.zeros_like(raw) + _INVERSE_BITS - exponent).to(tl.float32, bitcast=True)
     scaled = magnitude.to(tl.float32, bitcast=True) * inverse * 2.0**10  # exact
     lower = tl.floor(scaled)
     up = (scaled - lower) * 65536.0 > bits.to(tl.int32).to(tl.float32)
