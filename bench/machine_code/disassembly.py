@@ -65,7 +65,7 @@ def instructions(listing: str) -> Iterator[Instruction]:
         if instruction:
             complete = True
             guard, opcode, operands = instruction.groups()
-            target = _TARGET.match(operands) if opcode == "BRA" else None
+            target = _TARGET.match(operands) if opcode.split(".")[0] == "BRA" else None
             guarded = bool(guard or (target and target[1]))
             yield Instruction(
                 opcode, tuple(lines), guarded, tuple(labels), target[2] if target else None
