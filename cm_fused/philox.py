@@ -16,8 +16,8 @@ from torch import Tensor
 # The fewest rounds at which Philox-4x32 passes BigCrush, and the number its authors recommend for
 # speed is 7, with 10 for a margin (Salmon et al., section 4.4 and table 2).
 ROUNDS = 7
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 # The words of one counter, which serve as many consecutive elements.
 WORDS = 4
@@ -65,15 +65,15 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
     key0, key1 = key
     for _ in range(ROUNDS):
         # The product's low 64 bits are its bits, whatever their sign.
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
+        product0 = c0 * MULTIPLIERS[0]
+        product1 = c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _WORD) ^ c1 ^ key0,
             product1 & _WORD,
             ((product0 >> 32) & _WORD) ^ c3 ^ key1,
             product0 & _WORD,
         )
-        key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
+        key0, key1 = (key0 + WEYL[0]) & _WORD, (key1 + WEYL[1]) & _WORD
     return [c0, c1, c2, c3]
 
 

@@ -2,7 +2,8 @@
 
 Every variant is compiled as a launch compiles it and disassembled. Its accesses of tensors are told
 apart by the source lines that the disassembler names for each instruction, its elements by their
-stores: each element's parameter is stored once. So the bytes an element are counted, not believed.
+stores: each element's parameter is stored once. So the bytes an element are counted, not believed,
+and beside them the instructions issued while they are moved.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import triton
 
 from bench.machine_code.disassembly import accesses, bytes_per_element, instructions, source_lines
+from bench.machine_code.loops import full_chunk_loop
 from bench.machine_code.variants import WARP, Variant, compile_variant, variants
 from cm_fused._backends.triton import common as triton_common
 
@@ -55,6 +57,11 @@ class Report:
         read: Bytes an element on full chunks where a slot is replaced.
         written: Likewise.
         expected: What the byte model says of these two.
+        instructions: That a thread issues for each element of full chunks.
+        issue_share: Of the issue slots, the part they take while the expected bytes move at the
+            speed of `bench.machine_code.loops`.
+        barriers: Waits for the program's other warps in an iteration over full chunks.
+        shared_bytes: Of shared memory, a program's.
         conversions: Layout conversions in the compiler's intermediate form.
         fused_multiply_adds: Of float32, written as such in the PTX: contracted.
     """
@@ -69,6 +76,10 @@ class Report:
     read: float
     written: float
     expected: tuple[float, float]
+    instructions: float
+    issue_share: float
+    barriers: int
+    shared_bytes: int
     conversions: int
     fused_multiply_adds: int
 
@@ -79,7 +90,8 @@ class Report:
         return (
             f"sm_{self.arch:<4}{self.name:<60}{self.registers:>4}{self.local_bytes:>7}"
             f"{self.occupancy:>6.0%}{_widths(self.full_widths):>22}{_widths(self.tail_widths):>22}"
-            f"{self.read:>6g}{self.written:>6g}{verdict}"
+            f"{self.read:>6g}{self.written:>6g}{self.instructions:>7.1f}{self.issue_share:>7.0%}"
+            f"{self.barriers:>5}{self.shared_bytes:>7}{verdict}"
         )
 
 
@@ -89,7 +101,7 @@ def _widths(widths: dict[int, int]) -> str:
 
 HEADER = (
     f"{'arch':<7}{'variant':<60}{'regs':>4}{'local':>7}{'occ':>6}{'full chunks, bits':>22}"
-    f"{'tails, bits':>22}{'read':>6}{'write':>6}"
+    f"{'tails, bits':>22}{'read':>6}{'write':>6}{'instr':>7}{'issue':>7}{'bar':>5}{'shared':>7}"
 )
 
 
@@ -122,6 +134,7 @@ def report(variant: Variant, arch: int) -> Report:
     lines = source_lines()
     full, tail = (accesses(listing, call) for call in (lines.full, lines.tail))
     counted = bytes_per_element(full, variant.param_dtype.itemsize)
+    loop = full_chunk_loop(listing, variant.param_dtype.itemsize)
     model = variant.model()
     return Report(
         arch=arch,
@@ -134,6 +147,10 @@ def report(variant: Variant, arch: int) -> Report:
         read=counted.read,
         written=counted.written,
         expected=(model.read, model.written),
+        instructions=loop.per_element,
+        issue_share=loop.issue_share(model.read + model.written),
+        barriers=loop.barriers,
+        shared_bytes=compiled.metadata.shared,
         conversions=compiled.asm["ttgir"].count("convert_layout"),
         fused_multiply_adds=len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", compiled.asm["ptx"])),
     )

@@ -17,11 +17,15 @@ from cm_fused._backends.triton import rounding as triton_rounding
 class Instruction(NamedTuple):
     """One instruction and the source lines it comes from, the innermost call's first.
 
-    Those of the roundings' file are negative, those of other files 0.
+    Those of the roundings' file are negative, those of other files 0. `labels` stand before it, and
+    a branch goes to the label `target`, always where it is not `guarded` by a predicate.
     """
 
     opcode: str
     lines: tuple[int, ...]
+    guarded: bool = False
+    labels: tuple[str, ...] = ()
+    target: str | None = None
 
     @property
     def width(self) -> int:
@@ -31,7 +35,10 @@ class Instruction(NamedTuple):
 
 
 _NARROW = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
+_LABEL = re.compile(r"^(\.L\w+):")
+# A second predicate may stand before the label that a branch goes to.
+_TARGET = re.compile(r"(!?U?P\w+, )?`\((\.L\w+)\)")
 _SIGNS = {
     Path(inspect.getfile(module)).name: sign
     for module, sign in ((triton_kernels, 1), (triton_rounding, -1))
@@ -42,6 +49,7 @@ _LINE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 def instructions(listing: str) -> Iterator[Instruction]:
     """Yield the instructions of what `nvdisasm -gi` printed."""
     lines: list[int] = []
+    labels: list[str] = []
     complete = False
     for text in listing.splitlines():
         line = _LINE.match(text)
@@ -50,10 +58,19 @@ def instructions(listing: str) -> Iterator[Instruction]:
                 lines, complete = [], False
             lines.append(_SIGNS.get(Path(line[1]).name, 0) * int(line[2]))
             continue
+        label = _LABEL.match(text)
+        if label:
+            labels.append(label[1])
         instruction = _INSTRUCTION.match(text)
         if instruction:
             complete = True
-            yield Instruction(instruction[1], tuple(lines))
+            guard, opcode, operands = instruction.groups()
+            target = _TARGET.match(operands) if opcode.split(".")[0] == "BRA" else None
+            guarded = bool(guard or (target and target[1]))
+            yield Instruction(
+                opcode, tuple(lines), guarded, tuple(labels), target[2] if target else None
+            )
+            labels = []
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,13 @@ def test_every_float32_variant(
 
 @pytest.mark.parametrize(
     ("variant", "moved"),
-    [("bfloat16", 38), ("int8", 33), ("int8 bfloat16 moments", 25)],
+    [
+        ("bfloat16", 38),
+        ("float8_e4m3fn", 33),
+        ("int8", 33),
+        ("int8 bfloat16 moments", 25),
+        ("int8 int8 moments", 21),
+    ],
 )
 def test_bytes_of_low_precision(
     reports: dict[tuple[int, str], dict[str, Any]], variant: str, moved: int
@@ -110,33 +116,57 @@ def test_bytes_of_low_precision(
     Of the five slots' loads the one of the replaced slot is issued but switched off.
     """
     report = reports[90, f"rounded float32 CM 5 slots {variant}"]
+    # Warps do not wait for each other.
+    assert report["barriers"] == 0
+    # int8 moments are limited by instructions: see bench/NOTES.md.
+    assert report["issue_share"] < (1.1 if variant.endswith("int8 moments") else 0.6)
     assert [report["read"], report["written"]] == report["expected"]
     slot_bytes = 2 if variant == "bfloat16" else 1
     assert report["read"] + report["written"] - slot_bytes == moved
     assert report["local_bytes"] == 0
-    assert report["fused_multiply_adds"] == 0
+    # Those of int8 moments are written as such: they find exact roots and exact products.
+    assert report["fused_multiply_adds"] == 0 or variant.endswith("int8 moments")
 
 
 LISTING = """
+.L_x_0:
+	//## File "{file}", line {store} inlined at "{file}", line {tail}
+	//## File "{file}", line {tail}
+        /*0000*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0008*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
 	//## File "{file}", line {load} inlined at "{file}", line {full}
 	//## File "{file}", line {full}
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0018*/               @P0 BRA P1, `(.L_x_4) ;
         /*0020*/                   FADD R4, R4, R5 ;
+.L_x_2:
+        /*0024*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0028*/              @!P0 BRA `(.L_x_3) ;
+        /*0029*/                   MOV R6, 0x10 ;
+        /*002a*/                   CALL.REL.NOINC `($__internal_0_sqrt) ;
+        /*002c*/                   BRA `(.L_x_4) ;
+.L_x_3:
+        /*002e*/                   FFMA R4, R4, R5, R6 ;
+.L_x_4:
 	//## File "{file}", line {store} inlined at "{file}", line {load}
 	//## File "{file}", line {load} inlined at "{file}", line {full}
 	//## File "{file}", line {full}
         /*0030*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0034*/               @P2 BRA `(.L_x_1) ;
 	//## File "{file}", line {before} inlined at "{file}", line {full}
 	//## File "{file}", line {full}
         /*0040*/                   LDG.E R9, desc[UR4][R2.64+0x8] ;
 	//## File "{file}", line {load} inlined at "{file}", line {tail}
 	//## File "{file}", line {tail}
         /*0050*/               @P1 LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0060*/               @P3 BRA `(.L_x_1) ;
 """
 COUNT = """
 import sys
 from bench.machine_code.__main__ import occupancy
 from bench.machine_code.disassembly import accesses, bytes_per_element, source_lines
+from bench.machine_code.loops import full_chunk_loop
 lines = source_lines()
 listing = sys.argv[1].format(
     file="kernels.py",
@@ -150,13 +180,17 @@ full, tail = (accesses(listing, call) for call in (lines.full, lines.tail))
 counted = bytes_per_element(full, param_bytes=2)
 print([access.width for access in full], [access.width for access in tail])
 print(counted.read, counted.written, occupancy(64), occupancy(65), occupancy(32))
+loop = full_chunk_loop(listing, param_bytes=2)
+print(loop.issued, loop.barriers, loop.elements, f"{loop.issue_share(6.0):.4f}")
 """
 
 
 def test_counting() -> None:
     """A listing written by hand is counted as it reads: the counts above can be wrong.
 
-    64 bits of 2-byte parameters are four elements, for which 128 bits are read.
+    64 bits of 2-byte parameters are four elements, for which 128 bits are read. The loop has eight
+    instructions, of which two are a branch around a call and what it leads to: two an element of a
+    thread. A warp's 32 elements take 6 * 32 / 4.3e12 s, of 132 * 4 * 1.98e9 instructions each.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     printed = subprocess.run(
@@ -167,4 +201,8 @@ def test_counting() -> None:
         text=True,
         check=True,
     ).stdout
-    assert printed.splitlines() == ["[128, 64] [16]", "4.0 2.0 0.5 0.4375 1.0"]
+    assert printed.splitlines() == [
+        "[128, 64] [16]",
+        "4.0 2.0 0.5 0.4375 1.0",
+        "8 1 4.0 0.0428",
+    ]

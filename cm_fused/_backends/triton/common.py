@@ -16,11 +16,12 @@ INTERPRETED = triton.knobs.runtime.interpret
 # not aligned or not all there, one a thread. The interpreter's time is by operation: it is given
 # half a chunk.
 NUM_THREADS = 128
+NUM_WARPS = NUM_THREADS // 32
 BLOCK_SIZE = 2048 if INTERPRETED else 4 * NUM_THREADS
 TAIL_BLOCK_SIZE = 2048 if INTERPRETED else NUM_THREADS
 # What every launch is given besides its arguments. A kernel that changes its arguments in place is
 # never autotuned: the trials would be steps.
-LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
+LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 CHUNK_SIZE = tl.constexpr(columns.CHUNK_SIZE)
 REBUILT_CHUNK_SIZE = tl.constexpr(columns.REBUILT_CHUNK_SIZE)
 FULL_BLOCK = tl.constexpr(BLOCK_SIZE)
@@ -45,13 +46,13 @@ def double(x):
 
 
 @triton.jit
-def spread(x, BLOCK: tl.constexpr):
+def spread(x, SHAPE: tl.constexpr):
     """Return a block of a scalar.
 
     For comparisons: the interpreter cannot spread the result of one of scalars, as it takes the
     operands' dtype for its own.
     """
-    return tl.full((BLOCK,), x, x.dtype)
+    return tl.full(SHAPE, x, x.dtype)
 
 
 @triton.jit
@@ -107,10 +108,10 @@ def is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
 
 
 @triton.jit
-def empty_sum(DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def empty_sum(DTYPE: tl.constexpr, SHAPE: tl.constexpr):
     """Return a block of what changes nothing it is added to: -0, since 0 + -0 is +0."""
     # Older Tritons make a constant of -0.0 that is +0.
-    return tl.full((BLOCK,), 0.0, DTYPE) * -1.0
+    return tl.full(SHAPE, 0.0, DTYPE) * -1.0
 
 
 @triton.jit
@@ -123,9 +124,13 @@ def effective_gradient(grad, param, factor, l2):
 
 
 @triton.jit
-def sum_squares(g, BLOCK: tl.constexpr):
+def sum_squares(g, SHAPE: tl.constexpr):
     """Return one partial sum of g^2 in float64 for each thread of a block."""
     # A float32 gradient's square neither overflows nor underflows.
     squares = g.to(tl.float64) * g.to(tl.float64)
     # A thread's own elements first: it keeps one partial sum, not one for each.
-    return tl.sum(tl.reshape(squares, (THREADS, BLOCK // THREADS)), 1)
+    if len(SHAPE) == 4:
+        squares = tl.sum(tl.sum(squares, 3), 0)
+        return tl.sum(tl.reshape(squares, (THREADS, SHAPE[1] * SHAPE[2] // THREADS)), 1)
+    else:
+        return tl.sum(tl.reshape(squares, (THREADS, SHAPE[0] // THREADS)), 1)

@@ -7,6 +7,7 @@ parameter's bits depend neither on the path its chunk takes nor on the device.
 
 from collections import namedtuple
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import triton
@@ -16,7 +17,9 @@ from cm_fused._backends.triton import rounding
 from cm_fused._backends.triton.common import (
     BLOCK_SIZE,
     CHUNK_SIZE,
+    INTERPRETED,
     LAUNCH_OPTIONS,
+    NUM_WARPS,
     REBUILT_CHUNK_SIZE,
     ROW,
     TAIL_BLOCK_SIZE,
@@ -49,13 +52,16 @@ def launch_options(
     Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
     AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
     which no variant spills, at half of a multiprocessor's warps for float32 (bench.machine_code).
-    State of low precision spills 40 to 112 bytes a thread at 80 registers, none at 96 except 8 to
-    32 on sm_100 with 8-bit floats or a compensation; int8 moments spill 48 there.
+    bfloat16 and float16 slots spill 40 to 112 bytes a thread at 80 registers, none at 96. Where
+    there are scales a thread has eight elements, not four: 24 to 168 bytes are spilled at 128, none
+    at 168, which let three programs run beside each other. Those have more bytes in flight, 64 kB a
+    multiprocessor with int8 slots, than five programs of four elements a thread. On sm_100 int8
+    moments spill 16 there.
     """
     if param_dtype == tl.float64:
         return LAUNCH_OPTIONS
-    if moment_dtype == tl.int8:
-        return {**LAUNCH_OPTIONS, "maxnreg": 128}
+    if tl.int8 in (moment_dtype, slot_dtype) or slot_dtype == tl.uint8:
+        return {**LAUNCH_OPTIONS, "maxnreg": 168}
     if moment_dtype != tl.float32 or slot_dtype != tl.float32:
         return {**LAUNCH_OPTIONS, "maxnreg": 96}
     half = param_dtype != tl.float32
@@ -82,15 +88,22 @@ class _Variant:
     KAHAN: bool
     BY_FOURS: bool
     FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
-    BLOCK: int = 0  # the elements that are worked on at a time
+    SHAPE: tuple[int, ...] = ()  # of the elements that are worked on at a time
+
+    @property
+    def BLOCK(self) -> int:  # noqa: N802
+        """Return how many elements those are."""
+        return prod(self.SHAPE)
 
     def of_chunk(self, full: bool) -> "_Variant":
-        """Return the variant with its block: whole blocks of elements that share scales."""
-        block = BLOCK_SIZE
-        if not full:
-            scaled = {self.MOMENT_DTYPE, self.SLOT_DTYPE} & {tl.int8, tl.uint8}
-            block = max(TAIL_BLOCK_SIZE, SCALE_BLOCK_SIZE) if scaled else TAIL_BLOCK_SIZE
-        return replace(self, FULL=full, BLOCK=block)
+        """Return the variant with its block: of a warp for each scale, if there are scales."""
+        if {self.MOMENT_DTYPE, self.SLOT_DTYPE} & {tl.int8, tl.uint8}:
+            warps = NUM_WARPS if not INTERPRETED else BLOCK_SIZE // SCALE_BLOCK_SIZE
+            vector = 4 if full else 1
+            shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
+        else:
+            shape = (BLOCK_SIZE if full else TAIL_BLOCK_SIZE,)
+        return replace(self, FULL=full, SHAPE=shape)
 
 
 @triton.constexpr_function
@@ -132,7 +145,8 @@ _Tensors = namedtuple(
 # is the one to write, or -1.
 _Buffer = namedtuple("_Buffer", "slots scales critical_sum numel capacity slot slot_ptr")
 
-# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
+# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements, None where
+# it has all of them.
 _Block = namedtuple("_Block", "begin count offsets mask")
 
 
@@ -221,10 +235,9 @@ def _counters_of(chunk, seed, step):
 @triton.jit
 def _block_at(begin, count, V: tl.constexpr):
     """Return the block from `begin` on of a chunk with `count` elements."""
-    BLOCK: tl.constexpr = V.BLOCK
-    offsets = begin + tl.arange(0, BLOCK)
-    mask = tl.full((BLOCK,), 1, dtype=tl.int1) if V.FULL else offsets < count
-    return _Block(begin, count, offsets, mask)
+    offsets = begin + rounding.block_offsets(V.SHAPE)
+    mask = tl.full(V.SHAPE, 1, dtype=tl.int1) if V.FULL else offsets < count
+    return _Block(begin, None if V.FULL else count, offsets, mask)
 
 
 # The moments
@@ -233,11 +246,10 @@ def _block_at(begin, count, V: tl.constexpr):
 @triton.jit
 def _load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.constexpr):
     """Return the values of a moment."""
-    BLOCK: tl.constexpr = V.BLOCK
     stored = tl.load(moment_ptr + block.offsets, mask=block.mask, other=0)
     if stored.dtype == tl.int8:
-        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
-        return rounding.from_moment(stored, scales, SIGNED, BLOCK)
+        scales = rounding.load_scales(scales_ptr, block, 1, 0.0, V.SHAPE)
+        return rounding.from_moment(stored, scales, SIGNED)
     else:
         return stored.to(V.STATE_DTYPE)
 
@@ -247,14 +259,13 @@ def _store_moment(
     moment_ptr, scales_ptr, block, values, bits, SIGNED: tl.constexpr, V: tl.constexpr
 ):
     """Store a moment; the upper half of an element's random bits rounds m, the lower half v."""
-    BLOCK: tl.constexpr = V.BLOCK
     if V.MOMENT_DTYPE == V.STATE_DTYPE:
         tl.store(moment_ptr + block.offsets, values, mask=block.mask)
     else:
         half = bits >> 16 if SIGNED else bits & 0xFFFF
         if V.MOMENT_DTYPE == tl.int8:
-            codes, scales = rounding.to_moment(values, half, SIGNED, BLOCK)
-            rounding.store_scales(scales_ptr, block.begin, block.count, scales, 1, BLOCK)
+            codes, scales = rounding.to_moment(values, half, SIGNED)
+            rounding.store_scales(scales_ptr, block, scales, 1, V.SHAPE)
             tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
             rounded = rounding.round_to_bfloat16(values, half)
@@ -266,7 +277,7 @@ def _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V: tl.c
     """Store both moments of the elements from `first` of a tensor."""
     bits = 0
     if V.MOMENT_DTYPE != V.STATE_DTYPE:
-        bits = rounding.random_bits(counters, first, rounding.MOMENTS_STREAM, V.BY_FOURS, V.BLOCK)
+        bits = rounding.random_bits(counters, first, rounding.MOMENTS_STREAM, V.BY_FOURS, V.SHAPE)
     _store_moment(tensors.exp_avg, tensors.exp_avg_scales, block, exp_avg, bits, True, V)
     _store_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, exp_avg_sq, bits, False, V)
 
@@ -287,24 +298,36 @@ def _second_moment(tensors, block, exp_avg_sq, V: tl.constexpr):
 
 
 @triton.jit
-def _load_slot(buffer, slot, block, mask, V: tl.constexpr):
-    """Return the values of a slot, or what is cheap to load where the mask is not set."""
-    BLOCK: tl.constexpr = V.BLOCK
+def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
+    """Return the values of a slot, or those of an item where `wanted`, a scalar, is 0.
+
+    An item is what a slot stores and its scales.
+    """
     slot_ptr = at(buffer.slots, slot * buffer.numel, V.FULL)
-    stored = tl.load(slot_ptr + block.offsets, mask=mask, other=0)
+    mask = block.mask & (tl.full(V.SHAPE, wanted, tl.int32) != 0)
+    stored = tl.load(slot_ptr + block.offsets, mask=mask, other=item[0])
     scales = 0
     if rounding.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
-        scales = rounding.load_scales(scales_ptr, block.begin, block.count, BLOCK)
-    return rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+        scales = rounding.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
+    return rounding.from_slot(stored, scales, V.STATE_DTYPE)
 
 
 @triton.jit
 def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
     """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
-    taken = (not V.CRITICAL_GRADIENTS) & (spread(buffer.slot, V.BLOCK) == other)
-    stored = _load_slot(buffer, other, block, block.mask & ~taken, V)
-    return buffer_sum + tl.where(taken, item, stored)
+    if V.CRITICAL_GRADIENTS:
+        return buffer_sum + _load_slot(buffer, other, block, 1, (0, 0.0), V)
+    elif rounding.has_scales(V.SLOT_DTYPE):
+        # Chosen among codes, which are four in a register.
+        wanted = (buffer.slot != other).to(tl.int32)
+        return buffer_sum + _load_slot(buffer, other, block, wanted, item, V)
+    else:
+        # Chosen among values: the load need not wait for the item.
+        wanted = (buffer.slot != other).to(tl.int32)
+        loaded = _load_slot(buffer, other, block, wanted, (0, 0.0), V)
+        taken = spread(buffer.slot, V.SHAPE) == other
+        return buffer_sum + tl.where(taken, item[0].to(V.STATE_DTYPE), loaded)
 
 
 @triton.jit
@@ -313,15 +336,13 @@ def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
 
     A pending momentum takes its slot's place; a gradient is not there yet.
     """
-    BLOCK: tl.constexpr = V.BLOCK
-    for begin in range(0, CHUNK_SIZE if V.FULL else count, BLOCK):
+    for begin in range(0, CHUNK_SIZE if V.FULL else count, V.BLOCK):
         block = _block_at(begin, count, V)
-        buffer_sum = empty_sum(V.STATE_DTYPE, BLOCK)
-        item = buffer_sum
+        buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
+        item = (0, 0)
         if not V.CRITICAL_GRADIENTS:
-            item = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
-        stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
-        item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
+            exp_avg = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
+            item = rounding.to_slot(exp_avg, V.SLOT_DTYPE)
         for other in range(0, buffer.capacity):
             buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
         tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
@@ -331,44 +352,50 @@ def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
 def _sum_of_slots(buffer, item, block, V: tl.constexpr):
     """Return the sum of all slots, in their order."""
     SUMMED_SLOTS: tl.constexpr = V.SUMMED_SLOTS
-    buffer_sum = empty_sum(V.STATE_DTYPE, V.BLOCK)
+    buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
     for other in tl.static_range(SUMMED_SLOTS):
         buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
     return buffer_sum
 
 
 @triton.jit
-def _follow_commit(buffer, item, follow, block, V: tl.constexpr):
-    """Return the running sum of this step, and store the one that follows the commit."""
-    sum_ptr = buffer.critical_sum + block.offsets
-    buffer_sum = tl.load(sum_ptr, mask=block.mask, other=0.0)
-    evicted = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, block.mask & follow, V)
-    new_sum = tl.where(follow, buffer_sum + (item - evicted), buffer_sum)
-    tl.store(sum_ptr, new_sum, mask=block.mask & follow)
-    return buffer_sum if V.CRITICAL_GRADIENTS else new_sum
+def _sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
+    """Return the sum of the buffer, and put an item, rounded, in its slot where one is admitted.
+
+    A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
+    comes after. `follow` is 1 where a running sum has yet to follow.
+    """
+    buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
+    evicted = buffer_sum
+    if V.SUMMED_SLOTS == 0:
+        buffer_sum = tl.load(buffer.critical_sum + block.offsets, mask=block.mask, other=0.0)
+        evicted = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), V)
+    elif V.CRITICAL_GRADIENTS:
+        buffer_sum = _sum_of_slots(buffer, (0, 0), block, V)
+    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE)
+    if V.SUMMED_SLOTS == 0:
+        # What is stored is what is summed.
+        item = rounding.from_slot(stored, scales, V.STATE_DTYPE)
+        follows = tl.full(V.SHAPE, follow, tl.int32) != 0
+        new_sum = tl.where(follows, buffer_sum + (item - evicted), buffer_sum)
+        tl.store(buffer.critical_sum + block.offsets, new_sum, mask=block.mask & follows)
+        buffer_sum = buffer_sum if V.CRITICAL_GRADIENTS else new_sum
+    elif not V.CRITICAL_GRADIENTS:
+        buffer_sum = _sum_of_slots(buffer, (stored, scales), block, V)
+    _commit(buffer, stored, scales, block, V)
+    return buffer_sum
 
 
 @triton.jit
-def _sum_and_commit(buffer, item, commit, follow, block, V: tl.constexpr):
-    """Return the sum of the buffer, and put an item, rounded, in its slot where `commit` is set.
-
-    A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
-    comes after. `follow` is set where a running sum has yet to follow.
-    """
-    BLOCK: tl.constexpr = V.BLOCK
-    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE, BLOCK)
-    # What is stored is what is summed.
-    item = rounding.from_slot(stored, scales, V.STATE_DTYPE, BLOCK)
-    if V.SUMMED_SLOTS > 0:
-        buffer_sum = _sum_of_slots(buffer, item, block, V)
-    else:
-        buffer_sum = _follow_commit(buffer, item, follow, block, V)
+def _commit(buffer, stored, scales, block, V: tl.constexpr):
+    """Put what is stored of an item, and its scales, in its slot where one is admitted."""
     if rounding.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
-        rounding.store_scales(scales_ptr, block.begin, block.count, scales, buffer.slot >= 0, BLOCK)
+        admits = (buffer.slot >= 0).to(tl.int32)
+        rounding.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
     # Where nothing is committed this is no slot, and it is not touched.
+    commit = spread(buffer.slot, V.SHAPE) >= 0
     tl.store(buffer.slot_ptr + block.offsets, stored, mask=block.mask & commit)
-    return buffer_sum
 
 
 # The update
@@ -412,7 +439,7 @@ def _update_param(s, param, numerator, second_moment):
 def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
     """Store the parameter, rounded as the variant says, of the elements from `first`."""
     if V.STOCHASTIC:
-        words = rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.BLOCK)
+        words = rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.SHAPE)
         bits = words >> 16
         if V.PARAM_DTYPE == tl.bfloat16:
             rounded = rounding.round_to_bfloat16(param, bits)
@@ -439,11 +466,10 @@ def _update_chunk(
     tensors = _tensors_of(chunk, V)
     buffer = _buffer_of(chunk, admission, V)
     counters = _counters_of(chunk, seed, step)
-    commit = spread(admission.slot, BLOCK) >= 0
-    follow = commit
+    follow = (admission.slot >= 0).to(tl.int32)
     if not V.CRITICAL_GRADIENTS:
         # A sum that was rebuilt with the momentum in its slot has followed the commit.
-        follow = commit & (spread(admission.rebuild, BLOCK) == 0)
+        follow = follow * (1 - admission.rebuild)
     if admission.rebuild:
         # The threads that write an element here read it below: both walk in the same layout.
         _rebuild_sum(tensors, buffer, chunk.count, V)
@@ -457,9 +483,9 @@ def _update_chunk(
             lost = tl.load(tensors.compensation + block.offsets, mask=block.mask, other=0.0)
             param += lost.to(V.STATE_DTYPE)
         item = g if V.CRITICAL_GRADIENTS else exp_avg
-        buffer_sum = _sum_and_commit(buffer, item, commit, follow, block, V)
+        buffer_sum = _sum_and_commit(buffer, item, follow, block, V)
         if not V.CRITICAL_GRADIENTS:
-            squares += sum_squares(g, BLOCK)
+            squares += sum_squares(g, V.SHAPE)
         exp_avg, exp_avg_sq, numerator = _update_moments(
             s, late_g, buffer_sum, exp_avg, exp_avg_sq, V
         )

@@ -62,7 +62,7 @@ def _sq_norm_of_chunk(
     param_ptr = at(pointer(row_ptr, "param", PARAM_DTYPE), start, FULL)
     grad_ptr = at(pointer(row_ptr, "grad", PARAM_DTYPE), start, FULL)
     BLOCK: tl.constexpr = FULL_BLOCK if FULL else TAIL_BLOCK
-    decays = spread(l2, BLOCK) != 0
+    decays = spread(l2, (BLOCK,)) != 0
     squares = tl.zeros((BLOCK if STATE_DTYPE == tl.float64 else THREADS,), dtype=tl.float64)
     errors = tl.zeros((BLOCK,), dtype=tl.float64)
     for begin in range(0, CHUNK_SIZE if FULL else count, BLOCK):
@@ -76,7 +76,7 @@ def _sq_norm_of_chunk(
             squares, error = _two_sum(squares, g * g)
             errors += error
         else:
-            squares += sum_squares(g, BLOCK)
+            squares += sum_squares(g, (BLOCK,))
     if STATE_DTYPE == tl.float64:
         tl.store(chunk_sq_norm_ptr, _compensated_total(squares, errors, BLOCK))
     else:
@@ -171,7 +171,7 @@ def update_priorities_kernel(
     # An unfilled slot's key, -inf, is the smallest; of equal ones the first.
     slot = tl.argmin(keys, 0)
     admitted = ((key < float("inf")) & (key > tl.min(keys, 0))).to(tl.int32)
-    taken = (spread(admitted, CAPACITY_BLOCK) != 0) & (slots == slot)
+    taken = (spread(admitted, (CAPACITY_BLOCK,)) != 0) & (slots == slot)
     keys = tl.where(taken, key, keys)
     # An unfilled slot keeps -inf, which times 0 would be NaN.
     keys = tl.where(keys >= 0, keys * priority_decay, keys)

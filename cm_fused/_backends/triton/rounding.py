@@ -8,22 +8,42 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from cm_fused.philox import ROUNDS as _ROUNDS
-from cm_fused.philox import Stream
+from cm_fused import philox
+from cm_fused._backends.triton.common import INTERPRETED as _INTERPRETED
 from cm_fused.rounding import BLOCK_SIZE as _SCALE_BLOCK
 
+INTERPRETED = tl.constexpr(_INTERPRETED)
 SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
-ROUNDS = tl.constexpr(_ROUNDS)
-MOMENTS_STREAM = tl.constexpr(int(Stream.MOMENTS))
-PARAM_STREAM = tl.constexpr(int(Stream.PARAM))
+MOMENTS_STREAM = tl.constexpr(int(philox.Stream.MOMENTS))
+PARAM_STREAM = tl.constexpr(int(philox.Stream.PARAM))
+ROUNDS = tl.constexpr(philox.ROUNDS)
+_MULTIPLIER0, _MULTIPLIER1 = map(tl.constexpr, philox.MULTIPLIERS)
+_WEYL0, _WEYL1 = map(tl.constexpr, philox.WEYL)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+_SIGN_BIT = tl.constexpr(-0x80000000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
-# The bits of 2^-14 and 2^-6, and of 1.5 * 2^23 and 2^14, by whose sum a number is rounded to an
-# integer or to a multiple of 2^-9 in its last bits.
+# The bits of 2^-14 and 2^17; those of a power of two taken from the last are those of its inverse.
 _SMALLEST_HALF = tl.constexpr(0x38800000)
+_INFINITE_HALF = tl.constexpr(0x48000000)
+_INVERSE_BITS = tl.constexpr(254 << 23)
+# The bits of 2^-6, and of 1.5 * 2^23 and 2^14, by whose sum a number is rounded to an
+# integer or to a multiple of 2^-9 in its last bits.
 _SMALLEST_FLOAT8 = tl.constexpr(0x3C800000)
 _INTEGER_BITS = tl.constexpr(0x4B400000)
 _SUBNORMAL_BITS = tl.constexpr(0x46800000)
+# The sign, exponent and mantissa of an 8-bit float, moved to their places in float32.
+_FLOAT8_BITS = tl.constexpr(-0x78100000)
+
+
+# NOTE: [Blocks with scales]
+# SCALE_BLOCK elements share a scale, and each is worked on by the 32 lanes of one warp: the largest
+# of them is found and their scale spread without shared memory. A block of elements has the shape
+# (runs, warps, 32, vector): a lane has `vector` consecutive elements of each run, 16 bytes of
+# float32 or one element, and a warp's runs follow each other. With these four dimensions triton
+# gives every tensor, whatever its dtype, the layout they name, and lays out nothing anew.
+#
+# A warp's first lane loads a scale, spreads it, and stores the new one: no other thread accesses
+# it, so that no barrier is needed in between.
 
 
 @triton.constexpr_function
@@ -32,38 +52,95 @@ def has_scales(dtype):
     return dtype in (tl.int8, tl.uint8)
 
 
+@triton.constexpr_function
+def _is_by_warps(shape):
+    return len(shape) == 4
+
+
+@triton.constexpr_function
+def _fours(shape):
+    """Return the shape of a block's groups of four elements."""
+    *outer, lanes, vector = shape
+    return (*outer, lanes * vector // 4)
+
+
+@triton.constexpr_function
+def _scales(shape):
+    """Return the shape in which a block's scales are loaded and stored, one for each lane."""
+    return (1, shape[1], shape[2], 1)
+
+
+@triton.jit
+def block_offsets(SHAPE: tl.constexpr):
+    """Return the place of each element within a block: (BLOCK,), or by warps; see the NOTE."""
+    if _is_by_warps(SHAPE):
+        run = tl.arange(0, SHAPE[0])[:, None, None, None]
+        warp = tl.arange(0, SHAPE[1])[None, :, None, None]
+        lane = tl.arange(0, SHAPE[2])[None, None, :, None]
+        within = tl.arange(0, SHAPE[3])[None, None, None, :]
+        return warp * SCALE_BLOCK + (run * SHAPE[2] + lane) * SHAPE[3] + within
+    else:
+        return tl.arange(0, SHAPE[0])
+
+
+@triton.jit
+def _four_offsets(SHAPE: tl.constexpr):
+    """Return the place of each four elements of a block, counted in fours."""
+    if _is_by_warps(SHAPE):
+        FOURS: tl.constexpr = _fours(SHAPE)
+        run = tl.arange(0, FOURS[0])[:, None, None]
+        warp = tl.arange(0, FOURS[1])[None, :, None]
+        return warp * (SCALE_BLOCK // 4) + run * FOURS[2] + tl.arange(0, FOURS[2])[None, None, :]
+    else:
+        return tl.arange(0, SHAPE[0] // 4)
+
+
 # What a tensor's random bits are drawn from; the last three are `cm_fused.philox.ShardLayout`'s.
 Counters = namedtuple("Counters", "seed param_index step offset length stride")
+
+
+@triton.jit
+def _products(x, FACTOR: tl.constexpr):
+    """Return the upper and the lower half of x times a number, uint32."""
+    # One multiplication; `tl.philox` takes two, one for each half.
+    product = x.to(tl.uint64) * FACTOR
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def _philox(counters, quads, STREAM: tl.constexpr):
     """Return the random bits of each four elements, four uint32."""
     zeros = tl.zeros_like(quads)
-    return tl.philox(
-        counters.seed,
-        quads.to(tl.uint32),
-        ((quads >> 32) | (STREAM << 31)).to(tl.uint32),
-        (zeros + counters.param_index).to(tl.uint32),
-        (zeros + counters.step).to(tl.uint32),
-        ROUNDS,
-    )
+    c0, c1 = quads.to(tl.uint32), ((quads >> 32) | (STREAM << 31)).to(tl.uint32)
+    c2 = (zeros + counters.param_index).to(tl.uint32)
+    c3 = (zeros + counters.step).to(tl.uint32)
+    seed = tl.full((), counters.seed, tl.int64)
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        upper0, lower0 = _products(c0, _MULTIPLIER0)
+        upper1, lower1 = _products(c2, _MULTIPLIER1)
+        c0 = upper1 ^ c1 ^ key0
+        c2 = upper0 ^ c3 ^ key1
+        c1, c3 = lower1, lower0
+        key0 = tl.add(key0, _WEYL0, sanitize_overflow=False)
+        key1 = tl.add(key1, _WEYL1, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def random_bits(counters, first, STREAM: tl.constexpr, BY_FOURS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return 32 random bits for each of the elements from `first`, uint32 (BLOCK,).
+def random_bits(counters, first, STREAM: tl.constexpr, BY_FOURS: tl.constexpr, SHAPE: tl.constexpr):
+    """Return 32 random bits for each of a block's elements from `first`, uint32.
 
     BY_FOURS: each four consecutive elements are also four of the whole parameter's; else every
     element takes its bits from a counter of its own.
     """
     if BY_FOURS:
-        quads = (counters.offset + first) // 4 + tl.arange(0, BLOCK // 4)
+        quads = (counters.offset + first) // 4 + _four_offsets(SHAPE)
         bits0, bits1, bits2, bits3 = _philox(counters, quads, STREAM)
         bits = tl.join(tl.join(bits0, bits2), tl.join(bits1, bits3))
-        return tl.reshape(bits, (BLOCK,))
+        return tl.reshape(bits, SHAPE)
     else:
-        elements = first + tl.arange(0, BLOCK)
+        elements = first + block_offsets(SHAPE)
         skipped = elements // counters.length * (counters.stride - counters.length)
         positions = counters.offset + elements + skipped
         bits0, bits1, bits2, bits3 = _philox(counters, positions // 4, STREAM)
@@ -85,54 +162,88 @@ def round_to_float16(value, bits):
     """Round float32 to one of float16's two neighbours; `bits` uint32 in [0, 2^16)."""
     raw = value.to(tl.int32, bitcast=True)
     magnitude = raw & _MAGNITUDE_BITS
-    finite = magnitude < _INFINITY_BITS
     exponent = tl.maximum(magnitude & _INFINITY_BITS, tl.zeros_like(raw) + _SMALLEST_HALF)
+    # From 2^17 on everything is infinite, whatever the spacing.
+    exponent = tl.minimum(exponent, _INFINITE_HALF)
     spacing = exponent.to(tl.float32, bitcast=True) * (2.0**-10)
-    scaled = tl.div_rn(magnitude.to(tl.float32, bitcast=True), spacing)  # exact
-    lower = tl.where(finite, scaled, 0.0).to(tl.int32).to(tl.float32)
+    inverse = (tl.zeros_like(raw) + _INVERSE_BITS - exponent).to(tl.float32, bitcast=True)
+    scaled = magnitude.to(tl.float32, bitcast=True) * inverse * 2.0**10  # exact
+    lower = tl.floor(scaled)
     up = (scaled - lower) * 65536.0 > bits.to(tl.int32).to(tl.float32)
+    # Infinity and NaN stay what they are.
     rounded = (lower + tl.where(up, 1.0, 0.0)) * spacing
-    rounded = tl.where(raw < 0, -rounded, rounded)
-    return tl.where(finite, rounded, value).to(tl.float16)
+    return tl.where(raw < 0, -rounded, rounded).to(tl.float16)
 
 
 @triton.jit
-def block_scale(values, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """Return what each SCALE_BLOCK of values is multiplied by, and restored by.
+def _larger(a, b):
+    """Return the larger of two numbers, NaN where one is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
-    The order of magnitudes is that of their bits, in which NaN is above infinity.
-    """
-    bits = values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
-    largest_bits = tl.max(tl.reshape(bits, (BLOCK // SCALE_BLOCK, SCALE_BLOCK)), 1)
+
+@triton.jit
+def _largest_bits(values):
+    """Return the bits of each warp's largest magnitude, in which NaN is above infinity."""
+    if INTERPRETED:
+        bits = values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
+        bits = tl.max(tl.max(bits, 3, keep_dims=True), 0, keep_dims=True)
+    else:
+        # A lane's own elements first, in one instruction each.
+        largest = tl.reduce(tl.abs(values), 3, _larger, keep_dims=True)
+        largest = tl.reduce(largest, 0, _larger, keep_dims=True)
+        bits = largest.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
+    return tl.max(bits, 2, keep_dims=True)
+
+
+@triton.jit
+def _block_scale(values, LARGEST: tl.constexpr):
+    """Return what each warp's values are multiplied by, and restored by; see the NOTE above."""
+    largest_bits = _largest_bits(values)
     largest = largest_bits.to(tl.float32, bitcast=True)
     usable = (largest >= 2.0**-100) & (largest_bits < _INFINITY_BITS)
-    highest = tl.full((BLOCK // SCALE_BLOCK,), LARGEST, tl.float32)
+    highest = tl.full(largest.shape, LARGEST, tl.float32)
     inverse = tl.where(usable, tl.div_rn(highest, tl.where(usable, largest, 1.0)), 0.0)
-    return inverse, tl.div_rn(largest, highest)
+    return inverse, largest if LARGEST == 1.0 else tl.div_rn(largest, highest)
 
 
 @triton.jit
-def per_element(scales, BLOCK: tl.constexpr):
-    """Return each element's scale, (BLOCK,), of a block's scales."""
-    columns = tl.broadcast_to(scales[:, None], (BLOCK // SCALE_BLOCK, SCALE_BLOCK))
-    return tl.reshape(columns, (BLOCK,))
+def _scale_offsets(begin, SHAPE: tl.constexpr):
+    """Return an element whose scale each lane uses, and whether it is the one to access it."""
+    SCALES: tl.constexpr = _scales(SHAPE)
+    # By the element, which hides that a warp's scale follows that of another: lanes would be laid
+    # out along them.
+    warp = tl.arange(0, SCALES[1])[None, :, None, None] * SCALE_BLOCK
+    lane = tl.arange(0, SCALES[2])[None, None, :, None]
+    first_element = begin + warp + 0 * lane
+    return first_element, lane + 0 * warp == 0
 
 
 @triton.jit
-def load_scales(scales_ptr, begin, count, BLOCK: tl.constexpr):
-    """Load the scales of the elements [begin, begin + BLOCK) of a chunk with `count` elements."""
-    blocks = begin // SCALE_BLOCK + tl.arange(0, BLOCK // SCALE_BLOCK)
-    return tl.load(scales_ptr + blocks, mask=blocks * SCALE_BLOCK < count, other=0.0)
+def _are_wanted(elements, block, wanted, SHAPE: tl.constexpr):
+    """Return the mask of scales that are wanted and those of elements of the chunk."""
+    mask = tl.full(_scales(SHAPE), wanted, tl.int32) != 0
+    return mask if block.count is None else mask & (elements < block.count)
 
 
 @triton.jit
-def store_scales(scales_ptr, begin, count, scales, mask, BLOCK: tl.constexpr):
-    """Store the scales of the elements [begin, begin + BLOCK) where `mask`, a scalar, is not 0."""
-    # Other threads have read the old ones by then.
-    tl.debug_barrier()
-    blocks = begin // SCALE_BLOCK + tl.arange(0, BLOCK // SCALE_BLOCK)
-    wanted = tl.full((BLOCK // SCALE_BLOCK,), mask, tl.int32) != 0
-    tl.store(scales_ptr + blocks, scales, mask=wanted & (blocks * SCALE_BLOCK < count))
+def load_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
+    """Load the scales of a block of a chunk, or return `other` where `wanted`, a scalar, is 0."""
+    elements, is_first = _scale_offsets(block.begin, SHAPE)
+    mask = is_first & _are_wanted(elements, block, wanted, SHAPE)
+    loaded = tl.load(scales_ptr + elements // SCALE_BLOCK, mask=mask, other=0.0)
+    # The other lanes have 0. Integers are reduced by one instruction.
+    bits = tl.max(loaded.to(tl.uint32, bitcast=True), 2, keep_dims=True)
+    scales = bits.to(tl.float32, bitcast=True)
+    return tl.where(tl.full(scales.shape, wanted, tl.int32) != 0, scales, other)
+
+
+@triton.jit
+def store_scales(scales_ptr, block, scales, wanted, SHAPE: tl.constexpr):
+    """Store the scales of a block where `wanted`, a scalar, is not 0; see the NOTE above."""
+    elements, is_first = _scale_offsets(block.begin, SHAPE)
+    mask = is_first & _are_wanted(elements, block, wanted, SHAPE)
+    scales = tl.broadcast_to(scales, _scales(SHAPE))
+    tl.store(scales_ptr + elements // SCALE_BLOCK, scales, mask=mask)
 
 
 @triton.jit
@@ -150,81 +261,106 @@ def _to_float8(value):
 @triton.jit
 def _from_float8(byte):
     """Return the float32 value of an 8-bit float's byte."""
-    wide = byte.to(tl.int32)
-    magnitude = wide & 127
-    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * (2.0**-9), normal)
-    return tl.where(wide >= 128, -value, value)
+    # A float32 with its bits is 2^-120 times it, subnormal numbers included.
+    bits = (byte.to(tl.int8, bitcast=True).to(tl.int32) << 20) & _FLOAT8_BITS
+    return bits.to(tl.float32, bitcast=True) * 2.0**120
 
 
 @triton.jit
-def to_slot(values, SLOT_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return values as a slot stores them, and the scales of each SCALE_BLOCK; see `from_slot`."""
+def to_slot(values, SLOT_DTYPE: tl.constexpr):
+    """Return values as a slot stores them, and the scales of each warp; see `from_slot`."""
     if SLOT_DTYPE == tl.int8:
-        inverse, scales = block_scale(values, 127.0, BLOCK)
-        inverse = per_element(inverse, BLOCK)
+        inverse, scales = _block_scale(values, 127.0)
         scaled = tl.where(inverse == 0, 0.0, values * inverse)
         stored = (scaled + 12582912.0).to(tl.int32, bitcast=True) - _INTEGER_BITS
         return stored.to(tl.int8), scales
     elif SLOT_DTYPE == tl.uint8:
-        inverse, scales = block_scale(values, 448.0, BLOCK)
-        inverse = per_element(inverse, BLOCK)
+        inverse, scales = _block_scale(values, 448.0)
         return _to_float8(tl.where(inverse == 0, 0.0, values * inverse)), scales
     else:
         return values.to(SLOT_DTYPE), 0
 
 
 @triton.jit
-def from_slot(stored, scales, STATE_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def from_slot(stored, scales, STATE_DTYPE: tl.constexpr):
     """Return the values of a slot; `scales` are used by the dtypes that have them."""
     if stored.dtype == tl.int8:
-        return stored.to(tl.float32) * per_element(scales, BLOCK)
+        return stored.to(tl.float32) * scales
     elif stored.dtype == tl.uint8:
-        return _from_float8(stored) * per_element(scales, BLOCK)
+        return _from_float8(stored) * scales
     else:
         return stored.to(STATE_DTYPE)
 
 
 @triton.jit
-def _magnitude(code, LARGEST_CODE: tl.constexpr):
-    # Its inverse is rounded to float32 before the product.
-    root = code.to(tl.float32) * tl.div_rn(
-        tl.full((), 1.0, tl.float32), tl.full((), LARGEST_CODE, tl.float32)
-    )
-    square = root * root
+def _root(x):
+    """Return the root of x in [2^-40, 1], correctly rounded.
+
+    `tl.sqrt_rn` has a branch for numbers that are not in the middle of the range. This is what it
+    does to others: Newton's step from an approximate inverse root, by fused multiply-adds. Where a
+    code changes, any inverse root within two last places gives the same root (test_triton.py).
+    """
+    if INTERPRETED:  # whose fused multiply-adds round twice
+        return tl.sqrt_rn(x)
+    else:
+        inverse = tl.rsqrt(x)
+        root = x * inverse
+        return tl.fma(tl.fma(-root, root, x), 0.5 * inverse, root)
+
+
+@triton.jit
+def _inverse_of(LARGEST_CODE: tl.constexpr):
+    """Return 1 / LARGEST_CODE, rounded to float32."""
+    return tl.div_rn(tl.full((), 1.0, tl.float32), tl.full((), LARGEST_CODE, tl.float32))
+
+
+@triton.jit
+def _to_the_fourth(x):
+    square = x * x
     return square * square
 
 
 @triton.jit
-def to_moment(values, bits, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return a moment's int8 codes and the scales of each SCALE_BLOCK.
+def _with_sign(magnitude, signed):
+    """Return a number that is not negative with the sign of another one."""
+    sign = signed.to(tl.int32, bitcast=True) & _SIGN_BIT
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_moment(values, bits, SIGNED: tl.constexpr):
+    """Return a moment's int8 codes and the scales of each warp.
 
     `bits` uint32 in [0, 2^16) decide which neighbour a value is rounded to.
     """
     LARGEST_CODE: tl.constexpr = 127 if SIGNED else 255
-    inverse, scales = block_scale(values, 1.0, BLOCK)
-    inverse = per_element(inverse, BLOCK)
-    product = tl.abs(values) * inverse
-    scaled = tl.where(inverse == 0, 0.0, tl.where(product < 1.0, product, 1.0))
-    found = (tl.sqrt_rn(tl.sqrt_rn(scaled)) * LARGEST_CODE).to(tl.int32)
-    lower = tl.minimum(found, LARGEST_CODE - 1)
-    below = _magnitude(lower, LARGEST_CODE)
-    threshold = bits.to(tl.int32).to(tl.float32) * (_magnitude(lower + 1, LARGEST_CODE) - below)
-    code = lower + ((scaled - below) * 65536.0 > threshold).to(tl.int32)
-    if SIGNED:
-        code = tl.where(values < 0, -code, code)
-    else:
-        # It is divided by: what is positive stays so.
-        code = tl.maximum(code, (scaled > 0).to(tl.int32))
-    return code.to(tl.int8), scales
+    inverse, scales = _block_scale(values, 1.0)
+    # The number before 1 has the largest code with any bits, as 1 has. Without a usable scale also
+    # what is not finite is stored as 0: of a number and NaN the minimum is the number.
+    scaled = tl.minimum(tl.abs(values) * inverse, tl.where(inverse == 0, 0.0, 1.0 - 2.0**-24))
+    # What is below 2^-40 has the code 0 as 2^-40 has.
+    root = _root(_root(tl.maximum(scaled, 2.0**-40)))
+    lower = tl.floor(root * LARGEST_CODE)
+    # 2^-16 of the values that both neighbours stand for: bits are compared as a part of 2^16.
+    step = _inverse_of(LARGEST_CODE) * 2.0**-4
+    below = _to_the_fourth(lower * step)
+    threshold = bits.to(tl.int32).to(tl.float32) * (_to_the_fourth((lower + 1.0) * step) - below)
+    # The product is exact, so that fusing it with the sum changes nothing.
+    above = tl.fma(below, -65536.0, scaled)
+    code = tl.where(above > threshold, lower + 1.0, lower)
+    # Without a sign it is divided by: what is positive stays so.
+    positive = tl.where(scaled > 0, tl.maximum(code, 1.0), code)
+    code = _with_sign(code, values) if SIGNED else positive
+    integer = (code + 12582912.0).to(tl.int32, bitcast=True) - _INTEGER_BITS
+    return integer.to(tl.int8), scales
 
 
 @triton.jit
-def from_moment(codes, scales, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def from_moment(codes, scales, SIGNED: tl.constexpr):
     """Return the values of a moment's int8 codes."""
-    wide = codes.to(tl.int32)
     if SIGNED:
-        values = _magnitude(tl.abs(wide), 127) * per_element(scales, BLOCK)
-        return tl.where(wide < 0, -values, values)
+        code = codes.to(tl.float32)
+        return _with_sign(_to_the_fourth(code * _inverse_of(127)) * scales, code)
     else:
-        return _magnitude(wide & 255, 255) * per_element(scales, BLOCK)
+        code = codes.to(tl.uint8, bitcast=True).to(tl.float32)
+        return _to_the_fourth(code * _inverse_of(255)) * scales
