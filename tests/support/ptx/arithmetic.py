@@ -86,6 +86,22 @@ minimum = _extreme(np.fmin, np.bitwise_or)
 maximum = _extreme(np.fmax, np.bitwise_and)
 
 
+def _flushed(values: Array) -> Array:
+    """Return float32 values with zeros of their sign for subnormal ones."""
+    tiny = np.abs(values) < np.finfo(np.float32).tiny
+    return np.where(tiny, np.copysign(np.float32(0), values), values)
+
+
+def inverse_root(values: Array) -> Array:
+    """Return 1 / sqrt(x) of float32, of which subnormal values are zeros, rounded to nearest."""
+    return canonical((1 / np.sqrt(_flushed(values).astype(np.float64))).astype(np.float32))
+
+
+def floor(values: Array) -> Array:
+    """Return the next integer below float32 values, of which subnormal ones are zeros."""
+    return canonical(np.floor(_flushed(values)))
+
+
 def divide(a: Array, b: Array) -> Array:
     """Return a / b."""
     return canonical(np.divide(a, b))

@@ -99,6 +99,15 @@ def _extremes(name: str, kind: str) -> Operation:
     return Operation(kind, (kind, kind), functions[name])
 
 
+def _extremes_or_nan(name: str, kind: str) -> Operation:
+    function = _extremes(name, kind).function
+
+    def extreme(a: Array, b: Array) -> Array:
+        return arithmetic.canonical(np.where((a != a) | (b != b), a + b, function(a, b)))
+
+    return Operation(kind, (kind, kind), extreme)
+
+
 def _sign(name: str, kind: str) -> Operation:
     return Operation(kind, (kind,), np.negative if name == "neg" else np.abs)
 
@@ -182,6 +191,10 @@ _TABLE: tuple[tuple[str, Callable[..., Operation]], ...] = (
     (r"div\.rn\.(f32|f64)", lambda kind: Operation(kind, (kind, kind), arithmetic.divide)),
     (r"sqrt\.rn\.(f32|f64)", lambda kind: Operation(kind, (kind,), rounded(np.sqrt))),
     (rf"(min|max)\.(f32|f64|{_INTEGERS})", _extremes),
+    (r"(min|max)\.NaN\.(f32)", _extremes_or_nan),
+    # Exact where it may be off by two last places: who uses it has to make up for them.
+    (r"rsqrt\.approx\.ftz\.(f32)", lambda k: Operation(k, (k,), arithmetic.inverse_root)),
+    (r"cvt\.rmi\.ftz\.(f32)\.f32", lambda k: Operation(k, (k,), arithmetic.floor)),
     (r"(neg|abs)\.(f32|f64|s16|s32|s64)", _sign),
     (
         rf"(add|sub|mul(?=\.lo))(?:\.lo)?\.({_INTEGERS})",
