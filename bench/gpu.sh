@@ -228,7 +228,7 @@ tests() {
         say "tests-parity" "cannot: $path needs $lacking"
     done < <(missing_imports)
     if [ -n "$smoke" ]; then
-        some=(-k "repr or in_a_graph") few=(-k "golden and cm")
+        some=(-k "repr or in_a_graph") few=(-k test_golden)
     fi
     stage tests-gpu "${pytest[@]}" "${some[@]}" tests/backends/test_gpu.py
     # Only a GPU's cases are selected, of which benches and packages have none.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import markdown
+from bench.speed import predict
 
 Results = dict[str, Any]
 Case = dict[str, Any]
@@ -138,6 +139,7 @@ def _only_on_cuda(results: Results) -> list[str]:
         lines = [HOST_TIME_HEADER, *map(host_time_line, results["host_time"])]
         sections += ["What a step costs the host (`bench.speed.host_time`):"]
         sections += ["\n".join(["```", *lines, "```"])]
+    sections += ["Predicted and measured:", predict.table(results)]
     if "parity" in results:
         sections += ["Errors against the reference in float64:", parity_table(results["parity"])]
     return sections
