@@ -196,11 +196,14 @@ if ! stage build bash -c 'build cuda'; then
     stage build-without-cuda bash -c 'build cpu'
 fi
 
-missing_imports() {  # test files with what they import and this Python lacks
-    "$python" - <<'PYTHON'
-import ast, importlib.util, pathlib
+# Only a GPU's cases are selected, of which benches and packages have none.
+folders=(tests/backends tests/checkpoint tests/distributed tests/operators tests/optimizer)
 
-for path in sorted(pathlib.Path("tests").glob("*/test_*.py")):
+missing_imports() {  # test files with what they import and this Python lacks
+    "$python" - "${folders[@]}" <<'PYTHON'
+import ast, importlib.util, pathlib, sys
+
+for path in sorted(path for folder in sys.argv[1:] for path in pathlib.Path(folder).glob("test_*.py")):
     body = ast.parse(path.read_text()).body
     names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
@@ -219,7 +222,14 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 [ -z "$smoke" ] || parallel=()
 # The mark is also on every case of the Triton backend, whose tensors are on the GPU here.
-pytest=("$python" -m pytest -q --continue-on-collection-errors -p no:cacheprovider -m gpu)
+pytest=("$python" -m pytest -q --continue-on-collection-errors -rs -p no:cacheprovider -m gpu)
+
+tell_skipped() {  # stage: what its tests could not do here
+    local line
+    grep -a "^SKIPPED" "$logs/$1.log" | sort -u | head -n 20 | while read -r line; do
+        say "$1" "cannot: ${line#SKIPPED }"
+    done
+}
 
 tests() {
     local others=() some=() few=() path lacking
@@ -231,10 +241,10 @@ tests() {
         some=(-k "repr or in_a_graph") few=(-k test_golden)
     fi
     stage tests-gpu "${pytest[@]}" "${some[@]}" tests/backends/test_gpu.py
-    # Only a GPU's cases are selected, of which benches and packages have none.
+    tell_skipped tests-gpu
     stage tests-parity "${pytest[@]}" "${few[@]}" "${parallel[@]}" "${others[@]}" \
-        --ignore=tests/backends/test_gpu.py \
-        tests/backends tests/checkpoint tests/distributed tests/operators tests/optimizer
+        --ignore=tests/backends/test_gpu.py "${folders[@]}"
+    tell_skipped tests-parity
 }
 
 sanitizers() {
