@@ -68,14 +68,7 @@ CASES = (
     Case("24 tensors, fully_shard on 2 processes", 1, 24, 1.0, sharded=True),
 )
 CUDA_CASES = tuple(
-    Case(
-        f"{tensors} tensors{words}" if tensors > 1 else f"1 tensor{words}",
-        1,
-        tensors,
-        None,
-        steps,
-        **options,
-    )  # type: ignore[arg-type]
+    Case(f"{tensors} tensor{'s' * (tensors > 1)}{words}", 1, tensors, None, steps, **options)
     for tensors, steps in ((1, 200), (161, 20), (1000, 20))
     for words, options in (
         ("", {}),
