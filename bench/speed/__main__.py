@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,16 @@ _SMOKE_CASES = "ResNet and not eager"
 _GRACE_SECONDS = 20.0
 # The same in all cases: kept once.
 _COMMON = ("device", "versions", "copy_gb_per_s")
+
+
+class _CutOffError(Exception):
+    """The process was asked to end."""
+
+
+def _cut_off(*_: object) -> None:
+    # Once: what is left to do is to write down what was measured.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _CutOffError
 
 
 def default_name(device: str) -> str:
@@ -64,6 +75,8 @@ def _throughput(
             problem = "it failed, or one before it ended the process: the log says which"
     except subprocess.TimeoutExpired:
         problem = "the time was up before it or in it"
+    except _CutOffError:
+        problem = "the run was cut off before it or in it"
     return [json.loads(line) for line in record.read_text().splitlines()], problem
 
 
@@ -111,6 +124,13 @@ def _compact(
     }
 
 
+def _memory(device: str, smoke: bool) -> list[dict[str, float]]:
+    try:
+        return memory.measure(device, *[_SMOKE_ELEMENTS] * smoke)
+    except _CutOffError:
+        return []
+
+
 def main() -> None:
     """Measure, write the results and print the report."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
@@ -129,6 +149,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     device, smoke = arguments.device, arguments.smoke
+    signal.signal(signal.SIGTERM, _cut_off)
     with tempfile.TemporaryDirectory() as directory:
         temporary = Path(directory)
         default = temporary if smoke else _RESULTS
@@ -139,7 +160,8 @@ def main() -> None:
             sys.exit("bench: no case was measured; nothing was written")
         results = _compact(recorded, device, smoke, problem)
         results["load_before"] = _rounded(load)
-        results["memory"] = memory.measure(device, *[_SMOKE_ELEMENTS] * smoke)
+        was_cut_off = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        results["memory"] = [] if was_cut_off else _memory(device, smoke)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         print(report.markdown_report(results))

@@ -1,6 +1,8 @@
 """What a step costs the host, beside torch's fused AdamW: ``python -m bench.speed.host_time``.
 
-Both optimizers step in turns, on one thread; a ratio is that of the medians of rounds' medians.
+Both optimizers step in turns, on one thread; a ratio is that of the medians of rounds' medians. On
+a GPU the times are CPU seconds of the thread. The device is not waited for in a step, but before
+each, so that its queue is empty.
 """
 
 import argparse
@@ -9,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,28 +25,37 @@ from torch.optim import AdamW, Optimizer
 
 import cm_fused
 from bench import machine
+from bench.speed import report
 
 PACKAGE = str(Path(cm_fused.__file__).parent)
 # The first of which is left out: it fills the buffers, and prepares what is prepared once.
 ROUNDS = 16
-OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
-    "AdamCM": lambda groups: cm_fused.AdamCM(groups),
-    "AdamW": lambda groups: AdamW(groups, fused=True),
+_SMOKE_ROUNDS = 3
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "AdamCM": cm_fused.AdamCM,
+    # Without clipping, which is no option of it.
+    "AdamW": lambda groups, **options: AdamW(groups, fused=True),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is stepped. If `alternating`, every other tensor has a gradient, in turns."""
+    """What is stepped. `target` is the ratio aimed at, None where nothing has been measured.
+
+    If `alternating`, every other tensor has a gradient, in turns; if `new_addresses`, each gradient
+    is another tensor than in the step before.
+    """
 
     name: str
     groups: int
     tensors: int
-    target: float
+    target: float | None
     steps: int = 20
     numel: int = 64
     alternating: bool = False
     sharded: bool = False
+    new_addresses: bool = False
+    max_grad_norm: float | None = None
 
 
 CASES = (
@@ -56,36 +67,53 @@ CASES = (
     Case("100 groups of 2, every other tensor in turns", 100, 2, 0.6, alternating=True),
     Case("24 tensors, fully_shard on 2 processes", 1, 24, 1.0, sharded=True),
 )
+CUDA_CASES = tuple(
+    Case(f"{tensors} tensor{'s' * (tensors > 1)}{words}", 1, tensors, None, steps, **options)
+    for tensors, steps in ((1, 200), (161, 20), (1000, 20))
+    for words, options in (
+        ("", {}),
+        (", new addresses", {"new_addresses": True}),
+        (", max_grad_norm", {"max_grad_norm": 1.0}),
+    )
+)
 
 
 class Stepped:
     """An optimizer with the gradients of its steps."""
 
-    def __init__(self, case: Case, name: str) -> None:
+    def __init__(self, case: Case, name: str, device: str = "cpu") -> None:
         self.alternating, size = case.alternating, case.tensors
+        self.device = device
         layers = [nn.Linear(case.numel // 2, 2, bias=False) for _ in range(case.groups * size)]
+        nn.Sequential(*layers).to(device)
         if case.sharded:
             fully_shard(nn.Sequential(*layers))
         self.params = [layer.weight for layer in layers]
-        self.grads = [param.detach().clone() for param in self.params]
+        sets = 2 if case.new_addresses else 1
+        self.grads = [[param.detach().clone() for param in self.params] for _ in range(sets)]
         starts = range(0, len(layers), size)
-        self.optimizer = OPTIMIZERS[name]([{"params": self.params[i : i + size]} for i in starts])
+        groups = [{"params": self.params[i : i + size]} for i in starts]
+        options = {"max_grad_norm": case.max_grad_norm} if case.max_grad_norm else {}
+        self.optimizer = OPTIMIZERS[name](groups, **options)
 
     def timed_step(self, turn: int) -> float:
         """Set the gradients of a turn, then step; return the step's seconds."""
-        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+        grads = self.grads[turn % len(self.grads)]
+        for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             param.grad = grad if not self.alternating or i % 2 == turn % 2 else None
-        start = time.perf_counter()
+        machine.synchronize(self.device)
+        clock = time.perf_counter if self.device == "cpu" else time.thread_time
+        start = clock()
         self.optimizer.step()
-        return time.perf_counter() - start
+        return clock() - start
 
 
-def measure(case: Case) -> list[float]:
+def measure(case: Case, device: str = "cpu", num_rounds: int = ROUNDS) -> list[float]:
     """Return the microseconds of a step of each of `OPTIMIZERS`."""
     torch.set_num_threads(1)
-    both = [Stepped(case, name) for name in OPTIMIZERS]
+    both = [Stepped(case, name, device) for name in OPTIMIZERS]
     rounds = []
-    for _ in range(ROUNDS):
+    for _ in range(num_rounds):
         turns = [[stepped.timed_step(turn) for stepped in both] for turn in range(case.steps)]
         rounds.append([median(times) for times in zip(*turns, strict=True)])
     return [1e6 * median(medians) for medians in zip(*rounds[1:], strict=True)]
@@ -127,23 +155,38 @@ def _print_calls() -> None:
     print("load_state_dict():", _calls(lambda: stepped.optimizer.load_state_dict(saved)))
 
 
+def _row(case: Case, device: str, num_rounds: int) -> dict[str, Any]:
+    both = _measure_on_two(case) if case.sharded else measure(case, device, num_rounds)
+    return {**asdict(case), "microseconds": both, "ratio": both[0] / both[1]}
+
+
 def main() -> None:
     """Print a table of all cases, or the calls."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed.host_time")
+    parser.add_argument("--device", choices=machine.DEVICES, default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="few rounds: shows that it runs")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--results", type=Path, help="a GPU's results file to update")
     parser.add_argument("--calls", action="store_true", help="count Python's calls instead")
     arguments = parser.parse_args()
     if arguments.calls:
         return _print_calls()
+    device = arguments.device
+    cases, num_rounds = CASES if device == "cpu" else CUDA_CASES, ROUNDS
+    if arguments.smoke:
+        cases, num_rounds = tuple(replace(case, steps=1) for case in cases), _SMOKE_ROUNDS
     rows = []
-    print(f"{'microseconds a step':47} AdamCM   AdamW  ratio  target")
-    for case in CASES:
-        ours, theirs = _measure_on_two(case) if case.sharded else measure(case)
-        rows.append({**asdict(case), "microseconds": [ours, theirs], "ratio": ours / theirs})
-        print(f"{case.name:47} {ours:6.0f} {theirs:7.0f} {ours / theirs:6.2f} {case.target:7.1f}")
+    print(report.HOST_TIME_HEADER)
+    for case in cases:
+        rows.append(_row(case, device, num_rounds))
+        print(report.host_time_line(rows[-1]), flush=True)
     if arguments.out:
-        of = {"machine": machine.describe("cpu"), "versions": machine.versions(), "cases": rows}
+        of = {"machine": machine.describe(device), "versions": machine.versions(), "cases": rows}
         arguments.out.write_text(json.dumps(of, indent=1) + "\n")
+    if arguments.results:
+        results = json.loads(arguments.results.read_text())
+        text = json.dumps({**results, "host_time": rows}, indent=1, ensure_ascii=False)
+        arguments.results.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import markdown
+from bench.speed import predict
 
 Results = dict[str, Any]
 Case = dict[str, Any]
@@ -115,6 +116,16 @@ def _absolute_row(case: Case) -> list[str]:
     ]
 
 
+HOST_TIME_HEADER = f"{'microseconds a step':47} AdamCM   AdamW  ratio  target"
+
+
+def host_time_line(row: dict[str, Any]) -> str:
+    """Return the line of a case of `bench.speed.host_time`."""
+    ours, theirs = row["microseconds"]
+    target = "-" if row["target"] is None else f"{row['target']:.1f}"
+    return f"{row['name']:47} {ours:6.0f} {theirs:7.0f} {row['ratio']:6.2f} {target:>7}"
+
+
 def _only_on_cuda(results: Results) -> list[str]:
     """Return what is measured of a GPU alone."""
     header = ["case", "host µs", "wall ms", "kernels", "copies", "calls"]
@@ -124,6 +135,11 @@ def _only_on_cuda(results: Results) -> list[str]:
         "wall: of a step and waiting for it; calls: by which the host launches kernels or graphs.",
         markdown.table(header, map(_host_row, results["cases"])),
     ]
+    if "host_time" in results:
+        lines = [HOST_TIME_HEADER, *map(host_time_line, results["host_time"])]
+        sections += ["What a step costs the host (`bench.speed.host_time`):"]
+        sections += ["\n".join(["```", *lines, "```"])]
+    sections += ["Predicted and measured:", predict.table(results)]
     if "parity" in results:
         sections += ["Errors against the reference in float64:", parity_table(results["parity"])]
     return sections

@@ -1,17 +1,18 @@
 """The timing loop, the tables of results, and what stands in the README."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from bench.speed import report
+from bench.speed import predict, report
 from bench.speed.precision import report as precision_report
 from bench.speed.precision.timing import Cost
 from bench.speed.precision.train import Run
 from bench.timing import MIN_ROUNDS, Step, Timed, interleave
-from tests.support.cases import ROOT
+from tests.support.cases import ROOT, needs_triton
 
 RESULTS = ROOT / "bench" / "results" / "cpu-amd-epyc-2core-torch2.13.0.json"
 PRECISION = ROOT / "bench" / "speed" / "precision" / "results"
@@ -91,3 +92,39 @@ def test_smoke_results_stay_out_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README.md must have the lines <!-- bench:begin -->"):
         report.update_readme(results, tmp_path / "README.md")
+
+
+def test_cuda_page_has_the_predictions() -> None:
+    """The page's table is what the model of a GPU gives, or was measured beside it."""
+    page = (ROOT / "docs" / "cuda.md").read_text()
+    measured = [json.loads(path.read_text()) for path in RESULTS.parent.glob("*-torch*.json")]
+    on_gpu = [results for results in measured if results["device"]["type"] == "cuda"]
+    assert predict.assumptions() in page
+    assert any(predict.table(results) in page for results in (None, *on_gpu))
+
+
+def test_predictions_take_the_measured_times() -> None:
+    """Each case stands in its row; what was not measured stays empty."""
+    case = json.loads(RESULTS.read_text())["cases"][0]
+    ratio = {"median": 1.58, "quartiles": [1.5, 1.6]}
+    case |= {"workload": "one 30 M tensor", "provider": "AdamCM C=5", "regime": "replacing"}
+    case |= {"seconds": 3e-4, "baseline_seconds": 1.9e-4, "ratio_to_fused_adamw": ratio}
+    lines = predict.table({"cases": [case]}).splitlines()
+    assert lines[2].startswith("| one 30 M tensor, AdamW fused |")
+    assert "| 190 | 1.00 | 1.00 |" in lines[2]
+    assert lines[3].startswith("| one 30 M tensor, AdamCM C=5 |")
+    assert lines[3].endswith("| 1.58 |")
+    assert lines[4].endswith("|  |")
+
+
+@needs_triton
+def test_predictions_have_the_registers_of_launches() -> None:
+    """The waves are those of the registers that the pass is compiled for."""
+    kernels = importlib.import_module("cm_fused._backends.triton.kernels")
+    tl = importlib.import_module("triton.language")
+    single, half, byte = tl.float32, tl.bfloat16, tl.int8
+    options = kernels.launch_options(single, single, single, False, 0)
+    assert options["maxnreg"] == predict.PASS_REGISTERS["float32"]
+    for moments, slots in ((single, half), (single, byte), (half, byte)):
+        options = kernels.launch_options(single, moments, slots, False, 5)
+        assert options["maxnreg"] == predict.PASS_REGISTERS["rounded"]
