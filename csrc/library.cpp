@@ -45,9 +45,9 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "bool maximize, bool decoupled_weight_decay) -> Tensor");
 
   // Brings the host's copy of a registered state's table (priority/table.h) up to date. Returns 0
-  // when nothing changed, 1 when only addresses of grads were written, 2 when more was, 3 when nothing
-  // was written because a param or a grad does not have the strides of its exp_avg. The tensors may
-  // be on any device, none is read.
+  // when nothing changed, 1 when only addresses of grads were written, 2 when more was, 3 when
+  // nothing was written because a param or a grad does not have the strides of its exp_avg. The
+  // tensors may be on any device, none is read.
   m.def("refresh_table_(int id, Tensor[] params, Tensor[] grads, Tensor(a!) table) -> int");
   m.def("table_columns() -> str");
 
