@@ -88,12 +88,17 @@ class _Variant:
     KAHAN: bool
     BY_FOURS: bool
     FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
-    SHAPE: tuple[int, ...] = ()  # of the elements that are worked on at a time
+    shape: tuple[int, ...] = ()  # of the elements that are worked on at a time
+
+    @property
+    def SHAPE(self) -> Any:  # noqa: N802
+        """Return the shape as kernels pass it on: Triton 3.6 takes a tuple for run-time numbers."""
+        return self.shape if INTERPRETED else tl.constexpr(self.shape)
 
     @property
     def BLOCK(self) -> int:  # noqa: N802
         """Return how many elements those are."""
-        return prod(self.SHAPE)
+        return prod(self.shape)
 
     def of_chunk(self, full: bool) -> "_Variant":
         """Return the variant with its block: of a warp for each scale, if there are scales."""
@@ -103,7 +108,7 @@ class _Variant:
             shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
         else:
             shape = (BLOCK_SIZE if full else TAIL_BLOCK_SIZE,)
-        return replace(self, FULL=full, SHAPE=shape)
+        return replace(self, FULL=full, shape=shape)
 
 
 @triton.constexpr_function
@@ -145,8 +150,7 @@ _Tensors = namedtuple(
 # is the one to write, or -1.
 _Buffer = namedtuple("_Buffer", "slots scales critical_sum numel capacity slot slot_ptr")
 
-# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements, None where
-# it has all of them.
+# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
 _Block = namedtuple("_Block", "begin count offsets mask")
 
 
@@ -237,7 +241,7 @@ def _block_at(begin, count, V: tl.constexpr):
     """Return the block from `begin` on of a chunk with `count` elements."""
     offsets = begin + rounding.block_offsets(V.SHAPE)
     mask = tl.full(V.SHAPE, 1, dtype=tl.int1) if V.FULL else offsets < count
-    return _Block(begin, None if V.FULL else count, offsets, mask)
+    return _Block(begin, count, offsets, mask)
 
 
 # The moments

@@ -58,6 +58,11 @@ def _is_by_warps(shape):
 
 
 @triton.constexpr_function
+def _is_of_full_chunk(shape):
+    return shape[3] == 4
+
+
+@triton.constexpr_function
 def _fours(shape):
     """Return the shape of a block's groups of four elements."""
     *outer, lanes, vector = shape
@@ -222,7 +227,7 @@ def _scale_offsets(begin, SHAPE: tl.constexpr):
 def _are_wanted(elements, block, wanted, SHAPE: tl.constexpr):
     """Return the mask of scales that are wanted and those of elements of the chunk."""
     mask = tl.full(_scales(SHAPE), wanted, tl.int32) != 0
-    return mask if block.count is None else mask & (elements < block.count)
+    return mask if _is_of_full_chunk(SHAPE) else mask & (elements < block.count)
 
 
 @triton.jit
