@@ -203,7 +203,8 @@ missing_imports() {  # test files with what they import and this Python lacks
     "$python" - "${folders[@]}" <<'PYTHON'
 import ast, importlib.util, pathlib, sys
 
-for path in sorted(path for folder in sys.argv[1:] for path in pathlib.Path(folder).glob("test_*.py")):
+folders = map(pathlib.Path, sys.argv[1:])
+for path in sorted(path for folder in folders for path in folder.glob("test_*.py")):
     body = ast.parse(path.read_text()).body
     names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
@@ -215,7 +216,7 @@ PYTHON
 }
 
 # Correctness does not mind company: tests beside sanitizers. Where pytest-xdist is, several
-# processes compile the tests' many kernels.
+# processes compile the tests' many kernels; one alone is likely to need more than the limit.
 parallel=()
 if "$python" -c 'import xdist' 2>/dev/null; then
     parallel=(-n 6)
@@ -224,11 +225,11 @@ fi
 # The mark is also on every case of the Triton backend, whose tensors are on the GPU here.
 pytest=("$python" -m pytest -q --continue-on-collection-errors -rs -p no:cacheprovider -m gpu)
 
-tell_skipped() {  # stage: what its tests could not do here
+tell_skipped() {  # stage: what its tests could not do here; not what other tests do
     local line
-    grep -a "^SKIPPED" "$logs/$1.log" | sort -u | head -n 20 | while read -r line; do
+    while read -r line; do
         say "$1" "cannot: ${line#SKIPPED }"
-    done
+    done < <(grep -a "^SKIPPED" "$logs/$1.log" | grep -v "test_gpu.py has" | sort -u | head -n 20)
 }
 
 tests() {

@@ -39,7 +39,7 @@ LOAD_SECONDS = 0.55e-6
 # those that the pass is compiled for (`launch_options`; bench.machine_code counts them).
 _PROGRAM_THREADS = 128
 _PROGRAM_BLOCK = 4 * _PROGRAM_THREADS
-PASS_REGISTERS = {"float32": 64, "rounded": 96}
+PASS_REGISTERS = {"float32": 64, "rounded": 96, "scaled": 168}
 # The pass's entry, the columns of the tensor's row, the slot that is named there. Then each block
 # waits for its loads: nothing is loaded ahead.
 _PASS_LOADS, _NORM_LOADS = 3, 2
@@ -172,7 +172,9 @@ def _launches(provider: Provider, workload: Workload) -> Iterator[Launch]:
     """Return a step's launches; a graph's replay has the same ones."""
     if provider.name.startswith("AdamW"):
         return _adamw(workload)
-    state = "float32" if " C=" in provider.name else "rounded"
+    state = (
+        "float32" if " C=" in provider.name else "scaled" if "int8" in provider.name else "rounded"
+    )
     return _fused(workload, provider.bytes(True), state, provider.name.startswith("AdamCG"))
 
 

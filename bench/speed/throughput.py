@@ -68,9 +68,9 @@ def _record(case: Case, device: str, bandwidth: float, path: Path) -> bool:
         print(f"{case.name}: FAILED", flush=True)
         traceback.print_exc()
         return False
-    print(f"{case.name}: {info['ratio_to_fused_adamw']['median']:.2f}", flush=True)
     with path.open("a") as lines:
         lines.write(json.dumps(info) + "\n")
+    print(f"{case.name}: {info['ratio_to_fused_adamw']['median']:.2f}", flush=True)
     return True
 
 

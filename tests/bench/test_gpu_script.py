@@ -72,7 +72,7 @@ def _has_ended(process: str) -> bool:
 def test_builds_are_asked_for_and_fail(tmp_path: Path) -> None:
     """Warnings are no architecture, and a build without a library is a stage that failed."""
     environment = _environment(tmp_path, PYTHON)
-    run = subprocess.run([*COMMAND, "--smoke"], env=environment, capture_output=True, text=True)
+    run = subprocess.run(COMMAND, env=environment, capture_output=True, text=True)
     assert run.returncode == 1, run.stdout + run.stderr
     assert (tmp_path / "log").read_text().splitlines() == ["9.0 cuda", "9.0 cpu"]
     assert "build-without-cuda: FAILED" in run.stdout
@@ -101,7 +101,7 @@ def test_what_a_machine_lacks_is_no_failure(tmp_path: Path) -> None:
     """No toolkit and no compute-sanitizer: said, and passed."""
     python = SLOW_PYTHON.replace("*$WAITS*) ;;", LACKS_NVCC)
     environment = _environment(tmp_path, python, PATH="/usr/bin:/bin")
-    run = subprocess.run([*COMMAND, "--smoke"], env=environment, capture_output=True, text=True)
+    run = subprocess.run(COMMAND, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     stages = (tmp_path / "out" / "stages.txt").read_text()
     assert "build: cannot: no CUDA toolkit with an nvcc was found" in stages

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from bench.speed.precision import report as precision_report
 from bench.speed.precision.timing import Cost
 from bench.speed.precision.train import Run
 from bench.timing import MIN_ROUNDS, Step, Timed, interleave
-from tests.support.cases import ROOT, needs_triton
+from tests.support.cases import ROOT, needs_proc, needs_triton
 
 RESULTS = ROOT / "bench" / "results" / "cpu-amd-epyc-2core-torch2.13.0.json"
 PRECISION = ROOT / "bench" / "speed" / "precision" / "results"
@@ -127,4 +130,25 @@ def test_predictions_have_the_registers_of_launches() -> None:
     assert options["maxnreg"] == predict.PASS_REGISTERS["float32"]
     for moments, slots in ((single, half), (single, byte), (half, byte)):
         options = kernels.launch_options(single, moments, slots, False, 5)
-        assert options["maxnreg"] == predict.PASS_REGISTERS["rounded"]
+        state = "scaled" if slots is byte else "rounded"
+        assert options["maxnreg"] == predict.PASS_REGISTERS[state]
+
+
+@pytest.mark.slow
+@needs_proc
+def test_what_was_measured_is_written_down(tmp_path: Path) -> None:
+    """A run that is asked to end writes the cases it has, and says why the others are missing."""
+    out = tmp_path / "results.json"
+    command = [sys.executable, "-m", "bench.speed", "--smoke", "--device=cpu", f"--out={out}"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, text=True) as run:
+        assert run.stdout is not None
+        next(line for line in run.stdout if " | " in line)
+        run.terminate()
+        run.stdout.read()
+    assert run.returncode != 0
+    results = json.loads(out.read_text())
+    assert results["cases"]
+    assert results["memory"] == []
+    assert any("cut off" in entry["reason"] for entry in results["left_out"])
