@@ -106,6 +106,7 @@ class Bucket:
     sq_norm: Tensor | None = None
     group: int = 0  # the index of its param group
     registered: Any = None  # what its backend prepared for all steps of these tensors
+    placed: Any = None  # what it prepared for the step of these gradients, and no longer
     _indices: Tensor | None = None
 
     def __getitem__(self, key: str) -> list[Tensor]:
@@ -161,6 +162,7 @@ class Batch:
         self._split, first = self.grads, 0
         for bucket in self.buckets:
             bucket.grads = self.grads[first : first + len(bucket.params)]
+            bucket.placed = None
             first += len(bucket.params)
 
 

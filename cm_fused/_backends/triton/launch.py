@@ -79,7 +79,7 @@ def prepare(batch: Batch) -> Callable[[], None]:
 
 def _launchers(buckets: list[Bucket]) -> list["_Launcher"]:
     """Prepare the launches of some buckets; find parameters that overlap where one has moved."""
-    launchers = [_Launcher(bucket, bucket.options, is_last=True) for bucket in buckets]
+    launchers = [_Launcher(bucket, bucket.options) for bucket in buckets]
     if any(launcher.may_have_moved() for launcher in launchers):
         params = chain.from_iterable(bucket.params for bucket in buckets)
         one_by_one = have_overlap(params)
@@ -184,7 +184,6 @@ class _Placed:
         except OutdatedTablesError:
             self.tables = _remake_tables(bucket)
             self._refresh(bucket)
-        self.step_grads = bucket.grads  # by which the step is known
 
     def _refresh(self, bucket: Bucket) -> None:
         params, grads = bucket.params, bucket.grads
@@ -199,23 +198,18 @@ class _Placed:
         self._grads = grads
 
 
-def _placed(bucket: Bucket, is_last: bool) -> _Placed:
-    """Return the bucket's tensors as this step's norms found them, or place them.
-
-    `is_last` says that this step places no more.
-    """
-    tables = bucket.registered
-    placed = tables.placed if isinstance(tables, Tables) else None
-    if placed is None or placed.step_grads is not bucket.grads:
-        placed = _Placed(bucket)
-    placed.tables.placed = None if is_last else placed
+def _placed(bucket: Bucket) -> _Placed:
+    """Return the bucket's tensors as this step's norms found them, or place them."""
+    if bucket.placed is None:
+        bucket.placed = _Placed(bucket)
+    placed: _Placed = bucket.placed
     return placed
 
 
 class _Launcher:
     """One step's launches, for which the bucket's device must be the current one."""
 
-    def __init__(self, bucket: Bucket, options: StepOptions, is_last: bool = False) -> None:
+    def __init__(self, bucket: Bucket, options: StepOptions) -> None:
         self.bucket = bucket
         self._options = options
         self._device = bucket.device
@@ -223,7 +217,7 @@ class _Launcher:
         self._lr_ptr, self._lr = _lr(options, self._device)
         self._grad_factor = _on_device(options.grad_factor, self._device)
         self._found_inf = _on_device(options.found_inf, self._device)
-        self._placed = _placed(bucket, is_last)
+        self._placed = _placed(bucket)
         self.tables = self._placed.tables
 
     def may_have_moved(self) -> bool:

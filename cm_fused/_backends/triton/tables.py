@@ -11,7 +11,6 @@ itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,6 @@ class Tables:
         self._of_captures: list[tuple[Tensor, ...]] = []
         self._table: Tensor | None = None
         self.last: Tensor | None = None  # the table of the last refresh
-        self.placed: Any = None  # for `launch`: this step's tensors, while it places no others
         self.calls = Calls()  # of the kernels that are launched for the whole table
         self._stream = _stream(self._device)
         # Whether a parameter may have moved, until parameters that overlap were looked for.
