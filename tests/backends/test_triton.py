@@ -3,8 +3,10 @@
 Kernels run on a GPU where there is one, else under the interpreter.
 """
 
+import contextlib
 import mmap
 import re
+import weakref
 from typing import Any
 
 import numpy as np
@@ -252,6 +254,27 @@ def test_memory_that_another_stream_uses(monkeypatch: pytest.MonkeyPatch) -> Non
     used_by_kernels = [table, made.chunk_sq_norms, made.launches[0].chunks]
     pointers = {tensor.data_ptr() for tensor, on in used if on == "second"}
     assert {tensor.data_ptr() for tensor in used_by_kernels} <= pointers
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_clipping_has_placed_goes_with_the_gradients(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm's pass leaves the step's tensors to the next one, which an error may prevent."""
+    (param,) = make_params([(9, 4)])
+    optimizer = AdamCM([param.to(DEVICE)], backend="triton", max_grad_norm=1.0)
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    param.grad = torch.ones_like(param)
+    with monkeypatch.context() as patch:
+        if fails:
+            patch.setattr(triton, "_launchers", lambda buckets: 1 / 0)
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            optimizer.step()
+    grad = weakref.ref(param.grad)
+    optimizer.zero_grad()
+    assert grad() is None
 
 
 # Offsets of more than 31 bits
