@@ -224,6 +224,8 @@ def test_what_int8_moments_use_besides() -> None:
     found = run_on("max.NaN.f32 %r20, %r10, %r11;", np.float32, values, _floats([math.nan, 1.0]))
     assert np.isnan(found[::2]).all()
     assert found[1::2].tolist() == np.maximum(values[1::2], 1).tolist()
+    found = run_on("max.NaN.f32 %r20, %r10, 0f00000000, %r10;", np.float32, -values)
+    assert not found.any()
 
 
 def test_pairs_of_floats() -> None:

@@ -111,9 +111,12 @@ class Compiled:
     def _operation(self, instruction: Instruction) -> Step:
         operation = operation_of(instruction.opcode)
         target, *sources = instruction.operands
-        if len(sources) != len(operation.operands):
+        more = len(sources) - len(operation.operands)
+        if not 0 <= more <= operation.more:
             raise PtxError(f"{len(operation.operands)} operands expected: {instruction}")
-        pairs = list(zip(sources, operation.operands, strict=True))
+        pairs = list(
+            zip(sources, (*operation.operands, *operation.operands[-1:] * more), strict=True)
+        )
         if instruction.opcode == "prmt.b32":
             reads = [self._part_reader(source, kind) for source, kind in pairs]
         else:

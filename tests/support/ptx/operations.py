@@ -39,6 +39,8 @@ class Operation(NamedTuple):
     function: Function
     # Whether operands may be registers wider than their types, and the result's too.
     widens: bool = False
+    # How many operands of the last one's type may follow.
+    more: int = 0
 
 
 @cache
@@ -102,10 +104,11 @@ def _extremes(name: str, kind: str) -> Operation:
 def _extremes_or_nan(name: str, kind: str) -> Operation:
     function = _extremes(name, kind).function
 
-    def extreme(a: Array, b: Array) -> Array:
-        return arithmetic.canonical(np.where((a != a) | (b != b), a + b, function(a, b)))
+    def extreme(a: Array, b: Array, *more: Array) -> Array:
+        result = arithmetic.canonical(np.where((a != a) | (b != b), a + b, function(a, b)))
+        return extreme(result, *more) if more else result
 
-    return Operation(kind, (kind, kind), extreme)
+    return Operation(kind, (kind, kind), extreme, more=1)
 
 
 def _sign(name: str, kind: str) -> Operation:
