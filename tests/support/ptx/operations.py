@@ -62,14 +62,15 @@ def _float_arithmetic(name: str, kind: str) -> Operation:
 
 
 def _packed(name: str) -> Operation:
-    function = rounded(_ARITHMETIC[name])
+    function = arithmetic.fma32 if name == "fma" else rounded(_ARITHMETIC[name])
 
-    def both(a: Array, b: Array) -> Array:
-        pairs = np.broadcast_arrays(a, b)
-        x, y = (np.ascontiguousarray(each).view(np.float32) for each in pairs)
-        return function(x, y).view(np.uint64)
+    def both(*operands: Array) -> Array:
+        pairs = np.broadcast_arrays(*operands)
+        return function(*(np.ascontiguousarray(each).view(np.float32) for each in pairs)).view(
+            np.uint64
+        )
 
-    return Operation("f32x2", ("f32x2", "f32x2"), both)
+    return Operation("f32x2", ("f32x2",) * (3 if name == "fma" else 2), both)
 
 
 def _mixed(name: str, half: str) -> Operation:
@@ -188,7 +189,7 @@ def _fma(kind: str) -> Operation:
 
 _TABLE: tuple[tuple[str, Callable[..., Operation]], ...] = (
     (r"(add|sub|mul)(?:\.rn)?\.(f32|f64)", _float_arithmetic),
-    (r"(add|sub|mul)\.rn\.f32x2", _packed),
+    (r"(add|sub|mul|fma)\.rn\.f32x2", _packed),
     (r"(add|sub)\.rn\.f32\.(bf16|f16)", _mixed),
     (r"fma\.rn\.(f32|f64)", _fma),
     (r"div\.rn\.(f32|f64)", lambda kind: Operation(kind, (kind, kind), arithmetic.divide)),
