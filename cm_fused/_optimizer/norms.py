@@ -29,12 +29,13 @@ def gathered(
     """
     pairs = list(of_buckets)
     total = sum(count for _, count in plan.spans)
-    if among is None and len(pairs) == 1 and len(pairs[0][1]) == total:
-        return pairs[0][1]
     device = among.device if among is not None else _home([values.device for _, values in pairs])
-    sums = torch.zeros(total, dtype=torch.float64, device=device)
-    for bucket, values in pairs:
-        sums.index_copy_(0, bucket.indices_on(device), to_device(values, device))
+    if len(pairs) == 1 and len(pairs[0][1]) == total:
+        sums = to_device(pairs[0][1], device)
+    else:
+        sums = torch.zeros(total, dtype=torch.float64, device=device)
+        for bucket, values in pairs:
+            sums.index_copy_(0, bucket.indices_on(device), to_device(values, device))
     return sums if among is None else sums.mul_(among.counted)
 
 
