@@ -1,1 +1,0 @@
-"""Benchmarks of cm_fused, and its demo."""

@@ -1,1 +1,0 @@
-"""The machine code of the Triton pass: `python -m bench.machine_code`."""

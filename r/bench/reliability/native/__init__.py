@@ -1,1 +1,0 @@
-"""The C++ code under sanitizers and valgrind."""

@@ -1,1 +1,0 @@
-"""What a step takes of time and memory: `python -m bench.speed`."""

@@ -1,1 +1,0 @@
-"""What precision costs: state, time and held-out loss of every precision of the state."""

@@ -1,1 +1,0 @@
-"""The implementations of the step, and the choice between them."""

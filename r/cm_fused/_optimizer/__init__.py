@@ -1,1 +1,0 @@
-"""The optimizers' base: options, state dicts and the dispatch of a step."""

@@ -1,1 +1,0 @@
-"""The state of a parameter: what it has, how it is made, loaded and tracked."""
