@@ -28,7 +28,7 @@ _LIBRARIES = ("cm_fused/_C.abi3.so", "cm_fused/_C_cuda.abi3.so")
 _COMMAND = ("setup.py", "--quiet", "build_ext")
 _ENVIRONMENT = {"CM_FUSED_BUILD": "cuda", "LDFLAGS": "-Wl,--no-undefined"}
 
-# Of every operator, the keys with a kernel of their own.
+# Prints the keys for which each operator has a kernel of its own.
 _REGISTERED = """
 import json, sys, torch, cm_fused
 has = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -39,7 +39,7 @@ def _cifar(classes: int, build: Callable[[int], nn.Module]) -> Task:
 
 _WRN_40_1 = partial(models.wide_resnet, 40, 1)
 
-# Of a size that two cores train in under a minute: a small WRN on 8x8 images, and bytes of
+# Two cores train these in under a minute: a small WRN on 8x8 images, and bytes of
 # Python's standard library.
 TASKS = {
     "lstm-python": Task(

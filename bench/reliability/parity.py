@@ -33,8 +33,8 @@ _RUNS: tuple[tuple[Kind, int], ...] = (
     (AdamCG, 3),
 )
 _LR = 1e-2
-# Of a gradient's logarithm from step to step: enough for keys that no rounding confuses, and for
-# steps that admit and steps that skip.
+# The spread of a gradient's logarithm from step to step: enough for keys that no rounding confuses,
+# and for steps that admit and steps that skip.
 _SPREAD = 0.5
 
 

@@ -26,7 +26,7 @@ PEAK_BYTES_PER_SECOND = 4.8e12
 MULTIPROCESSORS = 132
 REGISTERS = 65_536
 THREADS = 2048
-# Of the peak, what a large copy reaches: an assumption. The first run measures the copy.
+# A large copy is assumed to reach this part of the peak. The first run measures the copy.
 COPY_SHARE = 0.9
 # From the end of a kernel to the start of the next one of a full queue: an assumption, from the 2
 # to 3 µs that short kernels are usually said to take each.

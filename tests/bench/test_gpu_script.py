@@ -55,8 +55,10 @@ def _environment(tmp_path: Path, python: str, **others: str) -> dict[str, str]:
 
 
 def _first_line(path: Path) -> str:
-    """Return a file's first line once it has one."""
+    """Return a file's first line once it has one, which takes seconds."""
+    end = time.monotonic() + 120
     while not path.exists() or "\n" not in path.read_text():
+        assert time.monotonic() < end, f"the script has not begun to write {path.name}"
         time.sleep(0.05)
     return path.read_text().splitlines()[0]
 

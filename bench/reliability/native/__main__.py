@@ -89,7 +89,7 @@ def _record(run: Run) -> None:
         for each in known
         if (each["tool"], each["what"]) != (run.tool, run.what) and each["what"].split()[0] in named
     ]
-    # Of each run its own: not all are of one day.
+    # Each run has its own commit: not all are of one day.
     now = {**asdict(run), "commit": machine.versions()["commit"]}
     RESULT.write_text(json.dumps(_report([*others, now]), indent=1) + "\n")
 
