@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -98,10 +99,13 @@ def _cpp_sources() -> list[Path]:
     ]
 
 
-@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
+@pytest.mark.skipif(
+    not (REPOSITORY / ".git").exists() or shutil.which("git") is None, reason="not a checkout"
+)
 def test_the_checkout_has_the_known_top_level() -> None:
     """A copy of the whole tree was committed once, and no test looked beyond its own folder."""
-    command = ["git", "ls-files", "-z"]
+    # Whoever owns the checkout.
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
     listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     folders = {name.partition("/")[0] for name in listed.stdout.split("\0") if "/" in name}
     assert folders == {".ci", "bench", "cm_fused", "csrc", "docs", "tests"}
