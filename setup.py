@@ -11,6 +11,7 @@ sources; one build at a time may use it. CM_FUSED_CXXFLAGS adds flags.
 
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 BUILDS = ("auto", "cpu", "cuda", "none")
 BUILD = os.environ.get("CM_FUSED_BUILD", "auto")
@@ -56,6 +58,10 @@ COMPILE_ARGS = [
 ]
 CUDA_SOURCES = ["csrc/cuda/update_priorities.cu"]
 CUDA_COMPILE_ARGS = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
+# 45 s of a core of a Zen 4.
+COMPILE_TIME = "half a minute on two cores where ninja is installed, else a minute"
+# Why each library that is not built is not, as cm_fused/_install.py reads it.
+not_built = {"_C_cuda": "CM_FUSED_BUILD=cpu"} if BUILD == "cpu" else {}
 # Those with a memory worth it, and PTX of the last for what comes after.
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
 
@@ -69,6 +75,7 @@ def pure_python(reason: str) -> None:
     """Say that the package is built without its libraries, or fail when one was asked for."""
     if BUILD in ("cpu", "cuda"):
         sys.exit(f"cm_fused: CM_FUSED_BUILD={BUILD}, but {reason}")
+    not_built.update(_C=reason, _C_cuda=reason)
     say(
         f"building the pure-Python package, because {reason}. AdamCM will run on the "
         'eager backend. For the fast one: pip install "torch>=2.11" setuptools, have a C++20 '
@@ -80,7 +87,14 @@ def without_cuda(reason: str) -> None:
     """Say that the CUDA library is left out, or fail when it was asked for."""
     if BUILD == "cuda":
         sys.exit(f"cm_fused: CM_FUSED_BUILD=cuda, but {reason}")
+    not_built.update(_C_cuda=reason)
     say(f"building without the CUDA library, because {reason}")
+
+
+def record(package: Path) -> None:
+    """Write what was not built into the package that is being built."""
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(not_built) + "\n")
 
 
 def missing_requirement() -> str | None:
@@ -95,6 +109,19 @@ def missing_requirement() -> str | None:
         return "torch is not in the build environment"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_MINIMUM:
         return f"torch {torch.__version__} is older than 2.11"
+    return missing_compiler()
+
+
+def missing_compiler() -> str | None:
+    """Return why nothing can be compiled here, or None; before a compiler says it at length."""
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        return f"{compiler[0]}, a C++20 compiler, was not found (Debian: apt-get install g++)"
+    command = [*compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    code = "#include <concepts>\n#include <span>\n"
+    tried = subprocess.run(command, input=code, capture_output=True, text=True)
+    if tried.returncode:
+        return f"{compiler[0]} does not compile C++20 (GCC 10, Clang 13 or later do)"
     return None
 
 
@@ -247,17 +274,20 @@ def extension_arguments() -> dict[str, object]:
         build_temp: str
 
         def run(self) -> None:
+            package = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
             compiler = self.compiler  # which a run replaces by what it made of it
             for report in (without_cuda, pure_python)[-len(self.extensions) :]:
                 self.compiler = compiler
                 try:
                     self.keep_objects()
+                    say(f"compiling {self.extensions[-1].name}: {COMPILE_TIME}")
                     super().run()
                     self.check_libraries()
-                    return
+                    break
                 except Exception as error:
                     report(f"{self.extensions[-1].name} did not build: {error}")
                     self.extensions = self.extensions[:-1]
+            record(package)
 
         def check_libraries(self) -> None:
             """Raise where a compiler reported success and made nothing."""
@@ -289,7 +319,23 @@ def extension_arguments() -> dict[str, object]:
     }
 
 
+def pure_python_arguments() -> dict[str, object]:
+    """Return setup()'s arguments for the package without libraries."""
+
+    class RecordingBuild(build_py):  # type: ignore[misc]
+        """Adds the record of what was not built, which else `build_ext` writes."""
+
+        build_lib: str
+        editable_mode: bool
+
+        def run(self) -> None:
+            super().run()
+            record(Path("" if self.editable_mode else self.build_lib, "cm_fused"))
+
+    return {"cmdclass": {"build_py": RecordingBuild}}
+
+
 reason = missing_requirement()
 if reason is not None:
     pure_python(reason)
-setup(**({} if reason is not None else extension_arguments()))
+setup(**(extension_arguments() if reason is None else pure_python_arguments()))

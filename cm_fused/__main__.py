@@ -1,16 +1,22 @@
 """`python -m cm_fused`: print what is installed and available, and whether it computes correctly.
 
-Exits with 1 where a backend's results are not the reference's.
+The exit status is 1 where a backend computes something else than the reference, where a backend
+that is named is not available, and where the fast one of a device is not. CPUs need none where the
+package was built with CM_FUSED_BUILD=none.
 """
 
+import argparse
+import json
 import platform
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 
 import torch
 from torch import Tensor
 
-from cm_fused import AdamCG, AdamCM
+from cm_fused import AdamCG, AdamCM, _install
 from cm_fused._backends import cpu, library
 from cm_fused._backends.select import NAMES, select
 
@@ -69,36 +75,112 @@ def _self_test(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the diagnosis; return the exit status."""
-    print(f"cm_fused {_version('cm_fused')}")
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    cuda = torch.version.cuda or "none"
-    print(f"torch {torch.__version__} (CUDA {cuda}), triton {_version('triton')}")
-    print(f"C++ library: {library.unavailable_reason or f'loaded, {cpu.capability()} kernels'}")
-    print(f"CUDA library: {library.cuda_unavailable_reason or 'loaded'}")
-    print(f"CUDA devices: {_cuda_devices()}")
-    failed = False
-    for device in _devices():
-        for name in NAMES:
-            line, right = _diagnosis(name, device)
-            failed |= not right
-            print(line)
-    return int(failed)
+    parser = argparse.ArgumentParser(
+        prog="python -m cm_fused", description=(__doc__ or "").partition("\n\n")[2]
+    )
+    parser.add_argument(
+        "backends", nargs="*", metavar="BACKEND", help=f"must be available: {', '.join(NAMES)}"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parsed = parser.parse_args(arguments)
+    if unknown := {*parsed.backends} - {*NAMES}:
+        parser.error(f"BACKEND must be one of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    diagnosis = _diagnosis(parsed.backends)
+    print(json.dumps(asdict(diagnosis), indent=1) if parsed.json else _as_text(diagnosis))
+    return int(bool(diagnosis.problems))
 
 
-def _diagnosis(name: str, device: torch.device) -> tuple[str, bool]:
-    """Return a line on a backend, and whether all is well: it is correct, or not available."""
+@dataclass(frozen=True)
+class _Found:
+    """A backend on a device."""
+
+    backend: str
+    device: str
+    available: bool
+    what: str  # what steps there, or why nothing does
+    correct: bool | None  # None: it is the reference, or not available
+
+
+@dataclass(frozen=True)
+class _Diagnosis:
+    """All that is printed."""
+
+    versions: dict[str, str]
+    imported_from: str
+    cpp_library: str
+    cuda_library: str
+    cuda_devices: str
+    backends: list[_Found]
+    problems: list[str]
+
+
+def _diagnosis(wanted: Sequence[str]) -> _Diagnosis:
+    """Return what is installed and at work; a problem is what was asked for and is not there."""
+    found = [_examine(name, device) for device in _devices() for name in NAMES]
+    problems = [each.what for each in found if each.correct is False]
+    problems += [
+        f"{name} is not available on any device"
+        for name in wanted
+        if not any(each.available for each in found if each.backend == name)
+    ]
+    reason = library.unavailable_reason
+    if reason is not None and not reason.endswith(_install.NOT_WANTED):
+        problems.append(f"{reason}. {_install.remedy()}")
+    problems += [
+        f"on {each.device} the slow reference takes the steps: {each.what}"
+        for each in found
+        if each.backend == "triton" and each.device != "cpu" and not each.available
+    ]
+    versions = {
+        "cm_fused": _version("cm_fused"),
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "triton": _version("triton"),
+    }
+    return _Diagnosis(
+        versions,
+        str(_install.PACKAGE.parent),
+        reason or f"loaded, {cpu.capability()} kernels",
+        library.cuda_unavailable_reason or "loaded",
+        _cuda_devices(),
+        found,
+        problems,
+    )
+
+
+def _as_text(diagnosis: _Diagnosis) -> str:
+    lines = [
+        *(f"{package} {version}" for package, version in diagnosis.versions.items()),
+        f"imported from {diagnosis.imported_from}",
+        f"C++ library: {diagnosis.cpp_library}",
+        f"CUDA library: {diagnosis.cuda_library}",
+        f"CUDA devices: {diagnosis.cuda_devices}",
+        *(_line(each) for each in diagnosis.backends if each.correct is not False),
+        *(f"PROBLEM: {problem}" for problem in diagnosis.problems),
+    ]
+    return "\n".join(lines)
+
+
+def _line(found: _Found) -> str:
+    if not found.available:
+        return f"{found.backend} on {found.device}: {found.what}"
+    return f"{found.what}: {'agrees with ' if found.correct else ''}the reference"
+
+
+def _examine(name: str, device: torch.device) -> _Found:
     try:
         backend = select(name, device)
     except RuntimeError as error:
-        return f"{name} on {device}: {error}", True
+        return _Found(name, str(device), False, str(error), None)
     what = backend.describe(device)
     if name == "eager":
-        return f"{what}: the reference", True
+        return _Found(name, str(device), True, what, None)
     wrong = _self_test(name, device)
-    verdict = "agrees with the reference" if wrong is None else f"WRONG: {wrong}"
-    return f"{what}: {verdict}", not wrong
+    if wrong is not None:
+        return _Found(name, str(device), True, f"{what}: WRONG: {wrong}", False)
+    return _Found(name, str(device), True, what, True)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cm_fused import _install
 from cm_fused._bucket import HYPERPARAMETERS
 from cm_fused._state.table import KEYS, mask_of
 
-_PACKAGE = Path(__file__).parents[1]
-_LIBRARY = _PACKAGE / "_C.abi3.so"
-_CUDA_LIBRARY = _PACKAGE / "_C_cuda.abi3.so"
+_LIBRARY = _install.PACKAGE / "_C.abi3.so"
+_CUDA_LIBRARY = _install.PACKAGE / "_C_cuda.abi3.so"
 
 
 def _load(library: Path, what: str) -> str | None:
     """Load a library; return None, or why it cannot be used."""
     if not library.exists():
-        return f"{what} was not built when cm_fused was installed"
+        reason = _install.reason_not_built(library.name.partition(".")[0])
+        return f"{what} was not built" + (f", because {reason}" if reason else "")
     try:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:

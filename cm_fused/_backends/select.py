@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from cm_fused import reference
+from cm_fused import _install, reference
 from cm_fused._backends import cpu, eager, library
 from cm_fused._bucket import Batch, Bucket, StepOptions
 from cm_fused._warnings import warn
@@ -130,9 +130,5 @@ def _warn_of_fallback(device_type: str, reason: str) -> None:
     """Warn once per device type that the reference does the work of a fused backend."""
     message = f"cm_fused steps with the slow eager backend for {device_type} parameters: {reason}"
     if device_type == "cpu":
-        message += (
-            '. For the fast one, have a C++20 compiler, pip install "torch>=2.11" setuptools, and '
-            "reinstall with CM_FUSED_BUILD=cpu pip install --no-build-isolation --force-reinstall "
-            "--no-deps ."
-        )
+        message += f". {_install.remedy()}"
     warn(message)

@@ -19,6 +19,7 @@ LAYERS = (
         "_state.table",
         "_bucket",
         "_distributed",
+        "_install",
         "philox",
         "rounding",
         "_warnings",

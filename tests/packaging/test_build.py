@@ -90,6 +90,7 @@ def test_build_without_torch_is_pure_python(source: Path, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stdout + result.stderr
     assert "torch is not in the build environment" in result.stdout + result.stderr
     assert list((source.parent / "wheels").glob("*-py3-none-any.whl"))
+    assert "because torch is not in the build environment. " in first_step(source)
     files = wheel_files(source)
     assert LIBRARY not in files
     assert "cm_fused/py.typed" in files
@@ -97,11 +98,51 @@ def test_build_without_torch_is_pure_python(source: Path, tmp_path: Path) -> Non
 
 
 def test_build_without_compiler_is_pure_python(source: Path) -> None:
-    """Without a C++ compiler the build succeeds without the extension, and says so."""
+    """Without a C++ compiler the build says so in one sentence, and so does the wheel's step."""
     result = build_wheel(source, CXX="/nonexistent/c++", CM_FUSED_BUILD="auto")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "cm_fused._C did not build" in result.stdout + result.stderr
+    reason = "/nonexistent/c++, a C++20 compiler, was not found (Debian: apt-get install g++)"
+    assert reason in result.stdout + result.stderr
     assert LIBRARY not in wheel_files(source)
+    assert f"the C++ extension was not built, because {reason}. " in first_step(source)
+
+
+def test_build_with_an_old_compiler_is_pure_python(source: Path, tmp_path: Path) -> None:
+    """The older tests had a compiler that is missing: one without C++20 printed pages of errors."""
+    write_script(tmp_path / "c++", "#!/bin/sh\necho 'error: concepts: no such file' >&2; exit 1\n")
+    result = build_wheel(source, CXX=str(tmp_path / "c++"), CM_FUSED_BUILD="auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "c++ does not compile C++20" in result.stdout + result.stderr
+    assert "no such file" not in result.stdout + result.stderr
+
+
+def test_build_that_fails_is_recorded(source: Path) -> None:
+    """What the compiler refuses is left out, and the record says which part did not build."""
+    (source / "csrc" / "library.cpp").write_text("#error not today\n")
+    environment = {"CM_FUSED_OBJECTS": str(source.parent / "objects")}
+    for name in (source / "csrc").rglob("*.cpp"):
+        if name.name != "library.cpp":
+            name.write_text("")
+    result = build_wheel(source, CM_FUSED_BUILD="auto", **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "compiling cm_fused._C: half a minute" in result.stdout + result.stderr
+    assert "was not built, because cm_fused._C did not build" in first_step(source)
+
+
+def first_step(source: Path) -> str:
+    """Return what a first step with the wheel that was built warns of."""
+    (wheel,) = (source.parent / "wheels").glob("*.whl")
+    installed = source.parent / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    code = (
+        "import torch; from cm_fused import AdamCM; x = torch.ones(2); x.grad = x.clone(); "
+        "AdamCM([x]).step()"
+    )
+    step = subprocess.run(
+        [sys.executable, "-c", code], cwd=installed, capture_output=True, text=True, check=True
+    )
+    return step.stderr
 
 
 def test_build_asked_for_fails_without_compiler(source: Path) -> None:
@@ -203,12 +244,12 @@ def test_build_without_cuda_says_why(source: Path) -> None:
     stub = source.parent / "stub"
     stub.mkdir()
     (stub / "sitecustomize.py").write_text("import torch.version\ntorch.version.cuda = None\n")
+    write_script(stub / "c++", COMPILER)
     result = build_wheel(source, PYTHONPATH=str(stub), CM_FUSED_BUILD="cuda")
     assert result.returncode != 0
     assert re.search(f"CM_FUSED_BUILD=cuda, but torch .* {reason}", result.stdout + result.stderr)
-    result = build_wheel(
-        source, PYTHONPATH=str(stub), CM_FUSED_BUILD="auto", CXX="/nonexistent/c++"
-    )
+    environment = {"PYTHONPATH": str(stub), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    result = build_wheel(source, CM_FUSED_BUILD="auto", CXX=str(stub / "c++"), **environment)
     assert result.returncode == 0
     said = f"without the CUDA library, because torch .* {reason}"
     assert re.search(said, result.stdout + result.stderr)

@@ -1,14 +1,19 @@
 """`python -m cm_fused` says what is at work, and notices a backend that computes something else."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from cm_fused import __main__ as diagnosis
+from cm_fused import _install
+from cm_fused._backends import library
 from tests.support.cases import needs_cpu_backend, needs_triton
 
 
@@ -48,7 +53,7 @@ def test_a_wrong_backend_is_noticed(
         return params
 
     monkeypatch.setattr(diagnosis, "_run", off)
-    assert diagnosis.main() == 1
+    assert diagnosis.main([]) == 1
     printed = capsys.readouterr().out
     assert "cpu on cpu: WRONG: AdamCM is " in printed
     assert printed.count("WRONG") == 1
@@ -67,5 +72,91 @@ def test_a_backend_that_raises_is_noticed(
         return run(kind, backend, device)
 
     monkeypatch.setattr(diagnosis, "_run", fail)
-    assert diagnosis.main() == 1
+    assert diagnosis.main([]) == 1
     assert "WRONG: AdamCM raises RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+@needs_cpu_backend
+def test_a_backend_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit status says whether it is there; `--json` says the same to a program."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        assert diagnosis.main(["--json", "triton"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["problems"] == ["triton is not available on any device"]
+    assert diagnosis.main(["--json", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == []
+    assert found["versions"]["torch"].startswith(torch.__version__)
+    assert {"backend": "cpu", "available": True, "correct": True}.items() <= found["backends"][
+        1
+    ].items()
+    with pytest.raises(SystemExit):
+        diagnosis.main(["gpu"])
+    assert "BACKEND must be one of eager, cpu, triton, got gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"), [("c++ was not found", 1), ("CM_FUSED_BUILD=none", 0)]
+)
+def test_a_library_that_was_not_built(
+    reason: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slow steps on a CPU are a problem, unless the build was told not to have fast ones."""
+    said = f"the C++ extension was not built, because {reason}"
+    monkeypatch.setattr(library, "unavailable_reason", said)
+    assert diagnosis.main([]) == status
+    printed = capsys.readouterr().out
+    assert f"C++ library: {said}\n" in printed
+    assert (f"PROBLEM: {said}. " in printed) == bool(status)
+
+
+def test_a_clone_that_hides_what_is_installed(tmp_path: Path) -> None:
+    """Python in a clone imports the clone, which has no library, whatever `pip install .` built."""
+    site = tmp_path / "site"
+    shutil.copytree(
+        _install.PACKAGE,
+        tmp_path / "clone" / "cm_fused",
+        ignore=shutil.ignore_patterns("*.so", "_build.json"),
+    )
+    (site / "cm_fused").mkdir(parents=True)
+    (site / "cm_fused" / "__init__.py").touch()
+    (site / "cm_fused-0.1.0.dist-info").mkdir()
+    (site / "cm_fused-0.1.0.dist-info" / "METADATA").write_text("Name: cm_fused\nVersion: 0.1.0\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "cm_fused"],
+        cwd=tmp_path / "clone",
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert (
+        "PROBLEM: the C++ extension was not built. Python imports cm_fused from "
+        f"{tmp_path / 'clone'}, which hides the one installed in {site}: start Python in another "
+        "folder"
+    ) in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("origin", "source"),
+    [
+        ({"url": "file:///a/b%20c", "dir_info": {}}, "'/a/b c'"),
+        ({"url": "file:///a/b", "dir_info": {"editable": True}}, "--editable /a/b"),
+        ({}, "--no-binary cm_fused cm_fused==7.0"),
+    ],
+)
+def test_command_that_installs_it_again(
+    origin: dict[str, Any], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command names the place that pip says the package came from."""
+    info = tmp_path / "cm_fused-7.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: cm_fused\nVersion: 7.0\n")
+    if origin:
+        (info / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_install, "PACKAGE", tmp_path / "cm_fused")
+    assert _install.install_command() == (
+        "CM_FUSED_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps " + source
+    )

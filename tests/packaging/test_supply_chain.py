@@ -50,7 +50,7 @@ def test_pickles_are_read_by_torch_alone() -> None:
     for source in SOURCES:
         text = source.read_text()
         assert "weights_only=False" not in text, source
-        assert not re.search(r"\bUnpickler\b|\.loads\(", text), source
+        assert not re.search(r"\bUnpickler\b|(?<!json)\.loads\(", text), source
 
 
 def test_no_network_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
