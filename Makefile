@@ -43,22 +43,31 @@ help:
 	@echo "make package-cuda build and check a wheel with the CUDA library; PYTHON must have such a torch"
 	@echo "make clean        remove what the others made"
 
-# Everything a command needs, installed once: again only when the build's inputs change.
-$(VENV)/installed: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
+# What the demo needs, installed once: again only when the build's inputs change.
+$(VENV)/demo: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
 	    "cm_fused needs Python 3.10 or later, got " + sys.version.split()[0])'
 	@command -v $(CXX) >/dev/null || { echo "cm_fused needs a C++ compiler: $(CXX) not found"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) "$(TORCH)" "setuptools>=77" ninja
-	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation \
-	    --editable ".[demo,test,integration,bench,paper]"
-	touch $@
+	@echo "1 of 3: torch (some 200 MB), into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) "$(TORCH)" "setuptools>=77" ninja
+	@echo "2 of 3: compile the C++ extension: half a minute on two cores"
+	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@echo "3 of 3: matplotlib and scikit-learn"
+	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[demo]"
+	@touch $@
+
+# What the tests and benches need besides.
+$(VENV)/installed: $(VENV)/demo
+	@echo "install what the tests and benches need: trainers, triton, scipy"
+	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[test,integration,bench,paper]"
+	@touch $@
 
 $(VENV)/lint: $(VENV)/installed
-	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
-	touch $@
+	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
+	@touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(BIN)/python -m bench.demo --out demo.png
 
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile

@@ -150,7 +150,9 @@ def train_all(jobs: Sequence[Job], workers: int) -> list[Run]:
     steps_done = context.Value("q", 0)
     with (
         ProcessPoolExecutor(workers, context, _start_worker, (steps_done,)) as pool,
-        tqdm(total=sum(job.steps for job in jobs), desc="training", unit="step") as bar,
+        tqdm(
+            total=sum(job.steps for job in jobs), desc="training", unit="step", disable=None
+        ) as bar,
     ):
         futures = [pool.submit(_train_in_worker, job) for job in jobs]
         pending = set(futures)

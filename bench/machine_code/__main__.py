@@ -110,7 +110,7 @@ def _run_tool(name: str, *options: str, cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         command = [str(_TOOLS / name), *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def occupancy(registers: int) -> float:

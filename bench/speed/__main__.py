@@ -164,7 +164,10 @@ def main() -> None:
         results["memory"] = [] if was_cut_off else _memory(device, smoke)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        print(report.markdown_report(results))
+        if smoke:
+            print(f"{len(recorded)} cases ran. Their sizes are tiny, their times mean nothing.")
+        else:
+            print(f"{report.markdown_report(results)}\n\nWritten to {out}")
         if problem is not None:
             sys.exit(f"bench: not every case was measured: {problem}")
     if smoke and not _smoke_pytest_benchmark(device):

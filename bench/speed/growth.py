@@ -78,7 +78,7 @@ def _point(curve: Curve, value: int) -> dict[str, Optimizer]:
 def measure(curve: Curve) -> dict[str, list[float]]:
     """Return the median seconds of a step of each optimizer at each point of a curve."""
     seconds: dict[str, list[float]] = {"AdamCM": [], "AdamW": []}
-    for value in tqdm(curve.values, desc=curve.name):
+    for value in tqdm(curve.values, desc=curve.name, disable=None):
         optimizers = _point(curve, value)
         steps = {name: optimizer.step for name, optimizer in optimizers.items()}
         warm_up = WARM_UP + (value if curve.name == "slots C" else curve.capacity)

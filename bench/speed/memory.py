@@ -68,8 +68,8 @@ def measure(device: str, elements: int = _ELEMENTS) -> list[dict[str, float]]:
     for capacity in _CAPACITIES:
         command = [sys.executable, "-m", "bench.speed.memory", "--device", "cpu"]
         command += ["--here", str(capacity), str(elements)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        results.append(json.loads(output))
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        results.append(json.loads(child.stdout))
     return results
 
 

@@ -55,23 +55,26 @@ def main() -> None:
             continue
         if arguments.deadline is not None and time.time() > arguments.deadline:
             break
-        complete &= _record(case, arguments.device, bandwidth, arguments.record)
+        info = _record(case, arguments.device, bandwidth, arguments.record)
+        if info is not None:
+            ratio = f"{info['ratio_to_fused_adamw']['median']:.2f}"
+            print(f"{case.name}: {'ran' if arguments.smoke else ratio}", flush=True)
+        complete &= info is not None
         free_memory(arguments.device)
     sys.exit(not complete)
 
 
-def _record(case: Case, device: str, bandwidth: float, path: Path) -> bool:
-    """Measure a case and write it down; return whether that went well."""
+def _record(case: Case, device: str, bandwidth: float, path: Path) -> dict[str, Any] | None:
+    """Measure a case, write it down and return it; None where it failed."""
     try:
         info = measure(case, device, bandwidth)
     except Exception:
         print(f"{case.name}: FAILED", flush=True)
         traceback.print_exc()
-        return False
+        return None
     with path.open("a") as lines:
         lines.write(json.dumps(info) + "\n")
-    print(f"{case.name}: {info['ratio_to_fused_adamw']['median']:.2f}", flush=True)
-    return True
+    return info
 
 
 def free_memory(device: str) -> None:

@@ -51,7 +51,8 @@ def _train_all(parsed: argparse.Namespace) -> list[Run]:
     done = {(run.task, run.seed) for run in _finished(path)}
     # More would wait for each other on tensors of this size.
     torch.set_num_threads(1)
-    for task, seed in tqdm([pair for pair in wanted if pair not in done], desc="training"):
+    missing = [pair for pair in wanted if pair not in done]
+    for task, seed in tqdm(missing, desc="training", disable=None):
         lines = [json.dumps(asdict(run)) + "\n" for run in train(task, seed, parsed.steps)]
         with path.open("a") as file:
             file.writelines(lines)
