@@ -33,6 +33,7 @@ SOURCES = [
     "csrc/library.cpp",
     "csrc/core/state.cpp",
     "csrc/core/bind.cpp",
+    "csrc/core/glibc.cpp",
     "csrc/priority/table.cpp",
     "csrc/cpu/capability.cpp",
     "csrc/cpu/ops.cpp",
