@@ -1,0 +1,72 @@
+"""Configuration of Sphinx, which `make docs` runs over the repository's Markdown pages."""
+
+import re
+import shutil
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+project = "cm_fused"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+
+# The source folder is the repository, so that one relative link serves a checkout and the site.
+root_doc = "README"
+include_patterns = ["*.md", "docs/*.md", "bench/*.md", "bench/paper/results/*.md"]
+exclude_patterns = ["build", "cm_fused", "csrc", "tests", ".*"]
+# In the order of the site's menu; README links to all of them.
+PAGES = {
+    "Use": [
+        *("install", "options", "low_precision", "mixed_precision", "checkpoints", "recipes"),
+        *("sam", "gradient_release", "compile", "distributed", "cuda", "diagnostics"),
+        *("research_package", "api"),
+    ],
+    "Evidence": ["benchmarks", "paper", "reliability"],
+    "Development": ["design", "extending"],
+}
+OTHER_PAGES = {
+    "Evidence": ["bench/RELIABILITY", "bench/paper/results/REPORT", "bench/NOTES"],
+    "Development": ["CONTRIBUTING", "CHANGELOG"],
+}
+
+myst_heading_anchors = 3
+# A docstring's `name` is code.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = "cm_fused"
+html_copy_source = False
+html_show_copyright = False
+
+
+def _add_menu(app: Sphinx, name: str, source: list[str]) -> None:
+    """Append the site's menu to the README, where other readers need none."""
+    if name != root_doc:
+        return
+    for caption, pages in PAGES.items():
+        names = [f"docs/{page}" for page in pages] + OTHER_PAGES.get(caption, [])
+        lines = ["```{toctree}", ":hidden:", ":maxdepth: 1", f":caption: {caption}", "", *names]
+        source[0] += "\n" + "\n".join([*lines, "```"]) + "\n"
+
+
+def _add_index(app: Sphinx, error: Exception | None) -> None:
+    """Serve the README where a browser looks first."""
+    if error is None:
+        shutil.copy(Path(app.outdir) / "README.html", Path(app.outdir) / "index.html")
+
+
+def _escape_shapes(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Escape the star of `(C, *shape)`, which opens an emphasis in reStructuredText."""
+    lines[:] = [re.sub(r"(?<!\\)\*(?=shape|dims)", r"\*", line) for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what this file adds to Sphinx."""
+    app.connect("source-read", _add_menu)
+    app.connect("build-finished", _add_index)
+    app.connect("autodoc-process-docstring", _escape_shapes)
