@@ -23,14 +23,15 @@ WERROR := -Werror
 BUILD_CPU := CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=$(WERROR) CM_FUSED_OBJECTS=$(CURDIR)/build/objects
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
-.PHONY: help demo test test-all check compile-others bench bench-smoke paper torture torture-quick sanitize audit \
-    package package-cuda clean
+.PHONY: help demo test test-all check docs compile-others bench bench-smoke paper torture torture-quick \
+    sanitize audit package package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
 	@echo "make test         run the test suite, except what is slow"
 	@echo "make test-all     and then what is slow"
 	@echo "make check        format, lint, types, warnings as errors"
+	@echo "make docs         build the site of README, docs and docstrings; writes build/site/"
 	@echo "make compile-others  compile with the headers of the oldest torch and of the newest"
 	@echo "make bench        measure throughput; writes bench/results/"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
@@ -56,6 +57,10 @@ $(VENV)/installed: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
 
 $(VENV)/lint: $(VENV)/installed
 	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[docs]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -86,6 +91,12 @@ check: $(VENV)/lint
 	        $(STRICT_NVCC) $(STRICT) $$source || exit 1; \
 	    done; \
 	else echo "cuda: not compiled, $(NVCC) is not installed"; fi
+
+# Every page anew, so that a warning about one that has not changed is an error too.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env \
+	    --builder html --conf-dir docs --doctree-dir build/doctrees . build/site
+	@echo "build/site/index.html"
 
 build/headers/%/extracted: | $(VENV)/installed
 	rm -rf $(@D) && mkdir -p $(@D)

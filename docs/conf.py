@@ -4,10 +4,13 @@ import re
 import shutil
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 project = "cm_fused"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 # The source folder is the repository, so that one relative link serves a checkout and the site.
 root_doc = "README"
@@ -33,10 +36,13 @@ myst_heading_anchors = 3
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 html_theme = "furo"
+# Browsers show MathML: a page loads nothing from elsewhere.
+html_math_renderer = "mathml"
 html_title = "cm_fused"
 html_copy_source = False
 html_show_copyright = False
@@ -62,11 +68,22 @@ def _escape_shapes(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     """Escape the star of `(C, *shape)`, which opens an emphasis in reStructuredText."""
-    lines[:] = [re.sub(r"(?<!\\)\*(?=shape|dims)", r"\*", line) for line in lines]
+    lines[:] = [re.sub(r"(?<!\\)\*(?=shape|, num)", r"\*", line) for line in lines]
+
+
+def _visit_math(writer: HTML5Translator, node: nodes.math) -> None:
+    writer.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _visit_math_block(writer: HTML5Translator, node: nodes.math_block) -> None:
+    writer.body.append(f"<div>{tex2mathml(node.astext(), as_block=True)}</div>")
+    raise nodes.SkipNode
 
 
 def setup(app: Sphinx) -> None:
     """Connect what this file adds to Sphinx."""
+    app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("source-read", _add_menu)
     app.connect("build-finished", _add_index)
     app.connect("autodoc-process-docstring", _escape_shapes)

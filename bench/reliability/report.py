@@ -18,7 +18,7 @@ def report(findings: list[Finding]) -> str:
     rows = [f"| {f.campaign} | {f.cases:,} | {f.what} | {f.result} |" for f in findings]
     return "\n".join(
         (
-            "# Reliability",
+            "# What the reliability campaigns found",
             "",
             "By the campaigns of `make torture`, which end at the first fault: every case ended",
             f"as the last column says. {machine['model']}, {machine['cores']} cores, torch "
