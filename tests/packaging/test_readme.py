@@ -1,4 +1,4 @@
-"""What the README, the pages of docs and the docstrings show works as shown, and links lead somewhere."""
+"""What pages and docstrings show works as shown, and links lead somewhere."""
 
 import doctest
 import importlib.util
@@ -15,6 +15,8 @@ import cm_fused
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
+# What only a few examples need: the extra `integration`.
+TRAINERS = ("accelerate", "lightning", "transformers")
 _CODE_BLOCK = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -28,14 +30,24 @@ def _examples() -> Iterator[Any]:
         text = page.read_text()
         for found in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
             line = text.count("\n", 0, found.start()) + 1
-            yield pytest.param(found[1], id=f"{_named(page)}:{line}")
+            yield pytest.param(found[1], id=f"{_named(page)}:{line}", marks=list(_marks(found[1])))
+
+
+def _marks(example: str) -> Iterator[pytest.MarkDecorator]:
+    """Yield what an example with a trainer needs: the trainer, and its warnings let pass."""
+    for name in TRAINERS:
+        if re.search(rf"^(import|from) {name}\b", example, flags=re.MULTILINE):
+            missing = importlib.util.find_spec(name) is None
+            yield pytest.mark.skipif(missing, reason=f"{name} is not installed")
+            yield pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize("example", list(_examples()))
 def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block of a page runs by itself; what it writes goes elsewhere."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "example", "exec"), {})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    exec(compile(example, "example", "exec"), {"__name__": "example"})
 
 
 def test_the_readme_has_an_example() -> None:
@@ -88,12 +100,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=_named)
 def test_named_files_exist(page: Path) -> None:
-    """The files of the repository that a page names as code exist, under its root or the package."""
+    """The files that a page names as code exist, under the repository's root or the package."""
     text = _CODE_BLOCK.sub("", page.read_text())
     names = re.findall(r"`((?:bench|cm_fused|csrc|docs|tests|_\w+)/[\w./]+\.\w+)`", text)
-    missing = [
-        name for name in names if not ((ROOT / name).exists() or (ROOT / "cm_fused" / name).exists())
-    ]
+    roots = (ROOT, ROOT / "cm_fused")
+    missing = [name for name in names if not any((root / name).exists() for root in roots)]
     assert not missing
 
 
