@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from itertools import chain
 from pathlib import Path
 
 from docutils import nodes
@@ -14,7 +15,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 # The source folder is the repository, so that one relative link serves a checkout and the site.
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "bench/*.md", "bench/paper/results/*.md"]
 exclude_patterns = ["build", "cm_fused", "csrc", "tests", ".*"]
 # In the order of the site's menu; README links to all of them.
 PAGES = {
@@ -30,6 +30,7 @@ OTHER_PAGES = {
     "Evidence": ["bench/RELIABILITY", "bench/paper/results/REPORT", "bench/NOTES"],
     "Development": ["CONTRIBUTING", "CHANGELOG"],
 }
+include_patterns = ["*.md", "docs/*.md", *(f"{page}.md" for page in chain(*OTHER_PAGES.values()))]
 
 myst_heading_anchors = 3
 # A docstring's `name` is code.

@@ -14,7 +14,8 @@ import pytest
 import cm_fused
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
+FOLDERS = ("", "docs", "bench", "bench/paper/results", "tests/data/golden")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 # What only a few examples need: the extra `integration`.
 TRAINERS = ("accelerate", "lightning", "transformers")
 _CODE_BLOCK = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
