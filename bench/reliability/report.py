@@ -18,19 +18,19 @@ def report(findings: list[Finding]) -> str:
     rows = [f"| {f.campaign} | {f.cases:,} | {f.what} | {f.result} |" for f in findings]
     return "\n".join(
         (
-            "# Reliability",
+            "# What the reliability campaigns found",
             "",
-            "By the campaigns of `make torture`, which end at the first fault: every case ended",
-            f"as the last column says. {machine['model']}, {machine['cores']} cores, torch "
-            f"{torch.__version__}, on the CPU; nothing here was run on a GPU.",
+            "Written by `make torture`. A campaign ends at the first fault, so every case had the",
+            f"result in the last column. {machine['model']}, {machine['cores']} cores, torch "
+            f"{torch.__version__}, on the CPU. Nothing here was run on a GPU.",
             "",
             "| campaign | cases | of | result of every one |",
             "| --- | ---: | --- | --- |",
             *rows,
             "",
-            "`tests/backends/test_faults.py` fails a step at every operator call (the",
-            "reference's at every eleventh, the research package's at every third) and at every",
-            "allocation within the C++ operator: nothing is changed.",
+            "`tests/backends/test_faults.py` makes a step fail at every operator call (every",
+            "eleventh of the reference, every third of the research package) and at every",
+            "allocation within the C++ operator. Nothing is changed then.",
             "",
             *_sanitizers(),
             *_growth(),
@@ -48,8 +48,8 @@ def _sanitizers() -> list[str]:
     return [
         "## Sanitizers",
         "",
-        f"Written by `make sanitize` with {found['compiler']};",
-        "what is left out and why is in [its list](reliability/native/suite.py).",
+        f"Written by `make sanitize` with {found['compiler']}.",
+        "[Its list](reliability/native/suite.py) says what is left out, and why.",
         "",
         "| tool | ran | passed | findings | commit |",
         "| --- | --- | ---: | --- | --- |",
@@ -77,8 +77,9 @@ def _growth() -> list[str]:
     return [
         "## Growth of a step's time",
         "",
-        "Written by `python -m bench.speed.growth`: the p of the best fit time ~ x^p; 1 is linear,",
-        f"0 is flat. {found['machine']['model']}, {found['machine']['threads']} threads.",
+        "Written by `python -m bench.speed.growth`: the exponent p of the best fit time ~ x^p.",
+        "1 is linear, 0 is constant.",
+        f"{found['machine']['model']}, {found['machine']['threads']} threads.",
         "",
         "| x | values | AdamCM | fused AdamW |",
         "| --- | --- | ---: | ---: |",

@@ -1,4 +1,4 @@
-"""Tables of a results file: `python -m bench.speed.report RESULTS.json [--readme FILE]`."""
+"""Tables of a results file: `python -m bench.speed.report RESULTS.json [--readme FILE ...]`."""
 
 import argparse
 import json
@@ -17,14 +17,14 @@ Target = tuple[str, float | None, float]
 _LARGE, _SMALL, _GPT2 = "one 30 M tensor", "1000 tensors of 256", "GPT-2 small"
 _HUGE, _RESNET, _TINY = "one 1 B tensor", "ResNet-50", "10,000 tensors of 16"
 _FUSED = ("AdamCM C=5", "AdamCM C=20")
+# The columns of the README's table.
+_SUMMARIZED = (_LARGE, _RESNET, _GPT2, _SMALL)
 _MIB = 2**20
 
 
 def main_table(results: Results) -> str:
-    """Return what the README shows: every provider, steady state, and what was measured how."""
-    device, versions = results["device"], results["versions"]
-    # Every step replaces a slot, or there is no buffer.
-    steady = [case for case in results["cases"] if case["regime"] in ("replacing", "no buffer")]
+    """Return the whole table: every provider, steady state, and what was measured how."""
+    steady = _steady(results)
     rounds = [case["rounds"] for case in steady]
     pairs = f"{min(rounds)} to {max(rounds)}" if rounds else "no"
     return "\n\n".join(
@@ -35,10 +35,40 @@ def main_table(results: Results) -> str:
             f"in the same process ({pairs} pairs); every step replaces a "
             "slot. In brackets what the byte model predicts, where memory is the limit; "
             "-: left out.",
-            f"Measured {results['date']} on {_described(device)}; torch {versions['torch']}, "
-            f"Python {versions['python']}, cm_fused {versions['cm_fused']} at "
-            f"{versions['commit']}; load average before: {results['load_before']:.2f}.",
+            _measured(results),
         ]
+    )
+
+
+def summary_table(results: Results) -> str:
+    """Return what the README shows: a few workloads, a provider each row, all of one run."""
+    cases = [case for case in _steady(results) if case["workload"] in _SUMMARIZED]
+    rows: dict[str, dict[str, str]] = {}
+    for case in cases:
+        ratio = f"{case['ratio_to_fused_adamw']['median']:.2f}"
+        rows.setdefault(case["provider"], {})[case["workload"]] = ratio
+    body = [[name, *(row.get(key, "-") for key in _SUMMARIZED)] for name, row in rows.items()]
+    return "\n\n".join(
+        [
+            markdown.table(["step", *_SUMMARIZED], body),
+            "Time of a step divided by that of `torch.optim.AdamW(fused=True)`: **lower is "
+            f"better**; -: left out. {_measured(results)}",
+        ]
+    )
+
+
+def _steady(results: Results) -> list[Case]:
+    """Return the cases in which every step replaces a slot, or there is no buffer."""
+    return [case for case in results["cases"] if case["regime"] in ("replacing", "no buffer")]
+
+
+def _measured(results: Results) -> str:
+    """Return when, on which machine and at which commit the results were measured."""
+    versions = results["versions"]
+    return (
+        f"Measured {results['date']} on {_described(results['device'])}; torch "
+        f"{versions['torch']}, Python {versions['python']}, cm_fused {versions['cm_fused']} at "
+        f"{versions['commit']}; load average before: {results['load_before']:.2f}."
     )
 
 
@@ -250,21 +280,30 @@ def _memory_targets(results: Results) -> Iterable[Target]:
 
 
 def update_readme(results: Results, readme: Path) -> None:
-    """Replace the README's table.
+    """Replace a page's table: the summary if it has that one's markers, otherwise the whole.
 
     Raises:
         ValueError: The file does not have the table's markers, or the run was a smoke run.
     """
     if results["smoke"]:
         raise ValueError("the results must be those of a full run, got a smoke run's")
-    markdown.replace_section(readme, "bench", main_table(results))
+    if "<!-- summary:begin -->" in readme.read_text():
+        markdown.replace_section(readme, "summary", summary_table(results))
+    else:
+        markdown.replace_section(readme, "bench", main_table(results))
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed.report", description=__doc__)
     parser.add_argument("results", type=Path, help="what bench.speed wrote")
-    parser.add_argument("--readme", type=Path, help="file whose table to replace")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        action="append",
+        default=[],
+        help="page whose table to replace: README.md, docs/benchmarks.md",
+    )
     parser.add_argument("--summary", action="store_true", help="print the main tables only")
     arguments = parser.parse_args()
     results: Results = json.loads(arguments.results.read_text())
@@ -272,8 +311,8 @@ def main() -> None:
         print(f"{main_table(results)}\n\n{targets_table(results)}")
         return
     print(markdown_report(results))
-    if arguments.readme is not None:
-        update_readme(results, arguments.readme)
+    for page in arguments.readme:
+        update_readme(results, page)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def test_readme_has_the_committed_results() -> None:
     """The tables of README and docs are those that the committed results give."""
     pages = (ROOT / "README.md", *ROOT.glob("docs/*.md"))
     readme = "".join(page.read_text() for page in pages)
-    assert report.main_table(json.loads(RESULTS.read_text())) in readme
+    results = json.loads(RESULTS.read_text())
+    assert report.main_table(results) in readme
+    assert report.summary_table(results) in readme
     runs = [Run(**json.loads(line)) for line in (PRECISION / "runs.jsonl").read_text().splitlines()]
     found = json.loads((PRECISION / "costs.json").read_text())
     costs = [Cost(**cost) for cost in found["costs"]]
