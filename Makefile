@@ -27,7 +27,7 @@ OF_TORCH = --exclude libc10.so --exclude libtorch_cpu.so
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
 .PHONY: help demo test test-all check docs compile-others bench bench-smoke paper torture torture-quick \
-    sanitize audit package package-cuda clean
+    sanitize audit package package-others package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
@@ -44,6 +44,7 @@ help:
 	@echo "make sanitize     run the tests of the C++ code under its sanitizers and valgrind"
 	@echo "make audit        look for known vulnerabilities of what is installed for development"
 	@echo "make package      build and check sdist and CPU wheel; train with the wheel elsewhere"
+	@echo "make package-others  install that wheel beside the oldest and the newest torch"
 	@echo "make package-cuda build and check a wheel with the CUDA library; PYTHON must have such a torch"
 	@echo "make clean        remove what the others made"
 
@@ -161,20 +162,24 @@ audit: $(VENV)/lint
 # The wheel is built from the sdist, so that the sdist is known to build; of sources that are the
 # same as here, with the same objects.
 package: $(VENV)/lint
-	rm -rf dist build/built build/installed build/other
+	rm -rf dist build/built build/installed
 	$(BUILD_CPU) $(BIN)/python -m build --no-isolation --outdir build/built
 	$(AUDITWHEEL) repair --plat manylinux_2_28_$$(uname -m) $(OF_TORCH) --wheel-dir dist build/built/*.whl
 	cp build/built/*.tar.gz dist
 	$(CHECK_PACKAGES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/installed dist/*.whl
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -W error ../../tests/packaging/train_installed.py
-	@if [ -n "$(OTHER_TORCH)" ]; then \
-	    $(PYTHON) -m venv build/other && \
-	    build/other/bin/pip install --quiet --disable-pip-version-check "$(OTHER_TORCH)" numpy && \
-	    build/other/bin/pip install --quiet --disable-pip-version-check --no-deps dist/*.whl && \
+
+# Those torches bring CUDA: 5 GB each, which are removed again.
+package-others: package
+	@for torch in $(OTHER_TORCHES); do \
+	    rm -rf build/other && $(PYTHON) -m venv build/other && \
+	    build/other/bin/pip install --quiet --no-cache-dir --disable-pip-version-check \
+	        torch==$$torch numpy dist/*.whl && \
 	    build/other/bin/python -W error tests/packaging/train_installed.py && \
-	    build/other/bin/python -m cm_fused; \
-	else echo "not installed beside another torch: make package OTHER_TORCH=torch==2.11.0"; fi
+	    (cd build && other/bin/python -m cm_fused cpu) || exit 1; \
+	done
+	rm -rf build/other
 
 # With the torch of $(PYTHON), which must be one for CUDA, and its toolkit.
 package-cuda: $(VENV)/lint
