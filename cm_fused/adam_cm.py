@@ -90,6 +90,10 @@ class AdamCM(CriticalAdam):
             the state. Parameters on other devices are refused. For a learning rate that changes
             between replays, pass `lr` as a tensor on the device.
         decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of the L2 term.
+        adjust_lr_fn: None, or "match_rms_adamw" as of `torch.optim.Muon`: the update, not decoupled
+            weight decay, is multiplied by sqrt((1 - beta1) / (1 + beta1)), 0.23 at beta1 = 0.9. Its
+            root mean square is then AdamW's where gradients are noise, so that AdamW's learning
+            rate and weight decay carry over. It follows a changed beta1.
         backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
             on each parameter's device. Never loaded from checkpoints; `repr` shows what is active.
 

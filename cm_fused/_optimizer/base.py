@@ -86,6 +86,7 @@ class CriticalAdam(CheckpointedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
+        adjust_lr_fn: str | None = None,
         backend: str | None = None,
     ) -> None:
         # Before any other name is set, these are the arguments and what every method has.

@@ -164,6 +164,8 @@ class CheckpointedOptimizer(Optimizer):
         super().__setstate__(state)
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
+        for name, value in checkpoint.NEWER_OPTIONS.items():
+            self.defaults.setdefault(name, value)
         self._forget_plans()
         values = checkpoint.with_slots_viewed(self.state, torch.uint8, torch.float8_e4m3fn)
         self.state = OptimizerState(dict, values)

@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "buffer_dtype": (None, *BUFFER_DTYPES),
     "moment_dtype": (None, *MOMENT_DTYPES),
     "low_precision_update": ("nearest", "stochastic", "kahan"),
+    "adjust_lr_fn": (None, "match_rms_adamw"),
 }
 _Rule = tuple[str, Callable[[float], bool]]
 _NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)

@@ -13,7 +13,13 @@ from torch import Tensor
 from cm_fused._backends import traced
 from cm_fused._backends.flush import as_real
 from cm_fused._backends.select import CPU, EAGER, Backend, select
-from cm_fused._bucket import Batch, Bucket, StepOptions, step_options
+from cm_fused._bucket import (
+    Batch,
+    Bucket,
+    StepOptions,
+    is_adjusted_on_device,
+    step_options,
+)
 from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
 from cm_fused._state.tracking import OptimizerState
 
@@ -27,7 +33,7 @@ _STRUCTURE = (
 _options_of = itemgetter(
     *_STRUCTURE,
     *("betas", "eps", "weight_decay", "priority_decay", "priority_scope", "buffer_mean"),
-    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "seed"),
+    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "adjust_lr_fn", "seed"),
     *("max_grad_norm", "skip_nonfinite"),
 )
 _lr_of = itemgetter("lr")
@@ -289,7 +295,8 @@ class Plans:
         self._structure, self._lrs = structure, lrs
         # What may change in place is read at every step.
         immutable = all(_is_immutable(value) for each in values for value in each)
-        if immutable and all(isinstance(lr, (float, int, Tensor)) for lr in lrs):
+        immutable = immutable and all(isinstance(lr, (float, int, Tensor)) for lr in lrs)
+        if immutable and not any(map(is_adjusted_on_device, groups)):
             self._values = values
 
 

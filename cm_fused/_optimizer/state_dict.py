@@ -20,6 +20,8 @@ from cm_fused._warnings import warn
 # Options of the process, not of the training run: saved as these values, never loaded. They are
 # saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
 LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
+# What pickles of earlier versions lack, as those versions stepped.
+NEWER_OPTIONS = {"adjust_lr_fn": None}
 # Options that stay the optimizer's own; the state is converted to them.
 PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
 # Options of Adam that a load warns of: those whose best values differ for an update with critical

@@ -78,7 +78,11 @@ with_and_without_clipping = pytest.mark.parametrize(
 )
 
 
-@with_and_without_clipping
+@pytest.mark.parametrize(
+    "others",
+    [{}, CLIPPING, {"adjust_lr_fn": "match_rms_adamw"}],
+    ids=["plain", "clipping", "adjusted"],
+)
 @pytest.mark.parametrize("lr_on_device", [False, True])
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 @pytest.mark.parametrize("capacity", [3, 5])

@@ -88,6 +88,10 @@ BAD_OPTIONS = [
     BadOption("buffer_dtype", torch.float8_e5m2, "buffer_dtype must be one of"),
     BadOption("moment_dtype", torch.float16, "moment_dtype must be one of .*got torch.float16"),
     BadOption("low_precision_update", "up", "low_precision_update must be one of .*got 'up'"),
+    BadOption(
+        "adjust_lr_fn", "original", "adjust_lr_fn must be one of None, 'match.*got 'original'"
+    ),
+    BadOption("adjust_lr_fn", True, "adjust_lr_fn must be one of .*got True"),
     BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
     BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1.5"),
 ]
