@@ -1,10 +1,11 @@
 """Which backend serves which device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,23 +107,31 @@ def select(requested: str | None, device: torch.device) -> Backend:
         if cpu.unavailable_reason is not None:
             raise RuntimeError(f"backend='cpu' is not available: {cpu.unavailable_reason}")
         return CPU
-    return _best(device)
-
-
-def _best(device: torch.device) -> Backend:
-    """Return the fastest backend for a device; warn once where that is the reference."""
-    if device.type == "cpu":
-        if cpu.unavailable_reason is None:
-            return CPU
-        _warn_of_fallback("cpu", cpu.unavailable_reason)
-        return EAGER
-    backend: Backend | str = "this version has no fused backend for such devices"
-    if device.type == "cuda":
-        backend = _triton_on(device)
+    backend = _fused_on(device)
     if isinstance(backend, str):
         _warn_of_fallback(device.type, backend)
         return EAGER
     return backend
+
+
+def select_for(group: Mapping[str, Any], device: torch.device) -> Backend:
+    """Return the backend that a group's options ask for; RuntimeError says why there is none."""
+    requested: str | None = group["backend"]
+    if requested is not None or not group["fused"]:
+        return select(requested, device)
+    backend = _fused_on(device)
+    if isinstance(backend, str):
+        raise RuntimeError(f"fused=True is not available for parameters on {device}: {backend}")
+    return backend
+
+
+def _fused_on(device: torch.device) -> "Backend | str":
+    """Return the fastest backend for a device, or why that is the reference."""
+    if device.type == "cpu":
+        return cpu.unavailable_reason or CPU
+    if device.type == "cuda":
+        return _triton_on(device)
+    return "this version has no fused backend for such devices"
 
 
 @cache

@@ -14,14 +14,14 @@ from cm_fused._backends import traced
 from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import drop_derived
-from cm_fused._backends.select import Backend, select
+from cm_fused._backends.select import Backend, select_for
 from cm_fused._bucket import Bucket
 from cm_fused._distributed import Processes, is_sharded, local, local_state, shard_layout_of
 from cm_fused._optimizer import checks, norms
 from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
 from cm_fused._state.making import check_param, missing_state_of
-from cm_fused._state.table import State, fused_keys, required_keys
+from cm_fused._state.table import State, fused_keys, option_dtype, required_keys
 from cm_fused._state.tracking import OptimizerState
 
 
@@ -76,8 +76,8 @@ class CriticalAdam(CheckpointedOptimizer):
         priority_scope: str = "group",
         buffer_mean: str = "capacity",
         eps_inside_sqrt: bool = True,
-        buffer_dtype: torch.dtype | None = None,
-        moment_dtype: torch.dtype | None = None,
+        buffer_dtype: torch.dtype | str | None = None,
+        moment_dtype: torch.dtype | str | None = None,
         low_precision_update: str = "nearest",
         seed: int = 0,
         max_grad_norm: float | None = None,
@@ -88,6 +88,8 @@ class CriticalAdam(CheckpointedOptimizer):
         decoupled_weight_decay: bool = False,
         adjust_lr_fn: str | None = None,
         backend: str | None = None,
+        fused: bool | None = None,
+        foreach: bool | None = None,
     ) -> None:
         # Before any other name is set, these are the arguments and what every method has.
         arguments = dict(locals())
@@ -145,8 +147,8 @@ class CriticalAdam(CheckpointedOptimizer):
             checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
             checks.check_low_precision(group)
             for device in {param.device for param in group["params"]}:
-                if group["backend"] is not None:
-                    select(group["backend"], device)
+                if group["backend"] is not None or group["fused"]:
+                    select_for(group, device)
             if self._release is not None:
                 self._release._follow_groups()
         except BaseException:
@@ -417,7 +419,7 @@ class CriticalAdam(CheckpointedOptimizer):
     def __repr__(self) -> str:
         active = ", ".join(
             dict.fromkeys(
-                _active_backend(group["backend"], param.device)
+                _active_backend(group, param.device)
                 for group in self.param_groups
                 for param in group["params"]
             )
@@ -429,15 +431,16 @@ def _shard_layouts(
     params: list[Tensor], exp_avgs: list[Tensor], group: dict[str, Any]
 ) -> list[int]:
     """Return the `shard_layouts` of a bucket; only shards that draw random bits need them."""
-    rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
+    rounds = option_dtype("exp_avg", group) in (torch.bfloat16, torch.int8)
     draws = rounds or group["low_precision_update"] == "stochastic"
     if not (draws and any(map(is_sharded, params))):
         return []
     return list(chain.from_iterable(map(shard_layout_of, params, exp_avgs)))
 
 
-def _active_backend(requested: str | None, device: torch.device) -> str:
+def _active_backend(group: dict[str, Any], device: torch.device) -> str:
     try:
-        return select(requested, device).describe(device)
+        return select_for(group, device).describe(device)
     except RuntimeError:
-        return f"none on {device.type}, where {requested!r} cannot serve"
+        requested = "fused=True" if group["backend"] is None else repr(group["backend"])
+        return f"none on {device.type}, where {requested} cannot serve"

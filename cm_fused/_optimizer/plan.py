@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cm_fused._backends import traced
 from cm_fused._backends.flush import as_real
-from cm_fused._backends.select import CPU, EAGER, Backend, select
+from cm_fused._backends.select import CPU, EAGER, Backend, select_for
 from cm_fused._bucket import (
     Batch,
     Bucket,
@@ -27,7 +27,7 @@ Groups = list[dict[str, Any]]
 # The options that decide which tensors a step needs and which backend steps them. They come first
 # in `_options_of`.
 _STRUCTURE = (
-    *("amsgrad", "capacity", "backend", "capturable"),
+    *("amsgrad", "capacity", "backend", "fused", "capturable"),
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
 )
 _options_of = itemgetter(
@@ -218,7 +218,7 @@ class Plans:
             start += size
             for device in dict.fromkeys([params[i].device for i in present]):
                 chosen = [i for i in present if params[i].device == device]
-                backend, indices = select(group["backend"], device), [first + i for i in chosen]
+                backend, indices = select_for(group, device), [first + i for i in chosen]
                 members.append(Member(index, backend, [params[i] for i in chosen], indices))
         return members
 

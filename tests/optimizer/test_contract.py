@@ -73,6 +73,8 @@ def test_constructor_signature_is_the_specified_one() -> None:
         "decoupled_weight_decay": False,
         "adjust_lr_fn": None,
         "backend": None,
+        "fused": None,
+        "foreach": None,
     }
     params, *parameters = inspect.signature(AdamCM).parameters.values()
     assert (params.name, params.default) == ("params", inspect.Parameter.empty)
