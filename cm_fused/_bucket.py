@@ -1,5 +1,6 @@
 """What backends work on: buckets of tensors with their hyperparameters, in batches."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +16,11 @@ _CHANGED = tuple(key for key in KEYS if key not in ("critical_sum", "pending_slo
 
 
 class StepOptions(NamedTuple):
-    """The hyperparameters of one step of one param group, as the optimizers' docstrings define."""
+    """The hyperparameters of one step of one param group, as the optimizers' docstrings define.
+
+    With `adjust_lr_fn`, `lr` is the update's, and decoupled `weight_decay` is divided by what `lr`
+    was multiplied by: lr * weight_decay is the group's, and no kernel has to know.
+    """
 
     lr: float | Tensor
     beta1: float
@@ -44,12 +49,34 @@ class StepOptions(NamedTuple):
 def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Return the hyperparameters of a step of a group."""
     beta1, beta2 = group["betas"]
-    return StepOptions(
+    options = StepOptions(
         lr=group["lr"],
         beta1=float(beta1),
         beta2=float(beta2),
         **{name: group[name] for name in _OF_GROUP},
     )
+    return options if group["adjust_lr_fn"] is None else _adjusted(options)
+
+
+def _adjusted(options: StepOptions) -> StepOptions:
+    """Return options whose update has the root mean square of AdamW's, "match_rms_adamw".
+
+    A momentum of independent gradients of size 1 has the mean square (1 - beta1) / (1 + beta1),
+    which AdamW divides by 1, the second moment of the gradients; critical momenta divide the
+    aggregate by its own second moment.
+    """
+    factor = math.sqrt((1 - options.beta1) / (1 + options.beta1))
+    lr, weight_decay = options.lr, options.weight_decay
+    # Multiplied where it is, without waiting for a device.
+    lr = lr.to(torch.float64) * factor if isinstance(lr, Tensor) else lr * factor
+    if options.decoupled_weight_decay:
+        weight_decay = weight_decay / factor
+    return options._replace(lr=lr, weight_decay=weight_decay)
+
+
+def is_adjusted_on_device(group: Mapping[str, Any]) -> bool:
+    """Return whether `step_options` makes a new tensor of a learning rate at every step."""
+    return group["adjust_lr_fn"] is not None and isinstance(group["lr"], Tensor)
 
 
 # The fields that are options of a group by the same name: "eps" to "seed".
@@ -104,6 +131,8 @@ class Bucket:
     # This step's sum of g^2 over the priority scope, float64 () or (params,), where the bucket is
     # not all of the scope.
     sq_norm: Tensor | None = None
+    # What the reference found in its last step, float64 (params,).
+    last_sq_norms: Tensor | None = None
     group: int = 0  # the index of its param group
     registered: Any = None  # what its backend prepared for all steps of these tensors
     placed: Any = None  # what it prepared for the step of these gradients, and no longer

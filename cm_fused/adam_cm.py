@@ -64,10 +64,11 @@ class AdamCM(CriticalAdam):
         buffer_mean: Divide the buffer's sum by "capacity", even while it fills, or by "size", the
             number of filled slots.
         eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch.
-        buffer_dtype: The slots' dtype: torch.float32, bfloat16, float16, float8_e4m3fn or int8.
-            None is float32, float64 for float64 parameters, which like complex ones take no other.
-        moment_dtype: The dtype of `exp_avg` and `exp_avg_sq`: torch.float32, bfloat16 or int8; None
-            likewise. `max_exp_avg_sq` stays float32.
+        buffer_dtype: The slots' dtype: torch.float32, bfloat16, float16, float8_e4m3fn or int8, or
+            its name, as "int8". None is float32, float64 for float64 parameters, which like complex
+            ones take no other.
+        moment_dtype: The dtype of `exp_avg` and `exp_avg_sq`: torch.float32, bfloat16 or int8, or
+            its name; None likewise. `max_exp_avg_sq` stays float32.
         low_precision_update: How bfloat16 and float16 parameters are rounded: "nearest",
             "stochastic" (without bias), or "kahan": their state has what rounding took, as
             `compensation` (dtype and shape of the parameter), and the next step adds it. Parameters
@@ -90,12 +91,20 @@ class AdamCM(CriticalAdam):
             the state. Parameters on other devices are refused. For a learning rate that changes
             between replays, pass `lr` as a tensor on the device.
         decoupled_weight_decay: Shrink the parameters by lr * weight_decay instead of the L2 term.
+        adjust_lr_fn: None, or "match_rms_adamw" as of `torch.optim.Muon`: the update, not decoupled
+            weight decay, is multiplied by sqrt((1 - beta1) / (1 + beta1)), 0.23 at beta1 = 0.9. Its
+            root mean square is then AdamW's where gradients are noise, so that AdamW's learning
+            rate and weight decay carry over. It follows a changed beta1.
         backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
             on each parameter's device. Never loaded from checkpoints; `repr` shows what is active.
+        fused: As of torch's optimizers: True asks for a fused backend, and raises where there is
+            none; None takes the best, be it the reference. Never loaded from checkpoints.
+        foreach: None or False; for code that passes it to every optimizer.
 
     Raises:
         ValueError: An option is out of its range.
-        RuntimeError: The requested backend is not available; the message says why.
+        RuntimeError: The requested backend, or one for `fused=True`, is not available; the message
+            says why.
 
     Example:
         >>> import torch

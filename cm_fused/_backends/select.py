@@ -1,10 +1,11 @@
 """Which backend serves which device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Backend:
     # Steps critical momenta without their priorities; returns each bucket's `sq_norms`.
     update_: Callable[[Batch], list[Tensor]]
     update_priorities_: Callable[[Batch], None]  # once the norms are known
+    # What the sums of squares of the last step's gradients add up from, on any devices, float64.
+    last_sq_norms: Callable[[Batch], list[Tensor]]
     # The sum of the squares of each of a bucket's gradients, float64 (params,).
     sq_norms: Callable[[Bucket, StepOptions], Tensor]
     describe: Callable[[torch.device], str]  # names what steps on a device, for `repr`
@@ -46,6 +49,7 @@ def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
         module.prepare,
         module.update_,
         module.update_priorities_,
+        module.last_sq_norms,
         getattr(module, "sq_norms", reference.sq_norms),
         getattr(module, "describe", lambda device: f"{name} on {device.type}"),
         is_fused=is_fused,
@@ -106,23 +110,31 @@ def select(requested: str | None, device: torch.device) -> Backend:
         if cpu.unavailable_reason is not None:
             raise RuntimeError(f"backend='cpu' is not available: {cpu.unavailable_reason}")
         return CPU
-    return _best(device)
-
-
-def _best(device: torch.device) -> Backend:
-    """Return the fastest backend for a device; warn once where that is the reference."""
-    if device.type == "cpu":
-        if cpu.unavailable_reason is None:
-            return CPU
-        _warn_of_fallback("cpu", cpu.unavailable_reason)
-        return EAGER
-    backend: Backend | str = "this version has no fused backend for such devices"
-    if device.type == "cuda":
-        backend = _triton_on(device)
+    backend = _fused_on(device)
     if isinstance(backend, str):
         _warn_of_fallback(device.type, backend)
         return EAGER
     return backend
+
+
+def select_for(group: Mapping[str, Any], device: torch.device) -> Backend:
+    """Return the backend that a group's options ask for; RuntimeError says why there is none."""
+    requested: str | None = group["backend"]
+    if requested is not None or not group["fused"]:
+        return select(requested, device)
+    backend = _fused_on(device)
+    if isinstance(backend, str):
+        raise RuntimeError(f"fused=True is not available for parameters on {device}: {backend}")
+    return backend
+
+
+def _fused_on(device: torch.device) -> "Backend | str":
+    """Return the fastest backend for a device, or why that is the reference."""
+    if device.type == "cpu":
+        return cpu.unavailable_reason or CPU
+    if device.type == "cuda":
+        return _triton_on(device)
+    return "this version has no fused backend for such devices"
 
 
 @cache

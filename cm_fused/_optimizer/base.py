@@ -14,14 +14,14 @@ from cm_fused._backends import traced
 from cm_fused._backends.capture import check_not_captured_sharded, check_not_capturing
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import drop_derived
-from cm_fused._backends.select import Backend, select
+from cm_fused._backends.select import Backend, select_for
 from cm_fused._bucket import Bucket
 from cm_fused._distributed import Processes, is_sharded, local, local_state, shard_layout_of
 from cm_fused._optimizer import checks, norms
 from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
 from cm_fused._state.making import check_param, missing_state_of
-from cm_fused._state.table import State, fused_keys, required_keys
+from cm_fused._state.table import State, fused_keys, option_dtype, required_keys
 from cm_fused._state.tracking import OptimizerState
 
 
@@ -76,8 +76,8 @@ class CriticalAdam(CheckpointedOptimizer):
         priority_scope: str = "group",
         buffer_mean: str = "capacity",
         eps_inside_sqrt: bool = True,
-        buffer_dtype: torch.dtype | None = None,
-        moment_dtype: torch.dtype | None = None,
+        buffer_dtype: torch.dtype | str | None = None,
+        moment_dtype: torch.dtype | str | None = None,
         low_precision_update: str = "nearest",
         seed: int = 0,
         max_grad_norm: float | None = None,
@@ -86,7 +86,10 @@ class CriticalAdam(CheckpointedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
+        adjust_lr_fn: str | None = None,
         backend: str | None = None,
+        fused: bool | None = None,
+        foreach: bool | None = None,
     ) -> None:
         # Before any other name is set, these are the arguments and what every method has.
         arguments = dict(locals())
@@ -144,8 +147,8 @@ class CriticalAdam(CheckpointedOptimizer):
             checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
             checks.check_low_precision(group)
             for device in {param.device for param in group["params"]}:
-                if group["backend"] is not None:
-                    select(group["backend"], device)
+                if group["backend"] is not None or group["fused"]:
+                    select_for(group, device)
             if self._release is not None:
                 self._release._follow_groups()
         except BaseException:
@@ -192,6 +195,30 @@ class CriticalAdam(CheckpointedOptimizer):
             torch._C._set_grad_enabled(grad_enabled)
         return loss
 
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Return the L2 norm of the last step's gradients, float64 (); nothing waits for a device.
+
+        The step has computed it for its keys: this adds up a few numbers and reads no gradient.
+        It is over all param groups and, with DTensors, all processes, whatever `priority_scope`:
+        the key of scope "group" is the norm over one group, keys of scope "tensor" are those of
+        each parameter.
+
+        With `max_grad_norm` or `skip_nonfinite` it is the norm before clipping, as
+        `torch.nn.utils.clip_grad_norm_` returns it. Else weight decay that is an L2 term counts,
+        as it does in the keys. Gradients of a `torch.amp.GradScaler` with `amp_scaling` are
+        unscaled.
+
+        NaN before the first step, after loading, after a step that `amp_scaling` skipped or
+        `torch.compile` traced. A step in a CUDA graph can be asked for after every replay. With
+        gradient release each parameter counts with its own last step.
+        """
+        self._finish_step()
+        every = [self._plans]
+        if self._release is not None:
+            every = [plans for plans, _ in self._single_plans.values()]
+        return norms.last_norm([plans.last for plans in every if plans.last is not None])
+
     def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
         """Validate the cached plan or make a new one, and run it.
 
@@ -235,6 +262,7 @@ class CriticalAdam(CheckpointedOptimizer):
             return
         plans = Plans()
         plans.read(self.param_groups, self._waiting)
+        self._plans.last = None
         plan = self._new_plan(plans, self.param_groups, 0, [])
         plan.batches_number = self._traced_batches.number
         self._run(plan, plans, self.param_groups)
@@ -280,6 +308,7 @@ class CriticalAdam(CheckpointedOptimizer):
         # torch.amp.GradScaler sets these for the length of a step.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[norms.SkippedSteps] = []
+        plans.last, plan.sums, plan.norm = plan, None, None
         try:
             if plans.needs_norm or grad_scale is not None or found_inf is not None:
                 norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
@@ -298,7 +327,7 @@ class CriticalAdam(CheckpointedOptimizer):
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:
                 # While the norms are added up over processes the next backward may begin.
-                sums = norms.gathered(plan, norms.update_all_(plan), among)
+                plan.sums = sums = norms.gathered(plan, norms.update_all_(plan), among)
                 self._pending = plan, sums, among.start_sum(sums)
                 return
         if among is not None or plan.divided:
@@ -416,7 +445,7 @@ class CriticalAdam(CheckpointedOptimizer):
     def __repr__(self) -> str:
         active = ", ".join(
             dict.fromkeys(
-                _active_backend(group["backend"], param.device)
+                _active_backend(group, param.device)
                 for group in self.param_groups
                 for param in group["params"]
             )
@@ -428,15 +457,16 @@ def _shard_layouts(
     params: list[Tensor], exp_avgs: list[Tensor], group: dict[str, Any]
 ) -> list[int]:
     """Return the `shard_layouts` of a bucket; only shards that draw random bits need them."""
-    rounds = group["moment_dtype"] in (torch.bfloat16, torch.int8)
+    rounds = option_dtype("exp_avg", group) in (torch.bfloat16, torch.int8)
     draws = rounds or group["low_precision_update"] == "stochastic"
     if not (draws and any(map(is_sharded, params))):
         return []
     return list(chain.from_iterable(map(shard_layout_of, params, exp_avgs)))
 
 
-def _active_backend(requested: str | None, device: torch.device) -> str:
+def _active_backend(group: dict[str, Any], device: torch.device) -> str:
     try:
-        return select(requested, device).describe(device)
+        return select_for(group, device).describe(device)
     except RuntimeError:
-        return f"none on {device.type}, where {requested!r} cannot serve"
+        requested = "fused=True" if group["backend"] is None else repr(group["backend"])
+        return f"none on {device.type}, where {requested} cannot serve"

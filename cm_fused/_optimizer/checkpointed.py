@@ -51,8 +51,8 @@ class CheckpointedOptimizer(Optimizer):
         The tensors are references, not copies: the next step changes them, as it does those of
         torch's optimizers. Loading does not change them. Once a step was captured in a CUDA graph,
         for which loading writes into the state, they are copies. Groups have every key that the
-        optimizer's groups have: options of the process (`backend`, `amp_scaling`) are saved as None
-        and False and never loaded, and dtypes are saved by name.
+        optimizer's groups have: options of the process (`backend`, `fused`, `foreach`,
+        `amp_scaling`) are saved as None and False and never loaded, and dtypes are saved by name.
 
         DTensors' state with scales is the exception: its scales belong to blocks of the local
         tensor, which differs between meshes. It is saved as float32 DTensors of the values, new
@@ -164,6 +164,8 @@ class CheckpointedOptimizer(Optimizer):
         super().__setstate__(state)
         # torch adds an option that the constructor does not know.
         self.defaults.pop("differentiable", None)
+        for name, value in checkpoint.NEWER_OPTIONS.items():
+            self.defaults.setdefault(name, value)
         self._forget_plans()
         values = checkpoint.with_slots_viewed(self.state, torch.uint8, torch.float8_e4m3fn)
         self.state = OptimizerState(dict, values)

@@ -11,9 +11,11 @@ from torch import Tensor
 from cm_fused._backends.select import NAMES
 from cm_fused._distributed import is_flattened, is_sharded, partitioner
 from cm_fused._state.making import refused_precision
+from cm_fused._state.table import as_dtype
 
 BUFFER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+_DTYPE_OPTIONS = {"buffer_dtype", "moment_dtype"}
 _CHOICES: dict[str, tuple[object, ...]] = {
     "priority_scope": ("group", "tensor"),
     "buffer_mean": ("capacity", "size"),
@@ -21,6 +23,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "buffer_dtype": (None, *BUFFER_DTYPES),
     "moment_dtype": (None, *MOMENT_DTYPES),
     "low_precision_update": ("nearest", "stochastic", "kahan"),
+    "adjust_lr_fn": (None, "match_rms_adamw"),
 }
 _Rule = tuple[str, Callable[[float], bool]]
 _NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
@@ -31,11 +34,14 @@ _SCHEDULED = dict.fromkeys(("lr", "weight_decay"), ("finite", math.isfinite))
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as checkpoints can have them: Python's numbers for NumPy's, betas as a tuple.
+    """Return options as groups have them: Python's numbers, dtypes, betas as a tuple.
 
-    Configuration files and schedulers give NumPy's scalars, lists, arrays and OmegaConf's lists.
+    Configuration files and schedulers give NumPy's scalars, names of dtypes, lists, arrays and
+    OmegaConf's lists.
     """
     plain = dict(zip(options, _python_numbers(options.values()), strict=True))
+    for name in _DTYPE_OPTIONS & plain.keys():
+        plain[name] = as_dtype(plain[name])
     betas = plain.get("betas")
     if not isinstance(betas, (str, bytes, Mapping, Set)):
         with contextlib.suppress(TypeError):  # a single number, say, which the check refuses
@@ -71,7 +77,9 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
     for name, choices in _CHOICES.items():
         if options[name] not in choices:
             names = ", ".join(map(repr, choices))
-            raise ValueError(f"{name} must be one of {names}, got {options[name]!r}")
+            also = ", or a name such as 'bfloat16'" if name in _DTYPE_OPTIONS else ""
+            raise ValueError(f"{name} must be one of {names}{also}, got {options[name]!r}")
+    _check_implementation(options)
     max_grad_norm = options["max_grad_norm"]
     if max_grad_norm is not None:
         rule = "None or finite and > 0"
@@ -80,6 +88,27 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
         _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
     seed = options["seed"]
     _require(_is_int(seed) and 0 <= seed < 2**63, "seed must be an int in [0, 2^63)", seed)
+
+
+def _check_implementation(options: Mapping[str, Any]) -> None:
+    """Check the options by which torch's optimizers choose an implementation."""
+    _require(
+        options["foreach"] in (None, False),
+        "foreach must be None or False: the fused backends step all tensors in one pass, with "
+        "fused=True or by default",
+        options["foreach"],
+    )
+    _require(
+        options["fused"] in (None, True),
+        "fused must be None or True: None takes the best backend there is, and backend='eager' the "
+        "one that is not fused",
+        options["fused"],
+    )
+    _require(
+        not options["fused"] or options["backend"] != "eager",
+        "backend must be None, 'cpu' or 'triton' with fused=True",
+        options["backend"],
+    )
 
 
 def check_capacity(capacity: object) -> None:

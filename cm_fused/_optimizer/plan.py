@@ -12,8 +12,14 @@ from torch import Tensor
 
 from cm_fused._backends import traced
 from cm_fused._backends.flush import as_real
-from cm_fused._backends.select import CPU, EAGER, Backend, select
-from cm_fused._bucket import Batch, Bucket, StepOptions, step_options
+from cm_fused._backends.select import CPU, EAGER, Backend, select_for
+from cm_fused._bucket import (
+    Batch,
+    Bucket,
+    StepOptions,
+    is_adjusted_on_device,
+    step_options,
+)
 from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
 from cm_fused._state.tracking import OptimizerState
 
@@ -21,13 +27,13 @@ Groups = list[dict[str, Any]]
 # The options that decide which tensors a step needs and which backend steps them. They come first
 # in `_options_of`.
 _STRUCTURE = (
-    *("amsgrad", "capacity", "backend", "capturable"),
+    *("amsgrad", "capacity", "backend", "fused", "capturable"),
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
 )
 _options_of = itemgetter(
     *_STRUCTURE,
     *("betas", "eps", "weight_decay", "priority_decay", "priority_scope", "buffer_mean"),
-    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "seed"),
+    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "adjust_lr_fn", "seed"),
     *("max_grad_norm", "skip_nonfinite"),
 )
 _lr_of = itemgetter("lr")
@@ -73,6 +79,10 @@ class Plan:
     options: list[StepOptions] | None = None
     # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
+    # Of this step, where they were needed: the sums of squares of all of the optimizer's parameters
+    # over processes, float64 (params,), and the norm before clipping, float64 ().
+    sums: Tensor | None = None
+    norm: Tensor | None = None
 
     def __post_init__(self) -> None:
         # Without these `is_current` has nothing to compare.
@@ -141,6 +151,7 @@ class Plans:
         self.needs_norm = False  # whether a step needs the norm of all gradients
         self.processes: Processes | None = None  # those that the parameters are sharded among
         self.on_gpu = False  # whether a parameter is on a CUDA device
+        self.last: Plan | None = None  # that of the last step
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._values: list[tuple[Any, ...]] | None = None
         self._structure: list[tuple[Any, ...]] = []
@@ -212,7 +223,7 @@ class Plans:
             start += size
             for device in dict.fromkeys([params[i].device for i in present]):
                 chosen = [i for i in present if params[i].device == device]
-                backend, indices = select(group["backend"], device), [first + i for i in chosen]
+                backend, indices = select_for(group, device), [first + i for i in chosen]
                 members.append(Member(index, backend, [params[i] for i in chosen], indices))
         return members
 
@@ -289,7 +300,8 @@ class Plans:
         self._structure, self._lrs = structure, lrs
         # What may change in place is read at every step.
         immutable = all(_is_immutable(value) for each in values for value in each)
-        if immutable and all(isinstance(lr, (float, int, Tensor)) for lr in lrs):
+        immutable = immutable and all(isinstance(lr, (float, int, Tensor)) for lr in lrs)
+        if immutable and not any(map(is_adjusted_on_device, groups)):
             self._values = values
 
 

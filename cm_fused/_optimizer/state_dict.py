@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_map_only
 from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
-from cm_fused._state.table import KEYS, UNSAVED_KEYS, State
+from cm_fused._state.table import KEYS, UNSAVED_KEYS, State, as_dtype
 from cm_fused._warnings import warn
 
 # Options of the process, not of the training run: saved as these values, never loaded. They are
 # saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
-LOCAL_OPTIONS = {"backend": None, "amp_scaling": False}
+LOCAL_OPTIONS = {"backend": None, "fused": None, "foreach": None, "amp_scaling": False}
+# What pickles of earlier versions lack, as those versions stepped.
+NEWER_OPTIONS = {"adjust_lr_fn": None, "fused": None, "foreach": None}
 # Options that stay the optimizer's own; the state is converted to them.
 PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
 # Options of Adam that a load warns of: those whose best values differ for an update with critical
@@ -114,7 +116,7 @@ def loaded_groups(
             for name, value in saved.items()
             if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
         }
-        merged = {**group, **plain_options(options)}
+        merged = plain_options({**group, **options})
         if merged["capacity"] != group["capacity"]:
             raise ValueError(
                 f"the state dict must have the capacity {group['capacity']} of group {i}, got "
@@ -234,7 +236,9 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
         names = PRECISION_OPTIONS if "capacity" in saved else ("moment_dtype",)
         for name in names:
             # Saved by its name, in older state dicts by itself.
-            own, other = (str(options.get(name) or torch.float32) for options in (group, saved))
+            own, other = (
+                as_dtype(options.get(name)) or torch.float32 for options in (group, saved)
+            )
             if own != other:
                 warn(
                     f"the state of group {i} was saved with {name}={other} and is converted to "

@@ -108,10 +108,20 @@ _NEEDED = tuple(row for row in STATE if row.key not in _BY_BACKEND | set(SCALES.
 RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10}
 
 
+def as_dtype(option: Any) -> Any:
+    """Return the dtype of a name such as "int8" or "torch.int8"; any other value as it is."""
+    if not isinstance(option, str):
+        return option
+    dtype = getattr(torch, option.removeprefix("torch."), None)
+    # "half" and "float" are names of other dtypes' too.
+    is_name = isinstance(dtype, torch.dtype) and str(dtype).endswith(f".{option.split('.')[-1]}")
+    return dtype if is_name else option
+
+
 def option_dtype(key: str, group: Group) -> torch.dtype | None:
     """Return the dtype that a group's options give a state key; None if the parameter decides."""
     option = ROWS[key].dtype_option
-    dtype: torch.dtype | None = group[option] if option is not None else None
+    dtype: torch.dtype | None = as_dtype(group[option]) if option is not None else None
     return dtype
 
 
@@ -128,7 +138,7 @@ def required_keys(group: Group) -> tuple[str, ...]:
 
 def fused_keys(group: Group, *, critical_gradients: bool) -> tuple[str, ...]:
     """Return the state keys that the fused backends keep besides: a running sum, a pending slot."""
-    slot_bytes = (group["buffer_dtype"] or torch.float32).itemsize
+    slot_bytes = (option_dtype("critical_buffer", group) or torch.float32).itemsize
     sums = group["capacity"] >= RUNNING_SUM_MIN_CAPACITY[slot_bytes]
     running_sum = ("critical_sum",) if sums else ()
     return running_sum if critical_gradients else (*running_sum, "pending_slot")

@@ -29,7 +29,7 @@ from torch.optim.optimizer import ParamsT
 from cm_fused import reference, rounding
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import as_real
-from cm_fused._backends.select import select
+from cm_fused._backends.select import select_for
 from cm_fused._bucket import Bucket, StepOptions, step_options
 from cm_fused._devices import to_device
 from cm_fused._distributed import Processes, is_sharded, local_grad
@@ -64,7 +64,7 @@ class _ResearchAdam(CriticalAdam):
         amsgrad: bool = False,
         critical_test: float = 0.0,
         synced: bool = True,
-        buffer_dtype: torch.dtype | None = None,
+        buffer_dtype: torch.dtype | str | None = None,
     ) -> None:
         _check(kappa, critical_test)
         self._own_defaults = {"kappa": kappa, "critical_test": critical_test}
@@ -233,7 +233,7 @@ class _ResearchAdam(CriticalAdam):
         self, group: dict[str, Any], param: Tensor, options: StepOptions, key: Tensor, made: _Made
     ) -> None:
         """Take a parameter's first step: its gradient goes into the buffer."""
-        member = Member(0, select(group["backend"], param.device), [param], [0])
+        member = Member(0, select_for(group, param.device), [param], [0])
         made += self._make_state([member], [group])
         bucket = self._bucket(member, group)
         view_as_real_([bucket])

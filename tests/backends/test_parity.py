@@ -21,6 +21,7 @@ from tests.support.cases import (
     Event,
     Kind,
     Regime,
+    adjusted_options,
     backend_params,
     generator,
     make_gradients,
@@ -56,7 +57,7 @@ def _run(backend: str, params: list[Tensor], make: Maker, events: list[Event]) -
         lockstep.step(grads)
 
 
-@pytest.mark.parametrize("options", option_matrix((3,)), ids=name_of)
+@pytest.mark.parametrize("options", [*option_matrix((3,)), *adjusted_options()], ids=name_of)
 def test_options(backend: str, options: Options) -> None:
     """Every combination of the discrete options."""
     _run(

@@ -68,6 +68,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"priority_scope": "tensor"},
     {"buffer_mean": "size"},
     {"lr": torch.tensor(0.03)},
+    {"adjust_lr_fn": "match_rms_adamw"},
+    {"adjust_lr_fn": "match_rms_adamw", "lr": torch.tensor(0.03), "weight_decay": 0.1},
     {"max_grad_norm": 0.5},
     {"skip_nonfinite": True},
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import AdamCM
+from cm_fused._optimizer import state_dict as checkpoint
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.table import RUNNING_SUM_MIN_CAPACITY
 from tests.support.training import (
@@ -311,9 +312,10 @@ def test_groups_that_lack_newer_options(cls: type[CriticalAdam], backend: str) -
     for group in state_dict["param_groups"]:
         for name in ("priority_decay", "priority_scope", "buffer_mean", "capacity", "maximize"):
             del group[name]
-        for name in ("backend", "amp_scaling", "skipped_steps"):
+        for name in ("backend", "amp_scaling", "skipped_steps", "adjust_lr_fn"):
             del group[name]
     options: dict[str, Any] = {"priority_decay": 0.3, "priority_scope": "tensor", "maximize": True}
+    options["adjust_lr_fn"] = "match_rms_adamw"
     options["amp_scaling"] = True
     optimizer = new_optimizer(cls, capacity=3, backend=backend, **options)
     optimizer.load_state_dict(state_dict)
@@ -322,6 +324,41 @@ def test_groups_that_lack_newer_options(cls: type[CriticalAdam], backend: str) -
         assert (group["buffer_mean"], group["capacity"]) == ("capacity", 3)
         assert group["backend"] == backend
     train(optimizer, range(5, 7))
+
+
+@of_each_kind
+def test_a_pickle_of_an_earlier_version(cls: type[CriticalAdam]) -> None:
+    """An optimizer that was pickled before an option existed steps as it did then."""
+    optimizer = new_optimizer(cls)
+    train(optimizer, range(3))
+    state = optimizer.__getstate__()
+    for options in (state["defaults"], *state["param_groups"]):
+        for name in checkpoint.NEWER_OPTIONS:
+            del options[name]
+    unpickled = cls.__new__(cls)
+    unpickled.__setstate__(copy.deepcopy(state))
+    twin = new_optimizer(cls)
+    train(twin, range(3))
+    for each in (unpickled, twin):
+        train(each, range(3, 6))
+    assert_same(trained(unpickled), trained(twin))
+    unpickled.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+@on_each_backend
+def test_adjusted_lr_is_saved_and_loaded(backend: str) -> None:
+    """It is the run's, not the process's."""
+    source = new_optimizer(AdamCM, adjust_lr_fn="match_rms_adamw", backend=backend)
+    train(source, range(3))
+    saved = _through_file(source.state_dict())
+    optimizer = new_optimizer(AdamCM, backend=backend)
+    for mine, theirs in zip(params_of(optimizer), params_of(source), strict=True):
+        mine.data.copy_(theirs.data)
+    optimizer.load_state_dict(saved)
+    assert [group["adjust_lr_fn"] for group in optimizer.param_groups] == ["match_rms_adamw"] * 2
+    for each in (source, optimizer):
+        train(each, range(3, 6))
+    assert_same(trained(optimizer), trained(source))
 
 
 @pytest.mark.parametrize(("saved_on", "loaded_on"), [("eager", "cpu"), ("cpu", "eager")])

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipping": {"max_grad_norm": 0.5, "skip_nonfinite": True, "amsgrad": True},
     "decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.1, "buffer_mean": "size"},
+    "adjusted": {"decoupled_weight_decay": True, "adjust_lr_fn": "match_rms_adamw"},
     "low_precision": {"buffer_dtype": torch.bfloat16, "moment_dtype": torch.int8, "seed": 5},
 }
 STEPS = 12
@@ -71,6 +72,8 @@ def _compare(ours: nn.Module, theirs: nn.Module) -> None:
         (AdamCM, "plain", False),
         (AdamCM, "clipping", True),
         (AdamCM, "low_precision", True),
+        (AdamCM, "adjusted", True),
+        (AdamCM, "adjusted", False),
         (AdamCG, "decoupled", False),
         (AdamCG, "clipping", False),
     ],

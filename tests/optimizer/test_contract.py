@@ -71,7 +71,10 @@ def test_constructor_signature_is_the_specified_one() -> None:
         "maximize": False,
         "capturable": False,
         "decoupled_weight_decay": False,
+        "adjust_lr_fn": None,
         "backend": None,
+        "fused": None,
+        "foreach": None,
     }
     params, *parameters = inspect.signature(AdamCM).parameters.values()
     assert (params.name, params.default) == ("params", inspect.Parameter.empty)
@@ -126,6 +129,7 @@ OPTION_CHANGES: dict[str, Any] = {
     "eps_inside_sqrt": False,
     "maximize": True,
     "decoupled_weight_decay": True,
+    "adjust_lr_fn": "match_rms_adamw",
 }
 # Options that show only beside another than the default of a second one.
 COMPANIONS: dict[str, dict[str, Any]] = {
@@ -182,18 +186,24 @@ def test_groups_differ(cls: type[CriticalAdam], backend: str) -> None:
     assert_same(together, apart)
 
 
+@pytest.mark.parametrize("adjust_lr_fn", [None, "match_rms_adamw"])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @on_each_backend
 @of_each_class
 def test_tensor_lr_is_a_float_lr(
-    cls: type[CriticalAdam], backend: str, dtype: torch.dtype, shape: tuple[int, ...]
+    cls: type[CriticalAdam],
+    backend: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    adjust_lr_fn: str | None,
 ) -> None:
     """A one-element tensor works as a learning rate, and may be written in place."""
     # Powers of two: the same numbers in either dtype.
     lr = torch.full(shape, 2.0**-7, dtype=dtype)
-    optimizer = cls(new_params(), lr=lr, backend=backend)
-    twin = cls(new_params(), lr=2.0**-7, backend=backend)
+    options: dict[str, Any] = {"backend": backend, "adjust_lr_fn": adjust_lr_fn}
+    optimizer = cls(new_params(), lr=lr, **options)
+    twin = cls(new_params(), lr=2.0**-7, **options)
     train(optimizer, range(4))
     train(twin, range(4))
     unchanged = copy.deepcopy(optimizer)
@@ -206,6 +216,32 @@ def test_tensor_lr_is_a_float_lr(
     assert not torch.equal(params_of(optimizer)[0], params_of(unchanged)[0])
     assert lr.shape == shape
     assert bool((lr == 2.0**-4).all())
+
+
+@on_each_backend
+@of_each_class
+def test_adjusted_lr_is_a_smaller_lr(cls: type[CriticalAdam], backend: str) -> None:
+    """With betas of 0.6 the update is half as long, and weight decay is what it was.
+
+    It follows a beta1 that changes.
+    """
+    options: dict[str, Any] = {"backend": backend, "decoupled_weight_decay": True}
+    optimizer = cls(
+        new_params(torch.float64),
+        betas=(0.6, 0.99),
+        weight_decay=0.5,
+        adjust_lr_fn="match_rms_adamw",
+        lr=0.02,
+        **options,
+    )
+    twin = cls(new_params(torch.float64), betas=(0.6, 0.99), weight_decay=1.0, lr=0.01, **options)
+    train(optimizer, range(4))
+    train(twin, range(4))
+    optimizer.param_groups[0]["betas"] = twin.param_groups[0]["betas"] = (0.0, 0.99)
+    twin.param_groups[0].update(lr=0.02, weight_decay=0.5)
+    train(optimizer, range(4, 8))
+    train(twin, range(4, 8))
+    torch.testing.assert_close(params_of(optimizer), params_of(twin), rtol=1e-14, atol=1e-14)
 
 
 @on_each_backend

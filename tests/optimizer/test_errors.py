@@ -88,6 +88,13 @@ BAD_OPTIONS = [
     BadOption("buffer_dtype", torch.float8_e5m2, "buffer_dtype must be one of"),
     BadOption("moment_dtype", torch.float16, "moment_dtype must be one of .*got torch.float16"),
     BadOption("low_precision_update", "up", "low_precision_update must be one of .*got 'up'"),
+    BadOption(
+        "adjust_lr_fn", "original", "adjust_lr_fn must be one of None, 'match.*got 'original'"
+    ),
+    BadOption("adjust_lr_fn", True, "adjust_lr_fn must be one of .*got True"),
+    BadOption("foreach", True, "foreach must be None or False: the fused backends .*got True"),
+    BadOption("fused", False, "fused must be None or True: .*backend='eager'.*got False"),
+    BadOption("fused", "yes", "fused must be None or True: .*got 'yes'"),
     BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
     BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1.5"),
 ]
@@ -119,6 +126,17 @@ def test_add_param_group_refuses(bad: BadOption) -> None:
 
 
 # Backends
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_fused_backend_that_is_the_reference(cls: type[CriticalAdam]) -> None:
+    """Two options that contradict each other are refused, wherever they are given."""
+    message = "backend must be None, 'cpu' or 'triton' with fused=True, got 'eager'"
+    with pytest.raises(ValueError, match=message):
+        cls(new_params(), fused=True, backend="eager")
+    optimizer = cls(new_params(), backend="eager")
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "fused": True})
 
 
 def test_cpu_backend_refuses_added_group_of_other_device() -> None:

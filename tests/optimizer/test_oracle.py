@@ -93,6 +93,22 @@ def test_two_steps_with_one_slot() -> None:
     assert state.step == 2
 
 
+def test_adjusted_update() -> None:
+    """The update is multiplied by sqrt((1 - 0.6) / (1 + 0.6)) = 0.5, decoupled decay is not."""
+    options = Options(
+        lr=0.1,
+        betas=(0.6, 0.5),
+        eps=0.25,
+        weight_decay=0.5,
+        decoupled_weight_decay=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    param, _ = _scalar_run([2.0], options, start=1.0)
+    # a = 0.4*2 = 0.8; v_hat = 0.64; a/(1 - 0.6) = 2
+    theta = 1.0 * (1 - 0.1 * 0.5) - 0.5 * 0.1 * 2.0 / math.sqrt(0.64 + 0.25)
+    assert param[0] == pytest.approx(theta, rel=1e-15)
+
+
 def test_critical_gradients_use_the_buffer_before_admission() -> None:
     """Critical gradients, Eq. (3): the aggregate holds the previous gradient, not this one."""
     options = Options(

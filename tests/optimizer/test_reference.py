@@ -12,6 +12,7 @@ from tests.support.cases import (
     REGIMES,
     Kind,
     Regime,
+    adjusted_options,
     make_bucket,
     make_gradients,
     make_params,
@@ -71,6 +72,12 @@ def _check_run(options: Options, regime: Regime) -> None:
 @pytest.mark.parametrize("options", option_matrix((1, 3, 5, 20)), ids=name_of)
 def test_options(options: Options) -> None:
     """Parameters and state after every step of a run that fills, replaces, skips and ties."""
+    _check_run(options, MIXED)
+
+
+@pytest.mark.parametrize("options", adjusted_options(), ids=name_of)
+def test_adjusted_updates(options: Options) -> None:
+    """The update is scaled by what beta1 gives, and decoupled weight decay is not."""
     _check_run(options, MIXED)
 
 

@@ -3,7 +3,8 @@
 import copy
 import io
 from collections import UserList
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -58,7 +59,37 @@ class _Indexed:
         return self.values[i]
 
 
-@pytest.mark.parametrize("form", [list, np.array, UserList, _Indexed])
+class _Sequence(Sequence[Any]):
+    """What Hydra's ListConfig is: a sequence that is neither a list nor a tuple."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = list(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i]
+
+
+def _list_config(values: Any) -> Any:
+    from omegaconf import ListConfig
+
+    return ListConfig(list(values))
+
+
+needs_omegaconf = pytest.mark.skipif(
+    find_spec("omegaconf") is None, reason="omegaconf is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(list, np.array, UserList, _Indexed, _Sequence),
+        pytest.param(_list_config, marks=needs_omegaconf),
+    ],
+)
 @pytest.mark.parametrize("cls", [*CLASSES, Adam_CM])
 def test_any_pair_of_betas(cls: Any, form: Callable[[Any], Any]) -> None:
     """A list, an array or a configuration's list is a pair as a tuple is.
@@ -114,6 +145,105 @@ def test_scalars_of_numpy() -> None:
     for name, value in bad.items():
         with pytest.raises(ValueError, match=f"{name} must be"):
             AdamCM(new_params(), **{name: value})
+
+
+NAMED = [
+    {"buffer_dtype": "int8", "moment_dtype": "bfloat16"},
+    {"buffer_dtype": "float8_e4m3fn", "moment_dtype": "int8"},
+    {"buffer_dtype": "torch.float16", "moment_dtype": "float32"},
+]
+
+
+@pytest.mark.parametrize("names", NAMED, ids=str)
+@pytest.mark.parametrize("how", ["constructor", "group", "added", "live"])
+@on_each_backend
+def test_dtypes_by_name(backend: str, how: str, names: dict[str, str]) -> None:
+    """A name is the dtype, wherever an option can be given, and saved as the dtype is.
+
+    Situation: YAML, JSON and command lines have no dtypes.
+    """
+    dtypes = {name: getattr(torch, value.split(".")[-1]) for name, value in names.items()}
+    optimizers = []
+    for options in (names, dtypes):
+        others: dict[str, Any] = {"backend": backend, "capacity": 3}
+        first, second = new_params()[:2], new_params()[2:]
+        if how == "constructor":
+            optimizer = AdamCM([*first, *second], **options, **others)
+        elif how == "group":
+            optimizer = AdamCM([{"params": [*first, *second], **options}], **others)
+        elif how == "added":
+            optimizer = AdamCM(first, **others)
+            optimizer.add_param_group({"params": second, **options})
+        else:
+            optimizer = AdamCM([*first, *second], **others)
+            optimizer.param_groups[0].update(options)
+        train(optimizer, range(4))
+        optimizers.append(optimizer)
+    optimizer, twin = optimizers
+    assert_same(trained(optimizer), trained(twin))
+    saved, expected = (each.state_dict() for each in optimizers)
+    assert saved["param_groups"] == expected["param_groups"]
+    if how != "live":
+        group = optimizer.param_groups[-1]
+        assert {name: group[name] for name in names} == dtypes
+    for each in optimizers:
+        each.load_state_dict(_read_back(saved))
+        train(each, range(4, 6))
+    assert_same(trained(optimizer), trained(twin))
+
+
+def test_dtypes_by_name_in_compat() -> None:
+    """The research package's classes take names too."""
+    optimizer = Adam_CM(new_params(), buffer_dtype="bfloat16")
+    train(optimizer, range(3))
+    assert optimizer.state[params_of(optimizer)[0]]["critical_buffer"].dtype == torch.bfloat16
+
+
+# Torch's choice of an implementation
+
+
+def test_fused_asks_for_a_fused_backend() -> None:
+    """It is met, or an error that says why not; no slower backend takes its place.
+
+    Situation: scripts pass fused=True to every optimizer.
+    """
+    optimizer = AdamCM(new_params(), fused=True, foreach=False)
+    assert "cpu on cpu" in repr(optimizer)
+    train(optimizer, range(2))
+    loaded = AdamCM(new_params())
+    loaded.load_state_dict(optimizer.state_dict())
+    assert [(group["fused"], group["foreach"]) for group in loaded.param_groups] == [(None, None)]
+    AdamCM(new_params(), fused=True, backend="cpu")
+    with pytest.raises(RuntimeError, match=r"fused=True is not available .*meta: this version"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, device="meta"))]})
+    with mock.patch.object(cpu, "unavailable_reason", "it was not built"):
+        message = "fused=True is not available for parameters on cpu: it was not built"
+        with pytest.raises(RuntimeError, match=message):
+            AdamCM(new_params(), fused=True)
+        lazily = AdamCM(new_params())
+        lazily.param_groups[0]["fused"] = True
+        assert "none on cpu, where fused=True cannot serve" in repr(lazily)
+        give_gradients(lazily, 0)
+        before = snapshot(lazily)
+        with pytest.raises(RuntimeError, match=message):
+            lazily.step()
+        assert_same(snapshot(lazily), before)
+
+
+def test_torchs_implementation_is_not_loaded() -> None:
+    """What torch's optimizer was told of its implementation is no option of this process.
+
+    Situation: a run of AdamW(fused=True) goes on with AdamCM.
+    """
+    adam = torch.optim.AdamW(new_params(), fused=True, lr=1e-3)
+    train(adam, range(2))
+    optimizer = AdamWCM(new_params(), betas=(0.9, 0.999))
+    optimizer.load_state_dict(adam.state_dict())
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"]) == (
+        None,
+        None,
+    )
+    train(optimizer, range(2, 4))
 
 
 @on_each_backend

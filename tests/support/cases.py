@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
+from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM, _bucket
 from cm_fused._backends import cpu
 from cm_fused._bucket import Bucket, StepOptions
 from cm_fused._optimizer.base import CriticalAdam
@@ -166,6 +166,23 @@ def option_matrix(capacities: tuple[int, ...]) -> list[Options]:
     ]
 
 
+def adjusted_options() -> list[Options]:
+    """Return options whose update is scaled, with every form of weight decay."""
+    return [
+        Options(
+            kind=kind,
+            lr=0.05,
+            betas=betas,
+            capacity=3,
+            adjust_lr_fn="match_rms_adamw",
+            **decay,
+        )
+        for kind in KINDS
+        for betas in ((0.9, 0.99), (0.0, 0.9), (0.5, 0.8))
+        for decay in DECAYS.values()
+    ]
+
+
 def name_of(options: Options) -> str:
     """Return a test id: the kind, and every option that is not the default."""
     default = Options()
@@ -210,10 +227,7 @@ def make_optimizer(
 
 def step_options(options: Options) -> StepOptions:
     """Return the options of one step of a bucket."""
-    beta1, beta2 = options.betas
-    names = set(StepOptions._fields) - {"beta1", "beta2"}
-    chosen = {name: value for name, value in keywords(options).items() if name in names}
-    return StepOptions(beta1=beta1, beta2=beta2, low_precision_update="nearest", seed=0, **chosen)
+    return _bucket.step_options({**keywords(options), "low_precision_update": "nearest", "seed": 0})
 
 
 # What happens in a run

@@ -33,6 +33,7 @@ class Options:
     eps_inside_sqrt: bool = True
     maximize: bool = False
     decoupled_weight_decay: bool = False
+    adjust_lr_fn: Literal["match_rms_adamw"] | None = None
 
 
 @dataclass
@@ -158,7 +159,10 @@ def _step_one(
         denominator = np.sqrt(v_hat + options.eps)
     else:
         denominator = np.sqrt(v_hat) + options.eps
-    param -= options.lr * numerator_hat / denominator
+    lr = options.lr
+    if options.adjust_lr_fn == "match_rms_adamw":
+        lr *= np.sqrt((1 - beta1) / (1 + beta1))
+    param -= lr * numerator_hat / denominator
 
 
 def _buffer_mean(state: ParamState, options: Options) -> Array:
