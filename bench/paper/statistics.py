@@ -75,6 +75,7 @@ class Claim:
         paper: The paper's number for it, or "—".
         estimate: What was found; None: it was not run.
         needs: What running it takes, with the command; for what was not run.
+        starts: The box of starts, where the paper does not say it.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Claim:
     paper: str
     estimate: Estimate | None
     needs: str = ""
+    starts: str = ""
 
 
 def paired(samples: Tensor) -> Estimate:
@@ -185,17 +187,17 @@ def _signs() -> NDArray[np.float32]:
 def mean_interval(samples: Tensor) -> Interval:
     """Return the mean of independent samples (N,), N >= 2, with its bootstrap interval."""
     values = samples.double().numpy()
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        batch=1000,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    bounds = result.confidence_interval
-    return Interval(float(values.mean()), float(bounds.low), float(bounds.high))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(_resampling(len(values)) @ values, (tail, 1 - tail))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+@cache
+def _resampling(count: int) -> NDArray[np.float64]:
+    """Return how much each of ``count`` samples weighs in each resample, (_RESAMPLES, count)."""
+    generator = np.random.default_rng(0)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), _RESAMPLES)
+    return drawn / count
 
 
 def seed_interval(samples: Tensor) -> Interval:
