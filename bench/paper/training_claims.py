@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bench.paper import buffers
-from bench.paper.statistics import Claim, seed_interval
+from bench.paper.statistics import Claim, paired
 from bench.paper.sweep import Run, finished
 
 _OURS = "Adam+CM"
@@ -32,10 +32,12 @@ def training_claims(runs_file: Path) -> Iterator[Claim]:
             better, worse = (_losses(runs, task, system) for system in (ours, other))
             # AdEMAMix is not in the paper: the same question, asked of today's rival.
             yield Claim(
-                "not in the paper" if other == "AdEMAMix" else "Section 5, tables",
+                "not in the paper" if other == "AdEMAMix" else "T1-c",
+                "stand-in",
                 f"{task}: {ours} has a lower held-out loss than {other}",
                 f"final held-out loss, {other} − {ours}, {len(better)} seeds",
-                seed_interval(worse - better),
+                "—",
+                paired(worse - better),
             )
 
 
@@ -52,9 +54,9 @@ def buffer_claims(folder: Path) -> Iterator[Claim]:
         folder: What `bench.paper.buffers` wrote.
     """
     for figure, quantity, text, (more, less) in (
-        ("Fig. 8, right", "variance", "momenta vary less in the buffer than gradients",
+        ("F10c", "variance", "momenta vary less in the buffer than gradients",
          ("Adam+CG", _OURS)),
-        ("Fig. 10", "agreement", "momenta agree more with the one of highest priority",
+        ("F10d", "agreement", "momenta agree more with the one of highest priority",
          (_OURS, "Adam+CG")),
     ):  # fmt: skip
         high, low = (
@@ -63,7 +65,9 @@ def buffer_claims(folder: Path) -> Iterator[Claim]:
         )
         yield Claim(
             figure,
+            "stand-in",
             f"{buffers.TASK}: {text}",
             f"{quantity}, mean over the run, {more} − {less}, {len(high)} seeds",
-            seed_interval(high - low),
+            "—",
+            paired(high - low),
         )
