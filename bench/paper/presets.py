@@ -1,56 +1,18 @@
-"""The paper's own settings of trained models: its grid (Table 5) and its best (Tables 6 to 8)."""
+"""The paper's own settings of trained models, as hyperparameters of `bench.paper.contenders`."""
+
+from collections.abc import Mapping
 
 from bench.paper.contenders import MOMENTUM, Hyperparameters
+from bench.paper.paper_numbers import TABLE_5, TABLES_6_TO_8
 
-# Table 5.
-TABLE_5: dict[str, tuple[float, ...]] = {
-    "lr": (0.1, 0.01, 0.001, 0.0001),
-    "beta1": (0.9, 0.99, 0.999),
-    "beta2": (0.99, 0.999, 0.9999),
-    "capacity": (5, 20),
-    "priority_decay": (0.7, 0.99),
-    "rho": (0.01, 0.05, 0.1),
-}
 
-# Tables 6, 7 and 8, by task. In the paper the beta2 of Adam+SAM on Penn Treebank is 0.9, which is
-# not in Table 5.
-TUNED: dict[str, dict[str, Hyperparameters]] = {
-    "lstm-ptb": {
-        "Adam": Hyperparameters(0.001, 0.9, 0.99),
-        "Adam+CG": Hyperparameters(0.001, 0.9, 0.999, 5, 0.7),
-        "Adam+SAM": Hyperparameters(0.001, 0.9, 0.9, rho=0.01),
-        "Adam+CM": Hyperparameters(0.001, 0.9, 0.999, 5, 0.7),
-        "Adam+SAM+CM": Hyperparameters(0.001, 0.9, 0.999, 5, 0.7, 0.1),
-    },
-    "resnet34-cifar10": {
-        "Adam": Hyperparameters(0.001, 0.9, 0.999),
-        "Adam+CG": Hyperparameters(0.0001, 0.9, 0.999, 20, 0.7),
-        "Adam+SAM": Hyperparameters(0.0001, 0.9, 0.99, rho=0.05),
-        "Adam+CM": Hyperparameters(0.0001, 0.9, 0.999, 20, 0.99),
-        "Adam+SAM+CM": Hyperparameters(0.0001, 0.9, 0.99, 20, 0.99, 0.05),
-    },
-    "wrn-cifar10": {
-        "Adam": Hyperparameters(0.01, 0.9, 0.999),
-        "Adam+CG": Hyperparameters(0.001, 0.9, 0.99, 20, 0.7),
-        "Adam+SAM": Hyperparameters(0.01, 0.9, 0.9999, rho=0.1),
-        "Adam+CM": Hyperparameters(0.001, 0.9, 0.999, 5, 0.7),
-        "Adam+SAM+CM": Hyperparameters(0.001, 0.9, 0.9999, 20, 0.7, 0.1),
-    },
-    "resnet34-cifar100": {
-        "Adam": Hyperparameters(0.0001, 0.9, 0.9999),
-        "Adam+CG": Hyperparameters(0.0001, 0.9, 0.9999, 20, 0.7),
-        "Adam+SAM": Hyperparameters(0.0001, 0.9, 0.999, rho=0.1),
-        "Adam+CM": Hyperparameters(0.0001, 0.9, 0.999, 20, 0.99),
-        "Adam+SAM+CM": Hyperparameters(0.0001, 0.9, 0.9999, 20, 0.7, 0.05),
-    },
-    "wrn-cifar100": {
-        "Adam": Hyperparameters(0.001, 0.9, 0.99),
-        "Adam+CG": Hyperparameters(0.001, 0.9, 0.99, 20, 0.7),
-        "Adam+SAM": Hyperparameters(0.001, 0.9, 0.999, rho=0.05),
-        "Adam+CM": Hyperparameters(0.001, 0.9, 0.9999, 5, 0.7),
-        "Adam+SAM+CM": Hyperparameters(0.001, 0.9, 0.99, 5, 0.7, 0.1),
-    },
-}
+def tuned_settings(data: str, model: str) -> Mapping[str, Hyperparameters]:
+    """Return each system's best setting of Tables 6 to 8 for a data set and a model."""
+    return {
+        system: Hyperparameters(**{k: v for k, v in best._asdict().items() if v is not None})
+        for (of_data, of_model, system), best in TABLES_6_TO_8.items()
+        if (of_data, of_model) == (data, model)
+    }
 
 
 def learning_rates(system: str) -> tuple[float, ...]:

@@ -96,8 +96,9 @@ def paired(samples: Tensor) -> Estimate:
         return Estimate(Interval(0.0, 0.0, 0.0), 1.0, count)
     if count >= _MANY:
         return Estimate(mean_interval(samples), _sign_flip_p(values), count)
-    # The t test of equal samples is certain.
-    p = float(stats.ttest_1samp(values, 0.0).pvalue) if np.ptp(values) else 0.0
+    if not np.ptp(values):  # the t test of equal samples is certain
+        return Estimate(Interval(*[float(values[0])] * 3), 0.0, count)
+    p = float(stats.ttest_1samp(values, 0.0).pvalue)
     return Estimate(seed_interval(samples), p, count)
 
 

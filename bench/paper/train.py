@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from bench.paper.contenders import PAPERS, SYSTEMS, VARIED, Hyperparameters
-from bench.paper.presets import TABLE_5, TUNED, learning_rates
+from bench.paper.paper_numbers import TABLE_5
+from bench.paper.presets import learning_rates, tuned_settings
 from bench.paper.sweep import Config, Run, run_all
 from bench.paper.tasks import TASKS
 from bench.paper.trainer import load_data, train
@@ -189,7 +190,7 @@ def chosen_settings(parsed: argparse.Namespace, searched: Searched) -> list[Conf
         return [replace(best(searched[s]), sharpness_every=every) for s in parsed.systems]
     if preset == PAPER_TUNED:
         assert task.tuned_like is not None
-        tuned = TUNED[task.tuned_like]
+        tuned = tuned_settings(*task.tuned_like)
         return [_config(parsed, system, tuned[system]) for system in parsed.systems]
     rate = task.fixed[0] if task.fixed else best(searched["Adam"]).hyperparameters.lr
     default = _default(parsed, rate)
@@ -223,11 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         by_config = {run.config: run for run in runs}
         searched = {s: [by_config[config] for config in grid] for s, grid in grids.items()}
     settings = chosen_settings(parsed, searched)
-    configs = [
-        replace(setting, seed=seed)
-        for seed in range(parsed.seeds)
-        for setting in settings
-    ]
+    configs = [replace(setting, seed=seed) for seed in range(parsed.seeds) for setting in settings]
     own = folder / f"{parsed.preset}.jsonl"
     others = [folder / f"{preset}.jsonl" for preset in PRESETS if preset != parsed.preset]
     runs = run_all(configs, own, parsed.workers, train_one, others)

@@ -1,6 +1,7 @@
-"""The table of trained models."""
+"""The tables of trained models, and their section of the report."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from bench.demo.report import align, mean_and_spread
 from bench.paper.contenders import VARIED, Hyperparameters
@@ -62,3 +63,28 @@ def _scores(group: Sequence[Run]) -> tuple[str, str, str, str]:
         mean_and_spread([run.scores[-1] for run in group], 2),
         mean_and_spread([run.val_losses[-1] for run in group], 4),
     )
+
+
+def section(folder: Path, link: str) -> str:
+    """Return the report's section on trained models, in Markdown.
+
+    Args:
+        folder: The folder ``--out`` of `bench.paper.train`.
+        link: The folder as the report refers to it.
+    """
+    parts = [
+        f"""\
+### {table.parent.name}, {table.stem}
+
+`python -m bench.paper.train {table.parent.name} --preset {table.stem} --out {folder.as_posix()}`
+
+```
+{table.read_text().rstrip()}
+```
+
+![{table.parent.name}, {table.stem}]({link}/{table.parent.name}/{table.stem}.png)
+"""
+        for task in TASKS
+        for table in sorted((folder / task).glob("*.txt"))
+    ]
+    return "\n".join(parts) or "Not run."

@@ -14,10 +14,14 @@ from bench.paper import models
 from bench.paper import train as command
 from bench.paper.contenders import PAPERS, SYSTEMS, VARIED, Hyperparameters
 from bench.paper.datasets import Data, from_words
-from bench.paper.presets import TABLE_5, TUNED, learning_rates
+from bench.paper.measures import Measure
+from bench.paper.paper_numbers import TABLES_6_TO_8
+from bench.paper.presets import learning_rates
 from bench.paper.sweep import Config, Run, finished, run_all, to_line
 from bench.paper.tasks import TASKS, Task
 from bench.paper.trainer import evaluate, train
+from bench.paper.training_claims import training_claims
+from bench.paper.training_table import section
 
 pytestmark = pytest.mark.slow
 
@@ -256,49 +260,36 @@ def test_every_system_has_the_same_budget(tmp_path: Path) -> None:
     assert {len(of_one) for of_one in rates} == {4}
 
 
-# Tables 6 to 8 as they are printed: lr, beta1, beta2, C, lambda, rho.
-_TABLES = """
-lstm-ptb          | Adam        | 0.001  | 0.9 | 0.99   | -  | -    | -
-lstm-ptb          | Adam+CG     | 0.001  | 0.9 | 0.999  | 5  | 0.7  | -
-lstm-ptb          | Adam+SAM    | 0.001  | 0.9 | 0.9    | -  | -    | 0.01
-lstm-ptb          | Adam+CM     | 0.001  | 0.9 | 0.999  | 5  | 0.7  | -
-lstm-ptb          | Adam+SAM+CM | 0.001  | 0.9 | 0.999  | 5  | 0.7  | 0.1
-resnet34-cifar10  | Adam        | 0.001  | 0.9 | 0.999  | -  | -    | -
-resnet34-cifar10  | Adam+CG     | 0.0001 | 0.9 | 0.999  | 20 | 0.7  | -
-resnet34-cifar10  | Adam+SAM    | 0.0001 | 0.9 | 0.99   | -  | -    | 0.05
-resnet34-cifar10  | Adam+CM     | 0.0001 | 0.9 | 0.999  | 20 | 0.99 | -
-resnet34-cifar10  | Adam+SAM+CM | 0.0001 | 0.9 | 0.99   | 20 | 0.99 | 0.05
-wrn-cifar10       | Adam        | 0.01   | 0.9 | 0.999  | -  | -    | -
-wrn-cifar10       | Adam+CG     | 0.001  | 0.9 | 0.99   | 20 | 0.7  | -
-wrn-cifar10       | Adam+SAM    | 0.01   | 0.9 | 0.9999 | -  | -    | 0.1
-wrn-cifar10       | Adam+CM     | 0.001  | 0.9 | 0.999  | 5  | 0.7  | -
-wrn-cifar10       | Adam+SAM+CM | 0.001  | 0.9 | 0.9999 | 20 | 0.7  | 0.1
-resnet34-cifar100 | Adam        | 0.0001 | 0.9 | 0.9999 | -  | -    | -
-resnet34-cifar100 | Adam+CG     | 0.0001 | 0.9 | 0.9999 | 20 | 0.7  | -
-resnet34-cifar100 | Adam+SAM    | 0.0001 | 0.9 | 0.999  | -  | -    | 0.1
-resnet34-cifar100 | Adam+CM     | 0.0001 | 0.9 | 0.999  | 20 | 0.99 | -
-resnet34-cifar100 | Adam+SAM+CM | 0.0001 | 0.9 | 0.9999 | 20 | 0.7  | 0.05
-wrn-cifar100      | Adam        | 0.001  | 0.9 | 0.99   | -  | -    | -
-wrn-cifar100      | Adam+CG     | 0.001  | 0.9 | 0.99   | 20 | 0.7  | -
-wrn-cifar100      | Adam+SAM    | 0.001  | 0.9 | 0.999  | -  | -    | 0.05
-wrn-cifar100      | Adam+CM     | 0.001  | 0.9 | 0.9999 | 5  | 0.7  | -
-wrn-cifar100      | Adam+SAM+CM | 0.001  | 0.9 | 0.99   | 5  | 0.7  | 0.1
-"""
-_COLUMNS = ("lr", "beta1", "beta2", "capacity", "priority_decay", "rho")
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.tuned_like])
+def test_tuned_settings_are_the_papers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset has every number of Tables 6 to 8 for its task, and nothing else but defaults."""
+    monkeypatch.setattr(command, "load_data", lambda *_: None)
+    parsed = command._parse_arguments([name, "--preset", "paper-tuned", "--data", "."])
+    settings = command.chosen_settings(parsed, {})
+    assert tuple(setting.system for setting in settings) == PAPERS
+    assert TASKS[name].tuned_like is not None
+    for setting in settings:
+        printed = TABLES_6_TO_8[(*TASKS[name].tuned_like, setting.system)]._asdict()
+        has = {key for key, value in printed.items() if value is not None}
+        assert has == set(VARIED[setting.system])
+        assert setting.hyperparameters == Hyperparameters(**{key: printed[key] for key in has})
 
 
-def test_tuned_settings_are_the_papers() -> None:
-    """Every row of Tables 6 to 8, and no other; a dash where a system has no such setting."""
-    found = [
-        [
-            *(task, system),
-            *(f"{getattr(best, name):g}" if name in VARIED[system] else "-" for name in _COLUMNS),
-        ]
-        for task, of_task in TUNED.items()
-        for system, best in of_task.items()
-    ]
-    printed = [[cell.strip() for cell in row.split("|")] for row in _TABLES.strip().splitlines()]
-    assert found == printed
+@pytest.mark.parametrize(("name", "beta2"), [("wrn-cifar10", 0.999), ("lstm-ptb", 0.99)])
+def test_default_settings_are_the_papers(
+    name: str, beta2: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a search of its own every system has the defaults and the best rate of Adam's."""
+    monkeypatch.setattr(command, "load_data", lambda *_: None)
+    parsed = command._parse_arguments([name, "--preset", "paper-default", "--data", "."])
+    assert parsed.systems == list(PAPERS)
+    (config, *others) = command.search_configs(parsed, ["Adam"])["Adam"]
+    assert len(others) == 3
+    ones = [1.0] * config.epochs
+    adam = [Run(config, ones, ones, ones, [], 8.0, 0.0)]
+    settings = command.chosen_settings(parsed, {"Adam": adam})
+    expected = Hyperparameters(config.hyperparameters.lr, 0.9, beta2, 5, 0.7, 0.05)
+    assert {setting.hyperparameters for setting in settings} == {expected}
 
 
 @pytest.mark.parametrize(
@@ -318,18 +309,6 @@ def test_schedules_are_the_papers(
     assert (task.epochs, task.drops, task.beta2) == (epochs, drops, beta2)
     assert task.fixed == ((1e-4, 1e-4) if name == "efficientnet-folder" else None)
     assert astuple(Hyperparameters(1.0))[1:6] == (0.9, 0.99, 5, 0.7, 0.05)
-
-
-def test_grid_is_the_papers() -> None:
-    """Table 5."""
-    assert TABLE_5 == {
-        "lr": (0.1, 0.01, 0.001, 0.0001),
-        "beta1": (0.9, 0.99, 0.999),
-        "beta2": (0.99, 0.999, 0.9999),
-        "capacity": (5, 20),
-        "priority_decay": (0.7, 0.99),
-        "rho": (0.01, 0.05, 0.1),
-    }
 
 
 def test_every_system_has_a_grid() -> None:
@@ -359,3 +338,103 @@ def test_command_line_errors(
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def _scored(system: str, seed: int, scores: list[float], **setting: int) -> Run:
+    config = replace(_CONFIG, system=system, seed=seed, epochs=4, drops=(2,))
+    hyperparameters = replace(config.hyperparameters, **setting)
+    config = replace(config, hyperparameters=hyperparameters)
+    # A capacity of C has a sharpness of 100 / C, and gradients twice the momenta's variance.
+    capacity = hyperparameters.capacity
+    reading = Measure(4, 3.0 * capacity, 100 / capacity, 2.0 if "CG" in system else 1.0, 0.5, 0.1)
+    return Run(config, scores, scores, scores, [reading], 8.0, 1.0)
+
+
+def _write(folder: Path, preset: str, runs: list[Run]) -> None:
+    (folder / "tiny").mkdir(exist_ok=True)
+    # Claims do not depend on the order of the lines.
+    text = "".join(to_line(run) for run in reversed(runs))
+    (folder / "tiny" / f"{preset}.jsonl").write_text(text)
+
+
+def test_language_claims(tmp_path: Path) -> None:
+    """Runs are paired by seed; the paper's prediction is a positive difference."""
+    runs = [
+        _scored(system, seed, [score + seed for score in scores])
+        for system, scores in (
+            ("Adam", [9.0, 8.0, 7.0, 6.0]),
+            ("Adam+CG", [9.0, 8.0, 5.0, 5.5]),
+            ("Adam+CM", [6.0, 3.0, 4.0, 4.5]),
+            ("AdEMAMix", [6.0, 3.0, 2.0, 1.0]),
+        )
+        for seed in range(3)
+    ]
+    _write(tmp_path, "paper-tuned", runs)
+    found = {(claim.id, claim.text): claim.estimate for claim in training_claims(tmp_path)}
+    values = {key: estimate.interval.value for key, estimate in found.items() if estimate}
+    assert values["F7-a", "Adam+CM has a lower perplexity than Adam"] == pytest.approx(3.0)
+    # Adam reaches its best of 6 after four epochs, Adam+CM after one.
+    assert values["F7-a", "Adam+CM converges faster than Adam"] == pytest.approx(3.0)
+    assert values["F7-a", "Adam+CM has its lowest perplexity by epoch 18"] == pytest.approx(16.5)
+    text = "Adam+CG is better than Adam: Adam+CG is second best"
+    assert values["F7-b", text] == pytest.approx(1.0)
+    text = "Adam+CG gets lower after the learning rate falls"
+    assert values["F7-b", text] == pytest.approx(3.0)
+    rises = [100 * (4.5 + seed) / (3 + seed) - 100 for seed in range(3)]
+    text = "Adam+CM overfits after it converged"
+    assert values["F7-c", text] == pytest.approx(sum(rises) / 3)
+    assert values["not in the paper", "Adam+CM is better than AdEMAMix"] == pytest.approx(-2.0)
+    # No row has a system that did not run.
+    assert not any("SAM" in text for _, text in found)
+
+
+def test_image_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy is better the higher it is; readings are compared by their logarithms."""
+    monkeypatch.setitem(TASKS, "tiny", replace(TASKS["tiny"], text=False))
+    runs = [
+        _scored(system, seed, scores, capacity=capacity)
+        for system, scores, capacity in (
+            ("Adam", [50.0, 60.0, 70.0, 60.0], 10),
+            ("Adam+CG", [40.0, 50.0, 70.0, 60.0], 1),
+            ("Adam+CM", [50.0, 80.0, 90.0, 60.0], 100),
+        )
+        for seed in range(3)
+    ]
+    _write(tmp_path, "search", runs)
+    _write(tmp_path, "capacities", [run for run in runs if run.config.system == "Adam+CM"] + [
+        _scored("Adam+CM", seed, [1.0] * 4, capacity=10) for seed in range(3)
+    ])  # fmt: skip
+    found = {(claim.id, claim.text, claim.measure): claim.estimate
+             for claim in training_claims(tmp_path)}  # fmt: skip
+    values = {(key[0], key[1]): e.interval.value for key, e in found.items() if e}
+    assert values["T1-c", "Adam+CM has a higher accuracy than Adam"] == pytest.approx(20.0)
+    assert values["F8L", "Adam+CM converges faster than Adam"] == pytest.approx(1.0)
+    text = "Adam+CM has a lower sharpness in training than Adam"
+    assert values["F10a", text] == pytest.approx(1.0)
+    text = "Adam+CM's parameters travel farther than Adam+CG's"
+    assert values["F10b", text] == pytest.approx(297.0)
+    variances = [e.interval.value for key, e in found.items() if key[0] == "F10c" and e]
+    assert variances == pytest.approx([0.30103, 0.0])
+    assert values["F8R", "Adam+CM ends flatter with C = 100 than with C = 10"] == pytest.approx(1.0)
+
+
+def test_diverged_runs_decide_nothing(tmp_path: Path) -> None:
+    """A claim on a system that diverged in a seed has no estimate, and says so."""
+    runs = [_scored(system, seed, [9.0] * 4) for system in PAPERS for seed in range(2)]
+    wild = replace(runs[0], scores=[9.0], val_losses=[9.0], train_losses=[9.0])
+    _write(tmp_path, "search", [wild, *runs[1:]])
+    claims = [claim for claim in training_claims(tmp_path) if claim.text.endswith(" than Adam")]
+    assert claims
+    assert all(claim.estimate is None and claim.needs == "a run diverged" for claim in claims)
+
+
+def test_report_has_every_table(tmp_path: Path) -> None:
+    """A table stands with the command that made it and with its picture."""
+    assert section(tmp_path, "training") == "Not run."
+    folder = tmp_path / "lstm-ptb"
+    folder.mkdir()
+    (folder / "paper-tuned.txt").write_text("the table\n")
+    text = section(tmp_path, "training")
+    assert "python -m bench.paper.train lstm-ptb --preset paper-tuned" in text
+    assert "```\nthe table\n```" in text
+    assert "(training/lstm-ptb/paper-tuned.png)" in text
