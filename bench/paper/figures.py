@@ -1,182 +1,414 @@
-"""The figures; each function writes one PNG."""
+"""The figures; each function returns one."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from bench.paper.experiments import (
-    ACKLEY,
+    ACKLEY_BOX,
     ACKLEY_ROSENBROCK,
+    BOXES,
     BUFFER_STEPS,
     CAPACITIES,
+    CAPACITY,
+    DECAY,
+    DECAYS,
+    DEFAULT_BUFFER,
+    ESCAPES,
+    FIGURE_STARTS,
     GOLDSTEIN_PRICE,
-    LEARNING_RATE,
     LEVY,
+    LINE_CAPACITIES,
+    LINE_SHARPNESS,
+    LINE_STARTS,
+    LR,
+    MORE_STARTS,
+    OPPOSITION_STEPS,
+    OURS,
+    PAIR,
+    PAPER,
     SHARPNESS,
+    STARTS,
     STEPS,
+    USUAL_ACKLEY,
+    Buffers,
     Landscape,
-    line_paths,
-    slot_paths,
-    trajectories,
+    at_flat,
+    at_zero,
+    buffers,
+    opposed_slots,
+    paths,
+    uniform,
 )
-from bench.paper.results import BUFFER_RATES, DIMENSIONS, Results
-from bench.paper.statistics import mean_interval
-from bench.paper.systems import BUFFERED, SYSTEMS, Setting
+from bench.paper.results import Results
+from bench.paper.statistics import Interval, mean_interval, proportion_interval
+from bench.paper.systems import SYSTEMS, Setting
 
 # The Okabe-Ito palette, which colour-blind readers tell apart. The first are drawn below the later
 # ones, which often lie on them, and so are wider.
-_COLORS = dict(zip(SYSTEMS, ("#0072B2", "#009E73", "#E69F00", "#D55E00"), strict=True))
-_WIDTHS = dict(zip(SYSTEMS, (3.5, 1.5, 2.0, 1.0), strict=True))
-_TRAJECTORIES = {
-    "goldstein_price": (GOLDSTEIN_PRICE, (0.85, 0.9)),
-    "ackley": (ACKLEY, (2.4, -3.3)),
-    "levy": (LEVY, (-6.5, 5.0)),
-    "ackley_rosenbrock": (ACKLEY_ROSENBROCK, (-1.6, -0.8)),
-}
-_LINE_STARTS = (-2.0, 1.1, 3.0)
-_LINE_SHARPNESS = (2.0, 10.0, 40.0, 100.0)
-_BUFFER_START = (2.4, -3.3)
-_GRID = 250
+_COLORS = dict(zip(SYSTEMS, ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"), strict=True))
+_WIDTHS = dict(zip(SYSTEMS, (5.0, 3.6, 2.4, 1.6, 0.9), strict=True))
+_MARKERS = dict(zip(SYSTEMS, "sD^ov", strict=True))
+_FLAT, _SHARP = "#c9e7c5", "#f6c8c2"
+_POINTS = 250
 
 
 def save_all(results: Results, folder: Path) -> list[str]:
-    """Write every figure; return their file names."""
+    """Write every figure as a PNG; return their file names."""
+    usual = GOLDSTEIN_PRICE[BOXES.index(2)]
     figures = {
-        **{f"trajectory_{name}": _trajectory(*case) for name, case in _TRAJECTORIES.items()},
-        "buffers_ackley": _buffers(),
-        "escape_sharpness": _escape_sharpness(results),
-        "escape_capacity": _escape_capacity(results),
-        "lines_1d": _lines(),
+        "f1_f14_goldstein_price": _trajectories(
+            "F1, F14", usual, FIGURE_STARTS, "only Adam+CM should end at the star"
+        ),
+        "f2_buffers": _first_buffers(results),
+        "f3_ackley_loss": _ackley_loss(results),
+        "f13_ackley": _trajectories(
+            "F3, F13", USUAL_ACKLEY, FIGURE_STARTS, "only CM should end near the star"
+        ),
+        "levy": _trajectories(
+            "F5", LEVY[BOXES.index(10)], 2, "does CM end nearer to the star, in wider valleys?"
+        ),
+        "f4_escapes": _escapes(results),
+        "f5_boxes": _boxes(results),
+        "f6_lines": _lines(results),
+        "f11_slots": _opposed(),
+        "f11_trajectories": _trajectories(
+            "F11", ACKLEY_ROSENBROCK, 2, "Adam+CG should stay near its start"
+        ),
+        "f12_escapes": _capacity_escapes(results),
+        "f17_lines": _line_grids(results, "F17", DECAYS[0]),
+        "f18_lines": _line_grids(results, "F18", DECAYS[1]),
     }
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
+        figure.savefig(folder / f"{name}.png", dpi=100)
     return [f"{name}.png" for name in figures]
 
 
-def _trajectory(landscape: Landscape, start: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
-    axes = figure.subplots()
-    paths = trajectories(landscape, start)
-    _draw_contours(axes, landscape, paths)
-    for system, path in paths.items():
-        x, y = path.T.numpy()
-        axes.plot(x, y, label=system, color=_COLORS[system], linewidth=_WIDTHS[system])
-        axes.plot(*path[-1].numpy(), "s", color=_COLORS[system], markeredgecolor="black")
-    axes.plot(*start, "o", color="black", label="start")
-    axes.plot(*landscape.minimum, "*", color="white", markeredgecolor="black", markersize=15)
-    axes.set_title(f"{landscape.name}, lr {LEARNING_RATE}, {STEPS} steps (■ end, ☆ minimum)")
-    axes.legend(loc="upper right", fontsize=8)
-    return figure
-
-
-def _draw_contours(axes: Axes, landscape: Landscape, paths: Mapping[str, Tensor]) -> None:
-    points = torch.cat([*paths.values(), torch.tensor([landscape.minimum])])
-    margin = 0.08 * (points.max(0).values - points.min(0).values)
-    low, high = points.min(0).values - margin, points.max(0).values + margin
-    x, y = (
-        torch.linspace(low[i].item(), high[i].item(), _GRID, dtype=torch.float64) for i in (0, 1)
-    )
-    values = landscape.surface(torch.cartesian_prod(x, y)).view(_GRID, _GRID).T
-    axes.contourf(x.numpy(), y.numpy(), values.numpy(), levels=40, cmap="Greys_r", alpha=0.7)
-
-
-def _buffers() -> Figure:
-    figure = Figure(figsize=(11, 3 * len(BUFFER_RATES)), layout="constrained")
-    grid = figure.subplots(len(BUFFER_RATES), len(BUFFERED), squeeze=False)
-    for row, lr in zip(grid, BUFFER_RATES, strict=True):
-        for axes, system in zip(row, BUFFERED, strict=True):
-            _draw_slots(axes, Setting(system, lr))
-            axes.set_title(f"{system}, lr {lr:g}")
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
+def _trajectories(part: str, place: Landscape, count: int, look: str) -> Figure:
+    """Draw the first ``count`` starts of a box, a panel each."""
+    figure = Figure(figsize=(12, 5.4 * ((count + 1) // 2) + 0.8), layout="constrained")
+    panels = figure.subplots((count + 1) // 2, 2).flat
+    starts = uniform((count, 2), place.box, 0)
+    all_paths = paths(place, starts)
+    for i, (axes, start) in enumerate(zip(panels, starts, strict=True)):
+        found = {system: path[:, i] for system, path in all_paths.items()}
+        _draw_contours(axes, place, found)
+        for system, path in found.items():
+            axes.plot(*path.T.numpy(), color=_COLORS[system], linewidth=_WIDTHS[system], alpha=0.9)
+        for rank, (system, path) in enumerate(found.items()):
+            # Ends lie on each other too: the first are the larger.
+            axes.plot(*path[-1].numpy(), markersize=15 - 2.2 * rank, **_end(system))
+        axes.plot(*start.numpy(), **_START)
+        axes.plot(*place.minimum, **_MINIMUM)
+    handles = [Line2D([], [], linewidth=_WIDTHS[s], label=s, **_end(s)) for s in SYSTEMS]
+    handles += [
+        Line2D([], [], label="start", **_START),
+        Line2D([], [], label="global minimum", **_MINIMUM),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     figure.suptitle(
-        f"Ackley from {_BUFFER_START}: the slots (thin) and their mean (bold) after each step"
+        f"{part}: {place.name}, lr {LR}, C = 5, λ = 0.7, {STEPS} steps; the large marks are ends\n"
+        f"Look: {look}"
     )
     return figure
 
 
-def _draw_slots(axes: Axes, setting: Setting) -> None:
-    start = torch.tensor([_BUFFER_START], dtype=torch.float64)
-    for step, slots in enumerate(slot_paths(setting, start), start=1):
-        # Relative to the longest slot: directions are what is to be seen.
-        longest = slots.norm(dim=-1).max()
-        for vectors, color, width in (
-            (slots[0], _COLORS[setting.system], 0.004),
-            (slots.mean(1), "black", 0.009),
-        ):
-            u, v = (vectors / longest).T.numpy()
-            axes.quiver(
-                [step] * len(u),
-                [0] * len(u),
-                u,
-                v,
-                color=color,
-                width=width,
-                scale=9,
-                scale_units="width",
-            )
-    axes.set_xlim(0, BUFFER_STEPS + 1)
-    axes.set_ylim(-0.8, 0.8)
-    axes.set_yticks([])
+_START: dict[str, Any] = {
+    "marker": "o",
+    "color": "black",
+    "markeredgecolor": "white",
+    "linestyle": "none",
+    "markersize": 9,
+    "zorder": 5,
+}
+_MINIMUM: dict[str, Any] = {
+    **_START,
+    "marker": "*",
+    "color": "white",
+    "markeredgecolor": "black",
+    "markersize": 17,
+}
 
 
-def _draw_share(axes: Axes, x: list[float], shares: list[Tensor], system: str) -> None:
-    """Draw the mean of each (start,) tensor with its interval."""
-    intervals = [mean_interval(share) for share in shares]
-    color = _COLORS[system]
-    axes.plot(x, [interval.value for interval in intervals], "o-", color=color, label=system)
-    axes.fill_between(
-        x,
-        [interval.low for interval in intervals],
-        [interval.high for interval in intervals],
-        color=color,
-        alpha=0.15,
+def _end(system: str) -> dict[str, Any]:
+    return {"marker": _MARKERS[system], "color": _COLORS[system], "markeredgecolor": "black"}
+
+
+def _draw_contours(axes: Axes, place: Landscape, found: Mapping[str, Tensor]) -> None:
+    points = torch.cat([*found.values(), torch.tensor([place.minimum])])
+    low, high = points.min(0).values, points.max(0).values
+    margin = 0.08 * (high - low).max()
+    x, y = (
+        torch.linspace(a, b, _POINTS, dtype=torch.float64)
+        for a, b in zip((low - margin).tolist(), (high + margin).tolist(), strict=True)
     )
+    values = place.surface(torch.cartesian_prod(x, y)).view(_POINTS, _POINTS).T
+    # Above the lowest value, so that the floor of each valley can be told.
+    above = (values - values.min() + 0.01 * (values.max() - values.min())).numpy()
+    levels = torch.logspace(math.log10(above.min()), math.log10(above.max()), 30)
+    axes.contourf(
+        x.numpy(), y.numpy(), above, levels=levels.tolist(), cmap="Greys_r", norm=LogNorm(),
+        alpha=0.65, extend="both",
+    )  # fmt: skip
 
 
-def _escape_sharpness(results: Results) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, dimension in zip(figure.subplots(1, 2), DIMENSIONS, strict=True):
-        for system in SYSTEMS:
-            _draw_share(axes, list(SHARPNESS), list(results.escape[system, dimension]), system)
-        axes.set(title=f"D = {dimension}", xlabel="sharpness s", ylabel="share at the flat minimum")
-        axes.legend()
-    return figure
+def _band(
+    axes: Axes, x: Sequence[float], intervals: Sequence[Interval], system: str, **style: object
+) -> None:
+    """Draw estimates with their intervals."""
+    look: dict[str, Any] = {
+        "color": _COLORS[system],
+        "marker": _MARKERS[system],
+        "label": system,
+        **style,
+    }
+    axes.plot(x, [interval.value for interval in intervals], **look)
+    low, high = ([getattr(i, end) for i in intervals] for end in ("low", "high"))
+    axes.fill_between(x, low, high, color=_COLORS[system], alpha=0.15, linewidth=0)
 
 
-def _escape_capacity(results: Results) -> Figure:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for system in BUFFERED:
-        shares = [results.escape_capacity[system, c].mean(0) for c in CAPACITIES]
-        _draw_share(axes, list(CAPACITIES), shares, system)
+def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xscale("log")
-    axes.set_xticks(CAPACITIES, [str(c) for c in CAPACITIES])
-    axes.set(xlabel="capacity C", ylabel="share at the flat minimum, mean over s")
-    axes.legend()
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+
+
+_BUFFER_MEASURES: dict[str, Callable[[Buffers], Tensor]] = {
+    "1 − |mean of the slots| / mean |slot|": Buffers.cancellation,
+    "cosine of new item and buffer mean": Buffers.cosine,
+    "length of the update": Buffers.update_length,
+}
+
+
+def _first_buffers(results: Results) -> Figure:
+    figure = Figure(figsize=(12, 9.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(5, 4), squeeze=False)[:, 0]
+    for axes, system in zip(top.subplots(2, 1), PAIR, strict=True):
+        _draw_slots(axes, results.first_buffers[system], system)
+    for axes, (name, of) in zip(
+        bottom.subplots(1, len(_BUFFER_MEASURES)), _BUFFER_MEASURES.items(), strict=True
+    ):
+        for system in PAIR:
+            values = of(results.first_buffers[system])
+            steps = range(BUFFER_STEPS + 1 - len(values), BUFFER_STEPS + 1)
+            _band(axes, list(steps), [mean_interval(row) for row in values], system)
+        axes.set(title=name, xlabel="step")
+        axes.legend()
+    bottom.suptitle(f"mean of {STARTS} starts in ±{ACKLEY_BOX}, 95 % bands")
+    figure.suptitle(
+        f"F2: Ackley, first {BUFFER_STEPS} steps, lr {LR}, C = 5, λ = 0.7\n"
+        "Look: slots of Adam+CG should point in opposite directions and cancel in their mean"
+    )
     return figure
 
 
-def _lines() -> Figure:
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    grid = figure.subplots(2, len(_LINE_SHARPNESS), sharex=True, sharey="row")
-    shown = (SYSTEMS[:2], SYSTEMS[2:])
-    for row, systems in zip(grid, shown, strict=True):
-        for axes, sharpness in zip(row, _LINE_SHARPNESS, strict=True):
-            for system in systems:
-                paths = line_paths(system, sharpness, _LINE_STARTS, STEPS)
-                color, width = _COLORS[system], _WIDTHS[system]
-                lines = axes.plot(paths.numpy(), color=color, linewidth=width)
-                lines[0].set_label(system)
+def _draw_slots(axes: Axes, found: Buffers, system: str) -> None:
+    """Draw the slots of the first start after each step (thin), and their mean (black)."""
+    for step, slots in enumerate(found.slots, start=1):
+        # Relative to the longest slot: directions are what is to be seen.
+        longest = slots[0].norm(dim=-1).max()
+        _draw_arrows(axes, step, slots[0] / longest, _COLORS[system], 0.003)
+        _draw_arrows(axes, step, slots[0].mean(0, keepdim=True) / longest, "black", 0.006)
+    axes.set(xlim=(0.3, BUFFER_STEPS + 0.7), ylim=(-0.6, 0.6), yticks=[])
+    axes.set_xticks(range(1, BUFFER_STEPS + 1))
+    axes.set_aspect("equal")
+    axes.set_title(f"{system}, first start: slots after each step, black: their mean", fontsize=10)
+
+
+def _draw_arrows(axes: Axes, x: float, vectors: Tensor, color: str, width: float) -> None:
+    # Half a unit is the longest: none leaves its step's place.
+    u, v = (0.48 * vectors).T.numpy()
+    axes.quiver(
+        [x] * len(u), [0] * len(u), u, v, color=color, width=width, angles="xy",
+        scale_units="xy", scale=1,
+    )  # fmt: skip
+
+
+def _ackley_loss(results: Results) -> Figure:
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    titles = {
+        PAPER: "best of Table 5's grid",
+        DEFAULT_BUFFER: f"no search: lr {LR}, C = 5, λ = 0.7",
+    }
+    found = results.ackley[USUAL_ACKLEY.starts]
+    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for system in SYSTEMS:
+            mean, half = found[name, system].curve.numpy()
+            steps = range(len(mean))
+            axes.plot(steps, mean, color=_COLORS[system], label=system, linewidth=2)
+            axes.fill_between(
+                steps, mean - half, mean + half, color=_COLORS[system], alpha=0.2, linewidth=0
+            )
+        axes.axvline(STEPS // 2, color="black", linewidth=0.8, linestyle=":")
+        axes.set(title=title, xlabel="step (dotted: lr ÷ 10)", ylim=(0, None))
+    axes.legend()
+    figure.supylabel("loss")
+    figure.suptitle(
+        f"F3: Ackley, mean loss of {STARTS} starts in ±{ACKLEY_BOX}, 95 % bands\n"
+        "Look: only Adam+CM and Adam+SAM+CM should end near 0"
+    )
+    return figure
+
+
+def _escapes(results: Results) -> Figure:
+    settings = list(dict.fromkeys(name for name, _ in results.escapes))
+    figure = Figure(figsize=(4 * len(settings), 4.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(settings), sharey=True), settings, strict=True):
+        for system in SYSTEMS:
+            _, ends = results.escapes[name, system]
+            _draw_shares(axes, at_flat(ends), system)
+        axes.set(title=name, xlabel="sharpness s")
+    axes.legend()
+    figure.supylabel("share of runs")
+    figure.suptitle(
+        f"F4: runs of {ESCAPES} that end wholly in the flat minimum, D = 10, 95 % bands\n"
+        "Look: Adam+CM should be above the others, and rise with s"
+    )
+    return figure
+
+
+def _draw_shares(axes: Axes, hits: Tensor, system: str) -> None:
+    intervals = [proportion_interval(row) for row in hits]
+    _band(axes, SHARPNESS, intervals, system, linewidth=_WIDTHS[system] / 2 + 1)
+    _plain_ticks(axes, SHARPNESS)
+    axes.set_ylim(-0.03, 1.03)
+
+
+def _boxes(results: Results) -> Figure:
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    for row, surface in zip(figure.subplots(2, 2), ("Goldstein-Price", "Levy"), strict=True):
+        for axes, name in zip(row, ("losses", "sharpness"), strict=True):
+            for system in SYSTEMS:
+                key = (MORE_STARTS, system, CAPACITY, DECAY)
+                scans = (results.scans[surface, f"±{box}"][key] for box in BOXES)
+                intervals = [mean_interval(getattr(found, name)) for found in scans]
+                _band(axes, BOXES, intervals, system, linewidth=_WIDTHS[system] / 2 + 1)
+            _plain_ticks(axes, BOXES)
+            title = f"{surface}: final {name.replace('losses', 'loss')}"
+            axes.set(title=title, xlabel="starts uniform in ± this")
+    row[-1].legend()
+    figure.suptitle(
+        f"F5: the table inside Fig. 5, C = {CAPACITY}, λ = {DECAY}, mean of {STARTS} starts, "
+        "95 % bands\nLook: Adam+CM should be lowest; the box of starts decides it"
+    )
+    return figure
+
+
+def _draw_cells(figure: Figure, results: Results, key: tuple[str, int, float]) -> None:
+    """Draw x against steps for each (s, x0): green where it ends at 0, red elsewhere."""
+    found = results.lines[key]
+    grid = figure.subplots(len(LINE_SHARPNESS), len(LINE_STARTS), sharex=True, sharey=True)
+    for i, s in enumerate(LINE_SHARPNESS):
+        for j, start in enumerate(LINE_STARTS):
+            axes, path = grid[i][j], found[:, i, j]
+            axes.set_facecolor(_FLAT if abs(path[-1]) < 0.1 else _SHARP)
             axes.axhline(0, color="black", linewidth=0.6)
             axes.axhline(1, color="black", linewidth=0.6, linestyle=":")
-            axes.set_title(f"s = {sharpness:g}")
-        row[0].legend()
-        row[0].set_ylabel("x (flat minimum 0, sharp 1)")
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
+            axes.plot(path.numpy(), color=_COLORS[key[0]], linewidth=1.5)
+            axes.set(xticks=[0, STEPS // 2], ylim=(-3, 4))
+            axes.tick_params(labelsize=7)
+            if i == 0:
+                axes.set_title(f"x0 = {start:g}", fontsize=8)
+            if j == 0:
+                axes.set_ylabel(f"s = {s:g}", fontsize=8)
+
+
+_CELLS_CAPTION = "x against steps; solid line: flat minimum 0, dotted: sharp minimum 1"
+
+
+def _lines(results: Results) -> Figure:
+    figure = Figure(figsize=(18, 4.6), layout="constrained")
+    for part, system in zip(
+        figure.subfigures(1, len(SYSTEMS), squeeze=False)[0], SYSTEMS, strict=True
+    ):
+        _draw_cells(part, results, (system, LINE_CAPACITIES[0], DECAYS[0]))
+        part.suptitle(system, fontsize=10)
+    figure.suptitle(
+        f"F6: one dimension, C = 5, λ = 0.7. {_CELLS_CAPTION}\n"
+        "Look: Adam+CM should have more green cells (ends at 0) than Adam+CG"
+    )
+    return figure
+
+
+def _line_grids(results: Results, part: str, decay: float) -> Figure:
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    grid = figure.subfigures(len(PAIR), len(LINE_CAPACITIES), squeeze=False)
+    for row, system in zip(grid, PAIR, strict=True):
+        for panel, capacity in zip(row, LINE_CAPACITIES, strict=True):
+            _draw_cells(panel, results, (system, capacity, decay))
+            panel.suptitle(f"{system}, C = {capacity}", fontsize=10)
+    figure.suptitle(
+        f"{part}: one dimension, λ = {decay}. {_CELLS_CAPTION}\n"
+        "Look: Adam+CM should have more green cells (ends at 0) than Adam+CG"
+    )
+    return figure
+
+
+def _opposed() -> Figure:
+    """Draw the three consecutive steps of the start whose slots oppose each other most."""
+    setting = Setting("Adam+CG", LR)
+    starts = uniform((STARTS, 2), ACKLEY_ROSENBROCK.box, 0)
+    found = buffers(ACKLEY_ROSENBROCK.surface, setting, starts, OPPOSITION_STEPS)
+    counts = torch.stack([opposed_slots(slots) for slots in found.slots[4:]]).unfold(0, 3, 1)
+    step, start = divmod(int(counts.sum(-1).flatten().argmax()), STARTS)
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    for index, axes in zip(range(step + 4, step + 7), figure.subplots(1, 3), strict=True):
+        slots = found.slots[index][start]
+        longest = slots.norm(dim=-1).max()
+        _draw_arrows(axes, 0, slots / longest, _COLORS["Adam+CG"], 0.012)
+        _draw_arrows(axes, 0, slots.mean(0, keepdim=True) / longest, "black", 0.02)
+        update = found.updates[index][start]
+        axes.set(xlim=(-0.55, 0.55), ylim=(-0.55, 0.55), xticks=[], yticks=[])
+        axes.set_aspect("equal")
+        opposed = int(counts[step, start, index - step - 4])
+        axes.set_title(
+            f"step {index + 1}: {opposed} of 5 opposed, step of {update.norm():.2g}", fontsize=10
+        )
+    figure.suptitle(
+        "F11: slots of Adam+CG on equation 12, C = 5 (orange), and their mean (black), of the "
+        f"start of {STARTS} with most opposition\n"
+        "Look: four of five arrows should have an opposite, so that the mean is short"
+    )
+    return figure
+
+
+def _capacity_escapes(results: Results) -> Figure:
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    criteria = {"ends within 0.1 of 0": at_zero, "ends nearer to 0": at_flat}
+    for row, decay in zip(figure.subplots(2, 3), DECAYS, strict=True):
+        for axes, (name, at) in zip(row[:2], criteria.items(), strict=True):
+            for system in SYSTEMS:
+                has_decay = system not in ("Adam", "Adam+SAM")
+                key = (1, system, 10, decay if has_decay else DECAYS[0])
+                _draw_shares(axes, at(results.capacity_escapes[key]), system)
+            axes.set(title=f"left: C = 10, λ = {decay}, {name}", xlabel="sharpness s")
+            axes.legend(fontsize=8)
+        for capacity, alpha in zip(
+            CAPACITIES, torch.linspace(0.25, 1, len(CAPACITIES)), strict=True
+        ):
+            hits = at_zero(results.capacity_escapes[1, OURS, capacity, decay])
+            shares = hits.double().mean(1).numpy()
+            row[2].plot(
+                SHARPNESS, shares, "o-", color=_COLORS[OURS], alpha=alpha.item(),
+                linewidth=0.6 + 3 * alpha.item(), label=f"C = {capacity}",
+            )  # fmt: skip
+        _plain_ticks(row[2], SHARPNESS)
+        row[2].set(
+            title=f"right: {OURS}, λ = {decay}, within 0.1 of 0", xlabel="sharpness s",
+            ylim=(-0.03, 1.03),
+        )  # fmt: skip
+        row[2].legend(fontsize=8)
+    figure.supylabel(f"share of {ESCAPES} runs")
+    figure.suptitle(
+        "F12: one dimension, 95 % bands\nLook: left, Adam+CM should be highest for s > 2 and "
+        "Adam+CG fall below Adam; right, a larger C (darker) should be higher"
+    )
     return figure

@@ -1,21 +1,33 @@
 """The rule that decides every verdict of the report."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
+_FLIPS = 100_000
+_MOST = 200
+# With fewer samples Student's t: the bootstrap cannot leave their range, and sign flips have no
+# small p value.
+_MANY = 10
+
+HOLDS, CONTRADICTED, UNDECIDED, NOT_RUN = "holds", "contradicted", "undecided", "not run"
 
 RULE = (
-    "Every claim is a difference with a sign that the paper predicts, taken between runs that "
-    "share their start, averaged, with a 95 % percentile bootstrap interval over the starts "
-    f"({_RESAMPLES} resamples, fixed seed); for trained models, of few seeds, Student's t "
-    "interval over the seeds. **Reproduced in direction**: the whole interval lies "
-    "on the predicted side of zero. **Contradicted** (not reproduced, and the opposite is "
-    "established): it lies on the other side. **Not reproduced**: it contains zero."
+    "Every row is a difference that the paper predicts to be positive, between runs that share "
+    "their start or seed. Ours is its mean, with a 95 % interval: percentile bootstrap "
+    f"({_RESAMPLES} resamples, fixed seed), of fewer than {_MANY} samples Student's t. p is that "
+    f"of the two-sided sign-flip test (all flips, or {_FLIPS} drawn with a fixed seed), of fewer "
+    f"samples of the t test. **{HOLDS}**: p ≤ 0.05 and the mean is positive. **{CONTRADICTED}**: "
+    f"p ≤ 0.05 and the mean is negative. **{UNDECIDED}**: p > 0.05. The same with Holm's "
+    "correction over all rows that have a p stands beside it. A count of given cells has neither "
+    "interval nor p; its sign decides, and zero is undecided."
 )
 
 
@@ -32,43 +44,161 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim of the paper and what was found.
+class Estimate:
+    """A difference that was found.
 
     Args:
-        figure: Where the paper makes it.
-        text: The claim.
-        measure: What the difference is of; the paper predicts it to be positive.
-        difference: The difference found.
+        interval: Of the difference; a count's is a point.
+        p: That the difference is zero, in [0, 1]; None for a count.
+        count: Samples, starts or seeds.
     """
 
-    figure: str
+    interval: Interval
+    p: float | None
+    count: int
+
+    def __str__(self) -> str:
+        if self.p is None:
+            return f"{self.interval.value:g} of {self.count}"
+        return str(self.interval)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the report: a claim of the paper in one setting, and what was found.
+
+    Args:
+        id: Figure or table and part, as "F5-loss".
+        setting: "paper", or in words what differs from the paper's setting.
+        text: The claim.
+        measure: What the difference is of; the paper predicts it to be positive.
+        paper: The paper's number for it, or "—".
+        estimate: What was found; None: it was not run.
+        needs: What running it takes, with the command; for what was not run.
+        starts: The box of starts, where the paper does not say it.
+    """
+
+    id: str
+    setting: str
     text: str
     measure: str
-    difference: Interval
+    paper: str
+    estimate: Estimate | None
+    needs: str = ""
+    starts: str = ""
 
-    @property
-    def verdict(self) -> str:
-        """What `RULE` says."""
-        if self.difference.low > 0:
-            return "reproduced in direction"
-        return "contradicted" if self.difference.high < 0 else "not reproduced"
+
+def paired(samples: Tensor) -> Estimate:
+    """Return the estimate of independent paired differences (N,), 2 <= N <= 200."""
+    values = samples.double().numpy()
+    count = len(values)
+    if not values.any():
+        return Estimate(Interval(0.0, 0.0, 0.0), 1.0, count)
+    if count >= _MANY:
+        return Estimate(mean_interval(samples), _sign_flip_p(values), count)
+    if not np.ptp(values):  # the t test of equal samples is certain
+        return Estimate(Interval(*[float(values[0])] * 3), 0.0, count)
+    p = float(stats.ttest_1samp(values, 0.0).pvalue)
+    return Estimate(seed_interval(samples), p, count)
+
+
+def equivalent(samples: Tensor, margin: float) -> Estimate:
+    """Return the estimate of margin − |mean|, for the claim that a mean is zero in effect.
+
+    Its p is that of two one-sided t tests, doubled to stand beside two-sided ones.
+
+    Args:
+        samples: Independent paired differences, (N,), N >= 2.
+        margin: What counts as zero, > 0.
+    """
+    mean = mean_interval(samples)
+    ends = abs(mean.low), abs(mean.high)
+    nearest = 0.0 if mean.low <= 0 <= mean.high else min(ends)
+    interval = Interval(margin - abs(mean.value), margin - max(ends), margin - nearest)
+    data = samples.double().numpy()
+    if not np.ptp(data):  # the t test of equal samples is certain
+        return Estimate(interval, 0.0, len(data))
+    above = stats.ttest_1samp(data, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(data, margin, alternative="less").pvalue
+    inside, outside = max(above, below), 1 - max(above, below)
+    return Estimate(interval, min(1.0, 2 * float(min(inside, outside))), len(data))
+
+
+def counted(difference: float, count: int) -> Estimate:
+    """Return a difference of counts out of ``count`` given cells, without chance."""
+    return Estimate(Interval(difference, difference, difference), None, count)
+
+
+def verdicts(claims: Sequence[Claim]) -> list[tuple[str, str]]:
+    """Return what `RULE` says of each claim: raw, and with Holm's correction over all of them."""
+    known = [c.estimate.p for c in claims if c.estimate is not None and c.estimate.p is not None]
+    corrected = dict(zip(known, holm(known), strict=True))
+    both = []
+    for claim in claims:
+        p = None if claim.estimate is None else claim.estimate.p
+        values = (p, None if p is None else corrected[p])
+        raw, after = (_verdict(claim.estimate, value) for value in values)
+        both.append((raw, after))
+    return both
+
+
+def _verdict(estimate: Estimate | None, p: float | None) -> str:
+    if estimate is None:
+        return NOT_RUN
+    value = estimate.interval.value
+    if not value or (p is not None and p > 1 - CONFIDENCE + 1e-12):
+        return UNDECIDED
+    return HOLDS if value > 0 else CONTRADICTED
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def _sign_flip_p(values: NDArray[np.float64]) -> float:
+    """Return the two-sided p of a mean, were each difference as likely to have the other sign."""
+    values = values[values != 0]  # zeros have no sign
+    if 2 ** len(values) <= _FLIPS:
+        bits = np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1
+        flipped, drawn = (2 * bits - 1.0) @ values, 0
+    else:
+        signs, drawn = _signs()[:, : len(values)], 1
+        flipped = (signs @ values.astype(np.float32)).astype(np.float64)
+    # Sums that are equal but for rounding count, and of drawn flips the one that was observed.
+    as_large = int((np.abs(flipped) >= abs(values.sum()) * (1 - 1e-6)).sum())
+    return (as_large + drawn) / (len(flipped) + drawn)
+
+
+@cache
+def _signs() -> NDArray[np.float32]:
+    """Return drawn vectors of signs, (_FLIPS, _MOST)."""
+    bits = np.random.default_rng(0).integers(0, 2, (_FLIPS, _MOST), dtype=np.int8)
+    return (2 * bits - 1).astype(np.float32)
 
 
 def mean_interval(samples: Tensor) -> Interval:
     """Return the mean of independent samples (N,), N >= 2, with its bootstrap interval."""
     values = samples.double().numpy()
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        batch=1000,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    bounds = result.confidence_interval
-    return Interval(float(values.mean()), float(bounds.low), float(bounds.high))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(_resampling(len(values)) @ values, (tail, 1 - tail))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+@cache
+def _resampling(count: int) -> NDArray[np.float64]:
+    """Return how much each of ``count`` samples weighs in each resample, (_RESAMPLES, count)."""
+    generator = np.random.default_rng(0)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), _RESAMPLES)
+    return drawn / count
 
 
 def seed_interval(samples: Tensor) -> Interval:
