@@ -1,1 +1,1 @@
-"""At which learning rates AdamCM trains, with and without AdamW's scale, and what C and λ change."""
+"""Which learning rates AdamCM needs, with AdamW's scale and without; what C and λ change."""

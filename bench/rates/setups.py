@@ -20,8 +20,8 @@ SEEDS = 5
 
 ADAMW, PLAIN, MATCHED = "AdamW", "AdamWCM", "AdamWCM, match_rms_adamw"
 _matched = partial(AdamWCM, adjust_lr_fn="match_rms_adamw")
-# Each at its own defaults, as for a person who replaces one by the other: betas (0.9, 0.999) of AdamW
-# and (0.9, 0.99), decoupled weight decay 1e-2 of both.
+# Each at its own defaults, as for a person who replaces one by the other: betas (0.9, 0.999) of
+# AdamW and (0.9, 0.99), decoupled weight decay 1e-2 of both.
 SYSTEMS: dict[str, Callable[..., Optimizer]] = {
     ADAMW: AdamW,
     PLAIN: AdamWCM,
