@@ -22,7 +22,8 @@ def best_rate(losses: Losses, task: str, system: str) -> float:
     """Return the rate of lowest mean loss; one at which a seed diverged has none."""
     means = {lr: mean(of_rate(losses, task, system, lr) or [math.nan]) for lr in LEARNING_RATES}
     finite = [lr for lr in LEARNING_RATES if math.isfinite(means[lr])]
-    return min(finite, key=lambda lr: means[lr])
+    best: float = min(finite, key=lambda lr: means[lr])
+    return best
 
 
 def rates_table(losses: Losses, tasks: Sequence[str]) -> str:
@@ -43,9 +44,10 @@ def rates_table(losses: Losses, tasks: Sequence[str]) -> str:
     seeds = len({job.seed for job in losses})
     note = (
         f"Held-out loss at the end, mean ± standard deviation of {seeds} seeds, which share "
-        f"weights and batches. Rates: {low} to {high}, each twice the one before; each falls linearly to "
-        "zero. Every optimizer has its own defaults, weight decay is 0.01, decoupled. In brackets: "
-        f"the distance from {ADAMW}'s loss in {ADAMW}'s standard deviations, positive is worse."
+        f"weights and batches. Rates: {low} to {high}, each twice the one before; each falls "
+        "linearly to zero. Every optimizer has its own defaults, weight decay is 0.01, decoupled. "
+        f"In brackets: the distance from {ADAMW}'s loss in {ADAMW}'s standard deviations, positive "
+        "is worse."
     )
     return f"{markdown.table(header, rows)}\n\n{note}"
 
