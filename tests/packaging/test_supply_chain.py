@@ -17,8 +17,9 @@ import cm_fused
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = sorted((REPOSITORY / "cm_fused").rglob("*.py"))
-# All that the package imports besides Python's own; triton and tensorboard only where installed.
-DEPENDENCIES = {"torch", "triton", "cm_fused"}
+# All that the package imports besides Python's own; triton and tensorboard only where installed,
+# matplotlib only by the command that draws.
+DEPENDENCIES = {"torch", "triton", "matplotlib", "cm_fused"}
 # What would read a pickle, open a connection or start a program.
 REFUSED = {
     *("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"),
