@@ -137,7 +137,12 @@ compile-others: $(OTHER_TORCHES:%=build/headers/%/extracted)
 	    done; \
 	done
 
-bench: $(VENV)/installed
+# The optimizers of others that the steps are timed beside.
+$(VENV)/rivals: $(VENV)/installed
+	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[rivals]"
+	@touch $@
+
+bench: $(VENV)/rivals
 	$(BIN)/python -m bench.speed
 
 bench-smoke: $(VENV)/installed

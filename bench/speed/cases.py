@@ -1,6 +1,7 @@
 """Which provider is measured on which workload, in which regime."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from bench import machine
 from bench.speed.providers import BASELINE, Provider, Regime, providers
@@ -35,6 +36,8 @@ class Case:
 
 def reason_left_out(workload: Workload, provider: Provider, device: str) -> str | None:
     """Return why a provider is not measured on a workload, or None."""
+    if provider.package is not None and find_spec(provider.package) is None:
+        return f"{provider.package} is not installed: make bench installs it"
     if provider.limit is not None and len(workload.shapes) > provider.limit.tensors:
         return provider.limit.reason
     # Beside the state: parameters and gradients of both.

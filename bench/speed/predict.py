@@ -175,6 +175,7 @@ def _launches(provider: Provider, workload: Workload) -> Iterator[Launch]:
     state = (
         "float32" if " C=" in provider.name else "scaled" if "int8" in provider.name else "rounded"
     )
+    assert provider.bytes is not None
     return _fused(workload, provider.bytes(True), state, provider.name.startswith("AdamCG"))
 
 

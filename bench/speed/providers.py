@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ _DRAWN = 2**20
 _STEPS_BEFORE_CAPTURE = 3
 # The Python-side cost of these is some microseconds an operator and tensor.
 _EAGER_TENSORS = 1000
+_RIVALS_TENSORS = 200
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,23 @@ class Provider:
         name: Its name in the results.
         what: What is timed, in a line.
         make: Builds it over parameters that have gradients.
-        bytes: The byte model, from whether steps admit.
+        bytes: The byte model, from whether steps admit; None where it is not known.
         regimes: Those in which it is measured.
         state_copies: Copies of the parameters it holds, for the memory it needs.
         rounds_share: Of the workload's rounds, for providers too slow for all of them.
         limit: The largest workload it is measured on.
+        package: What it comes from, where that need not be installed.
     """
 
     name: str
     what: str
     make: Callable[[list[Parameter], Regime], Contestant]
-    bytes: Callable[[bool], Bytes]
+    bytes: Callable[[bool], Bytes] | None
     regimes: tuple[Regime, ...]
     state_copies: int
     rounds_share: float = 1.0
     limit: Limit | None = None
+    package: str | None = None
 
 
 def parameters(shapes: Shapes, device: str) -> list[Parameter]:
@@ -122,10 +126,31 @@ def _normal(shape: Sequence[int], device: str) -> Tensor:
 
 
 def _adamw(
-    make: Callable[[list[Parameter]], AdamW], params: list[Parameter], regime: Regime
+    make: Callable[[list[Parameter]], Optimizer], params: list[Parameter], regime: Regime
 ) -> Contestant:
     optimizer = make(params)
     return Contestant(_prepared(optimizer), priorities=[])
+
+
+def _rival(package: str, module: str, name: str, copies: int, **options: object) -> Provider:
+    """Return another library's AdamW on CPUs, imported when it is measured."""
+
+    def make(params: list[Parameter]) -> Optimizer:
+        optimizer: Optimizer = getattr(import_module(module), name)(params, **options)
+        return optimizer
+
+    words = [f"{key}={value!r}" for key, value in options.items()]
+    return Provider(
+        f"{package} {name}",
+        f"{module}.{name}({', '.join(words)})",
+        partial(_adamw, make),
+        None,
+        (NO_BUFFER,),
+        state_copies=copies,
+        rounds_share=0.1,
+        limit=Limit(_RIVALS_TENSORS, "some ms or a compilation for each tensor take minutes"),
+        package=package,
+    )
 
 
 def _critical(
@@ -144,7 +169,7 @@ def _critical(
 
 def _prepared(optimizer: Optimizer) -> Callable[[], object]:
     """Have the state made; return the step, or the replay of its graph if it is capturable."""
-    if optimizer.defaults["capturable"]:
+    if optimizer.defaults.get("capturable"):
         return _captured(optimizer)
     optimizer.step()
     return optimizer.step
@@ -252,6 +277,18 @@ _ADAMW_FOREACH = Provider(
     state_copies=3,
     rounds_share=0.5,
 )
+_ADAMW_DEFAULT = replace(
+    _ADAMW_FOREACH,
+    name="AdamW default",
+    what="torch.optim.AdamW()",
+    make=partial(_adamw, AdamW),
+)
+# A gradient that a step takes away would be missing at the next one.
+_RIVALS = (
+    _rival("bitsandbytes", "bitsandbytes.optim", "AdamW8bit", 1, lr=1e-3),
+    _rival("torchao", "torchao.optim", "AdamW8bit", 1, lr=1e-3),
+    _rival("heavyball", "heavyball", "AdamW", 2, lr=1e-3, consume_grad=False),
+)
 _ADAMW_GRAPH = Provider(
     "AdamW fused graph",
     "replay of a CUDA graph of torch.optim.AdamW(fused=True, capturable=True)",
@@ -295,7 +332,7 @@ def providers(device: str) -> tuple[Provider, ...]:
             _fused(AdamCG, 5, device),
             *low_precision,
         )
-        return (_ADAMW_FOREACH, *critical, _EAGER, _COMPILED)
+        return (_ADAMW_DEFAULT, _ADAMW_FOREACH, *critical, _EAGER, _COMPILED, *_RIVALS)
     eager_limit = Limit(_EAGER_TENSORS, "dozens of launches a tensor take seconds a step")
     return (
         _fused(AdamCM, 5, device),

@@ -183,12 +183,11 @@ def _result(case: Case, timed: Timed) -> dict[str, Any]:
 
 def _byte_model(case: Case, seconds: float, bandwidth: float) -> dict[str, Any]:
     """Return the model's prediction and what the measured time says by it, where it applies."""
+    info: dict[str, Any] = {"copy_gb_per_s": bandwidth / 1e9}
+    if case.provider.bytes is None:
+        return info
     moved = case.provider.bytes(case.regime.admits)
-    info: dict[str, Any] = {
-        "bytes_read": moved.read,
-        "bytes_written": moved.written,
-        "copy_gb_per_s": bandwidth / 1e9,
-    }
+    info |= {"bytes_read": moved.read, "bytes_written": moved.written}
     if case.workload.memory_bound:
         own = moved.total * case.workload.numel / seconds
         info |= {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.speed import predict, report
+from bench.speed import cases, predict, report
 from bench.speed.precision import report as precision_report
 from bench.speed.precision.timing import Cost
 from bench.speed.precision.train import Run
@@ -154,3 +154,13 @@ def test_what_was_measured_is_written_down(tmp_path: Path) -> None:
     assert results["cases"]
     assert results["memory"] == []
     assert any("cut off" in entry["reason"] for entry in results["left_out"])
+
+
+def test_rivals_are_left_out_where_they_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library to compare with need not be there; the results say which was not."""
+    monkeypatch.setattr(cases, "find_spec", lambda package: None)
+    left_out = {case.left_out for case in cases.cases("cpu", True) if "8bit" in case.provider.name}
+    assert left_out == {
+        f"{package} is not installed: make bench installs it"
+        for package in ("bitsandbytes", "torchao")
+    }
