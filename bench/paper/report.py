@@ -12,6 +12,7 @@ from bench.machine import versions as machine_versions
 from bench.paper import experiments
 from bench.paper.claims import claims, not_run
 from bench.paper.experiments import (
+    ACKLEY,
     CAPACITY,
     DECAY,
     ESCAPES,
@@ -19,7 +20,9 @@ from bench.paper.experiments import (
     LINE_SHARPNESS,
     LINE_STARTS,
     OURS,
+    PAPER,
     SHARPNESS,
+    UNIT,
     Outcome,
     at_flat,
     at_zero,
@@ -185,7 +188,7 @@ def _summary(judged: Judged) -> str:
     rows: list[Row] = []
     for part in dict.fromkeys(claim.id for claim, _, _ in judged):
         own = [row for row in judged if row[0].id == part]
-        papers = [row for row in own if row[0].setting.startswith(experiments.PAPER)]
+        papers = [row for row in own if row[0].setting.startswith(PAPER)]
         others = [row for row in own if row not in papers]
         if all(raw == NOT_RUN for _, raw, _ in papers) and papers:
             cells = [NOT_RUN, NOT_RUN]
@@ -203,46 +206,41 @@ def _counted(found: Sequence[str], kinds: Iterable[str]) -> str:
 
 
 def _cell(row: tuple[Claim, str, str]) -> str:
+    """Return a verdict; in the paper's setting with its numbers."""
     claim, raw, corrected = row
-    return f"{claim.estimate} **{raw}**" + ("*" if corrected != raw else "")
+    verdict = f"**{raw}**" + ("*" if corrected != raw else "")
+    return f"{claim.estimate} {verdict}" if claim.setting.startswith(PAPER) else verdict
 
 
 def _claim_tables(judged: Judged) -> str:
-    """Return a section for each claim id; a box of starts is a column."""
+    """Return a section for each claim id, with a table for each surface; a box is a column."""
     sections = []
     for part in dict.fromkeys(claim.id for claim, _, _ in judged):
         own = [row for row in judged if row[0].id == part]
-        needs = [row[0].needs for row in own if row[0].needs]
+        texts = [f"### {part}"]
+        texts += [f"{c.text}: not run, {c.needs}." for c, _, _ in own if c.needs]
         measured = [row for row in own if not row[0].needs]
-        tables = [_markdown(t) for t in _by_columns(measured)]
-        missing = [f"{own[0][0].text}: not run, {need}." for need in needs]
-        sections.append("\n\n".join([f"### {part}", *missing, *tables]))
+        groups: dict[str, Judged] = {}
+        for row in measured:
+            surface = row[0].text.partition(":")[0] if row[0].starts else ""
+            groups.setdefault(surface, []).append(row)
+        sections.append("\n\n".join([*texts, *(_markdown(_by_box(g)) for g in groups.values())]))
     return "\n\n".join(sections)
 
 
-def _by_columns(judged: Judged) -> Iterable[Table]:
-    """Yield a table for the rows of each surface that has a scan, or one for all."""
-    for boxed in (True, False):
-        rows = [row for row in judged if bool(row[0].starts) is boxed]
-        surfaces = dict.fromkeys(claim.text.partition(":")[0] for claim, _, _ in rows)
-        for surface in surfaces if boxed else [""]:
-            own = [row for row in rows if row[0].text.startswith(surface)]
-            if not own:
-                continue
-            columns = list(dict.fromkeys(claim.starts for claim, _, _ in own))
-            cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
-            for row in own:
-                c = row[0]
-                cells.setdefault((c.text, c.measure, c.setting, c.paper), {})[c.starts] = _cell(row)
-            names = [f"ours, {name}" if name else "ours" for name in columns]
-            header = ("claim", "measure (the paper: > 0)", "setting", "paper", *names)
-            yield (
-                header,
-                [
-                    (*key, *(by_box.get(name, "") for name in columns))
-                    for key, by_box in cells.items()
-                ],
-            )
+def _by_box(judged: Judged) -> Table:
+    """Return rows with a column for each box of starts, the narrowest first."""
+    found = {claim.starts for claim, _, _ in judged}
+    columns = [place.starts for place in (*ACKLEY, UNIT) if place.starts in found] or [""]
+    cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
+    for row in judged:
+        c = row[0]
+        cells.setdefault((c.text, c.measure, c.setting, c.paper), {})[c.starts] = _cell(row)
+    names = [f"ours, {name}" if name else "ours" for name in columns]
+    header = ("claim", "measure (the paper: > 0)", "setting", "paper", *names)
+    return header, [
+        (*key, *(by_box.get(name, "") for name in columns)) for key, by_box in cells.items()
+    ]
 
 
 def _paper_tables(results: Results) -> str:
@@ -398,7 +396,8 @@ How many rows of each claim have which verdict.
 
 ## Claims
 
-A star: the verdict does not survive Holm's correction. `claims.csv` has the same with p values.
+A star: the verdict does not survive Holm's correction. `claims.csv` has the numbers of all settings
+and the p values.
 
 {_claim_tables(judged)}
 
