@@ -91,13 +91,12 @@ class Claim:
 def paired(samples: Tensor) -> Estimate:
     """Return the estimate of independent paired differences (N,), 2 <= N <= 200."""
     values = samples.double().numpy()
-    count = len(values)
-    if not values.any():
-        return Estimate(Interval(0.0, 0.0, 0.0), 1.0, count)
+    count, mean = len(values), float(values.mean())
+    if np.ptp(values) <= 1e-9 * abs(mean):  # equal samples, which leave nothing to chance
+        return Estimate(Interval(mean, mean, mean), 0.0 if mean else 1.0, count)
     if count >= _MANY:
         return Estimate(mean_interval(samples), _sign_flip_p(values), count)
-    # The t test of equal samples is certain.
-    p = float(stats.ttest_1samp(values, 0.0).pvalue) if np.ptp(values) else 0.0
+    p = float(stats.ttest_1samp(values, 0.0).pvalue)
     return Estimate(seed_interval(samples), p, count)
 
 
@@ -115,7 +114,7 @@ def equivalent(samples: Tensor, margin: float) -> Estimate:
     nearest = 0.0 if mean.low <= 0 <= mean.high else min(ends)
     interval = Interval(margin - abs(mean.value), margin - max(ends), margin - nearest)
     data = samples.double().numpy()
-    if not np.ptp(data):  # the t test of equal samples is certain
+    if np.ptp(data) <= 1e-9 * np.abs(data).max():  # equal samples leave nothing to chance
         return Estimate(interval, 0.0, len(data))
     above = stats.ttest_1samp(data, -margin, alternative="greater").pvalue
     below = stats.ttest_1samp(data, margin, alternative="less").pvalue
