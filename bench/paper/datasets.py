@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def from_split(split: Split, classes: int) -> Data:
 def penn_treebank(folder: Path) -> Data:
     """Read ``ptb.train.txt`` and ``ptb.valid.txt``: words by spaces, a sentence a line.
 
-    An example is 35 words and the 35 that follow each of them. The vocabulary is the training
-    text's, with ``<eos>`` at every line's end; a held-out word that is not in it is ``<unk>``.
+    The vocabulary is the training text's, with ``<eos>`` at every line's end; a held-out word that
+    is not in it is ``<unk>``.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -68,14 +68,51 @@ def penn_treebank(folder: Path) -> Data:
             "words of ptb.valid.txt must be in ptb.train.txt, which has no <unk>, got "
             f"{unknown[0]!r}"
         )
-    train_text = torch.tensor([vocabulary[word] for word in train])
-    val_text = torch.tensor([vocabulary.get(w, vocabulary.get("<unk>", 0)) for w in val])
-    train_windows = train_text.unfold(0, TIME_STEPS + 1, 1)
-    val_windows = val_text.unfold(0, TIME_STEPS + 1, TIME_STEPS)
-    split = Split(
-        train_windows[:, :-1], train_windows[:, 1:], val_windows[:, :-1], val_windows[:, 1:]
+    return from_words(train, val, vocabulary)
+
+
+def from_words(train: Sequence[str], val: Sequence[str], vocabulary: Mapping[str, int]) -> Data:
+    """Return texts as examples: 35 words each, and the 35 that follow each of them.
+
+    Examples do not overlap, so that an epoch reads every word once.
+
+    Args:
+        train: At least 36 words, like ``val``.
+        val: The held-out text.
+        vocabulary: From words to tokens; a word that is not in it is its ``<unk>``.
+    """
+    unknown = vocabulary.get("<unk>", 0)
+    windows = (
+        torch.tensor([vocabulary.get(word, unknown) for word in text]).unfold(
+            0, TIME_STEPS + 1, TIME_STEPS
+        )
+        for text in (train, val)
     )
+    (train_inputs, train_targets), (val_inputs, val_targets) = (
+        (examples[:, :-1], examples[:, 1:]) for examples in windows
+    )
+    split = Split(train_inputs, train_targets, val_inputs, val_targets)
     return from_split(split, len(vocabulary))
+
+
+def held_out(inputs: Tensor, targets: Tensor, share: float, classes: int) -> Data:
+    """Return data whose held-out examples are a share of the given ones, drawn with a fixed seed.
+
+    The inputs are normalized by the channels of the training part.
+
+    Args:
+        inputs: Images (n, channels, rows, columns), floating.
+        targets: int64 classes (n,).
+        share: Of the examples that are held out, in (0, 1).
+        classes: Number of classes.
+    """
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    train, val = order.split([len(order) - round(share * len(order)), round(share * len(order))])
+    dims = (0, 2, 3)
+    images = inputs[train]
+    mean, std = images.mean(dims, keepdim=True), images.std(dims, keepdim=True)
+    split = Split((images - mean) / std, targets[train], (inputs[val] - mean) / std, targets[val])
+    return from_split(split, classes)
 
 
 def _words(path: Path) -> list[str]:
@@ -117,9 +154,11 @@ class _ArraysOnly(pickle.Unpickler):
 def cifar(folder: Path, classes: int) -> Data:
     """Read the python batches of CIFAR-10 or CIFAR-100; images are normalized by channel.
 
+    A fifth of the training images is held out, 10,000 of 50,000, as in the paper. The test images
+    are not read.
+
     Args:
-        folder: With ``data_batch_1`` to ``data_batch_5`` and ``test_batch`` for 10 classes,
-            ``train`` and ``test`` for 100.
+        folder: With ``data_batch_1`` to ``data_batch_5`` for 10 classes, ``train`` for 100.
         classes: 10 or 100.
 
     Raises:
@@ -128,15 +167,9 @@ def cifar(folder: Path, classes: int) -> Data:
     """
     names = [f"data_batch_{i}" for i in range(1, 6)] if classes == 10 else ["train"]
     key = b"labels" if classes == 10 else b"fine_labels"
-    train = [_cifar_batch(_existing(folder / name), key, classes) for name in names]
-    test_name = "test_batch" if classes == 10 else "test"
-    val_images, val_labels = _cifar_batch(_existing(folder / test_name), key, classes)
-    images = torch.cat([images for images, _ in train])
-    dims = (0, 2, 3)
-    mean, std = images.mean(dims, keepdim=True), images.std(dims, keepdim=True)
-    labels = torch.cat([labels for _, labels in train])
-    split = Split((images - mean) / std, labels, (val_images - mean) / std, val_labels)
-    return from_split(split, classes)
+    batches = [_cifar_batch(_existing(folder / name), key, classes) for name in names]
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return held_out(images, labels, 0.2, classes)
 
 
 def _cifar_batch(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:

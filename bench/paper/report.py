@@ -41,10 +41,10 @@ from bench.paper.statistics import (
     verdicts,
 )
 from bench.paper.systems import SYSTEMS
-from bench.paper.training_claims import buffer_claims, training_claims
+from bench.paper.training_claims import training_claims
+from bench.paper.training_table import section
 
 TRAINING = "training"
-BUFFERS = "buffers"
 
 Row = Sequence[object]
 Table = tuple[Row, list[Row]]
@@ -75,12 +75,7 @@ def save_all(results: Results, figures: Sequence[str], folder: Path) -> None:
 
 def _claims_of_runs(folder: Path) -> list[Claim]:
     """Return the claims on trained models, of the runs that the folder has."""
-    found: list[Claim] = []
-    if (folder / TRAINING / "runs.jsonl").exists():
-        found += training_claims(folder / TRAINING / "runs.jsonl")
-    if (folder / BUFFERS).exists():
-        found += buffer_claims(folder / BUFFERS)
-    return found
+    return list(training_claims(folder / TRAINING))
 
 
 def _claims(judged: Judged) -> Table:
@@ -348,22 +343,6 @@ def _machine() -> str:
     )
 
 
-def _training(folder: Path) -> str:
-    if not (folder / TRAINING / "table.txt").exists():
-        return "Not run."
-    return f"""\
-`python -m bench.paper.train` writes [{TRAINING}/]({TRAINING}/), `python -m bench.paper.buffers`
-[{BUFFERS}/]({BUFFERS}/).
-
-```
-{(folder / TRAINING / "table.txt").read_text().rstrip()}
-```
-
-![F10c: variance of the buffer]({BUFFERS}/variance.png)
-![F10c: the same relative to the slots' size]({BUFFERS}/relative_variance.png)
-![F10d: agreement]({BUFFERS}/agreement.png)"""
-
-
 def _report(
     results: Results,
     judged: Judged,
@@ -436,7 +415,7 @@ RMS of an element's update in learning rates, steps 100 to 250, C = 5, λ = 0.7:
 
 ## Trained models (section 5)
 
-{_training(folder)}
+{section(folder / TRAINING, TRAINING)}
 
 ## Figures
 

@@ -1,166 +1,243 @@
-"""Train the paper's models: ``python -m bench.paper.train lstm-python wrn-digits``."""
+"""Train the paper's models: ``python -m bench.paper.train lstm-kjv-small``."""
 
 import argparse
 import itertools
-import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
-from matplotlib.figure import Figure
 
-from bench.demo.report import align, mean_and_spread
-from bench.paper.contenders import SYSTEMS, VARIED, Hyperparameters
+from bench.paper.contenders import PAPERS, SYSTEMS, VARIED, Hyperparameters
+from bench.paper.paper_numbers import TABLE_5
+from bench.paper.presets import learning_rates, tuned_settings
 from bench.paper.sweep import Config, Run, run_all
 from bench.paper.tasks import TASKS
+from bench.paper.trainer import load_data, train
+from bench.paper.training_curves import save_curves
+from bench.paper.training_table import results_table
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SEARCH = "search"
+PAPER_DEFAULT = "paper-default"
+PAPER_TUNED = "paper-tuned"
+CAPACITIES = "capacities"
+PRESETS = {
+    SEARCH: "each system at the best point of its own grid",
+    PAPER_DEFAULT: "Table 1 without grid search: defaults, and the best learning rate of Adam's "
+    "search for all",
+    PAPER_TUNED: "Table 1 with grid search: the best settings of Tables 6 to 8",
+    CAPACITIES: "Adam+CM's defaults with several capacities (Fig. 8, right)",
+}
+_CAPACITIES = (2, 5, 10, 20)
 
-# Far from the seeds of the comparison, so that no learning rate was chosen on them.
+# Far from the seeds of the comparison, so that no setting was chosen on them.
 SEARCH_SEED = 1000
+
+Searched = Mapping[str, Sequence[Run]]
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.paper.train", description=__doc__)
-    parser.add_argument("tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--data", type=Path, help="folder with the data set's standard files")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate")
-    parser.add_argument("--steps", type=int, help="instead of the task's own number")
-    grid = parser.add_argument_group(
-        "grid", "all combinations of these are searched, of each system those it has"
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.paper.train",
+        description=__doc__,
+        epilog="; ".join(f"{name}: {what}" for name, what in PRESETS.items()),
     )
-    for field in fields(Hyperparameters):
-        default = LEARNING_RATES if field.name == "lr" else [field.default]
-        grid.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            nargs="+",
-            type=int if field.name == "capacity" else float,
-            default=default,
-        )
+    parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--preset", choices=PRESETS, default=SEARCH)
+    parser.add_argument("--data", type=Path, help="folder with the data set's standard files")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: the preset's")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each setting")
+    parser.add_argument("--epochs", type=int, help="instead of the task's own number")
+    parser.add_argument(
+        "--drops", type=int, nargs="*", help="epochs after which the learning rate falls by ten"
+    )
+    parser.add_argument("--sharpness-every", type=int, help="epochs between two readings; 0: none")
+    _add_grid(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--workers", type=int, default=1, help="training processes")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs"), help="folder; what it has is not run again"
+        "--out",
+        type=Path,
+        default=Path("runs"),
+        help="folder; runs that TASK in it has are not run again, and a stopped one goes on",
     )
     parsed = parser.parse_args(arguments)
-    for name in parsed.tasks:
-        if TASKS[name].needs_data and parsed.data is None:
-            parser.error(f"{name} needs --data, the folder with its data set's files")
-        if TASKS[name].needs_data:
-            TASKS[name].load(parsed.data)  # fails here, before anything is trained
+    _check(parser, parsed)
     return parsed
 
 
-def _configs(arguments: argparse.Namespace, task: str, system: str) -> list[Config]:
-    """Return the search's runs of one system: the grid over its hyperparameters."""
-    config = Config(
-        task,
-        system,
-        Hyperparameters(arguments.lr[0]),
-        SEARCH_SEED,
-        arguments.steps or TASKS[task].steps,
-        str(arguments.data or ""),
-        arguments.device,
-        arguments.amp,
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    grid = parser.add_argument_group(
+        "grid", "all combinations of these are searched, of each system those it has"
     )
-    names = VARIED[system]
-    grid = itertools.product(*(getattr(arguments, name) for name in names))
-    return [
-        replace(config, hyperparameters=Hyperparameters(**dict(zip(names, point, strict=True))))
-        for point in grid
-    ]
+    grid.add_argument(
+        "--table-5", action="store_true", help="the paper's grid; default: its learning rates only"
+    )
+    grid.add_argument(
+        "--budget",
+        type=int,
+        help="search runs of every system, drawn from its grid; default: all of the smallest grid",
+    )
+    for field in fields(Hyperparameters):
+        grid.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            nargs="+",
+            type=int if field.name == "capacity" else float,
+            help="default: Table 5's, for SGD times ten" if field.name == "lr" else None,
+        )
+
+
+def _check(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    task = TASKS[parsed.task]
+    if task.needs_data and parsed.data is None:
+        parser.error(f"{parsed.task} needs --data, the folder with its data set's files")
+    if parsed.preset == PAPER_TUNED and task.tuned_like is None:
+        parser.error(f"the paper has no tuned settings for {parsed.task}")
+    if parsed.systems is None:
+        if parsed.preset == CAPACITIES:
+            parsed.systems = ["Adam+CM"]
+        else:
+            every = task.systems if parsed.preset == SEARCH or task.fixed else PAPERS
+            parsed.systems = list(every)
+    # Fails here, before anything is trained.
+    load_data(parsed.task, str(parsed.data or ""))
+
+
+def _config(parsed: argparse.Namespace, system: str, setting: Hyperparameters) -> Config:
+    task = TASKS[parsed.task]
+    every = task.sharpness_every if parsed.sharpness_every is None else parsed.sharpness_every
+    epochs = parsed.epochs or task.epochs
+    drops = task.drops if parsed.drops is None else parsed.drops
+    return Config(
+        parsed.task,
+        system,
+        setting,
+        seed=0,
+        epochs=epochs,
+        drops=tuple(drop for drop in drops if drop < epochs),
+        sharpness_every=every,
+        data=str(parsed.data or ""),
+        device=parsed.device,
+        amp=parsed.amp,
+    )
+
+
+def grid_values(parsed: argparse.Namespace, system: str) -> dict[str, Sequence[float]]:
+    """Return the values of each hyperparameter that a system's search tries."""
+    values: dict[str, Sequence[float]] = {}
+    for name in VARIED[system]:
+        chosen = getattr(parsed, name)
+        if chosen is None and name == "lr":
+            chosen = learning_rates(system)
+        elif chosen is None and parsed.table_5 and name in TABLE_5:
+            chosen = TABLE_5[name]
+        if chosen is not None:
+            values[name] = chosen
+    return values
+
+
+def search_configs(parsed: argparse.Namespace, systems: Sequence[str]) -> dict[str, list[Config]]:
+    """Return the runs of every system's search, as many for each."""
+    default = _default(parsed, 1.0)
+    grids: dict[str, list[Config]] = {}
+    for system in systems:
+        values = grid_values(parsed, system)
+        settings = (
+            replace(default, **dict(zip(values, point, strict=True)))
+            for point in itertools.product(*values.values())
+        )
+        grids[system] = [
+            replace(_config(parsed, system, setting), seed=SEARCH_SEED, sharpness_every=0)
+            for setting in settings
+        ]
+    budget = parsed.budget or min(map(len, grids.values()))
+    draw = random.Random(0)
+    return {
+        system: draw.sample(grid, budget) if budget < len(grid) else grid
+        for system, grid in grids.items()
+    }
+
+
+def _default(parsed: argparse.Namespace, lr: float) -> Hyperparameters:
+    task = TASKS[parsed.task]
+    decay = {} if task.fixed is None else {"weight_decay": task.fixed[1]}
+    return Hyperparameters(lr, beta2=task.beta2, **decay)
 
 
 def best(runs: Sequence[Run]) -> Config:
-    """Return the config of lowest final held-out loss."""
-    return min(runs, key=lambda run: run.loss).config
+    """Return the config of the best score that a run had after any epoch."""
+    return min(runs, key=lambda run: run.rank).config
 
 
-def results_table(runs: Sequence[Run]) -> str:
-    """Return the table of results: mean and standard deviation over the seeds."""
-    rows = [
-        (
-            "task",
-            "system",
-            "best of the grid",
-            "val loss",
-            "perplexity or accuracy %",
-            "state B/param",
-        )
+def edges(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield a warning for each hyperparameter whose best value is the lowest or highest tried."""
+    chosen = best(runs)
+    for name in VARIED[chosen.system]:
+        tried = {getattr(run.config.hyperparameters, name) for run in runs}
+        value = getattr(chosen.hyperparameters, name)
+        if len(tried) > 2 and value in (min(tried), max(tried)):
+            yield f"{chosen.system}: the best {name}, {value:g}, lies on the edge of the grid."
+
+
+def chosen_settings(parsed: argparse.Namespace, searched: Searched) -> list[Config]:
+    """Return the settings of a preset, without their seeds."""
+    task, preset = TASKS[parsed.task], parsed.preset
+    if preset == SEARCH:
+        every = _config(parsed, "", _default(parsed, 1.0)).sharpness_every
+        return [replace(best(searched[s]), sharpness_every=every) for s in parsed.systems]
+    if preset == PAPER_TUNED:
+        assert task.tuned_like is not None
+        tuned = tuned_settings(*task.tuned_like)
+        return [_config(parsed, system, tuned[system]) for system in parsed.systems]
+    rate = task.fixed[0] if task.fixed else best(searched["Adam"]).hyperparameters.lr
+    default = _default(parsed, rate)
+    if preset == PAPER_DEFAULT:
+        return [_config(parsed, system, default) for system in parsed.systems]
+    return [
+        _config(parsed, system, replace(default, capacity=capacity))
+        for system in parsed.systems
+        for capacity in _CAPACITIES
     ]
-    for task, system in dict.fromkeys((run.config.task, run.config.system) for run in runs):
-        chosen = [r for r in runs if (r.config.task, r.config.system) == (task, system)]
-        found = _as_text(chosen[0].config)
-        losses = _mean_and_spread([run.loss for run in chosen], 4)
-        scores = _mean_and_spread([run.score for run in chosen], 2)
-        rows.append((task, system, found, losses, scores, f"{chosen[0].state_bytes:.1f}"))
-    return align(rows)
 
 
-def _as_text(config: Config) -> str:
-    """Return what a config's optimizer differs in from the defaults, the learning rate first."""
-    chosen, defaults = config.hyperparameters, Hyperparameters(config.hyperparameters.lr)
-    others = [name for name in VARIED[config.system] if name != "lr"]
-    changed = [name for name in others if getattr(chosen, name) != getattr(defaults, name)]
-    return ", ".join(f"{name} {getattr(chosen, name):g}" for name in ("lr", *changed))
-
-
-def _mean_and_spread(values: Sequence[float], digits: int) -> str:
-    if not all(map(math.isfinite, values)):
-        return f"diverged in {sum(not math.isfinite(value) for value in values)}"
-    return mean_and_spread(values, digits)
-
-
-def save_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw the held-out loss of every system, the mean over its seeds, a panel for each task."""
-    tasks = list(dict.fromkeys(run.config.task for run in runs))
-    figure = Figure(figsize=(6.5 * len(tasks), 4.5), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for system in dict.fromkeys(run.config.system for run in runs):
-            of_both = [r for r in runs if (r.config.task, r.config.system) == (task, system)]
-            whole = [run for run in of_both if math.isfinite(run.loss)]
-            if whole:
-                losses = [mean(at) for at in zip(*(r.val_losses for r in whole), strict=True)]
-                axes.plot(whole[0].eval_steps, losses, label=system)
-        axes.set(title=task, xlabel="step", ylabel="held-out loss, nats", yscale="log")
-        axes.legend()
-    figure.savefig(path, dpi=110)
+def _searched_systems(parsed: argparse.Namespace) -> list[str]:
+    if parsed.preset == SEARCH:
+        return list(parsed.systems)
+    return [] if parsed.preset == PAPER_TUNED or TASKS[parsed.task].fixed else ["Adam"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Search the learning rate, run the seeds, and write table and curves."""
+    """Search, run the seeds, and write table and curves."""
     parsed = _parse_arguments(arguments)
-    folder: Path = parsed.out
+    folder: Path = parsed.out / parsed.task
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(task, system) for task in parsed.tasks for system in parsed.systems]
-    grids = {pair: _configs(parsed, *pair) for pair in pairs}
-    every = [config for configs in grids.values() for config in configs]
-    searched = dict(
-        zip(every, run_all(every, folder / "search.jsonl", parsed.workers), strict=True)
-    )
-    finals = [
-        replace(best([searched[config] for config in grids[pair]]), seed=seed)
-        for pair in pairs
-        for seed in range(parsed.seeds)
+    train_one = partial(train, checkpoints=folder / "checkpoints")
+    searched: dict[str, list[Run]] = {}
+    systems = _searched_systems(parsed)
+    if systems:
+        grids = search_configs(parsed, systems)
+        every = [config for grid in grids.values() for config in grid]
+        runs = run_all(every, folder / "grid.jsonl", parsed.workers, train_one)
+        by_config = {run.config: run for run in runs}
+        searched = {s: [by_config[config] for config in grid] for s, grid in grids.items()}
+    settings = chosen_settings(parsed, searched)
+    configs = [replace(setting, seed=seed) for seed in range(parsed.seeds) for setting in settings]
+    own = folder / f"{parsed.preset}.jsonl"
+    others = [folder / f"{preset}.jsonl" for preset in PRESETS if preset != parsed.preset]
+    runs = run_all(configs, own, parsed.workers, train_one, others)
+    notes = [
+        f"{parsed.task}, {parsed.preset}: {PRESETS[parsed.preset]}.",
+        f"Mean ± standard deviation of {parsed.seeds} seeds, which share weights and batches. "
+        f"Epochs: {configs[0].epochs}; the learning rate falls by ten after {configs[0].drops}.",
+        *(warning for found in searched.values() for warning in edges(found)),
     ]
-    runs = run_all(finals, folder / "runs.jsonl", parsed.workers)
-    table = results_table(runs)
-    grid = "; ".join(
-        f"{field.name} {', '.join(f'{value:g}' for value in getattr(parsed, field.name))}"
-        for field in fields(Hyperparameters)
-    )
-    note = (
-        f"Mean ± standard deviation; seeds: {parsed.seeds}, which share weights and batches. The "
-        "learning rate falls linearly to zero from lr. Best of the grid on the held-out loss of "
-        f"seed {SEARCH_SEED}, of these: {grid}."
-    )
-    (folder / "table.txt").write_text(f"{table}\n\n{note}\n")
-    save_curves(runs, folder / "curves.png")
-    print(f"{table}\n\n{note}\nWritten to {folder}")
+    text = "\n".join([results_table(runs, searched), "", *notes, ""])
+    (folder / f"{parsed.preset}.txt").write_text(text)
+    save_curves(runs, folder / f"{parsed.preset}.png")
+    print(f"{text}Written to {folder}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def test_few_samples_take_the_t_test() -> None:
     found = paired(samples)
     assert found.p == pytest.approx(stats.ttest_1samp(samples.numpy(), 0).pvalue, rel=1e-5)
     assert found.interval == seed_interval(samples)
-    assert paired(torch.ones(3)).p == 0
+    # Of equal samples two in eight flips are as large.
+    assert paired(torch.ones(3)) == Estimate(Interval(1, 1, 1), 0.25, 3)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,8 @@ def _made_up_results() -> Results:
 
     def outcome(setting: Setting) -> Outcome:
         # SAM is flatter and higher than Adam.
-        bad = noise + 5 + 0.1 * ("SAM" in setting.system)
+        own = 0.01 * torch.rand(100, generator=generator)
+        bad = noise + own + 5 + 0.1 * ("SAM" in setting.system)
         good = float("CM" in setting.system) + setting.capacity / 100
         sharp = bad - good - 0.3 * ("SAM" in setting.system)
         near = bad - good - 4 * ("CM" in setting.system)
