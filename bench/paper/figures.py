@@ -262,8 +262,8 @@ def _ackley_loss(results: Results) -> Figure:
 
 def _escapes(results: Results) -> Figure:
     settings = list(dict.fromkeys(name for name, _ in results.escapes))
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    panels = figure.subplots(2, 3, sharey=True).flatten()
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    panels = figure.subplots(2, 4, sharey=True).flatten()
     for axes, name in zip(panels, settings, strict=False):
         for system in SYSTEMS:
             _, ends = results.escapes[name, system]
