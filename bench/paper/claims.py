@@ -28,6 +28,7 @@ from bench.paper.experiments import (
     PAPER,
     SEEDS,
     SHARPNESS,
+    WIDE,
     Outcome,
     Scan,
     at_flat,
@@ -127,7 +128,8 @@ def _variants(scan: Scan, names: Sequence[str]) -> Iterator[tuple[str, Callable[
 
 
 def _figure_5(surface: str, scan: Scan, starts: str) -> Iterator[Claim]:
-    for setting, find in _variants(scan, (PAPER, MORE_STARTS, CONSTANT, BEST, PACKAGE)):
+    names = (PAPER, MORE_STARTS, CONSTANT, BEST, WIDE, PACKAGE)
+    for setting, find in _variants(scan, names):
         for (name, of), other in product(_MEASURES.items(), OTHERS):
             theirs = (getattr(FIGURE_5[surface, s], name) for s in (other, OURS))
             yield Claim(
@@ -253,6 +255,7 @@ def _figure_3(results: Results) -> Iterator[Claim]:
     ]
     for name in (CONSTANT, PACKAGE):
         settings.append((f"{name}, no search", name, _USUAL_ACKLEY, None))
+    settings.append((f"{DEFAULT_BUFFER}, {WIDE}", WIDE, _USUAL_ACKLEY, None))
     for starts in results.ackley:
         settings.append(("no search", DEFAULT_BUFFER, starts, None))
     for setting, variant, starts, count in settings:

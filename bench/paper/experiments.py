@@ -174,8 +174,9 @@ def scan(landscape: Landscape) -> Scan:
         settings[(PACKAGE, *key)] = replace(setting, package_rules=setting.has_buffer)
         if key[1:] == (CAPACITY, DECAY):
             settings[(CONSTANT, *key)] = replace(setting, drop=None)
-            tried = [replace(setting, lr=lr) for lr in TABLE_5["lr"]]
-            settings[(BEST, *key)] = best_of(landscape, tried, SEARCH_STARTS)
+            for name, rates in ((BEST, TABLE_5["lr"]), (WIDE, WIDE_RATES)):
+                tried = [replace(setting, lr=lr) for lr in rates]
+                settings[(name, *key)] = best_of(landscape, tried, SEARCH_STARTS)
     found = outcomes(landscape, list(settings.values()))
     return {key: found[setting] for key, setting in settings.items()}
 
@@ -210,6 +211,10 @@ def ackley(landscape: Landscape) -> dict[tuple[str, str], Outcome]:
         variants[PAPER] = [best_of(landscape, table_5_grid(s), ACKLEY_SEEDS) for s in SYSTEMS]
         variants[CONSTANT] = [replace(setting, drop=None) for setting in plain]
         variants[PACKAGE] = [replace(s, package_rules=s.has_buffer) for s in plain]
+        variants[WIDE] = [
+            best_of(landscape, [replace(s, lr=lr) for lr in WIDE_RATES], SEARCH_STARTS)
+            for s in plain
+        ]
     found = outcomes(landscape, [s for settings in variants.values() for s in settings])
     return {(name, s.system): found[s] for name, settings in variants.items() for s in settings}
 

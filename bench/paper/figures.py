@@ -39,6 +39,7 @@ from bench.paper.experiments import (
     STARTS,
     STEPS,
     USUAL_ACKLEY,
+    WIDE,
     Buffers,
     Landscape,
     at_flat,
@@ -235,13 +236,15 @@ def _draw_arrows(axes: Axes, x: float, vectors: Tensor, color: str, width: float
 
 
 def _ackley_loss(results: Results) -> Figure:
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     titles = {
         PAPER: "best of Table 5's grid",
         DEFAULT_BUFFER: f"no search: lr {LR}, C = 5, λ = 0.7",
+        WIDE: f"C = 5, λ = 0.7, {WIDE}",
     }
     found = results.ackley[USUAL_ACKLEY.starts]
-    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for system in SYSTEMS:
             mean, half = found[name, system].curve.numpy()
             steps = range(len(mean))

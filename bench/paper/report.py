@@ -327,7 +327,7 @@ of it from step 250 on. C = {CAPACITY} and λ = {DECAY} for Fig. 4 and Fig. 5's 
   four).
 - "{experiments.BEST}": the rate of lowest mean loss (escapes: of most escapes) on
   {experiments.SEARCH_STARTS} other starts, for each system. Table 5 has no rate above 0.1, so
-  Fig. 4 also takes the best of {rates}.
+  "{experiments.WIDE}" is the same of {rates}.
 - "{experiments.PACKAGE}": `cm_fused.compat` (mean over the filled slots, eps
   outside of the root, critical momenta's first step only stores). The paper names that package.
 - Sharpness is the largest eigenvalue of the exact Hessian at the last point.

@@ -293,15 +293,14 @@ def _made_up_results() -> Results:
         return Outcome(setting, bad - good, sharp, good + noise, good + noise, near, curve)
 
     large = {s: Setting(s, 0.1, *CELLS[-1]) for s in SYSTEMS}
+    names = (experiments.MORE_STARTS, experiments.CONSTANT, experiments.BEST, experiments.WIDE)
     settings = {
         (name, system, *cell): replace(large[system], capacity=cell[0], priority_decay=cell[1])
-        for name in (
-            experiments.MORE_STARTS, experiments.PACKAGE, experiments.CONSTANT, experiments.BEST,
-        )
+        for name in (*names, experiments.PACKAGE)
         for system in SYSTEMS
         for cell in CELLS
-    }  # fmt: skip
-    names = (experiments.PAPER, experiments.DEFAULT_BUFFER, experiments.CONSTANT)
+    }
+    names = (experiments.PAPER, experiments.DEFAULT_BUFFER, experiments.CONSTANT, experiments.WIDE)
     ackley = {
         (name, system): outcome(setting)
         for name in (*names, experiments.PACKAGE)
