@@ -12,6 +12,7 @@ from bench.machine import versions as machine_versions
 from bench.paper import experiments
 from bench.paper.claims import claims, not_run
 from bench.paper.experiments import (
+    ACKLEY,
     CAPACITY,
     DECAY,
     ESCAPES,
@@ -19,7 +20,9 @@ from bench.paper.experiments import (
     LINE_SHARPNESS,
     LINE_STARTS,
     OURS,
+    PAPER,
     SHARPNESS,
+    UNIT,
     Outcome,
     at_flat,
     at_zero,
@@ -62,6 +65,7 @@ def save_all(results: Results, figures: Sequence[str], folder: Path) -> None:
         "lines": _lines(results),
         "admission": _admission(results),
         "update_rms": _update_rms(results),
+        "first_updates": _first_updates(results),
     }
     for name, (header, rows) in tables.items():
         with (folder / f"{name}.csv").open("w", newline="") as file:
@@ -119,9 +123,12 @@ def _ackley(results: Results) -> Table:
 
 def _escapes(results: Results) -> Table:
     header = ("setting", "system", "lr", *(f"s = {s:g}" for s in SHARPNESS))
+    # The settings one after the other.
+    names = list(dict.fromkeys(name for name, _ in results.escapes))
+    found = sorted(results.escapes.items(), key=lambda item: names.index(item[0][0]))
     return header, [
         (name, system, setting.lr, *at_flat(ends).sum(1).tolist())
-        for (name, system), (setting, ends) in results.escapes.items()
+        for (name, system), (setting, ends) in found
     ]
 
 
@@ -162,6 +169,14 @@ def _update_rms(results: Results) -> Table:
     ]
 
 
+def _first_updates(results: Results) -> Table:
+    rows: list[Row] = []
+    for system, found in results.first_buffers.items():
+        lengths = torch.stack(found.updates).square().mean((1, 2)).sqrt() / experiments.LR
+        rows.append((system, *(f"{length:.2f}" for length in lengths.tolist())))
+    return ("system", *(f"step {i}" for i in range(1, experiments.BUFFER_STEPS + 1))), rows
+
+
 def _loss_and_sharpness(outcome: Outcome) -> tuple[Interval, Interval]:
     return mean_interval(outcome.losses), mean_interval(outcome.sharpness)
 
@@ -180,7 +195,7 @@ def _summary(judged: Judged) -> str:
     rows: list[Row] = []
     for part in dict.fromkeys(claim.id for claim, _, _ in judged):
         own = [row for row in judged if row[0].id == part]
-        papers = [row for row in own if row[0].setting.startswith(experiments.PAPER)]
+        papers = [row for row in own if row[0].setting.startswith(PAPER)]
         others = [row for row in own if row not in papers]
         if all(raw == NOT_RUN for _, raw, _ in papers) and papers:
             cells = [NOT_RUN, NOT_RUN]
@@ -198,46 +213,41 @@ def _counted(found: Sequence[str], kinds: Iterable[str]) -> str:
 
 
 def _cell(row: tuple[Claim, str, str]) -> str:
+    """Return a verdict; in the paper's setting with its numbers."""
     claim, raw, corrected = row
-    return f"{claim.estimate} **{raw}**" + ("*" if corrected != raw else "")
+    verdict = f"**{raw}**" + ("*" if corrected != raw else "")
+    return f"{claim.estimate} {verdict}" if claim.setting.startswith(PAPER) else verdict
 
 
 def _claim_tables(judged: Judged) -> str:
-    """Return a section for each claim id; a box of starts is a column."""
+    """Return a section for each claim id, with a table for each surface; a box is a column."""
     sections = []
     for part in dict.fromkeys(claim.id for claim, _, _ in judged):
         own = [row for row in judged if row[0].id == part]
-        needs = [row[0].needs for row in own if row[0].needs]
+        texts = [f"### {part}"]
+        texts += [f"{c.text}: not run, {c.needs}." for c, _, _ in own if c.needs]
         measured = [row for row in own if not row[0].needs]
-        tables = [_markdown(t) for t in _by_columns(measured)]
-        missing = [f"{own[0][0].text}: not run, {need}." for need in needs]
-        sections.append("\n\n".join([f"### {part}", *missing, *tables]))
+        groups: dict[str, Judged] = {}
+        for row in measured:
+            surface = row[0].text.partition(":")[0] if row[0].starts else ""
+            groups.setdefault(surface, []).append(row)
+        sections.append("\n\n".join([*texts, *(_markdown(_by_box(g)) for g in groups.values())]))
     return "\n\n".join(sections)
 
 
-def _by_columns(judged: Judged) -> Iterable[Table]:
-    """Yield a table for the rows of each surface that has a scan, or one for all."""
-    for boxed in (True, False):
-        rows = [row for row in judged if bool(row[0].starts) is boxed]
-        surfaces = dict.fromkeys(claim.text.partition(":")[0] for claim, _, _ in rows)
-        for surface in surfaces if boxed else [""]:
-            own = [row for row in rows if row[0].text.startswith(surface)]
-            if not own:
-                continue
-            columns = list(dict.fromkeys(claim.starts for claim, _, _ in own))
-            cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
-            for row in own:
-                c = row[0]
-                cells.setdefault((c.text, c.measure, c.setting, c.paper), {})[c.starts] = _cell(row)
-            names = [f"ours, {name}" if name else "ours" for name in columns]
-            header = ("claim", "measure (the paper: > 0)", "setting", "paper", *names)
-            yield (
-                header,
-                [
-                    (*key, *(by_box.get(name, "") for name in columns))
-                    for key, by_box in cells.items()
-                ],
-            )
+def _by_box(judged: Judged) -> Table:
+    """Return rows with a column for each box of starts, the narrowest first."""
+    found = {claim.starts for claim, _, _ in judged}
+    columns = [place.starts for place in (*ACKLEY, UNIT) if place.starts in found] or [""]
+    cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
+    for row in judged:
+        c = row[0]
+        cells.setdefault((c.text, c.measure, c.setting, c.paper), {})[c.starts] = _cell(row)
+    names = [f"ours, {name}" if name else "ours" for name in columns]
+    header = ("claim", "measure (the paper: > 0)", "setting", "paper", *names)
+    return header, [
+        (*key, *(by_box.get(name, "") for name in columns)) for key, by_box in cells.items()
+    ]
 
 
 def _paper_tables(results: Results) -> str:
@@ -300,6 +310,7 @@ def _scan_sentences(judged: Judged) -> str:
 
 def _settings() -> str:
     boxes = ", ".join(f"±{box}" for box in experiments.BOXES)
+    rates = ", ".join(f"{lr:g}" for lr in experiments.WIDE_RATES)
     return f"""\
 Betas (0.9, 0.99), ρ = 0.05, eps = 1e-8 inside of the root, {experiments.STEPS} steps in float64,
 learning rate {experiments.FLAT_LR} on the flat/sharp pair and {experiments.LR} elsewhere, a tenth
@@ -315,7 +326,8 @@ of it from step 250 on. C = {CAPACITY} and λ = {DECAY} for Fig. 4 and Fig. 5's 
 - Fig. 1, 11, 13 and 14 show starts that the text does not name: here {experiments.STARTS} (Fig. 13:
   four).
 - "{experiments.BEST}": the rate of lowest mean loss (escapes: of most escapes) on
-  {experiments.SEARCH_STARTS} other starts, for each system.
+  {experiments.SEARCH_STARTS} other starts, for each system. Table 5 has no rate above 0.1, so
+  "{experiments.WIDE}" is the same of {rates}.
 - "{experiments.PACKAGE}": `cm_fused.compat` (mean over the filled slots, eps
   outside of the root, critical momenta's first step only stores). The paper names that package.
 - Sharpness is the largest eigenvalue of the exact Hessian at the last point.
@@ -377,7 +389,8 @@ How many rows of each claim have which verdict.
 
 ## Claims
 
-A star: the verdict does not survive Holm's correction. `claims.csv` has the same with p values.
+A star: the verdict does not survive Holm's correction. `claims.csv` has the numbers of all settings
+and the p values.
 
 {_claim_tables(judged)}
 
@@ -413,6 +426,10 @@ Share of {experiments.STEPS} steps in which {OURS} admits its momentum:
 RMS of an element's update in learning rates, steps 100 to 250, C = 5, λ = 0.7:
 
 {_markdown(tables["update_rms"])}
+
+The same of the first steps on Ackley:
+
+{_markdown(tables["first_updates"])}
 
 ## Trained models (section 5)
 
