@@ -107,7 +107,8 @@ def held_out(inputs: Tensor, targets: Tensor, share: float, classes: int) -> Dat
         classes: Number of classes.
     """
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    train, val = order.split([len(order) - round(share * len(order)), round(share * len(order))])
+    val_size = round(share * len(order))
+    train, val = order[:-val_size], order[-val_size:]
     dims = (0, 2, 3)
     images = inputs[train]
     mean, std = images.mean(dims, keepdim=True), images.std(dims, keepdim=True)

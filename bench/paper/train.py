@@ -12,7 +12,7 @@ import torch
 
 from bench.paper.contenders import PAPERS, SYSTEMS, VARIED, Hyperparameters
 from bench.paper.paper_numbers import TABLE_5
-from bench.paper.presets import learning_rates, tuned_settings
+from bench.paper.presets import hyperparameters, learning_rates, tuned_settings
 from bench.paper.sweep import Config, Run, run_all
 from bench.paper.tasks import TASKS
 from bench.paper.trainer import load_data, train
@@ -20,11 +20,13 @@ from bench.paper.training_curves import save_curves
 from bench.paper.training_table import results_table
 
 SEARCH = "search"
+FINE_SEARCH = "fine-search"
 PAPER_DEFAULT = "paper-default"
 PAPER_TUNED = "paper-tuned"
 CAPACITIES = "capacities"
 PRESETS = {
     SEARCH: "each system at the best point of its own grid",
+    FINE_SEARCH: "the same, with three more learning rates for each, between those of Table 5",
     PAPER_DEFAULT: "Table 1 without grid search: defaults, and the best learning rate of Adam's "
     "search for all",
     PAPER_TUNED: "Table 1 with grid search: the best settings of Tables 6 to 8",
@@ -100,7 +102,8 @@ def _check(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
         if parsed.preset == CAPACITIES:
             parsed.systems = ["Adam+CM"]
         else:
-            every = task.systems if parsed.preset == SEARCH or task.fixed else PAPERS
+            own = parsed.preset in (SEARCH, FINE_SEARCH)
+            every = task.systems if own or task.fixed else PAPERS
             parsed.systems = list(every)
     # Fails here, before anything is trained.
     load_data(parsed.task, str(parsed.data or ""))
@@ -131,7 +134,7 @@ def grid_values(parsed: argparse.Namespace, system: str) -> dict[str, Sequence[f
     for name in VARIED[system]:
         chosen = getattr(parsed, name)
         if chosen is None and name == "lr":
-            chosen = learning_rates(system)
+            chosen = learning_rates(system, between=parsed.preset == FINE_SEARCH)
         elif chosen is None and parsed.table_5 and name in TABLE_5:
             chosen = TABLE_5[name]
         if chosen is not None:
@@ -146,7 +149,7 @@ def search_configs(parsed: argparse.Namespace, systems: Sequence[str]) -> dict[s
     for system in systems:
         values = grid_values(parsed, system)
         settings = (
-            replace(default, **dict(zip(values, point, strict=True)))
+            hyperparameters(default, dict(zip(values, point, strict=True)))
             for point in itertools.product(*values.values())
         )
         grids[system] = [
@@ -163,8 +166,8 @@ def search_configs(parsed: argparse.Namespace, systems: Sequence[str]) -> dict[s
 
 def _default(parsed: argparse.Namespace, lr: float) -> Hyperparameters:
     task = TASKS[parsed.task]
-    decay = {} if task.fixed is None else {"weight_decay": task.fixed[1]}
-    return Hyperparameters(lr, beta2=task.beta2, **decay)
+    default = Hyperparameters(lr, beta2=task.beta2)
+    return replace(default, weight_decay=task.fixed[1]) if task.fixed else default
 
 
 def best(runs: Sequence[Run]) -> Config:
@@ -185,7 +188,7 @@ def edges(runs: Sequence[Run]) -> Iterator[str]:
 def chosen_settings(parsed: argparse.Namespace, searched: Searched) -> list[Config]:
     """Return the settings of a preset, without their seeds."""
     task, preset = TASKS[parsed.task], parsed.preset
-    if preset == SEARCH:
+    if preset in (SEARCH, FINE_SEARCH):
         every = _config(parsed, "", _default(parsed, 1.0)).sharpness_every
         return [replace(best(searched[s]), sharpness_every=every) for s in parsed.systems]
     if preset == PAPER_TUNED:
@@ -204,7 +207,7 @@ def chosen_settings(parsed: argparse.Namespace, searched: Searched) -> list[Conf
 
 
 def _searched_systems(parsed: argparse.Namespace) -> list[str]:
-    if parsed.preset == SEARCH:
+    if parsed.preset in (SEARCH, FINE_SEARCH):
         return list(parsed.systems)
     return [] if parsed.preset == PAPER_TUNED or TASKS[parsed.task].fixed else ["Adam"]
 

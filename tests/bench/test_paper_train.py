@@ -21,7 +21,7 @@ from bench.paper.sweep import Config, Run, finished, run_all, to_line
 from bench.paper.tasks import TASKS, Task
 from bench.paper.trainer import evaluate, train
 from bench.paper.training_claims import training_claims
-from bench.paper.training_table import section
+from bench.paper.training_table import results_table, section
 
 pytestmark = pytest.mark.slow
 
@@ -153,7 +153,7 @@ def test_divergence_is_recorded(tmp_path: Path) -> None:
     wild = train(replace(_CONFIG, hyperparameters=Hyperparameters(1e30), epochs=5))
     assert wild.diverged
     assert command.best([wild, train(_CONFIG)]) == _CONFIG
-    assert "diverged in 1" in command.results_table([wild], {})
+    assert "diverged in 1" in results_table([wild], {})
     path = tmp_path / "runs.jsonl"
     path.write_text(to_line(wild))
     assert finished(path) == {wild.config: wild}
@@ -256,8 +256,9 @@ def test_every_system_has_the_same_budget(tmp_path: Path) -> None:
     grids = command.search_configs(parsed, PAPERS)
     assert [len(grid) for grid in grids.values()] == [36] * 5
     assert len({config for grid in grids.values() for config in grid}) == 180
-    rates = [learning_rates(system) for system in SYSTEMS]
-    assert {len(of_one) for of_one in rates} == {4}
+    for between, count in ((False, 4), (True, 7)):
+        rates = [learning_rates(system, between) for system in SYSTEMS]
+        assert {len(set(of_one)) for of_one in rates} == {count}
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.tuned_like])
@@ -267,9 +268,10 @@ def test_tuned_settings_are_the_papers(name: str, monkeypatch: pytest.MonkeyPatc
     parsed = command._parse_arguments([name, "--preset", "paper-tuned", "--data", "."])
     settings = command.chosen_settings(parsed, {})
     assert tuple(setting.system for setting in settings) == PAPERS
-    assert TASKS[name].tuned_like is not None
+    like = TASKS[name].tuned_like
+    assert like is not None
     for setting in settings:
-        printed = TABLES_6_TO_8[(*TASKS[name].tuned_like, setting.system)]._asdict()
+        printed = TABLES_6_TO_8[(*like, setting.system)]._asdict()
         has = {key for key, value in printed.items() if value is not None}
         assert has == set(VARIED[setting.system])
         assert setting.hyperparameters == Hyperparameters(**{key: printed[key] for key in has})
