@@ -126,7 +126,8 @@ def _commit() -> str:
     if head == "unknown":
         return head
     # Not what benches write: the second of two runs is of the same code.
-    parts = ("cm_fused", "csrc", "bench", ":!bench/results", ":!bench/RELIABILITY.md")
+    written = (":!bench/results", ":!bench/paper/results", ":!bench/RELIABILITY.md")
+    parts = ("cm_fused", "csrc", "bench", *written)
     status = ("status", "--porcelain", "--untracked-files=no", *parts)
     changed = output("git", "-C", str(_REPOSITORY), *status)
     return head + (" and changes" if changed else "")

@@ -24,9 +24,11 @@ from bench.paper.experiments import (
     MORE_STARTS,
     OURS,
     PACKAGE,
+    PAIR,
     PAPER,
     SEEDS,
     SHARPNESS,
+    WIDE,
     Outcome,
     Scan,
     at_flat,
@@ -42,6 +44,8 @@ NEAR = 0.5
 _DEFAULT_CELL = CELLS[0]
 _LARGE_CELL = (CAPACITY, DECAY)
 _USUAL_ACKLEY = f"±{ACKLEY_BOX}"
+
+CRITERIA = {"ends within 0.1 of 0": at_zero, "ends nearer to 0": at_flat}
 
 Measure = Callable[[Outcome], Tensor]
 _MEASURES: dict[str, Measure] = {
@@ -78,7 +82,7 @@ def _gap(more: Outcome, less: Outcome, of: Measure) -> Tensor:
 
 
 def _figure_1(scan: Scan, starts: str, radius: float) -> Iterator[Claim]:
-    cells = {s: _DEFAULT_CELL if s in ("Adam+CG", OURS) else _LARGE_CELL for s in (*OTHERS, OURS)}
+    cells = {s: _DEFAULT_CELL if s in PAIR else _LARGE_CELL for s in (*OTHERS, OURS)}
     found = {system: scan[(MORE_STARTS, system, *cell)] for system, cell in cells.items()}
     loss, sharpness = _MEASURES["loss"], _MEASURES["sharpness"]
 
@@ -86,6 +90,7 @@ def _figure_1(scan: Scan, starts: str, radius: float) -> Iterator[Claim]:
         measure = f"{name}, {more} − {less}"
         gap = _gap(found[more], found[less], of)
         setting = f"{PAPER}, {MORE_STARTS}"
+        text = f"Goldstein-Price: {text}"
         return Claim(part, setting, text, measure, NO_NUMBER, paired(gap), starts=starts)
 
     sam = "Adam+SAM"
@@ -93,7 +98,7 @@ def _figure_1(scan: Scan, starts: str, radius: float) -> Iterator[Claim]:
     yield row("F1-i", "Adam ends sharp", "Adam", OURS, "final sharpness", sharpness)
     yield row("F1-ii", "SAM ends flatter than Adam", "Adam", sam, "final sharpness", sharpness)
     yield row("F1-ii", "SAM ends higher than Adam", sam, "Adam", "final loss", loss)
-    for more, less in product(("Adam+CG", OURS), ("Adam", sam)):
+    for more, less in product(PAIR, ("Adam", sam)):
         text = f"{more} explores more than {less}"
         yield row("F1-iii", text, more, less, "path length", lambda found: found.length)
     for other in OTHERS:
@@ -123,7 +128,8 @@ def _variants(scan: Scan, names: Sequence[str]) -> Iterator[tuple[str, Callable[
 
 
 def _figure_5(surface: str, scan: Scan, starts: str) -> Iterator[Claim]:
-    for setting, find in _variants(scan, (PAPER, MORE_STARTS, CONSTANT, BEST, PACKAGE)):
+    names = (PAPER, MORE_STARTS, CONSTANT, BEST, WIDE, PACKAGE)
+    for setting, find in _variants(scan, names):
         for (name, of), other in product(_MEASURES.items(), OTHERS):
             theirs = (getattr(FIGURE_5[surface, s], name) for s in (other, OURS))
             yield Claim(
@@ -204,9 +210,9 @@ def _worst_and_best(name: str) -> tuple[tuple[str, int, float], tuple[str, int, 
 
 
 def _figure_2(results: Results) -> Iterator[Claim]:
-    gradients, momenta = (results.first_buffers[system] for system in ("Adam+CG", OURS))
+    gradients, momenta = (results.first_buffers[system] for system in PAIR)
     ends = results.ackley[_USUAL_ACKLEY]
-    first = "Ackley, first 10 steps: "
+    first = "Ackley: in the first 10 steps "
     measured = (
         (
             f"{first}gradients cancel in the buffer, momenta less",
@@ -249,6 +255,7 @@ def _figure_3(results: Results) -> Iterator[Claim]:
     ]
     for name in (CONSTANT, PACKAGE):
         settings.append((f"{name}, no search", name, _USUAL_ACKLEY, None))
+    settings.append((f"{DEFAULT_BUFFER}, {WIDE}", WIDE, _USUAL_ACKLEY, None))
     for starts in results.ackley:
         settings.append(("no search", DEFAULT_BUFFER, starts, None))
     for setting, variant, starts, count in settings:
@@ -336,35 +343,38 @@ def _figure_6(results: Results) -> Iterator[Claim]:
         NO_NUMBER,
         counted(2 * hits - adam.numel(), adam.numel()),
     )
-    yield _more_cells("F6", *_DEFAULT_CELL, ends)
+    yield from _more_cells("F6", *_DEFAULT_CELL, ends)
 
 
 def _more_cells(
     part: str, capacity: int, decay: float, ends: dict[tuple[str, int, float], Tensor]
-) -> Claim:
-    ours, other = (ends[system, capacity, decay] for system in (OURS, "Adam+CG"))
-    counts = [int((cells.abs() < 0.1).sum()) for cells in (ours, other)]
-    return Claim(
-        part,
-        PAPER,
-        f"{OURS} ends at 0 for more cells (s, x0) than Adam+CG, C = {capacity}, λ = {decay}",
-        f"cells at 0, {OURS} ({counts[0]}) − Adam+CG ({counts[1]})",
-        NO_NUMBER,
-        counted(counts[0] - counts[1], ours.numel()),
-    )
+) -> Iterator[Claim]:
+    ours, other = (ends[system, capacity, decay][..., None] for system in (OURS, "Adam+CG"))
+    for criterion, at in CRITERIA.items():
+        counts = [int(at(cells).sum()) for cells in (ours, other)]
+        yield Claim(
+            part,
+            f"{PAPER}, {criterion}",
+            f"{OURS} ends at 0 for more cells (s, x0) than Adam+CG, C = {capacity}, λ = {decay}",
+            f"cells at 0, {OURS} ({counts[0]}) − Adam+CG ({counts[1]})",
+            NO_NUMBER,
+            counted(counts[0] - counts[1], ours.numel()),
+        )
 
 
 def _figures_17_and_18(results: Results) -> Iterator[Claim]:
     ends = {key: path[-1] for key, path in results.lines.items()}
     for part, decay in (("F17", DECAYS[0]), ("F18", DECAYS[1])):
         for capacity in LINE_CAPACITIES:
-            yield _more_cells(part, capacity, decay, ends)
-        for system in ("Adam+CG", OURS):
-            by_capacity = [ends[system, c, decay].abs() < 0.1 for c in LINE_CAPACITIES]
-            differing = torch.stack(by_capacity).any(0) & ~torch.stack(by_capacity).all(0)
+            yield from _more_cells(part, capacity, decay, ends)
+        for system, (criterion, at) in product(PAIR, CRITERIA.items()):
+            by_capacity = torch.stack(
+                [at(ends[system, c, decay][..., None]) for c in LINE_CAPACITIES]
+            )
+            differing = by_capacity.any(0) & ~by_capacity.all(0)
             yield Claim(
                 part,
-                PAPER,
+                f"{PAPER}, {criterion}",
                 f"C matters for {system}, λ = {decay}",
                 "cells that end at 0 with one C of 5, 10, 20 and not with another",
                 NO_NUMBER,
@@ -377,22 +387,22 @@ def _figure_11(results: Results) -> Iterator[Claim]:
     most = (opposed >= 4).double()
     rows = (
         (
-            "four of five slots of Adam+CG oppose each other in most steps",
+            "eq. 12: four of five slots of Adam+CG oppose each other in most steps",
             "share of steps 5 to 100 with four slots or more that have an opposite − 1/2",
             most.mean(0) - 0.5,
         ),
         (
-            "three consecutive steps with four opposed slots occur in most runs",
+            "eq. 12: three consecutive steps with four opposed slots occur in most runs",
             "share of runs that have them − 1/2",
             (most[2:] * most[1:-1] * most[:-2]).any(0).double() - 0.5,
         ),
         (
-            f"Adam+CG is stuck in a sharper minimum than {OURS}",
+            f"eq. 12: Adam+CG is stuck in a sharper minimum than {OURS}",
             f"final sharpness, Adam+CG − {OURS}",
             _gap(outcomes["Adam+CG"], outcomes[OURS], _MEASURES["sharpness"]),
         ),
         (
-            f"Adam+CG is stuck in a higher minimum than {OURS}",
+            f"eq. 12: Adam+CG is stuck in a higher minimum than {OURS}",
             f"final loss, Adam+CG − {OURS}",
             _gap(outcomes["Adam+CG"], outcomes[OURS], _MEASURES["loss"]),
         ),
@@ -402,12 +412,9 @@ def _figure_11(results: Results) -> Iterator[Claim]:
         yield Claim("F11", setting, text, measure, NO_NUMBER, paired(gaps), starts=_USUAL_ACKLEY)
 
 
-_CRITERIA = {"ends within 0.1 of 0": at_zero, "ends nearer to 0": at_flat}
-
-
 def _figure_12(results: Results) -> Iterator[Claim]:
     for dimension in (1, 10):
-        for decay, (criterion, at) in product(DECAYS, _CRITERIA.items()):
+        for decay, (criterion, at) in product(DECAYS, CRITERIA.items()):
             shares = {
                 (system, capacity): at(ends).double()
                 for (d, system, capacity, b), ends in results.capacity_escapes.items()

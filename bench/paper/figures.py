@@ -39,6 +39,7 @@ from bench.paper.experiments import (
     STARTS,
     STEPS,
     USUAL_ACKLEY,
+    WIDE,
     Buffers,
     Landscape,
     at_flat,
@@ -55,10 +56,11 @@ from bench.paper.systems import SYSTEMS, Setting
 # The Okabe-Ito palette, which colour-blind readers tell apart. The first are drawn below the later
 # ones, which often lie on them, and so are wider.
 _COLORS = dict(zip(SYSTEMS, ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"), strict=True))
-_WIDTHS = dict(zip(SYSTEMS, (5.0, 3.6, 2.4, 1.6, 0.9), strict=True))
+_WIDTHS = dict(zip(SYSTEMS, (8.0, 4.0, 2.6, 1.6, 0.9), strict=True))
 _MARKERS = dict(zip(SYSTEMS, "sD^ov", strict=True))
-_FLAT, _SHARP = "#c9e7c5", "#f6c8c2"
+_FLAT, _NEAR, _SHARP = "#a9dba4", "#e6f3cf", "#f6c8c2"
 _POINTS = 250
+_TICKS = (2, 5, 10, 20, 40, 100)
 
 
 def save_all(results: Results, folder: Path) -> list[str]:
@@ -81,7 +83,10 @@ def save_all(results: Results, folder: Path) -> list[str]:
         "f6_lines": _lines(results),
         "f11_slots": _opposed(),
         "f11_trajectories": _trajectories(
-            "F11", ACKLEY_ROSENBROCK, 2, "Adam+CG should stay near its start"
+            "F11",
+            ACKLEY_ROSENBROCK,
+            2,
+            "Adam+CG should stay near its start; the star is the paper's minimum",
         ),
         "f12_escapes": _capacity_escapes(results),
         "f17_lines": _line_grids(results, "F17", DECAYS[0]),
@@ -105,13 +110,13 @@ def _trajectories(part: str, place: Landscape, count: int, look: str) -> Figure:
             axes.plot(*path.T.numpy(), color=_COLORS[system], linewidth=_WIDTHS[system], alpha=0.9)
         for rank, (system, path) in enumerate(found.items()):
             # Ends lie on each other too: the first are the larger.
-            axes.plot(*path[-1].numpy(), markersize=15 - 2.2 * rank, **_end(system))
+            axes.plot(*path[-1].numpy(), markersize=15 - 2.2 * rank, zorder=6, **_end(system))
         axes.plot(*start.numpy(), **_START)
         axes.plot(*place.minimum, **_MINIMUM)
     handles = [Line2D([], [], linewidth=_WIDTHS[s], label=s, **_end(s)) for s in SYSTEMS]
     handles += [
         Line2D([], [], label="start", **_START),
-        Line2D([], [], label="global minimum", **_MINIMUM),
+        Line2D([], [], label="minimum", **_MINIMUM),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     figure.suptitle(
@@ -127,14 +132,15 @@ _START: dict[str, Any] = {
     "markeredgecolor": "white",
     "linestyle": "none",
     "markersize": 9,
-    "zorder": 5,
+    "zorder": 7,
 }
 _MINIMUM: dict[str, Any] = {
     **_START,
     "marker": "*",
     "color": "white",
     "markeredgecolor": "black",
-    "markersize": 17,
+    "markersize": 24,
+    "zorder": 5,
 }
 
 
@@ -189,7 +195,7 @@ _BUFFER_MEASURES: dict[str, Callable[[Buffers], Tensor]] = {
 
 
 def _first_buffers(results: Results) -> Figure:
-    figure = Figure(figsize=(12, 9.5), layout="constrained")
+    figure = Figure(figsize=(12, 8.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(5, 4), squeeze=False)[:, 0]
     for axes, system in zip(top.subplots(2, 1), PAIR, strict=True):
         _draw_slots(axes, results.first_buffers[system], system)
@@ -233,13 +239,15 @@ def _draw_arrows(axes: Axes, x: float, vectors: Tensor, color: str, width: float
 
 
 def _ackley_loss(results: Results) -> Figure:
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     titles = {
         PAPER: "best of Table 5's grid",
         DEFAULT_BUFFER: f"no search: lr {LR}, C = 5, λ = 0.7",
+        WIDE: f"C = 5, λ = 0.7, {WIDE}",
     }
     found = results.ackley[USUAL_ACKLEY.starts]
-    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for system in SYSTEMS:
             mean, half = found[name, system].curve.numpy()
             steps = range(len(mean))
@@ -260,17 +268,19 @@ def _ackley_loss(results: Results) -> Figure:
 
 def _escapes(results: Results) -> Figure:
     settings = list(dict.fromkeys(name for name, _ in results.escapes))
-    figure = Figure(figsize=(4 * len(settings), 4.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(settings), sharey=True), settings, strict=True):
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    panels = figure.subplots(2, 4, sharey=True).flatten()
+    for axes, name in zip(panels, settings, strict=False):
         for system in SYSTEMS:
             _, ends = results.escapes[name, system]
             _draw_shares(axes, at_flat(ends), system)
         axes.set(title=name, xlabel="sharpness s")
-    axes.legend()
+    panels[-1].axis("off")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")
     figure.supylabel("share of runs")
     figure.suptitle(
         f"F4: runs of {ESCAPES} that end wholly in the flat minimum, D = 10, 95 % bands\n"
-        "Look: Adam+CM should be above the others, and rise with s"
+        "Look: Adam+CM should be above Adam, Adam+SAM and Adam+CG, and rise with s"
     )
     return figure
 
@@ -278,23 +288,30 @@ def _escapes(results: Results) -> Figure:
 def _draw_shares(axes: Axes, hits: Tensor, system: str) -> None:
     intervals = [proportion_interval(row) for row in hits]
     _band(axes, SHARPNESS, intervals, system, linewidth=_WIDTHS[system] / 2 + 1)
-    _plain_ticks(axes, SHARPNESS)
+    _plain_ticks(axes, _TICKS)
     axes.set_ylim(-0.03, 1.03)
 
 
 def _boxes(results: Results) -> Figure:
     figure = Figure(figsize=(12, 8.5), layout="constrained")
-    for row, surface in zip(figure.subplots(2, 2), ("Goldstein-Price", "Levy"), strict=True):
+    grid = figure.subplots(2, 2)
+    for row, surface in zip(grid, ("Goldstein-Price", "Levy"), strict=True):
         for axes, name in zip(row, ("losses", "sharpness"), strict=True):
-            for system in SYSTEMS:
-                key = (MORE_STARTS, system, CAPACITY, DECAY)
-                scans = (results.scans[surface, f"±{box}"][key] for box in BOXES)
-                intervals = [mean_interval(getattr(found, name)) for found in scans]
-                _band(axes, BOXES, intervals, system, linewidth=_WIDTHS[system] / 2 + 1)
+            found = {
+                (system, box): getattr(
+                    results.scans[surface, f"±{box}"][(MORE_STARTS, system, CAPACITY, DECAY)], name
+                )
+                for system in SYSTEMS
+                for box in BOXES
+            }
+            axes.axhline(0, color=_COLORS["Adam"], linewidth=2, label="Adam")
+            for system in SYSTEMS[1:]:
+                gaps = [found[system, box] - found["Adam", box] for box in BOXES]
+                _band(axes, BOXES, [mean_interval(gap) for gap in gaps], system, linewidth=2)
             _plain_ticks(axes, BOXES)
-            title = f"{surface}: final {name.replace('losses', 'loss')}"
+            title = f"{surface}: final {name.replace('losses', 'loss')} − that of Adam"
             axes.set(title=title, xlabel="starts uniform in ± this")
-    row[-1].legend()
+    grid[0][0].legend()
     figure.suptitle(
         f"F5: the table inside Fig. 5, C = {CAPACITY}, λ = {DECAY}, mean of {STARTS} starts, "
         "95 % bands\nLook: Adam+CM should be lowest; the box of starts decides it"
@@ -303,13 +320,14 @@ def _boxes(results: Results) -> Figure:
 
 
 def _draw_cells(figure: Figure, results: Results, key: tuple[str, int, float]) -> None:
-    """Draw x against steps for each (s, x0): green where it ends at 0, red elsewhere."""
+    """Draw x against steps for each (s, x0): green where it ends at 0, pale near it, red at 1."""
     found = results.lines[key]
     grid = figure.subplots(len(LINE_SHARPNESS), len(LINE_STARTS), sharex=True, sharey=True)
     for i, s in enumerate(LINE_SHARPNESS):
         for j, start in enumerate(LINE_STARTS):
             axes, path = grid[i][j], found[:, i, j]
-            axes.set_facecolor(_FLAT if abs(path[-1]) < 0.1 else _SHARP)
+            is_near = path[-1] < 0.5
+            axes.set_facecolor(_FLAT if abs(path[-1]) < 0.1 else _NEAR if is_near else _SHARP)
             axes.axhline(0, color="black", linewidth=0.6)
             axes.axhline(1, color="black", linewidth=0.6, linestyle=":")
             axes.plot(path.numpy(), color=_COLORS[key[0]], linewidth=1.5)
@@ -333,7 +351,8 @@ def _lines(results: Results) -> Figure:
         part.suptitle(system, fontsize=10)
     figure.suptitle(
         f"F6: one dimension, C = 5, λ = 0.7. {_CELLS_CAPTION}\n"
-        "Look: Adam+CM should have more green cells (ends at 0) than Adam+CG"
+        "Look: Adam+CM should have more green cells (ends within 0.1 of 0; pale: nearer to 0; "
+        "red: at 1) than Adam+CG"
     )
     return figure
 
@@ -347,7 +366,8 @@ def _line_grids(results: Results, part: str, decay: float) -> Figure:
             panel.suptitle(f"{system}, C = {capacity}", fontsize=10)
     figure.suptitle(
         f"{part}: one dimension, λ = {decay}. {_CELLS_CAPTION}\n"
-        "Look: Adam+CM should have more green cells (ends at 0) than Adam+CG"
+        "Look: Adam+CM should have more green cells (ends within 0.1 of 0; pale: nearer to 0; "
+        "red: at 1) than Adam+CG"
     )
     return figure
 
@@ -400,7 +420,7 @@ def _capacity_escapes(results: Results) -> Figure:
                 SHARPNESS, shares, "o-", color=_COLORS[OURS], alpha=alpha.item(),
                 linewidth=0.6 + 3 * alpha.item(), label=f"C = {capacity}",
             )  # fmt: skip
-        _plain_ticks(row[2], SHARPNESS)
+        _plain_ticks(row[2], _TICKS)
         row[2].set(
             title=f"right: {OURS}, λ = {decay}, within 0.1 of 0", xlabel="sharpness s",
             ylim=(-0.03, 1.03),

@@ -1,6 +1,7 @@
 """CSV files and ``REPORT.md``."""
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from bench.machine import versions as machine_versions
 from bench.paper import experiments
 from bench.paper.claims import claims, not_run
 from bench.paper.experiments import (
+    ACKLEY,
     CAPACITY,
     DECAY,
     ESCAPES,
@@ -19,7 +21,9 @@ from bench.paper.experiments import (
     LINE_SHARPNESS,
     LINE_STARTS,
     OURS,
+    PAPER,
     SHARPNESS,
+    UNIT,
     Outcome,
     at_flat,
     at_zero,
@@ -51,7 +55,7 @@ Judged = list[tuple[Claim, str, str]]
 def save_all(results: Results, figures: Sequence[str], folder: Path) -> None:
     """Write a CSV for each table, and ``REPORT.md`` with the claims, the tables and the figures."""
     found = [*claims(results), *_claims_of_runs(folder)]
-    found += not_run(found)
+    found = sorted([*found, *not_run(found)], key=_order)
     judged = [(c, *v) for c, v in zip(found, verdicts(found), strict=True)]
     tables = {
         "claims": _claims(judged),
@@ -62,12 +66,19 @@ def save_all(results: Results, figures: Sequence[str], folder: Path) -> None:
         "lines": _lines(results),
         "admission": _admission(results),
         "update_rms": _update_rms(results),
+        "first_updates": _first_updates(results),
     }
     for name, (header, rows) in tables.items():
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows([header, *rows])
     (folder / "REPORT.md").write_text(_report(results, judged, tables, figures, folder))
+
+
+def _order(claim: Claim) -> tuple[bool, bool, int]:
+    """Return where a claim stands: figures, tables, then what is not in the paper."""
+    number = re.search(r"\d+", claim.id)
+    return number is None, claim.id.startswith("T"), int(number[0]) if number else 0
 
 
 def _claims_of_runs(folder: Path) -> list[Claim]:
@@ -119,9 +130,12 @@ def _ackley(results: Results) -> Table:
 
 def _escapes(results: Results) -> Table:
     header = ("setting", "system", "lr", *(f"s = {s:g}" for s in SHARPNESS))
+    # The settings one after the other.
+    names = list(dict.fromkeys(name for name, _ in results.escapes))
+    found = sorted(results.escapes.items(), key=lambda item: names.index(item[0][0]))
     return header, [
         (name, system, setting.lr, *at_flat(ends).sum(1).tolist())
-        for (name, system), (setting, ends) in results.escapes.items()
+        for (name, system), (setting, ends) in found
     ]
 
 
@@ -162,6 +176,14 @@ def _update_rms(results: Results) -> Table:
     ]
 
 
+def _first_updates(results: Results) -> Table:
+    rows: list[Row] = []
+    for system, found in results.first_buffers.items():
+        lengths = torch.stack(found.updates).square().mean((1, 2)).sqrt() / experiments.LR
+        rows.append((system, *(f"{length:.2f}" for length in lengths.tolist())))
+    return ("system", *(f"step {i}" for i in range(1, experiments.BUFFER_STEPS + 1))), rows
+
+
 def _loss_and_sharpness(outcome: Outcome) -> tuple[Interval, Interval]:
     return mean_interval(outcome.losses), mean_interval(outcome.sharpness)
 
@@ -180,7 +202,7 @@ def _summary(judged: Judged) -> str:
     rows: list[Row] = []
     for part in dict.fromkeys(claim.id for claim, _, _ in judged):
         own = [row for row in judged if row[0].id == part]
-        papers = [row for row in own if row[0].setting.startswith(experiments.PAPER)]
+        papers = [row for row in own if row[0].setting.startswith(PAPER)]
         others = [row for row in own if row not in papers]
         if all(raw == NOT_RUN for _, raw, _ in papers) and papers:
             cells = [NOT_RUN, NOT_RUN]
@@ -198,46 +220,41 @@ def _counted(found: Sequence[str], kinds: Iterable[str]) -> str:
 
 
 def _cell(row: tuple[Claim, str, str]) -> str:
+    """Return a verdict; in the paper's setting with its numbers."""
     claim, raw, corrected = row
-    return f"{claim.estimate} **{raw}**" + ("*" if corrected != raw else "")
+    verdict = f"**{raw}**" + ("*" if corrected != raw else "")
+    return f"{claim.estimate} {verdict}" if claim.setting.startswith(PAPER) else verdict
 
 
 def _claim_tables(judged: Judged) -> str:
-    """Return a section for each claim id; a box of starts is a column."""
+    """Return a section for each claim id, with a table for each surface; a box is a column."""
     sections = []
     for part in dict.fromkeys(claim.id for claim, _, _ in judged):
         own = [row for row in judged if row[0].id == part]
-        needs = [row[0].needs for row in own if row[0].needs]
+        texts = [f"### {part}"]
+        texts += [f"{c.text}: not run, {c.needs}." for c, _, _ in own if c.needs]
         measured = [row for row in own if not row[0].needs]
-        tables = [_markdown(t) for t in _by_columns(measured)]
-        missing = [f"{own[0][0].text}: not run, {need}." for need in needs]
-        sections.append("\n\n".join([f"### {part}", *missing, *tables]))
+        groups: dict[str, Judged] = {}
+        for row in measured:
+            surface = row[0].text.partition(":")[0] if row[0].starts else ""
+            groups.setdefault(surface, []).append(row)
+        sections.append("\n\n".join([*texts, *(_markdown(_by_box(g)) for g in groups.values())]))
     return "\n\n".join(sections)
 
 
-def _by_columns(judged: Judged) -> Iterable[Table]:
-    """Yield a table for the rows of each surface that has a scan, or one for all."""
-    for boxed in (True, False):
-        rows = [row for row in judged if bool(row[0].starts) is boxed]
-        surfaces = dict.fromkeys(claim.text.partition(":")[0] for claim, _, _ in rows)
-        for surface in surfaces if boxed else [""]:
-            own = [row for row in rows if row[0].text.startswith(surface)]
-            if not own:
-                continue
-            columns = list(dict.fromkeys(claim.starts for claim, _, _ in own))
-            cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
-            for row in own:
-                c = row[0]
-                cells.setdefault((c.text, c.measure, c.setting, c.paper), {})[c.starts] = _cell(row)
-            names = [f"ours, {name}" if name else "ours" for name in columns]
-            header = ("claim", "measure (the paper: > 0)", "setting", "paper", *names)
-            yield (
-                header,
-                [
-                    (*key, *(by_box.get(name, "") for name in columns))
-                    for key, by_box in cells.items()
-                ],
-            )
+def _by_box(judged: Judged) -> Table:
+    """Return rows with a column for each box of starts, the narrowest first."""
+    found = {claim.starts for claim, _, _ in judged}
+    columns = [place.starts for place in (*ACKLEY, UNIT) if place.starts in found] or [""]
+    cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
+    for row in judged:
+        c = row[0]
+        cells.setdefault((c.text, c.measure, c.setting, c.paper), {})[c.starts] = _cell(row)
+    names = [f"ours, {name}" if name else "ours" for name in columns]
+    header = ("claim", "measure (the paper: > 0)", "setting", "paper", *names)
+    return header, [
+        (*key, *(by_box.get(name, "") for name in columns)) for key, by_box in cells.items()
+    ]
 
 
 def _paper_tables(results: Results) -> str:
@@ -300,6 +317,7 @@ def _scan_sentences(judged: Judged) -> str:
 
 def _settings() -> str:
     boxes = ", ".join(f"±{box}" for box in experiments.BOXES)
+    rates = ", ".join(f"{lr:g}" for lr in experiments.WIDE_RATES)
     return f"""\
 Betas (0.9, 0.99), ρ = 0.05, eps = 1e-8 inside of the root, {experiments.STEPS} steps in float64,
 learning rate {experiments.FLAT_LR} on the flat/sharp pair and {experiments.LR} elsewhere, a tenth
@@ -315,7 +333,8 @@ of it from step 250 on. C = {CAPACITY} and λ = {DECAY} for Fig. 4 and Fig. 5's 
 - Fig. 1, 11, 13 and 14 show starts that the text does not name: here {experiments.STARTS} (Fig. 13:
   four).
 - "{experiments.BEST}": the rate of lowest mean loss (escapes: of most escapes) on
-  {experiments.SEARCH_STARTS} other starts, for each system.
+  {experiments.SEARCH_STARTS} other starts, for each system. Table 5 has no rate above 0.1, so
+  "{experiments.WIDE}" is the same of {rates}.
 - "{experiments.PACKAGE}": `cm_fused.compat` (mean over the filled slots, eps
   outside of the root, critical momenta's first step only stores). The paper names that package.
 - Sharpness is the largest eigenvalue of the exact Hessian at the last point.
@@ -343,6 +362,46 @@ def _machine() -> str:
         f"{machine['model']}, {machine['cores']} cores, torch {versions['torch']}, "
         f"cm_fused {versions['cm_fused']} at {versions['commit']}"
     )
+
+
+def _tables_of(results: Results, tables: dict[str, Table]) -> str:
+    return f"""\
+## Fig. 5's table and Table 2, the paper's numbers beside ours
+
+{_paper_tables(results)}
+
+Minima of Goldstein-Price in x, y, with loss and sharpness: {_minima()}. In the unit square the
+sharpness is 16 times that.
+
+## Ackley (F3, F13)
+
+{_markdown(tables["ackley"])}
+
+## Escapes in ten dimensions (F4), of {ESCAPES} runs
+
+{_markdown(tables["escapes"])}
+
+## Escapes against C (F12), of {ESCAPES} runs
+
+{_markdown(tables["capacity_escapes"])}
+
+## Ends in one dimension (F6, F17, F18)
+
+{_markdown(tables["lines"])}
+
+## What the buffer does
+
+Share of {experiments.STEPS} steps in which {OURS} admits its momentum:
+
+{_markdown(tables["admission"])}
+
+RMS of an element's update in learning rates, steps 100 to 250, C = 5, λ = 0.7:
+
+{_markdown(tables["update_rms"])}
+
+The same of the first steps on Ackley:
+
+{_markdown(tables["first_updates"])}"""
 
 
 def _report(
@@ -377,42 +436,12 @@ How many rows of each claim have which verdict.
 
 ## Claims
 
-A star: the verdict does not survive Holm's correction. `claims.csv` has the same with p values.
+A star: the verdict does not survive Holm's correction. `claims.csv` has the numbers of all settings
+and the p values.
 
 {_claim_tables(judged)}
 
-## Fig. 5's table and Table 2, the paper's numbers beside ours
-
-{_paper_tables(results)}
-
-Minima of Goldstein-Price in x, y, with loss and sharpness: {_minima()}. In the unit square the
-sharpness is 16 times that.
-
-## Ackley (F3, F13)
-
-{_markdown(tables["ackley"])}
-
-## Escapes in ten dimensions (F4), of {ESCAPES} runs
-
-{_markdown(tables["escapes"])}
-
-## Escapes against C (F12), of {ESCAPES} runs
-
-{_markdown(tables["capacity_escapes"])}
-
-## Ends in one dimension (F6, F17, F18)
-
-{_markdown(tables["lines"])}
-
-## What the buffer does
-
-Share of {experiments.STEPS} steps in which {OURS} admits its momentum:
-
-{_markdown(tables["admission"])}
-
-RMS of an element's update in learning rates, steps 100 to 250, C = 5, λ = 0.7:
-
-{_markdown(tables["update_rms"])}
+{_tables_of(results, tables)}
 
 ## Trained models (section 5)
 

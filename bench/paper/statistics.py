@@ -21,13 +21,14 @@ HOLDS, CONTRADICTED, UNDECIDED, NOT_RUN = "holds", "contradicted", "undecided", 
 
 RULE = (
     "Every row is a difference that the paper predicts to be positive, between runs that share "
-    "their start or seed. Ours is its mean, with a 95 % interval: percentile bootstrap "
+    "their start or seed. Ours is its mean with a 95 % interval: percentile bootstrap "
     f"({_RESAMPLES} resamples, fixed seed), of fewer than {_MANY} samples Student's t. p is that "
     f"of the two-sided sign-flip test (all flips, or {_FLIPS} drawn with a fixed seed), of fewer "
-    f"samples of the t test. **{HOLDS}**: p ≤ 0.05 and the mean is positive. **{CONTRADICTED}**: "
-    f"p ≤ 0.05 and the mean is negative. **{UNDECIDED}**: p > 0.05. The same with Holm's "
-    "correction over all rows that have a p stands beside it. A count of given cells has neither "
-    "interval nor p; its sign decides, and zero is undecided."
+    "samples of the t test, unless they are equal. "
+    f"**{HOLDS}**: p ≤ 0.05 and the mean is positive. **{CONTRADICTED}**: p ≤ 0.05 and the mean "
+    f"is negative. **{UNDECIDED}**: p > 0.05. The same with Holm's correction over all rows that "
+    "have a p stands beside it. A count of given cells has neither interval nor p; its sign "
+    "decides, and zero is undecided."
 )
 
 
@@ -91,15 +92,16 @@ class Claim:
 def paired(samples: Tensor) -> Estimate:
     """Return the estimate of independent paired differences (N,), 2 <= N <= 200."""
     values = samples.double().numpy()
-    count = len(values)
-    if not values.any():
-        return Estimate(Interval(0.0, 0.0, 0.0), 1.0, count)
-    if count >= _MANY:
-        return Estimate(mean_interval(samples), _sign_flip_p(values), count)
-    if not np.ptp(values):  # the t test of equal samples is certain
-        return Estimate(Interval(*[float(values[0])] * 3), 0.0, count)
-    p = float(stats.ttest_1samp(values, 0.0).pvalue)
-    return Estimate(seed_interval(samples), p, count)
+    count, mean = len(values), float(values.mean())
+    # Student's t of equal samples, as differences of counts may be, would be certain of them.
+    are_equal = np.ptp(values) <= 1e-9 * abs(mean)
+    if are_equal:
+        interval = Interval(mean, mean, mean)
+    else:
+        interval = mean_interval(samples) if count >= _MANY else seed_interval(samples)
+    if count >= _MANY or are_equal:
+        return Estimate(interval, _sign_flip_p(values), count)
+    return Estimate(interval, float(stats.ttest_1samp(values, 0.0).pvalue), count)
 
 
 def equivalent(samples: Tensor, margin: float) -> Estimate:
@@ -116,7 +118,7 @@ def equivalent(samples: Tensor, margin: float) -> Estimate:
     nearest = 0.0 if mean.low <= 0 <= mean.high else min(ends)
     interval = Interval(margin - abs(mean.value), margin - max(ends), margin - nearest)
     data = samples.double().numpy()
-    if not np.ptp(data):  # the t test of equal samples is certain
+    if np.ptp(data) <= 1e-9 * np.abs(data).max():  # equal samples leave nothing to chance
         return Estimate(interval, 0.0, len(data))
     above = stats.ttest_1samp(data, -margin, alternative="greater").pvalue
     below = stats.ttest_1samp(data, margin, alternative="less").pvalue

@@ -47,7 +47,7 @@ def training_claims(folder: Path) -> Iterator[Claim]:
             runs = _by_system(finished(folder / task / f"{preset}.jsonl").values())
             if runs:
                 of_task = _language if TASKS[task].text else _images
-                rows = [*of_task(runs), *_baselines(runs)]
+                rows = [*of_task(runs), *_readings(runs), *_baselines(runs)]
                 yield from _claims(f"analogue {task}: {words}", rows)
         capacities = finished(folder / task / "capacities.jsonl").values()
         if capacities:
@@ -179,11 +179,18 @@ def _images(runs: Runs) -> Iterator[Row]:
             measure = f"epochs to an accuracy that all reach, {other} − {ours}"
             faster = f"{ours} converges faster than {other}"
             yield "F8L", faster, measure, _gap(runs, first, other, ours)
+
+
+def _readings(runs: Runs) -> Iterator[Row]:
+    """Yield the rows of Fig. 10."""
+    every = (reading for group in runs.values() for run in group for reading in run.measures)
+    was_taken = any(reading.sharpness is not None for reading in every)
     sharp = _mean_of("sharpness", log=True)
     for other in _OTHERS:
         text = f"Adam+CM has a lower sharpness in training than {other}"
         measure = f"log10 of the largest eigenvalue, mean over training, {other} − Adam+CM"
-        yield "F10a", text, measure, _gap(runs, sharp, other, "Adam+CM")
+        if was_taken:
+            yield "F10a", text, measure, _gap(runs, sharp, other, "Adam+CM")
         text = f"Adam+CM's parameters travel farther than {other}'s"
         measure = f"distance from the start at the end, Adam+CM − {other}"
         yield "F10b", text, measure, _gap(runs, _last_of("distance"), "Adam+CM", other)

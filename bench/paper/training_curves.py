@@ -36,11 +36,19 @@ _COLUMNS = 3
 
 @dataclass(frozen=True)
 class _Panel:
-    """One quantity: its title, and its series of (epoch, value) in a run."""
+    """One quantity.
+
+    Args:
+        title: With the claims that it is of.
+        series: Returns the (epoch, value) pairs of a run.
+        log: Whether the axis is logarithmic.
+        cut: The axis ends at this multiple of the lowest value; None for no cut.
+    """
 
     title: str
     series: Callable[[Run], list[tuple[int, float]]]
     log: bool = True
+    cut: float | None = None
 
 
 def _by_epoch(name: str) -> Callable[[Run], list[tuple[int, float]]]:
@@ -57,7 +65,7 @@ def _measured(name: str) -> Callable[[Run], list[tuple[int, float]]]:
 
 def _panels(text: bool) -> list[_Panel]:
     score = (
-        _Panel("held-out perplexity (F7)", _by_epoch("scores"))
+        _Panel("held-out perplexity (F7), cut at 6 x the lowest", _by_epoch("scores"), cut=6.0)
         if text
         else _Panel("held-out accuracy, % (F8 left, F15, F16)", _by_epoch("scores"), log=False)
     )
@@ -124,6 +132,10 @@ def _draw(ax: Axes, panel: _Panel, groups: dict[tuple[str, str], list[Run]]) -> 
     drops = {drop for group in groups.values() for run in group for drop in run.config.drops}
     for drop in drops:
         ax.axvline(drop, color="black", linewidth=0.8, alpha=0.5)
+    if panel.cut is not None:
+        every = (panel.series(run) for group in groups.values() for run in group)
+        lowest = min(value for series in every for _, value in series)
+        ax.set_ylim(0.95 * lowest, panel.cut * lowest)
     if panel.log:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=_TICKS))

@@ -1,14 +1,16 @@
 """The toy surfaces have their published values and minima, and the batch runs what it says."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.paper import surfaces
-from bench.paper.systems import BUFFERED, SYSTEMS, Batch, Setting, Surface, trajectory
-from cm_fused import SAM
+from bench.paper.systems import BUFFERED, SYSTEMS, PaperAdam, Setting, Surface, run
+from cm_fused import SAM, AdamCG, AdamCM
+from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
 
 
 def _point(*coordinates: float) -> Tensor:
@@ -22,17 +24,17 @@ def _point(*coordinates: float) -> Tensor:
         (surfaces.ackley, (0.0, 0.0), 0.0),
         (surfaces.ackley, (1.0, 1.0), 20 - 20 * math.exp(-0.2)),
         (surfaces.ackley, (0.5,), 20 - 20 * math.exp(-0.1) + math.e - math.exp(-1)),
-        (surfaces.goldstein_price, (0.5, 0.25), (math.log(3) - 8.693) / 2.427),
+        (surfaces.goldstein_price, (0.0, -1.0), (math.log(3) - 8.693) / 2.427),
         # The original's published local minima: 30, 84 and 840.
-        (surfaces.goldstein_price, (0.35, 0.4), (math.log(30) - 8.693) / 2.427),
-        (surfaces.goldstein_price, (0.95, 0.55), (math.log(84) - 8.693) / 2.427),
-        (surfaces.goldstein_price, (0.8, 0.7), (math.log(840) - 8.693) / 2.427),
+        (surfaces.goldstein_price, (-0.6, -0.4), (math.log(30) - 8.693) / 2.427),
+        (surfaces.goldstein_price, (1.8, 0.2), (math.log(84) - 8.693) / 2.427),
+        (surfaces.goldstein_price, (1.2, 0.8), (math.log(840) - 8.693) / 2.427),
         (surfaces.levy, (1.0, 1.0), 0.0),
         (surfaces.levy, (5.0, 1.0), 1 + 10 * math.sin(2 * math.pi + 1) ** 2),
         (surfaces.levy, (1.0, 5.0, 3.0), 1 + 10 * math.sin(1) ** 2 + 0.25),
-        (surfaces.rosenbrock, (1.0, 1.0), 0.0),
-        (surfaces.rosenbrock, (-1.0, 2.0), 104.0),
-        (surfaces.ackley_rosenbrock, (1.0, 1.0), 20 - 20 * math.exp(-0.2)),
+        (surfaces.ackley_rosenbrock, (1.0, 1.0), 0.6 * math.exp(-0.2)),
+        (surfaces.ackley_rosenbrock, (0.0, 0.0), 0.05 + 0.6),
+        (surfaces.ackley_rosenbrock, (2.0, 4.0), 0.05 + 0.6 * math.exp(-0.2 * math.sqrt(10))),
     ],
 )
 def test_value(surface: Surface, point: tuple[float, ...], value: float) -> None:
@@ -42,9 +44,9 @@ def test_value(surface: Surface, point: tuple[float, ...], value: float) -> None
 
 def test_goldstein_price_minimum() -> None:
     """The log-scaled form's minimum is the published -3.129, lower than a grid around it."""
-    lowest = surfaces.goldstein_price(_point(0.5, 0.25))
+    lowest = surfaces.goldstein_price(_point(0.0, -1.0))
     assert round(lowest.item(), 3) == -3.129
-    axis = torch.linspace(0, 1, 201, dtype=torch.float64)
+    axis = torch.linspace(-2, 2, 201, dtype=torch.float64)
     assert surfaces.goldstein_price(torch.cartesian_prod(axis, axis)).min() >= lowest
 
 
@@ -84,29 +86,56 @@ def test_sharpness_of_a_quadratic() -> None:
     torch.testing.assert_close(surfaces.sharpness(values, x), _point(3.0, 3.0, 3.0))
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_batch_is_its_runs(system: str) -> None:
-    """A run in a batch of three has the path it has alone."""
-    starts = torch.tensor([[0.3, -1.2], [2.0, 4.0], [-3.0, 0.1]], dtype=torch.float64)
-    setting = Setting(system, lr=0.05, capacity=2)
-    together = trajectory(surfaces.ackley, starts, setting, 40)
-    for i in range(3):
-        alone = trajectory(surfaces.ackley, starts[i : i + 1], setting, 40)
-        torch.testing.assert_close(together[:, i], alone[:, 0], rtol=1e-12, atol=1e-12)
-    assert (together[-1] != together[-2]).all()
+_STARTS = torch.tensor([[0.3, -1.2], [2.0, 4.0], [-3.0, 0.1]], dtype=torch.float64)
+_STEPS = 20
+_SETTINGS = [
+    *(Setting(system, 0.05, 2, drop=_STEPS // 2) for system in SYSTEMS),
+    *(Setting(system, 0.05, 2, drop=_STEPS // 2, package_rules=True) for system in BUFFERED),
+]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_batch_is_the_public_optimizer(system: str) -> None:
-    """A run has the path of the optimizer used as a user would, with its default scope."""
-    start = torch.tensor([0.3, -1.2], dtype=torch.float64)
-    path = trajectory(surfaces.ackley, start[None], Setting(system, lr=0.05), 40)
-    param = start.clone().requires_grad_()
-    if system in BUFFERED:
-        optimizer: torch.optim.Optimizer = BUFFERED[system]([param], lr=0.05)
+def _name(setting: Setting) -> str:
+    return f"{setting.system}, package" if setting.package_rules else setting.system
+
+
+def _ends(setting: Setting, starts: Tensor = _STARTS) -> Tensor:
+    return run(surfaces.ackley, starts, [setting], _STEPS)[setting].ends
+
+
+@pytest.mark.parametrize("setting", _SETTINGS, ids=_name)
+def test_a_run_does_not_know_of_the_others(setting: Setting) -> None:
+    """A run among three starts and several settings ends where it ends alone."""
+    others = [
+        replace(setting, lr=0.01),
+        replace(setting, betas=(0.8, 0.99)),
+        replace(setting, drop=None),
+    ]
+    found = run(surfaces.ackley, _STARTS, [*others, setting], _STEPS)
+    for i in range(len(_STARTS)):
+        alone = _ends(setting, _STARTS[i : i + 1])
+        torch.testing.assert_close(found[setting].ends[i], alone[0], rtol=1e-12, atol=1e-12)
+    assert len({tuple(r.ends.flatten().tolist()) for r in found.values()}) == len(found)
+
+
+def _public(setting: Setting, param: Tensor) -> torch.optim.Optimizer:
+    """Return the optimizer as a user would make it, with its default priority scope."""
+    groups = [{"params": [param], "lr": setting.lr, "betas": setting.betas}]
+    if not setting.has_buffer:
+        optimizer: torch.optim.Optimizer = PaperAdam(groups)
+    elif setting.package_rules:
+        of_package = Adam_C if setting.system == "Adam+CG" else Adam_CM
+        optimizer = of_package(groups, topC=setting.capacity, decay=setting.priority_decay)
     else:
-        optimizer = torch.optim.Adam([param], lr=0.05, betas=(0.9, 0.99))
-        optimizer = SAM(optimizer) if system == "Adam+SAM" else optimizer
+        ours = AdamCG if setting.system == "Adam+CG" else AdamCM
+        optimizer = ours(groups, capacity=setting.capacity)
+    return SAM(optimizer, setting.rho) if setting.has_sam else optimizer
+
+
+@pytest.mark.parametrize("setting", _SETTINGS, ids=_name)
+def test_batch_is_the_public_optimizer(setting: Setting) -> None:
+    """A run ends where the optimizer, used as a user would, takes it; the schedule included."""
+    param = _STARTS[0].clone().requires_grad_()
+    optimizer = _public(setting, param)
 
     def closure() -> float:
         optimizer.zero_grad()
@@ -114,18 +143,31 @@ def test_batch_is_the_public_optimizer(system: str) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
-    for _ in range(40):
-        optimizer.step(closure)
-    torch.testing.assert_close(path[-1, 0], param.detach(), rtol=1e-10, atol=1e-10)
+    for step in range(_STEPS):
+        optimizer.param_groups[0]["lr"] = setting.lr / (10 if step >= _STEPS // 2 else 1)
+        closure()  # PaperAdam takes no closure
+        optimizer.step(closure if setting.has_sam else None)
+    torch.testing.assert_close(_ends(setting)[0], param.detach(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_batch_of_settings_is_its_settings(system: str) -> None:
-    """Settings that share a batch have the paths they have alone."""
-    starts = torch.tensor([[0.3, -1.2], [2.0, 4.0]], dtype=torch.float64)
-    settings = [Setting(system, 0.05, 2, 0.7), Setting(system, 0.01, 5, 0.99)]
-    batch = Batch(surfaces.ackley, starts.repeat(2, 1), *settings)
-    for _ in range(40):
-        batch.step()
-    for setting, points in zip(settings, batch.points.detach().chunk(2), strict=True):
-        torch.testing.assert_close(points, trajectory(surfaces.ackley, starts, setting, 40)[-1])
+def test_adam_has_eps_inside_of_the_root() -> None:
+    """Two steps of Adam by hand, where eps counts."""
+    surface: Surface = lambda x: 1e-4 * x.square().sum(-1)  # noqa: E731
+    setting = Setting("Adam", 0.1)
+    x, m, v = 1.0, 0.0, 0.0
+    for t in (1, 2):
+        g = 2e-4 * x
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        x -= 0.1 * m / (1 - 0.9**t) / math.sqrt(v / (1 - 0.99**t) + 1e-8)
+    end = run(surface, torch.ones(1, 1, dtype=torch.float64), [setting], 2)[setting].ends
+    torch.testing.assert_close(end.item(), x, rtol=1e-12, atol=0)
+
+
+def test_run_records() -> None:
+    """Losses stand before every step and at the end; the length is that of the path."""
+    setting = Setting("Adam+CM", 0.05)
+    found = run(surfaces.ackley, _STARTS, [setting], 7, with_path=True)[setting]
+    assert found.path.shape == (8, 3, 2)
+    assert (found.path[0] == _STARTS).all()
+    torch.testing.assert_close(found.losses, surfaces.ackley(found.path))
+    torch.testing.assert_close(found.length, found.path.diff(dim=0).norm(dim=-1).sum(0))
