@@ -48,8 +48,7 @@ class Reading:
 def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
     """Return the reading of every parameter that has a buffer.
 
-    It reads momentum and slots once, a million elements at a time, and makes one copy to the host
-    for each device and capacity.
+    It reads momentum and slots once, and makes one copy to the host for each device and capacity.
 
     Args:
         optimizer: `AdamCM`, `AdamCG` or a decoupled form, or `SAM` around one. Not changed. The
