@@ -51,24 +51,27 @@ def param_groups_weight_decay(
             "no_weight_decay_list must be a collection of names, got the string "
             f"{no_weight_decay_list!r}; put it into a list"
         )
-    excluded = set() if decay_embeddings else _embedding_ids(model)
-    decay: list[Tensor] = []
+    embeddings = set() if decay_embeddings else _embedding_ids(model)
     no_decay: list[Tensor] = []
+    decay: list[Tensor] = []
     for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        is_excluded = (
-            param.ndim <= 1
-            or name.endswith(".bias")
-            or id(param) in excluded
-            or any(fnmatchcase(name, pattern) for pattern in no_weight_decay_list)
-        )
-        (no_decay if is_excluded else decay).append(param)
-    groups = [
+        if param.requires_grad:
+            excluded = id(param) in embeddings or _is_excluded(name, param, no_weight_decay_list)
+            (no_decay if excluded else decay).append(param)
+    groups: list[dict[str, Any]] = [
         {"params": no_decay, "weight_decay": 0.0},
         {"params": decay, "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_excluded(name: str, param: Tensor, patterns: Collection[str]) -> bool:
+    """Return whether a parameter has no weight decay by its dimensions or by its name."""
+    return (
+        param.ndim <= 1
+        or name.endswith(".bias")
+        or any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
 
 
 def _embedding_ids(model: nn.Module) -> set[int]:
