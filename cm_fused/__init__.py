@@ -3,6 +3,15 @@
 from cm_fused.adam_cg import AdamCG, AdamWCG
 from cm_fused.adam_cm import AdamCM, AdamWCM
 from cm_fused.gradient_release import enable_gradient_release
+from cm_fused.param_groups import param_groups_weight_decay
 from cm_fused.sam import SAM
 
-__all__ = ["SAM", "AdamCG", "AdamCM", "AdamWCG", "AdamWCM", "enable_gradient_release"]
+__all__ = [
+    "SAM",
+    "AdamCG",
+    "AdamCM",
+    "AdamWCG",
+    "AdamWCM",
+    "enable_gradient_release",
+    "param_groups_weight_decay",
+]

@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the public face down. A module may import those of its own layer and of the layers below.
 # A module's layer is that of its name, or else of its package.
 LAYERS = (
-    ("__main__", "adam_cg", "adam_cm", "compat", "diagnostics", "gradient_release", "sam"),
+    (
+        *("__main__", "adam_cg", "adam_cm", "compat", "diagnostics", "gradient_release"),
+        *("param_groups", "sam"),
+    ),
     ("_optimizer",),
     ("_backends",),
     ("_state", "reference"),
