@@ -131,6 +131,8 @@ class Bucket:
     # This step's sum of g^2 over the priority scope, float64 () or (params,), where the bucket is
     # not all of the scope.
     sq_norm: Tensor | None = None
+    # What the reference found in its last step, float64 (params,).
+    last_sq_norms: Tensor | None = None
     group: int = 0  # the index of its param group
     registered: Any = None  # what its backend prepared for all steps of these tensors
     placed: Any = None  # what it prepared for the step of these gradients, and no longer

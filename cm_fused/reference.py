@@ -17,7 +17,7 @@ from cm_fused._bucket import Bucket, StepOptions, over_scope
 from cm_fused.philox import Stream, random_words
 
 
-def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
+def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> Tensor:
     """Take one step of Adam with critical momenta, in place (Algorithm 1).
 
     Source: Malviya et al., eq. (4) to (7).
@@ -27,11 +27,15 @@ def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         options: The hyperparameters.
         sq_norm: The sum of the squares of the gradients over the priority scope, float64 () or one
             for each parameter, (params,). None: the bucket is the whole group.
+
+    Returns:
+        The sum of the squares of each gradient, float64 (params,).
     """
     sq_norms = update_cm_(bucket, options)
     update_priorities_(
         bucket, options, over_scope(sq_norms, options) if sq_norm is None else sq_norm
     )
+    return sq_norms
 
 
 def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
@@ -66,13 +70,18 @@ def update_priorities_(bucket: Bucket, options: StepOptions, sq_norm: Tensor) ->
         _undo_where_skipped_(bucket, i, kept, options)
 
 
-def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> None:
+def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> Tensor | None:
     """Take one step of Adam with critical gradients, in place; arguments as for `adam_cm_`.
 
     Source: Malviya et al., eq. (3), after McRae et al.'s aggregation of critical gradients.
+
+    Returns:
+        The sum of the squares of each gradient, float64 (params,); None if `sq_norm` is given.
     """
+    own = None
     if sq_norm is None:
-        sq_norm = over_scope(sq_norms(bucket, options), options)
+        own = sq_norms(bucket, options)
+        sq_norm = over_scope(own, options)
     keys = priority_keys(sq_norm, len(bucket.params))
     for i in range(len(bucket.params)):
         g = effective_gradient(bucket, i, options)
@@ -86,6 +95,7 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         _store_moments_(bucket, i, m, v, options)
         admit_(bucket, i, keys[i], g, options)
         _undo_where_skipped_(bucket, i, kept, options)
+    return own
 
 
 def _kept(bucket: Bucket, i: int, options: StepOptions) -> list[Tensor]:

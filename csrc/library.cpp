@@ -37,6 +37,11 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "update_registered_priorities_(int[] ids, Tensor[] sq_norms, Tensor[] found_infs, *, "
       "float[] priority_decays) -> ()");
 
+  // The sum of g^2 that the last step of each registered state has found, float64 (ids,) on the
+  // CPU. NaN before the first, after a skipped one, and where sq_norms of critical gradients were
+  // given.
+  m.def("last_sq_norms(int[] ids) -> Tensor");
+
   // Copies each momentum to its pending slot at once. Rows without a part in it may be missing.
   m.def("flush_registered_(int[] ids) -> ()");
 

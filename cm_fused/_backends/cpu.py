@@ -76,6 +76,11 @@ def update_priorities_(batch: Batch) -> None:
     )
 
 
+def last_sq_norms(batch: Batch) -> list[Tensor]:
+    """Return what the sums of squares of the last step's gradients add up from; NaN if unknown."""
+    return [torch.ops.cm_fused.last_sq_norms(batch.registered.ids)]
+
+
 def _step_(batch: Batch, local_sq_norms: Tensor | None) -> None:
     scalars = _scalars(batch)
     torch.ops.cm_fused.step_registered_.default(

@@ -24,13 +24,18 @@ def prepare(batch: Batch) -> Callable[[], None]:
 def _step_(batch: Batch) -> None:
     for bucket in batch.buckets:
         step_ = reference.adam_cg_ if bucket.critical_gradients else reference.adam_cm_
-        step_(bucket, bucket.options, bucket.sq_norm)
+        bucket.last_sq_norms = step_(bucket, bucket.options, bucket.sq_norm)
 
 
 def update_(batch: Batch) -> list[Tensor]:
     """Step critical momenta without their priorities; return each gradient's sum of squares."""
     batch.split_gradients()
     return [reference.update_cm_(bucket, bucket.options) for bucket in batch.buckets]
+
+
+def last_sq_norms(batch: Batch) -> list[Tensor]:
+    """Return what the sums of squares of the last step's gradients add up from; none if unknown."""
+    return [b.last_sq_norms for b in batch.buckets if b.last_sq_norms is not None]
 
 
 def update_priorities_(batch: Batch) -> None:

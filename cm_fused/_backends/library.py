@@ -13,6 +13,8 @@ from cm_fused._state.table import KEYS, mask_of
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARY = _PACKAGE / "_C.abi3.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.abi3.so"
+# The one that was added last, to tell an older library where its tables are the same.
+_LATEST_OPERATOR = "last_sq_norms"
 
 
 def _load(library: Path, what: str) -> str | None:
@@ -49,6 +51,8 @@ def _check_names() -> str | None:
             return _another_version(error)
         if of_library != ",".join(names):
             return _another_version(f"it has {operator} {of_library}")
+    if not hasattr(torch.ops.cm_fused, _LATEST_OPERATOR):
+        return _another_version(f"it has no operator {_LATEST_OPERATOR}")
     return None
 
 

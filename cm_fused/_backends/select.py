@@ -31,6 +31,8 @@ class Backend:
     # Steps critical momenta without their priorities; returns each bucket's `sq_norms`.
     update_: Callable[[Batch], list[Tensor]]
     update_priorities_: Callable[[Batch], None]  # once the norms are known
+    # What the sums of squares of the last step's gradients add up from, on any devices, float64.
+    last_sq_norms: Callable[[Batch], list[Tensor]]
     # The sum of the squares of each of a bucket's gradients, float64 (params,).
     sq_norms: Callable[[Bucket, StepOptions], Tensor]
     describe: Callable[[torch.device], str]  # names what steps on a device, for `repr`
@@ -47,6 +49,7 @@ def _backend(name: str, module: ModuleType, *, is_fused: bool) -> Backend:
         module.prepare,
         module.update_,
         module.update_priorities_,
+        module.last_sq_norms,
         getattr(module, "sq_norms", reference.sq_norms),
         getattr(module, "describe", lambda device: f"{name} on {device.type}"),
         is_fused=is_fused,

@@ -195,6 +195,30 @@ class CriticalAdam(CheckpointedOptimizer):
             torch._C._set_grad_enabled(grad_enabled)
         return loss
 
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Return the L2 norm of the last step's gradients, float64 (); nothing waits for a device.
+
+        The step has computed it for its keys: this adds up a few numbers and reads no gradient.
+        It is over all param groups and, with DTensors, all processes, whatever `priority_scope`:
+        the key of scope "group" is the norm over one group, keys of scope "tensor" are those of
+        each parameter.
+
+        With `max_grad_norm` or `skip_nonfinite` it is the norm before clipping, as
+        `torch.nn.utils.clip_grad_norm_` returns it. Else weight decay that is an L2 term counts,
+        as it does in the keys. Gradients of a `torch.amp.GradScaler` with `amp_scaling` are
+        unscaled.
+
+        NaN before the first step, after loading, after a step that `amp_scaling` skipped or
+        `torch.compile` traced. A step in a CUDA graph can be asked for after every replay. With
+        gradient release each parameter counts with its own last step.
+        """
+        self._finish_step()
+        every = [self._plans]
+        if self._release is not None:
+            every = [plans for plans, _ in self._single_plans.values()]
+        return norms.last_norm([plans.last for plans in every if plans.last is not None])
+
     def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
         """Validate the cached plan or make a new one, and run it.
 
@@ -238,6 +262,7 @@ class CriticalAdam(CheckpointedOptimizer):
             return
         plans = Plans()
         plans.read(self.param_groups, self._waiting)
+        self._plans.last = None
         plan = self._new_plan(plans, self.param_groups, 0, [])
         plan.batches_number = self._traced_batches.number
         self._run(plan, plans, self.param_groups)
@@ -283,6 +308,7 @@ class CriticalAdam(CheckpointedOptimizer):
         # torch.amp.GradScaler sets these for the length of a step.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[norms.SkippedSteps] = []
+        plans.last, plan.sums, plan.norm = plan, None, None
         try:
             if plans.needs_norm or grad_scale is not None or found_inf is not None:
                 norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
@@ -301,7 +327,7 @@ class CriticalAdam(CheckpointedOptimizer):
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:
                 # While the norms are added up over processes the next backward may begin.
-                sums = norms.gathered(plan, norms.update_all_(plan), among)
+                plan.sums = sums = norms.gathered(plan, norms.update_all_(plan), among)
                 self._pending = plan, sums, among.start_sum(sums)
                 return
         if among is not None or plan.divided:

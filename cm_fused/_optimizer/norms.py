@@ -4,6 +4,7 @@ One small sum whatever the number of groups and tensors: a float64 for each para
 optimizer.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -72,10 +73,37 @@ def set_scope_norms(plan: Plan, among: Processes | None) -> None:
         if plan.divided:
             clear_sq_norms(plan)
         return
-    sums = gathered(plan, sq_norms_of_buckets(plan), among)
+    plan.sums = sums = gathered(plan, sq_norms_of_buckets(plan), among)
     if among is not None:
         among.start_sum(sums).wait()
     set_sq_norms(plan, sums)
+
+
+def last_norm(plans: list[Plan]) -> Tensor:
+    """Return the norm of the gradients of the last steps by these plans, float64 (); NaN for none.
+
+    Nothing is waited for, unless one of several devices is the CPU.
+    """
+    norms = [plan.norm for plan in plans if plan.norm is not None]
+    if norms:  # with clipping, which only steps of all parameters have
+        return norms[-1].clone()
+    sums = [each for plan in plans for each in _last_sums(plan)]
+    if not sums:
+        return torch.full((), math.nan, dtype=torch.float64, device="cpu")
+    home = _home([each.device for each in sums])
+    return torch.stack([to_device(each.sum(), home) for each in sums]).sum().sqrt()
+
+
+def _last_sums(plan: Plan) -> list[Tensor]:
+    """Return what the sum of squares of a plan's last gradients adds up from; NaN if skipped."""
+    if plan.sums is not None:
+        sums = [plan.sums]
+    else:
+        sums = [each for backend, batch in plan.batches for each in backend.last_sq_norms(batch)]
+    _, found_inf = plan.scalars[0] if plan.scalars else (None, None)
+    if found_inf is None:
+        return sums
+    return [each.masked_fill(to_device(found_inf, each.device) != 0, math.nan) for each in sums]
 
 
 def update_all_(plan: Plan) -> list[tuple[Bucket, Tensor]]:
@@ -129,7 +157,7 @@ def scale_(
         found_inf = found_inf.to(torch.float64).reshape(())
     scalars = [(unscale, found_inf)] * len(groups)
     if any(map(needs_norm, groups)):
-        norm = _total_norm(plan, among, unscale)
+        plan.norm = norm = _total_norm(plan, among, unscale)
         counts += [SkippedSteps(group) for group in groups if group["skip_nonfinite"]]
         scalars = _clip_(groups, norm, unscale, found_inf)
     plan.options, plan.scalars = None, scalars

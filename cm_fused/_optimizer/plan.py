@@ -79,6 +79,10 @@ class Plan:
     options: list[StepOptions] | None = None
     # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
+    # Of this step, where they were needed: the sums of squares of all of the optimizer's parameters
+    # over processes, float64 (params,), and the norm before clipping, float64 ().
+    sums: Tensor | None = None
+    norm: Tensor | None = None
 
     def __post_init__(self) -> None:
         # Without these `is_current` has nothing to compare.
@@ -147,6 +151,7 @@ class Plans:
         self.needs_norm = False  # whether a step needs the norm of all gradients
         self.processes: Processes | None = None  # those that the parameters are sharded among
         self.on_gpu = False  # whether a parameter is on a CUDA device
+        self.last: Plan | None = None  # that of the last step
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._values: list[tuple[Any, ...]] | None = None
         self._structure: list[tuple[Any, ...]] = []

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -74,6 +75,8 @@ class RegisteredState {
   }
 
   const StateTensors tensors;
+  // The sum of g^2 that the last step has found, NaN where it had no need to. Needs the lock.
+  double sq_norm = std::numeric_limits<double>::quiet_NaN();
 
  private:
   friend class LockedStates;

@@ -92,11 +92,10 @@ void step_registered_(std::vector<int64_t> ids, Tensors params, Tensors grads, T
     StepOptions options = step_options(&hyperparameters[k * kNumHyperparameters], seeds[k]);
     options.lr = read_scalar("lrs", lrs, k, count, options.lr);
     options.grad_factor = read_scalar("grad_factors", grad_factors, k, count, 1.0);
-    steps.add(state, std::span(params).subspan(first, length),
+    steps.add(states[k], std::span(params).subspan(first, length),
         std::span(grads).subspan(first, length),
         {options, read_scalar("found_infs", found_infs, k, count, 0.0) != 0.0,
-            read_sq_norms(sq_norms, k, count, length)},
-        states[k].cache<BucketStep>());
+            read_sq_norms(sq_norms, k, count, length)});
     first += length;
   }
   double* const local = local_sq_norms.has_value()
@@ -148,6 +147,16 @@ Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor
   pass.add(bucket, options);
   pass.run(kernels().sq_norm);
   pass.add_up(bucket, 0, static_cast<double*>(result.data_ptr()));
+  return result;
+}
+
+Tensor last_sq_norms(std::vector<int64_t> ids) {
+  const LockedStates states(ids);
+  auto result = torch::stable::empty({static_cast<int64_t>(ids.size())}, ScalarType::Double);
+  auto* const values = static_cast<double*>(result.data_ptr());
+  for (size_t k = 0; k < ids.size(); ++k) {
+    values[k] = states[k].sq_norm;
+  }
   return result;
 }
 
@@ -293,6 +302,7 @@ STABLE_TORCH_LIBRARY_IMPL(cm_fused, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("flush_registered_", TORCH_BOX(&flush_registered_));
   m.impl("hyperparameter_names", TORCH_BOX(&hyperparameter_names));
+  m.impl("last_sq_norms", TORCH_BOX(&last_sq_norms));
 }
 
 }  // namespace cm_fused

@@ -84,7 +84,8 @@ void Pass::take_all_(ChunkKernel kernel, Share& share) {
   }
 }
 
-void Pass::add_up(const BucketStep& bucket, size_t first_chunk, double* sums) const {
+double Pass::add_up(const BucketStep& bucket, size_t first_chunk, double* sums) const {
+  double total = 0.0;
   auto next = results_.begin() + static_cast<int64_t>(first_chunk);
   for (const auto& tensor : bucket) {
     const auto end = next + count_chunks(tensor);
@@ -93,8 +94,12 @@ void Pass::add_up(const BucketStep& bucket, size_t first_chunk, double* sums) co
       sum.add(next->sum);
       sum.error += next->error;
     }
-    *sums++ = sum.total();
+    total += sum.total();
+    if (sums != nullptr) {
+      *sums++ = sum.total();
+    }
   }
+  return total;
 }
 
 }  // namespace cm_fused

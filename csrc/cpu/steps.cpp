@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 namespace cm_fused {
@@ -92,13 +93,13 @@ void bind_bucket(const StateTensors& state, std::span<const Tensor> params,
   }
 }
 
-// The sum of squares over a group of tensors.
-double over_group(std::span<const double> sq_norms, bool sum_of_norms) {
+// The square of the sum of the tensors' norms.
+double square_of_sum(std::span<const double> sq_norms) {
   double sum = 0.0;
   for (const double sq_norm : sq_norms) {
-    sum += sum_of_norms ? std::sqrt(sq_norm) : sq_norm;
+    sum += std::sqrt(sq_norm);
   }
-  return sum_of_norms ? sum * sum : sum;
+  return sum * sum;
 }
 
 int64_t param_bytes(ParamDtype dtype) {
@@ -118,13 +119,14 @@ void read_pending_slot(size_t i, TensorStep& tensor) {
       "] must be in [-1, ", tensor.capacity, "), got ", tensor.slot);
 }
 
-void Steps::add(const StateTensors& state, std::span<const Tensor> params,
-    std::span<const Tensor> grads, StepScalars scalars, BucketStep& bucket) {
-  bind_bucket(state, params, grads, scalars.options, bucket);
+void Steps::add(RegisteredState& state, std::span<const Tensor> params,
+    std::span<const Tensor> grads, StepScalars scalars) {
+  auto& bucket = state.cache<BucketStep>();
+  bind_bucket(state.tensors, params, grads, scalars.options, bucket);
   const bool has_sq_norms = !scalars.sq_norms.empty();
   scalars.sq_norms.resize(params.size());
-  parts_.push_back(
-      {!state.has(kPendingSlot), &bucket, has_sq_norms, std::move(scalars), nullptr, 0});
+  parts_.push_back({!state.tensors.has(kPendingSlot), &bucket, has_sq_norms, std::move(scalars),
+      nullptr, 0, &state.sq_norm});
 }
 
 int64_t Steps::num_moves() const {
@@ -178,6 +180,7 @@ void Steps::take_(double* local_sq_norms, bool one_by_one) {
   norms.run(chosen.sq_norm);
   momenta.run(chosen.adam_cm, one_by_one);
   for (auto& part : parts_) {
+    *part.sq_norm = std::numeric_limits<double>::quiet_NaN();
     if (!part.scalars.is_skipped) {
       finish_(part, part.critical_gradients ? norms : momenta);
     }
@@ -187,17 +190,21 @@ void Steps::take_(double* local_sq_norms, bool one_by_one) {
 
 void Steps::finish_(Part& part, const Pass& pass) {
   BucketStep& bucket = *part.bucket;
-  if (part.local_sq_norms != nullptr) {
-    pass.add_up(bucket, part.first_chunk, part.local_sq_norms);
-    return;
-  }
   const StepOptions& options = part.scalars.options;
   auto& sq_norms = part.scalars.sq_norms;
-  if (!part.has_sq_norms) {
-    pass.add_up(bucket, part.first_chunk, sq_norms.data());
-    if (options.group_scope) {
-      std::fill(sq_norms.begin(), sq_norms.end(), over_group(sq_norms, options.sum_of_norms));
-    }
+  // Of critical gradients whose norms were given nobody has taken them.
+  if (!part.critical_gradients || !part.has_sq_norms) {
+    double* const sums = part.local_sq_norms != nullptr ? part.local_sq_norms
+                         : part.has_sq_norms            ? nullptr
+                                                        : sq_norms.data();
+    *part.sq_norm = pass.add_up(bucket, part.first_chunk, sums);
+  }
+  if (part.local_sq_norms != nullptr) {
+    return;
+  }
+  if (!part.has_sq_norms && options.group_scope) {
+    std::fill(sq_norms.begin(), sq_norms.end(),
+        options.sum_of_norms ? square_of_sum(sq_norms) : *part.sq_norm);
   }
   for (size_t i = 0; i < bucket.size(); ++i) {
     auto* const slot = part.critical_gradients ? &bucket[i].slot : bucket[i].pending_slot;

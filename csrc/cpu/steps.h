@@ -31,8 +31,9 @@ class Pass {
   // they to be taken one after the other.
   void run(ChunkKernel kernel, bool one_by_one = false);
 
-  // Adds up the results of each of a bucket's tensors into `sums`, one for each tensor.
-  void add_up(const BucketStep& bucket, size_t first_chunk, double* sums) const;
+  // Adds up the results of each of a bucket's tensors into `sums`, one for each tensor, unless it
+  // is nullptr. Returns the sum of all.
+  double add_up(const BucketStep& bucket, size_t first_chunk, double* sums) const;
 
  private:
   struct Chunk {
@@ -72,10 +73,11 @@ struct StepScalars {
 
 class Steps {
  public:
-  // Adds a bucket's step: checks everything and changes nothing. `bucket` is bound to it, and is to
-  // live until the steps are taken. A state without pending slots is one of critical gradients.
-  void add(const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads,
-      StepScalars scalars, BucketStep& bucket);
+  // Adds a bucket's step: checks everything and changes nothing but what `state` caches. That is
+  // bound to the step, and is to live until the steps are taken. A state without pending slots is
+  // one of critical gradients.
+  void add(RegisteredState& state, std::span<const Tensor> params, std::span<const Tensor> grads,
+      StepScalars scalars);
 
   // How often the parameters have moved: more each time that one has.
   [[nodiscard]] int64_t num_moves() const;
@@ -97,6 +99,7 @@ class Steps {
     StepScalars scalars;
     double* local_sq_norms;  // or nullptr
     size_t first_chunk;      // of the pass that has the norms
+    double* sq_norm;         // the state's
   };
 
   static void finish_(Part& part, const Pass& pass);

@@ -108,6 +108,7 @@ def test_replays_are_eager_steps(
             graph = _captured_step(captured)
         else:
             graph.replay()
+            assert torch.equal(captured.grad_norm(), eager.grad_norm())
     _assert_same_training(captured, eager)
 
 
@@ -443,6 +444,9 @@ def test_no_synchronization(
             for param, grad in zip(params, of_step, strict=True):
                 param.grad = grad
             optimizer.step()
+            norm = optimizer.grad_norm()
+    assert norm.device == params[0].device
+    assert norm.item() == pytest.approx(sum(param.numel() for param in params) ** 0.5)
 
 
 def _device_work(step: Callable[[], object]) -> Counter[str]:

@@ -173,6 +173,31 @@ def test_norm_of_each_tensor_is_taken(kind: Make) -> None:
     _same_steps(case, twin)
 
 
+@pytest.mark.parametrize("given", [(), (4.0,), tuple(range(len(SHAPES)))], ids=len)
+@pytest.mark.parametrize("group_scope", [False, True])
+@of_each_kind
+def test_last_sq_norms(kind: Make, group_scope: bool, given: tuple[float, ...]) -> None:
+    """They are the states' sums of g^2, but of critical gradients only where nobody gave them."""
+    case, skipped = kind(sample()), kind(sample())
+    case.hyperparameters["group_scope"] = group_scope
+    skipped.scalars["found_inf"] = float64(1.0)
+    expected = case.sq_norms().sum()
+    states = [each.register() for each in (case, skipped)]
+    ids = [state.id for state in states]
+    assert torch.ops.cm_fused.last_sq_norms(ids).isnan().all()
+    if given:
+        case.scalars["sq_norm"] = float64(given if len(given) > 1 else given[0])
+    step_(states[:1], [case])
+    step_(states[1:], [skipped])
+    first, second = torch.ops.cm_fused.last_sq_norms(ids)
+    is_known = not given or "pending_slot" in case.state
+    assert torch.equal(first, expected) if is_known else first.isnan()
+    assert second.isnan()
+    skipped.scalars.clear()
+    step_(states[1:], [skipped])
+    assert not torch.ops.cm_fused.last_sq_norms(ids)[1].isnan()
+
+
 @pytest.mark.parametrize("group_scope", [False, True])
 @of_each_kind
 def test_sum_of_norms(kind: Make, group_scope: bool) -> None:
@@ -358,6 +383,12 @@ def test_tables_of_another_version(table: str, monkeypatch: pytest.MonkeyPatch) 
     assert library._check_names() is None
     monkeypatch.setattr(library, table, getattr(library, table)[::-1])
     assert "another version's, reinstall" in str(library._check_names())
+
+
+def test_a_library_without_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was built before an operator was added is another version's."""
+    monkeypatch.setattr(library, "_LATEST_OPERATOR", "none_of_this_name")
+    assert "another version's, reinstall cm_fused: it has no" in str(library._check_names())
 
 
 def test_parameters_that_overlap_after_a_step_of_one_state() -> None:

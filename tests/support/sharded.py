@@ -287,6 +287,21 @@ def clipping(_: Path) -> None:
 
 
 @case(2)
+def norms_of_gradients(_: Path) -> None:
+    """`grad_norm` is that of the whole gradients on every process, clipped or not."""
+    for cls in (AdamCM, AdamCG):
+        for options in ({}, {"priority_scope": "tensor"}, {"max_grad_norm": 0.7}):
+            twins = Twins(cls, _mesh(), [Shard(0)], **options)
+            for t in range(3):
+                twins.step(t)
+                grads = [param.grad for param in twins.whole if param.grad is not None]
+                for optimizer in (twins.optimizer, twins.expected):
+                    norm = optimizer.grad_norm().float()
+                    assert_close(norm, nn.utils.get_total_norm(grads))
+            twins.check()
+
+
+@case(2)
 def one_process_is_not_finite(_: Path) -> None:
     """What one process holds keeps all of them from stepping."""
     twins = Twins(AdamCM, _mesh(), [Shard(0)], skip_nonfinite=True)

@@ -135,6 +135,11 @@ def update_priorities_(batch: Batch) -> None:
             _update_priorities(tables, tables.last, bucket, bucket.sq_norm, found_inf)
 
 
+def last_sq_norms(batch: Batch) -> list[Tensor]:
+    """Return what the sums of squares of the last step's gradients add up from."""
+    return [bucket.registered.chunk_sq_norms for bucket in batch.buckets]
+
+
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
     launcher = _Launcher(bucket, options)
