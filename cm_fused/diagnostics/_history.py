@@ -1,11 +1,20 @@
 """The history of an optimizer's critical buffers and parameters."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cm_fused._distributed import is_sharded
+from cm_fused._optimizer.base import CriticalAdam
+from cm_fused._state.tracking import OptimizerState
 from cm_fused.diagnostics._reading import flat
+
+# Steps whose keys are noted on the device before the host looks at them.
+_MAX_NOTES = 256
+_NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -17,54 +26,275 @@ class History:
         max_age: The age of the oldest slot.
         admission_rate: Share of the steps since the last record in which something was admitted.
         distance: L2 distance from where the parameters were when recording began.
+        update_rms: Root mean square of the last step's change of the parameters, weight decay
+            included. NaN at a `record()` by hand.
     """
 
     mean_age: float
     max_age: float
     admission_rate: float
     distance: float
+    update_rms: float
 
 
-class Track:
-    """The history of one parameter."""
+class _Followed(NamedTuple):
+    """What is known of one parameter's buffer, on the CPU."""
 
-    def __init__(self, param: Tensor, keys: Tensor | None, count: float) -> None:
-        self.start = param.detach().clone()
-        self.follow(keys, count)
-        self.admissions = 0
-        self.steps = 0
+    keys: Tensor  # float32 (C,), after the last step looked at
+    step: Tensor  # float32 (), the parameter's steps until then
+    ages: Tensor  # int64 (C,)
+    admissions: Tensor  # int64 (), since the last `Buffers.take`
+    steps: Tensor  # int64 (), those it took part in, likewise
 
-    def follow(self, keys: Tensor | None, count: float) -> None:
-        """Begin anew after `count` steps with keys, (C,) on the CPU; their slots are filled now."""
-        self.count = count
-        self.keys = torch.empty(0, device="cpu") if keys is None else keys
-        self.ages = torch.zeros_like(self.keys, dtype=torch.int64)
+    @classmethod
+    def begin(cls, keys: Tensor, count: Tensor) -> "_Followed":
+        """Return a buffer whose filled slots are of age 0."""
+        keys, count = (tensor.detach().cpu().clone() for tensor in (keys, count))
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
+        ages = torch.zeros_like(keys, dtype=torch.int64)
+        return cls(keys, count, ages, zero, zero)
 
-    def update(self, keys: Tensor | None, count: float, decay: float) -> None:
-        """Find what a step admitted, from the keys before and after it, both (C,) on the CPU."""
-        took_part, self.count = count != self.count, count
-        # A parameter without a gradient took no part: its keys did not decay.
-        if keys is None or not took_part:
+    def resized(self, capacity: int) -> "_Followed":
+        """Return the buffer itself, or an empty one of another capacity."""
+        if len(self.keys) == capacity:
+            return self
+        keys = torch.full((capacity,), -torch.inf, dtype=self.keys.dtype, device="cpu")
+        return self._replace(keys=keys, ages=torch.zeros_like(keys, dtype=torch.int64))
+
+
+class _Block:
+    """Buffers of one device and capacity, which are followed in a few operations.
+
+    Lists and tensors have an item for each parameter.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        tensors: list[Tensor],
+        decays: list[float],
+        followed: list[_Followed],
+    ) -> None:
+        self.params = params
+        # Views of the live keys, then of the step counts.
+        self._tensors = tensors
+        self._decays = torch.tensor(decays, dtype=torch.float32, device="cpu")
+        self._notes: list[Tensor] = []
+        self._known = _Followed(*map(torch.stack, zip(*followed, strict=True)))
+
+    def note(self) -> None:
+        """Copy the keys and counts after a step, on their device."""
+        self._notes.append(torch.cat(self._tensors))
+
+    def process(self) -> None:
+        """Find what the noted steps admitted, from the keys before and after each."""
+        if not self._notes:
             return
-        if len(self.keys) != len(keys):
-            self.follow(torch.full_like(keys, -torch.inf), count)
+        known, size = self._known, self._known.keys.numel()
+        notes = torch.stack(self._notes).cpu()
+        self._notes = []
+        keys = torch.cat([known.keys[None], notes[:, :size].view(-1, *known.keys.shape)])
+        counts = torch.cat([known.step[None], notes[:, size:]])
+        # A parameter without a gradient took no part: its keys did not decay.
+        took_part = counts[1:] != counts[:-1]
         # Only the smallest key can be replaced, the first of equal ones; unfilled slots have -inf.
-        slot = int(self.keys.argmin())
-        self.ages += 1
-        self.steps += 1
-        decayed = self.keys[slot] * decay if self.keys[slot] > -torch.inf else self.keys[slot]
+        slots = keys[:-1].argmin(-1, keepdim=True)
+        before, after = (each.gather(-1, slots)[..., 0] for each in (keys[:-1], keys[1:]))
+        decayed = torch.where(before > -torch.inf, before * self._decays, before)
         # With a decay of 0 all keys are 0 after a step, and any gradient but zero is admitted.
-        if keys[slot] != decayed or (decay == 0 and decayed > -torch.inf):
-            self.ages[slot] = 0
-            self.admissions += 1
-        self.keys = keys
+        always = (self._decays == 0) & (decayed > -torch.inf)
+        admitted = took_part & ((after != decayed) | always)
+        taken = took_part.cumsum(0)
+        last = torch.zeros_like(known.ages).scatter_reduce(
+            1, slots[..., 0].T, torch.where(admitted, taken, 0).T, "amax"
+        )
+        total = taken[-1]
+        self._known = _Followed(
+            keys[-1],
+            counts[-1],
+            torch.where(last > 0, total[:, None] - last, known.ages + total[:, None]),
+            known.admissions + admitted.sum(0),
+            known.steps + total,
+        )
 
-    def history(self, param: Tensor) -> History:
-        """Return the history, and begin to count admissions anew."""
-        nan = float("nan")
-        ages = self.ages[self.keys > -torch.inf].double()
-        mean_age, max_age = (ages.mean().item(), ages.max().item()) if len(ages) else (nan, nan)
-        rate = self.admissions / self.steps if self.steps else nan
-        self.admissions = self.steps = 0
-        moved = torch.linalg.vector_norm(flat(param.detach() - self.start, 0))
-        return History(mean_age, max_age, rate, moved.item())
+    def followed(self) -> dict[Tensor, _Followed]:
+        """Return what is known of each parameter's buffer."""
+        rows = zip(*(tensor.unbind() for tensor in self._known), strict=True)
+        return {param: _Followed(*row) for param, row in zip(self.params, rows, strict=True)}
+
+    def take(self) -> dict[Tensor, list[float]]:
+        """Return mean age, largest age and admission rate; begin to count admissions anew."""
+        known = self._known
+        filled = known.keys > -torch.inf
+        ages = known.ages.double()
+        mean = (ages * filled).sum(1) / filled.sum(1)
+        largest = torch.where(filled, ages, -1.0).amax(1)
+        largest = largest.masked_fill(largest < 0, _NAN)
+        rate = known.admissions.double() / known.steps
+        zeros = torch.zeros_like(known.steps)
+        self._known = known._replace(admissions=zeros, steps=zeros)
+        numbers = torch.stack([mean, largest, rate], dim=1).tolist()
+        return dict(zip(self.params, numbers, strict=True))
+
+
+class Buffers:
+    """Follows the keys of an optimizer's buffers from step to step."""
+
+    def __init__(self, optimizer: CriticalAdam) -> None:
+        self._optimizer = optimizer
+        self._blocks: list[_Block] = []
+        self.follow()
+
+    def follow(self) -> None:
+        """Begin anew with the state that there is: its slots are filled now."""
+        self._process()
+        known = self._followed()
+        for param, state in self._states():
+            earlier = known.get(param)
+            begun = _Followed.begin(state["priorities"], state["step"])
+            if earlier is not None:
+                begun = begun._replace(admissions=earlier.admissions, steps=earlier.steps)
+            known[param] = begun
+        self._rebuild(known)
+
+    def note(self) -> None:
+        """Note the keys after a step; nothing waits for a device, except every 256th time."""
+        if self._has_changed():
+            self._process()
+            self._rebuild(self._followed())
+        for block in self._blocks:
+            block.note()
+        self._num_notes += 1
+        if self._num_notes >= _MAX_NOTES:
+            self._process()
+
+    def take(self) -> dict[Tensor, list[float]]:
+        """Return mean age, largest age and admission rate since the last call, by parameter."""
+        self._process()
+        return {p: numbers for block in self._blocks for p, numbers in block.take().items()}
+
+    def _states(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                state = self._optimizer.state.get(param, {})
+                if "priorities" in state and "step" in state:
+                    yield param, state
+
+    def _process(self) -> None:
+        for block in self._blocks:
+            block.process()
+        self._num_notes = 0
+
+    def _followed(self) -> dict[Tensor, _Followed]:
+        return {p: row for block in self._blocks for p, row in block.followed().items()}
+
+    def _has_changed(self) -> bool:
+        """Return whether a tensor of the state may be another, or a group's decay."""
+        state: Any = self._optimizer.state
+        decays = [group["priority_decay"] for group in self._optimizer.param_groups]
+        is_known = state is self._state and self._changes is not None
+        return not is_known or state.changes.count != self._changes or decays != self._decays
+
+    def _rebuild(self, known: dict[Tensor, _Followed]) -> None:
+        """Make the blocks of the parameters that have a buffer now, from what is known of them."""
+        decays = {
+            param: group["priority_decay"]
+            for group in self._optimizer.param_groups
+            for param in group["params"]
+        }
+        members: dict[tuple[torch.device, int], list[tuple[Tensor, dict[str, Any]]]] = {}
+        for param, state in self._states():
+            keys = state["priorities"]
+            members.setdefault((keys.device, len(keys)), []).append((param, state))
+        self._blocks = []
+        for (_, capacity), pairs in members.items():
+            keys = [state["priorities"].detach() for _, state in pairs]
+            counts = [state["step"].detach().reshape(1) for _, state in pairs]
+            # A new buffer was empty, and its parameter has taken the step.
+            empty = _Followed.begin(torch.empty(0), torch.tensor(-1.0))
+            followed = [known.get(param, empty).resized(capacity) for param, _ in pairs]
+            params = [param for param, _ in pairs]
+            of_params = [float(decays[param]) for param in params]
+            self._blocks.append(_Block(params, [*keys, *counts], of_params, followed))
+        self._remember()
+
+    def _remember(self) -> None:
+        state: Any = self._optimizer.state
+        self._state = state
+        self._decays = [group["priority_decay"] for group in self._optimizer.param_groups]
+        counts = isinstance(state, OptimizerState)
+        counts = counts and all(state.counts(param) for param, _ in self._states())
+        # None where nobody counts.
+        self._changes: int | None = state.changes.count if counts else None
+
+
+class Moves:
+    """Follows the parameters from where they were."""
+
+    def __init__(self) -> None:
+        self._starts: dict[Tensor, Tensor] = {}
+        self._befores: dict[Tensor, Tensor] = {}
+        self._has_befores = False
+
+    def begin(self, params: Iterable[Tensor]) -> None:
+        """Remember where the parameters are that are not followed yet."""
+        for param in params:
+            if param not in self._starts:
+                self._starts[param] = param.detach().clone()
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Remember where the parameters are before a step that is to be recorded."""
+        params = [param for param in self._starts if param.requires_grad]
+        if any(param not in self._befores for param in params):
+            self._befores = {param: torch.empty_like(param) for param in params}
+        for targets, sources in _in_lists(list(self._befores.values()), list(self._befores)):
+            torch._foreach_copy_(targets, sources)
+        self._has_befores = True
+
+    def forget(self) -> None:
+        """Do not take what was remembered for the place before a later step."""
+        self._has_befores = False
+
+    def take(self, params: Sequence[Tensor], is_step: bool) -> list[tuple[float, float]]:
+        """Return each parameter's distance from its start, and its RMS change in the last step.
+
+        That is known at the end of the step, `is_step`, if `remember` was called at its beginning.
+        """
+        distances = _distances(params, self._starts)
+        lengths = [_NAN] * len(params)
+        if is_step and self._has_befores:
+            lengths = _distances(params, self._befores)
+        return [
+            (distance, length / max(param.numel(), 1) ** 0.5)
+            for param, distance, length in zip(params, distances, lengths, strict=True)
+        ]
+
+
+@torch.no_grad()
+def _distances(params: Sequence[Tensor], others: dict[Tensor, Tensor]) -> list[float]:
+    """Return parameters' L2 distances from their values in `others`, NaN where there is none."""
+    result = dict.fromkeys(params, _NAN)
+    known = [param for param in params if param in others]
+    plain = [param for param in known if not is_sharded(param) and not param.is_complex()]
+    for now, before in _in_lists(plain, [others[param] for param in plain]):
+        dtype = torch.promote_types(now[0].dtype, torch.float32)
+        norms = torch._foreach_norm(torch._foreach_sub(now, before), dtype=dtype)
+        # One copy to the host for all of them.
+        result.update(zip(now, torch.stack(norms).tolist(), strict=True))
+    for param in known:
+        if is_sharded(param) or param.is_complex():
+            result[param] = torch.linalg.vector_norm(flat(param - others[param], 0)).item()
+    return [result[param] for param in params]
+
+
+def _in_lists(
+    tensors: Sequence[Tensor], others: Sequence[Tensor]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return pairs of lists by device and dtype, for multi-tensor kernels."""
+    lists: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, other in zip(tensors, others, strict=True):
+        kind = tensor.device, tensor.dtype, is_sharded(tensor)
+        for each, into in zip((tensor, other), lists.setdefault(kind, ([], [])), strict=True):
+            into.append(each)
+    return list(lists.values())

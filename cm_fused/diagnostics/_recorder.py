@@ -2,14 +2,14 @@
 
 import csv
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cm_fused.diagnostics._history import History, Track
+from cm_fused.diagnostics._history import Buffers, History, Moves
 from cm_fused.diagnostics._reading import Reading, combined, critical, read
 
 ALL = "all"
@@ -19,8 +19,14 @@ class Recorder:
     """Records `Reading` and `History` of a live optimizer, to a CSV file and to TensorBoard.
 
     It follows every step through a step hook of the optimizer, and records every ``every`` steps:
-    one row for each parameter that has a buffer, and one named "all". Each step waits for the
-    device once; parameters are copied once, for the distance.
+    one row for each parameter that has a buffer, and one named "all".
+
+    A step costs one small operator more, and waits for no device; each record does, and every
+    256th step between two of them. Parameters are copied twice, for the distance and for the last
+    update. Measured on one core of an EPYC: for a network of 4 tensors and 9,610 elements a step
+    takes 21 us, its hook 3 us, a record 0.5 ms; for 16 tensors and 33,280 elements 40 us, 6 us and
+    1.4 ms; for 4 M elements about 8 ms, nothing to speak of, and 80 ms. So with ``every=100`` the
+    steps take about a third more, of training as a whole less.
 
     Key ages are found by comparing keys before and after a step. Slots that were filled when the
     recording began, or when a state dict was loaded, count from then on. With
@@ -71,10 +77,10 @@ class Recorder:
         # Open as long as the recorder is: a run is long, and may be cut off.
         self._file = None if path is None else Path(path).open("w", newline="")  # noqa: SIM115
         self._csv: csv.DictWriter[str] | None = None
-        self._tracks: dict[Tensor, Track] = {}
-        for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                self._begin_track(param, *self._keys_and_count(param))
+        self._buffers, self._moves = Buffers(self._optimizer), Moves()
+        self._follow_params()
+        if every == 1:
+            self._moves.remember()
         self.step = 0
         self.last: dict[str, dict[str, float]] = {}
         self._hooks = [
@@ -82,39 +88,48 @@ class Recorder:
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
-    def _begin_track(self, param: Tensor, keys: Tensor | None, count: float) -> None:
-        self._names.setdefault(param, str(len(self._tracks)))
-        self._tracks[param] = Track(param, keys, count)
-
-    def _keys_and_count(self, param: Tensor) -> tuple[Tensor | None, float]:
-        """Return a parameter's keys, (C,) on the CPU, and the number of its steps."""
-        state = self._optimizer.state.get(param, {})
-        keys = state.get("priorities")
-        return None if keys is None else keys.detach().cpu().clone(), float(state.get("step", 0))
+    def _follow_params(self) -> None:
+        """Name and follow the parameters that the optimizer has now."""
+        groups = self._optimizer.param_groups
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        self._num_params = len(params)
+        self._moves.begin(params)
+        for i, param in enumerate(params):
+            self._names.setdefault(param, str(i))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
-        for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                if param not in self._tracks:
-                    self._begin_track(param, None, 0.0)
-                keys, count = self._keys_and_count(param)
-                self._tracks[param].update(keys, count, group["priority_decay"])
-        if self.step % self._every == 0:
-            self.record()
+        if sum(len(group["params"]) for group in self._optimizer.param_groups) != self._num_params:
+            self._follow_params()
+        self._buffers.note()
+        since_last = self.step % self._every
+        if since_last == 0:
+            self._record(is_step=True)
+        if since_last == self._every - 1 or self._every == 1:
+            self._moves.remember()
+        else:
+            self._moves.forget()
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Follow the loaded buffers: their slots are no admissions of the next step."""
-        for param, track in self._tracks.items():
-            track.follow(*self._keys_and_count(param))
+        self._buffers.follow()
 
     def record(self) -> dict[str, dict[str, float]]:
         """Record now; return the quantities of `Reading` and `History` by parameter name."""
+        return self._record(is_step=False)
+
+    def _record(self, *, is_step: bool) -> dict[str, dict[str, float]]:
+        """Record; `is_step`: at the end of a step."""
+        self._follow_params()
         readings = read(self._optimizer)
-        histories = {param: self._tracks[param].history(param) for param in readings}
+        params = list(readings)
+        nothing = [float("nan")] * 3
+        of_buffers = self._buffers.take()
+        moves = zip(params, self._moves.take(params, is_step), strict=True)
+        histories = {p: History(*[*of_buffers.get(p, nothing), *numbers]) for p, numbers in moves}
         self.last = {
-            self._names[param]: {**asdict(readings[param]), **asdict(histories[param])}
-            for param in readings
+            self._names[param]: {**vars(readings[param]), **vars(histories[param])}
+            for param in params
         }
         self.last[ALL] = {**combined(Reading, readings), **combined(History, histories)}
         for name, quantities in self.last.items():

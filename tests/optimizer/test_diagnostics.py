@@ -4,10 +4,12 @@ import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm_fused import SAM, AdamCG, AdamCM
 from cm_fused._backends import cpu
@@ -71,6 +73,7 @@ def test_against_a_buffer_by_hand(
     with Recorder(optimizer) as recorder:
         for step, gradient in enumerate(_gradients()):
             param.grad = gradient
+            before = param.detach().clone()
             optimizer.step()
             m = 0.9 * m + 0.1 * (gradient if optimizer_class is AdamCM else gradient + mean)
             item = m if optimizer_class is AdamCM else gradient
@@ -90,6 +93,7 @@ def test_against_a_buffer_by_hand(
                 "max_age": max(ages),
                 "admission_rate": float(buffer.admitted[-1]),
                 "distance": (param.detach() - start).norm().item(),
+                "update_rms": (param.detach() - before).norm().item() / math.sqrt(6),
             }
             assert recorder.last["0"] == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
             assert recorder.last[ALL] == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
@@ -195,6 +199,108 @@ def test_extreme_decays(decay: float) -> None:
             param.grad = torch.ones(2)
             optimizer.step()
         assert recorder.last["0"]["max_age"] == (0 if decay == 0 else 3)
+
+
+Records = list[dict[str, dict[str, float]]]
+
+
+def _records(every: int, steps: int, backend: str) -> Records:
+    """Return what was recorded of steps in which much happens."""
+    params = [torch.zeros(3, requires_grad=True) for _ in range(3)]
+    optimizer = AdamCM(params[:2], lr=0.1, capacity=3, priority_decay=0.95, backend=backend)
+    records = []
+    with Recorder(optimizer, every=every) as recorder:
+        for step, gradients in enumerate(_gradients(steps, (3, 3)), 1):
+            if step == 5:
+                optimizer.add_param_group({"params": params[2:], "capacity": 2})
+            if step == 8:
+                optimizer.param_groups[0]["priority_decay"] = 0.8
+            if step == 12:
+                optimizer.resize_buffer(4)
+            for i, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
+                param.grad = None if step % 4 == 2 and i == 1 else gradient
+            optimizer.step()
+            if step % every == 0:
+                records.append(recorder.last)
+    return records
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("every", [2, 3, 15, 300])
+def test_recording_less_often(every: int, backend: str) -> None:
+    """Nothing of the steps between is lost: the same ages and admissions as of every step.
+
+    A group is added, a buffer resized and a decay changed in between, and a parameter left out.
+    """
+    steps = max(every, 30)
+    each_step, records = _records(1, steps, backend), _records(every, steps, backend)
+    assert len(records) == steps // every
+    for number, record in enumerate(records):
+        window = each_step[number * every : (number + 1) * every]
+        for name, quantities in record.items():
+            rates = [of_step[name]["admission_rate"] for of_step in window if name in of_step]
+            known = [rate for rate in rates if not math.isnan(rate)]
+            expected = dict(window[-1][name])
+            if name != ALL:
+                expected["admission_rate"] = sum(known) / len(known)
+                assert quantities == pytest.approx(expected, nan_ok=True)
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the calls of torch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count a call, and make it."""
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_between_records_costs_one_operator() -> None:
+    """Whatever the number of parameters; a record takes fewer than 20 for each.
+
+    Each step took three for every parameter, and each record 52.
+    """
+    counts = []
+    for size in (2, 20):
+        params = [torch.zeros(3, requires_grad=True) for _ in range(size)]
+        optimizer = AdamCM(params)
+        for param in params:
+            param.grad = torch.ones(3)
+        with Recorder(optimizer, every=100) as recorder:
+            for _ in range(3):
+                optimizer.step()
+            with _Counting() as between:
+                recorder._after_step(optimizer, (), {})
+            with _Counting() as record:
+                recorder.record()
+        assert between.names == ["cat.default"]
+        counts.append(len(record.names))
+    assert counts[1] - counts[0] < 18 * 20
+
+
+def test_the_last_update() -> None:
+    """It is the step's that is recorded, of all elements, unless the step before was not seen."""
+    params = [torch.zeros(2, requires_grad=True), torch.zeros(6, requires_grad=True)]
+    optimizer = AdamCM(params, lr=0.1)
+    with Recorder(optimizer, every=3) as recorder:
+        for step in range(1, 8):
+            before = [param.detach().clone() for param in params]
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+            moves = [(p.detach() - b).square() for p, b in zip(params, before, strict=True)]
+            if step % 3 == 0:
+                for name, move in zip(("0", "1", ALL), (*moves, torch.cat(moves)), strict=True):
+                    expected = move.mean().sqrt().item()
+                    assert recorder.last[name]["update_rms"] == pytest.approx(expected, rel=1e-5)
+            else:
+                assert math.isnan(recorder.record()[ALL]["update_rms"])
 
 
 def test_no_state_yet_and_complex_parameters() -> None:
