@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cm_fused import SAM, AdamCM, AdamWCM
+from cm_fused import SAM, AdamCM, AdamWCM, param_groups_weight_decay
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
 STEPS = 12
 BATCH = 4
 OPTIONS: dict[str, Any] = {"lr": 0.02, "capacity": 3, "max_grad_norm": 1.0}
+OPTIM_ARGS = (
+    "capacity=3,buffer_dtype=int8,moment_dtype=bfloat16,priority_decay=0.9,fused=True,"
+    "adjust_lr_fn=match_rms_adamw"
+)
 
 
 class Sums(Dataset[dict[str, Tensor]]):
@@ -73,38 +77,59 @@ def _changed(model: nn.Module) -> bool:
 
 def _hf_trainer(folder: Path, how: str, model: nn.Module, **arguments: Any) -> Any:
     transformers = pytest.importorskip("transformers")
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        max_steps=STEPS,
+        max_grad_norm=0.0,  # the optimizer clips
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="steps",
+        save_steps=STEPS // 2,
+        seed=3,
+        learning_rate=0.02,
+        optim_args=OPTIM_ARGS,
+        **arguments,
+    )
     given: dict[str, Any] = {}
     if how == "optimizers":
         optimizer = AdamWCM(model.parameters(), **OPTIONS)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
         given["optimizers"] = (optimizer, scheduler)
+    elif how == "optim_args":
+        # As on a command line: numbers, names and truth values are YAML's.
+        options = pytest.importorskip("yaml").safe_load(
+            "{" + args.optim_args.replace("=", ": ") + "}"
+        )
+        given["optimizer_cls_and_kwargs"] = (AdamWCM, {"lr": args.learning_rate, **options})
     else:
         given["optimizer_cls_and_kwargs"] = (AdamWCM, OPTIONS)
-    return transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            max_steps=STEPS,
-            max_grad_norm=0.0,  # the optimizer clips
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            logging_strategy="no",
-            save_strategy="steps",
-            save_steps=STEPS // 2,
-            seed=3,
-            **arguments,
-        ),
-        train_dataset=Sums(),
-        **given,
-    )
+    return transformers.Trainer(model, args, train_dataset=Sums(), **given)
 
 
-@pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_hugging_face_optim_args(tmp_path: Path) -> None:
+    """Options that come as a string have their types in the optimizer."""
+    trainer = _hf_trainer(tmp_path, "optim_args", Model())
+    trainer.create_optimizer()
+    expected = {
+        "lr": 0.02,
+        "capacity": 3,
+        "buffer_dtype": torch.int8,
+        "moment_dtype": torch.bfloat16,
+        "priority_decay": 0.9,
+        "adjust_lr_fn": "match_rms_adamw",
+        "fused": True,
+    }
+    for group in trainer.optimizer.param_groups:
+        assert {name: group[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs", "optim_args"])
 def test_hugging_face_trainer(how: str, tmp_path: Path) -> None:
-    """Given as an optimizer or as a class, resumed from the checkpoint in the middle."""
+    """Given as an optimizer, as a class or by a string, resumed from the middle's checkpoint."""
     whole = Model()
     _hf_trainer(tmp_path, how, whole).train()
     assert _changed(whole)
@@ -161,7 +186,9 @@ def _lightning_trainer(folder: Path, max_epochs: int, **arguments: Any) -> Any:
     return lightning.Trainer(max_epochs=max_epochs, accelerator="cpu", **quiet)
 
 
-def _lightning(folder: Path, max_epochs: int, checkpoint: Path | None) -> tuple[nn.Module, Any]:
+def _lightning(
+    folder: Path, max_epochs: int, checkpoint: Path | None, **arguments: Any
+) -> tuple[nn.Module, Any]:
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -173,27 +200,37 @@ def _lightning(folder: Path, max_epochs: int, checkpoint: Path | None) -> tuple[
             return self.model(**batch)["loss"]  # type: ignore[no-any-return]
 
         def configure_optimizers(self) -> Any:
-            optimizer = AdamCM(self.parameters(), **OPTIONS)
+            # The Trainer clips where it is told to.
+            limit = None if "gradient_clip_val" in arguments else OPTIONS["max_grad_norm"]
+            groups = param_groups_weight_decay(self, 0.01)
+            optimizer = AdamWCM(groups, **{**OPTIONS, "max_grad_norm": limit})
             scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    trainer = _lightning_trainer(folder, max_epochs)
+        def on_train_batch_end(self, *_: Any) -> None:
+            norms.append(self.optimizers().grad_norm())
+
+    norms: list[Tensor] = []
+    trainer = _lightning_trainer(folder, max_epochs, **arguments)
     module = Module()
     trainer.fit(module, DataLoader(Sums(), batch_size=BATCH), ckpt_path=checkpoint)
+    assert all(norm.isfinite() for norm in norms)
+    assert len(norms) == STEPS * (max_epochs if checkpoint is None else 1)
     return module.model, trainer
 
 
-def test_lightning(tmp_path: Path) -> None:
-    """Automatic optimization, a scheduler by steps, a checkpoint of the Trainer's.
+@pytest.mark.parametrize("arguments", [{}, {"gradient_clip_val": 1.0}], ids=str)
+def test_lightning(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Automatic optimization, a scheduler by steps, a checkpoint of the Trainer's, who may clip.
 
     It is taken between epochs: Lightning begins an epoch's data anew.
     """
-    whole, _ = _lightning(tmp_path, 2, None)
+    whole, _ = _lightning(tmp_path, 2, None, **arguments)
     assert _changed(whole)
-    _, trainer = _lightning(tmp_path, 1, None)
+    _, trainer = _lightning(tmp_path, 1, None, **arguments)
     checkpoint = tmp_path / "half.ckpt"
     trainer.save_checkpoint(checkpoint)
-    resumed, _ = _lightning(tmp_path, 2, checkpoint)
+    resumed, _ = _lightning(tmp_path, 2, checkpoint, **arguments)
     _assert_same(resumed, whole)
 
 
