@@ -270,16 +270,18 @@ def warn_of_another_kind(
             "the state dict is of another optimizer and brings options that were chosen for its "
             f"update, not for this one's ({'; '.join(taken)}). To keep this optimizer's own, "
             "delete them from the groups of state_dict['param_groups'] before it is loaded, or set "
-            "them in optimizer.param_groups afterwards"
+            "them in optimizer.param_groups afterwards. With adjust_lr_fn='match_rms_adamw' a "
+            "learning rate and weight decay of AdamW carry over"
         )
 
 
 def _changes(group: dict[str, Any], new: dict[str, Any], saved: Mapping[str, Any]) -> str:
-    """Return which of Adam's options change, with their values."""
+    """Return which of Adam's options change and do not carry over, with their values."""
+    carry_over = ("lr", "weight_decay") if new["adjust_lr_fn"] is not None else ()
     return ", ".join(
         f"{name}={_number(new[name])!r} instead of {_number(group[name])!r}"
         for name in ADAM_OPTIONS
-        if name in saved and _number(new[name]) != _number(group[name])
+        if name not in carry_over and name in saved and _number(new[name]) != _number(group[name])
     )
 
 

@@ -608,7 +608,11 @@ def test_options_of_another_optimizer_are_named() -> None:
     message = str(warning.message)
     assert "(group 0: lr=0.5 instead of 0.25, maximize=True instead of False)" in message
     assert "delete them from the groups of state_dict['param_groups']" in message
+    assert "With adjust_lr_fn='match_rms_adamw' a learning rate and weight decay" in message
+    adjusted = AdamWCM(new_params(), lr=0.25, maximize=True, adjust_lr_fn="match_rms_adamw")
     # None of these warns, or it would be an error here.
+    adjusted.load_state_dict(adam.state_dict())
+    assert adjusted.param_groups[0]["lr"] == 0.5
     optimizer.load_state_dict(adam.state_dict())
     AdamWCM(new_params(), lr=0.1).load_state_dict(optimizer.state_dict())
     state_dict = adam.state_dict()
