@@ -209,9 +209,9 @@ class CriticalAdam(CheckpointedOptimizer):
         as it does in the keys. Gradients of a `torch.amp.GradScaler` with `amp_scaling` are
         unscaled.
 
-        NaN before the first step, after loading, after a step that `amp_scaling` skipped or
-        `torch.compile` traced. A step in a CUDA graph can be asked for after every replay. With
-        gradient release each parameter counts with its own last step.
+        NaN before the first step, after loading, after a step that failed, that `amp_scaling`
+        skipped or that `torch.compile` traced. After each replay of a captured step it is that
+        step's. With gradient release each parameter counts with its own last step.
         """
         self._finish_step()
         every = [self._plans]
@@ -308,7 +308,7 @@ class CriticalAdam(CheckpointedOptimizer):
         # torch.amp.GradScaler sets these for the length of a step.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[norms.SkippedSteps] = []
-        plans.last, plan.sums, plan.norm = plan, None, None
+        plans.last = plan.sums = plan.norm = None
         try:
             if plans.needs_norm or grad_scale is not None or found_inf is not None:
                 norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
@@ -321,6 +321,7 @@ class CriticalAdam(CheckpointedOptimizer):
             for count in skipped:
                 count.restore()
             raise
+        plans.last = plan
 
     def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
         if among is not None:

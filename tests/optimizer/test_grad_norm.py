@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -121,6 +122,21 @@ def test_where_there_is_no_norm(cls: type[CriticalAdam], backend: str) -> None:
         give_gradients(each, 2)
         each.step()
         assert each.grad_norm().item() == pytest.approx(_norm(each), rel=1e-6)
+
+
+@on_each_backend
+def test_a_step_that_failed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no norm: neither a part of one nor that of the step before."""
+    optimizer = new_optimizer(AdamCM, backend=backend)
+    for t in range(2):
+        give_gradients(optimizer, t)
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer, "_run_buckets", Mock(side_effect=InterruptedError))
+            with pytest.raises(InterruptedError):
+                optimizer.step()
+        assert math.isnan(optimizer.grad_norm())
+        optimizer.step()
+        assert optimizer.grad_norm().item() == pytest.approx(_norm(optimizer), rel=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
