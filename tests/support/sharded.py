@@ -34,7 +34,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    OffloadPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -44,7 +50,15 @@ from torch.distributed.tensor.parallel import (
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from cm_fused import SAM, AdamCG, AdamCM, AdamWCM, diagnostics, enable_gradient_release
+from cm_fused import (
+    SAM,
+    AdamCG,
+    AdamCM,
+    AdamWCM,
+    diagnostics,
+    enable_gradient_release,
+    param_groups_weight_decay,
+)
 from cm_fused._state.making import dequantized, unscaled
 from cm_fused.compat.cmoptimizer import Adam_CM
 
@@ -524,6 +538,26 @@ def _fsdp(mesh: DeviceMesh, module: Any = None) -> Any:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+@case(2)
+def fsdp2_with_cpu_offload(_: Path) -> None:
+    """Parameters that stay on the CPU are stepped there: the bits of a run without offload.
+
+    With state of low precision and two param groups, as a large model would have them.
+    """
+    trained = []
+    for policy in (OffloadPolicy(), CPUOffloadPolicy(pin_memory=False)):
+        model: Any = _model()
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=_mesh(), offload_policy=policy)
+        groups = param_groups_weight_decay(model, 0.1)
+        options = {"buffer_dtype": "int8", "moment_dtype": "bfloat16", "fused": True, **OPTIONS}
+        optimizer = AdamWCM(groups, **options)
+        _train(model, optimizer, range(STEPS), 2, dist.get_rank())
+        assert optimizer.grad_norm().isfinite()
+        trained.append([param.full_tensor() for param in model.parameters()])
+    _assert_equal(*trained)
 
 
 @case(2, 4)
