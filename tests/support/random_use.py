@@ -33,6 +33,7 @@ HYPERPARAMETERS: dict[str, st.SearchStrategy[Any]] = {
     "eps": st.sampled_from([1e-8, 1e-3]),
     "weight_decay": st.sampled_from([0.0, 0.0, 0.1]),
     "decoupled_weight_decay": st.booleans(),
+    "adjust_lr_fn": st.sampled_from([None, None, "match_rms_adamw"]),
     "amsgrad": st.booleans(),
     "priority_decay": st.sampled_from([0.0, 0.7, 1.0]),
     "priority_scope": st.sampled_from(["group", "tensor"]),
