@@ -17,8 +17,11 @@ LEFT_OUT = {
     "tests/distributed/test_exits.py": "gloo's threads, not instrumented, outlive the main one",
     "tests/backends/test_gpu.py": "needs a GPU",
     "tests/backends/test_launch.py": _NO_CPP,
+    "tests/backends/test_same_bits.py": "hours of interpreted Triton kernels; test_parity.py takes "
+    "the C++ steps",
     "tests/optimizer/test_memory.py": "measures memory, of which a sanitizer takes as much again",
     "tests/packaging/test_readme.py": _NO_CPP,
+    "tests/optimizer/test_properties.py": _NO_CPP,
     "tests/optimizer/test_reference.py": _NO_CPP,
     "tests/optimizer/test_rounding.py": _NO_CPP,
     "tests/packaging/test_supply_chain.py": "reads the sources and packs them",
