@@ -213,10 +213,11 @@ def test_without_extension_the_default_is_eager(without_extension: dict[str, Any
 
 
 def test_without_extension_there_is_one_warning(without_extension: dict[str, Any]) -> None:
-    """The fallback is said exactly once per process, with the way to get the fast backend."""
+    """The fallback is said exactly once per process, with what to do."""
     ((category, message),) = without_extension["warnings"]
     assert category == "UserWarning"
-    for part in ("slow eager backend", "not built", "pip install", "CM_FUSED_BUILD=cpu"):
+    # The copy hides what is installed here; tests/packaging has the other remedy.
+    for part in ("slow eager backend", "not built", "start Python in another folder"):
         assert part in message
     assert without_extension["explicit_warnings"] == 0
 
