@@ -83,7 +83,10 @@ def save_all(results: Results, folder: Path) -> list[str]:
         "f6_lines": _lines(results),
         "f11_slots": _opposed(),
         "f11_trajectories": _trajectories(
-            "F11", ACKLEY_ROSENBROCK, 2, "Adam+CG should stay near its start"
+            "F11",
+            ACKLEY_ROSENBROCK,
+            2,
+            "Adam+CG should stay near its start; the star is the paper's minimum",
         ),
         "f12_escapes": _capacity_escapes(results),
         "f17_lines": _line_grids(results, "F17", DECAYS[0]),
@@ -113,7 +116,7 @@ def _trajectories(part: str, place: Landscape, count: int, look: str) -> Figure:
     handles = [Line2D([], [], linewidth=_WIDTHS[s], label=s, **_end(s)) for s in SYSTEMS]
     handles += [
         Line2D([], [], label="start", **_START),
-        Line2D([], [], label="global minimum", **_MINIMUM),
+        Line2D([], [], label="minimum", **_MINIMUM),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     figure.suptitle(

@@ -1,6 +1,7 @@
 """CSV files and ``REPORT.md``."""
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ Judged = list[tuple[Claim, str, str]]
 def save_all(results: Results, figures: Sequence[str], folder: Path) -> None:
     """Write a CSV for each table, and ``REPORT.md`` with the claims, the tables and the figures."""
     found = [*claims(results), *_claims_of_runs(folder)]
-    found += not_run(found)
+    found = sorted([*found, *not_run(found)], key=_order)
     judged = [(c, *v) for c, v in zip(found, verdicts(found), strict=True)]
     tables = {
         "claims": _claims(judged),
@@ -72,6 +73,12 @@ def save_all(results: Results, figures: Sequence[str], folder: Path) -> None:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows([header, *rows])
     (folder / "REPORT.md").write_text(_report(results, judged, tables, figures, folder))
+
+
+def _order(claim: Claim) -> tuple[bool, bool, int]:
+    """Return where a claim stands: figures, tables, then what is not in the paper."""
+    number = re.search(r"\d+", claim.id)
+    return number is None, claim.id.startswith("T"), int(number[0]) if number else 0
 
 
 def _claims_of_runs(folder: Path) -> list[Claim]:

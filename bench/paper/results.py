@@ -55,15 +55,15 @@ class Results:
 
 def compute() -> Results:
     """Run every experiment, one a core at a time, with a progress bar."""
+    # The longest first, so that no core is left with one of them at the end.
     parts: dict[tuple[str, Any], Callable[[], Any]] = {
+        **{(name, None): getattr(experiments, name) for name in _WHOLE},
         **{("ackley", place.starts): partial(_ackley, i) for i, place in enumerate(ACKLEY)},
         **{
             ("scans", (place.name, place.starts)): partial(_scan, i)
             for i, place in enumerate(LANDSCAPES)
         },
     }
-    for name in _WHOLE:
-        parts[name, None] = getattr(experiments, name)
     done: dict[str, Any] = {"ackley": {}, "scans": {}}
     for (name, key), result in _in_parallel(parts).items():
         if key is None:
