@@ -76,8 +76,6 @@ def section(folder: Path, link: str) -> str:
         f"""\
 ### {table.parent.name}, {table.stem}
 
-`python -m bench.paper.train {table.parent.name} --preset {table.stem} --out {folder.as_posix()}`
-
 ```
 {table.read_text().rstrip()}
 ```
