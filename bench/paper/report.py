@@ -364,6 +364,46 @@ def _machine() -> str:
     )
 
 
+def _tables_of(results: Results, tables: dict[str, Table]) -> str:
+    return f"""\
+## Fig. 5's table and Table 2, the paper's numbers beside ours
+
+{_paper_tables(results)}
+
+Minima of Goldstein-Price in x, y, with loss and sharpness: {_minima()}. In the unit square the
+sharpness is 16 times that.
+
+## Ackley (F3, F13)
+
+{_markdown(tables["ackley"])}
+
+## Escapes in ten dimensions (F4), of {ESCAPES} runs
+
+{_markdown(tables["escapes"])}
+
+## Escapes against C (F12), of {ESCAPES} runs
+
+{_markdown(tables["capacity_escapes"])}
+
+## Ends in one dimension (F6, F17, F18)
+
+{_markdown(tables["lines"])}
+
+## What the buffer does
+
+Share of {experiments.STEPS} steps in which {OURS} admits its momentum:
+
+{_markdown(tables["admission"])}
+
+RMS of an element's update in learning rates, steps 100 to 250, C = 5, λ = 0.7:
+
+{_markdown(tables["update_rms"])}
+
+The same of the first steps on Ackley:
+
+{_markdown(tables["first_updates"])}"""
+
+
 def _report(
     results: Results,
     judged: Judged,
@@ -401,42 +441,7 @@ and the p values.
 
 {_claim_tables(judged)}
 
-## Fig. 5's table and Table 2, the paper's numbers beside ours
-
-{_paper_tables(results)}
-
-Minima of Goldstein-Price in x, y, with loss and sharpness: {_minima()}. In the unit square the
-sharpness is 16 times that.
-
-## Ackley (F3, F13)
-
-{_markdown(tables["ackley"])}
-
-## Escapes in ten dimensions (F4), of {ESCAPES} runs
-
-{_markdown(tables["escapes"])}
-
-## Escapes against C (F12), of {ESCAPES} runs
-
-{_markdown(tables["capacity_escapes"])}
-
-## Ends in one dimension (F6, F17, F18)
-
-{_markdown(tables["lines"])}
-
-## What the buffer does
-
-Share of {experiments.STEPS} steps in which {OURS} admits its momentum:
-
-{_markdown(tables["admission"])}
-
-RMS of an element's update in learning rates, steps 100 to 250, C = 5, λ = 0.7:
-
-{_markdown(tables["update_rms"])}
-
-The same of the first steps on Ackley:
-
-{_markdown(tables["first_updates"])}
+{_tables_of(results, tables)}
 
 ## Trained models (section 5)
 
