@@ -91,7 +91,6 @@ TASKS = {
         batch_size=32,
         epochs=20,
         drops=(10,),
-        sharpness_every=10,
         needs_data=False,
     ),
     # The same at the paper's sizes: a vocabulary of 10,000 words as of Penn Treebank, WRN-40-1.

@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import random
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench.paper import models
 from bench.paper.contenders import PAPERS, SYSTEMS, VARIED, Hyperparameters
 from bench.paper.paper_numbers import TABLE_5
 from bench.paper.presets import hyperparameters, learning_rates, tuned_settings
@@ -231,16 +234,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = folder / f"{parsed.preset}.jsonl"
     others = [folder / f"{preset}.jsonl" for preset in PRESETS if preset != parsed.preset]
     runs = run_all(configs, own, parsed.workers, train_one, others)
-    notes = [
-        f"{parsed.task}, {parsed.preset}: {PRESETS[parsed.preset]}.",
-        f"Mean ± standard deviation of {parsed.seeds} seeds, which share weights and batches. "
-        f"Epochs: {configs[0].epochs}; the learning rate falls by ten after {configs[0].drops}.",
-        *(warning for found in searched.values() for warning in edges(found)),
-    ]
+    made = list(sys.argv[1:] if arguments is None else arguments)
+    notes = _notes(parsed, configs[0], searched, shlex.join(made))
     text = "\n".join([results_table(runs, searched), "", *notes, ""])
     (folder / f"{parsed.preset}.txt").write_text(text)
     save_curves(runs, folder / f"{parsed.preset}.png")
     print(f"{text}Written to {folder}")
+
+
+def _notes(
+    parsed: argparse.Namespace, config: Config, searched: Searched, made: str
+) -> Iterator[str]:
+    """Yield the lines below the table: what was run, and by which command."""
+    task, data = TASKS[parsed.task], load_data(parsed.task, str(parsed.data or ""))
+    size = models.parameters(task.build(data.classes))
+    yield f"{parsed.task}, {parsed.preset}: {PRESETS[parsed.preset]}."
+    yield (
+        f"{data.train_size} training examples, {data.val_size} held out, {data.classes} "
+        f"{'tokens' if task.text else 'classes'}, {size} parameters; batches of {task.batch_size}, "
+        f"{config.epochs} epochs, the learning rate falls by ten after epoch "
+        f"{', '.join(map(str, config.drops))}."
+    )
+    yield f"Mean ± standard deviation of {parsed.seeds} seeds, which share weights and batches."
+    for system, runs in searched.items():
+        rates = dict.fromkeys(run.config.hyperparameters.lr for run in runs)
+        tried = ", ".join(f"{rate:g}" for rate in rates)
+        yield f"{system}: searched on seed {SEARCH_SEED} over lr {tried}."
+        yield from edges(runs)
+    yield f"torch {torch.__version__}; python -m bench.paper.train {made}"
 
 
 if __name__ == "__main__":

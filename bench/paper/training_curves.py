@@ -63,11 +63,15 @@ def _measured(name: str) -> Callable[[Run], list[tuple[int, float]]]:
     return series
 
 
+def _errors(run: Run) -> list[tuple[int, float]]:
+    return [(epoch, 100 - accuracy) for epoch, accuracy in enumerate(run.scores, start=1)]
+
+
 def _panels(text: bool) -> list[_Panel]:
     score = (
         _Panel("held-out perplexity (F7), cut at 6 x the lowest", _by_epoch("scores"), cut=6.0)
         if text
-        else _Panel("held-out accuracy, % (F8 left, F15, F16)", _by_epoch("scores"), log=False)
+        else _Panel("held-out error, % (F8 left, F15, F16)", _errors)
     )
     return [
         score,

@@ -10,11 +10,15 @@ from bench.paper.tasks import TASKS
 
 
 def as_text(config: Config) -> str:
-    """Return what an optimizer differs in from the defaults, the learning rate first."""
+    """Return learning rate and capacity, and what else differs from the defaults."""
     chosen, defaults = config.hyperparameters, Hyperparameters(config.hyperparameters.lr)
-    others = [name for name in VARIED[config.system] if name != "lr"]
-    changed = [name for name in others if getattr(chosen, name) != getattr(defaults, name)]
-    return ", ".join(f"{name} {getattr(chosen, name):g}" for name in ("lr", *changed))
+    names = [
+        name
+        for name in VARIED[config.system]
+        if name in ("lr", "capacity") or getattr(chosen, name) != getattr(defaults, name)
+    ]
+    labels = {"capacity": "C", "priority_decay": "lambda"}
+    return ", ".join(f"{labels.get(name, name)} {getattr(chosen, name):g}" for name in names)
 
 
 def by_setting(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
@@ -75,8 +79,6 @@ def section(folder: Path, link: str) -> str:
     parts = [
         f"""\
 ### {table.parent.name}, {table.stem}
-
-`python -m bench.paper.train {table.parent.name} --preset {table.stem} --out {folder.as_posix()}`
 
 ```
 {table.read_text().rstrip()}
