@@ -100,7 +100,9 @@ def _in_parallel(parts: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
     with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,)) as pool:
         try:
             tasks = {pool.submit(_pickled, part): key for key, part in parts.items()}
-            for task in tqdm(as_completed(tasks), total=len(tasks), desc="experiments"):
+            for task in tqdm(
+                as_completed(tasks), total=len(tasks), desc="experiments", disable=None
+            ):
                 found[tasks[task]] = pickle.loads(task.result())
         finally:
             pool.shutdown(cancel_futures=True)

@@ -166,7 +166,9 @@ def run_all(
     with (
         path.open("a") as file,
         ProcessPoolExecutor(workers, context, _start_worker) as pool,
-        tqdm(total=len(configs), initial=len(configs) - len(todo), desc=path.stem) as bar,
+        tqdm(
+            total=len(configs), initial=len(configs) - len(todo), desc=path.stem, disable=None
+        ) as bar,
     ):
 
         def add(run: Run) -> None:
