@@ -209,7 +209,7 @@ class CriticalAdam(CheckpointedOptimizer):
         as it does in the keys. Gradients of a `torch.amp.GradScaler` with `amp_scaling` are
         unscaled.
 
-        NaN before the first step, after loading, after a step that failed, that `amp_scaling`
+        0 after a step without gradients. NaN before the first step, after loading, after a step that failed, that `amp_scaling`
         skipped or that `torch.compile` traced. After each replay of a captured step it is that
         step's. With gradient release each parameter counts with its own last step.
         """
@@ -309,6 +309,8 @@ class CriticalAdam(CheckpointedOptimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[norms.SkippedSteps] = []
         plans.last = plan.sums = plan.norm = None
+        if not (plan.params or self._waiting):
+            plan.norm = torch.zeros((), dtype=torch.float64, device="cpu")
         try:
             if plans.needs_norm or grad_scale is not None or found_inf is not None:
                 norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)
