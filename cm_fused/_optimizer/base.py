@@ -227,6 +227,7 @@ class CriticalAdam(CheckpointedOptimizer):
         """
         plan = cached = None
         new_state: list[tuple[Tensor, State]] = []
+        plans.last = None  # until this step has been taken
         try:
             plan = cached = plans.find(groups, self.state, self._waiting)
             if plans.on_gpu:
@@ -308,7 +309,7 @@ class CriticalAdam(CheckpointedOptimizer):
         # torch.amp.GradScaler sets these for the length of a step.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[norms.SkippedSteps] = []
-        plans.last = plan.sums = plan.norm = None
+        plan.sums = plan.norm = None
         if not (plan.params or self._waiting):
             plan.norm = torch.zeros((), dtype=torch.float64, device="cpu")
         try:
