@@ -56,16 +56,17 @@ def install_command() -> str:
 
 def _source() -> str:
     """Return pip's argument for the place that this package came from."""
+    checkout = shlex.quote(str(PACKAGE.parent))
     try:
         distribution = metadata.distribution("cm_fused")
     except metadata.PackageNotFoundError:
-        return str(PACKAGE.parent)
+        return checkout
     origin = _origin(distribution)
     if "dir_info" in origin:
         editable = "--editable " if origin["dir_info"].get("editable") else ""
         return f"{editable}{shlex.quote(str(_folder(origin)))}"
     if PACKAGE.parent.joinpath("setup.py").exists():
-        return str(PACKAGE.parent)
+        return checkout
     return f"--no-binary cm_fused cm_fused=={distribution.version}"
 
 

@@ -1,6 +1,6 @@
 """Param groups with and without weight decay."""
 
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def param_groups_weight_decay(
     model: nn.Module,
     weight_decay: float = 1e-2,
-    no_weight_decay_list: Collection[str] = (),
+    no_weight_decay_list: Iterable[str] = (),
     *,
     decay_embeddings: bool = True,
 ) -> list[dict[str, Any]]:
@@ -34,7 +34,8 @@ def param_groups_weight_decay(
             decay, also where another module shares them.
 
     Raises:
-        TypeError: `model` is not a module, or `no_weight_decay_list` is a single string.
+        TypeError: `model` is not a module, or `no_weight_decay_list` is a single string or has
+            something else than names.
 
     Example:
         >>> import torch
@@ -51,6 +52,12 @@ def param_groups_weight_decay(
             "no_weight_decay_list must be a collection of names, got the string "
             f"{no_weight_decay_list!r}; put it into a list"
         )
+    no_weight_decay_list = list(no_weight_decay_list)  # an iterator can be read only once
+    for item in no_weight_decay_list:
+        if not isinstance(item, str):
+            raise TypeError(
+                f"no_weight_decay_list must have names, got an item of type {type(item).__name__}"
+            )
     embeddings = set() if decay_embeddings else _embedding_ids(model)
     no_decay: list[Tensor] = []
     decay: list[Tensor] = []
@@ -65,7 +72,7 @@ def param_groups_weight_decay(
     return [group for group in groups if group["params"]]
 
 
-def _is_excluded(name: str, param: Tensor, patterns: Collection[str]) -> bool:
+def _is_excluded(name: str, param: Tensor, patterns: Sequence[str]) -> bool:
     """Return whether a parameter has no weight decay by its dimensions or by its name."""
     return (
         param.ndim <= 1

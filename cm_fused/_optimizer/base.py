@@ -209,7 +209,7 @@ class CriticalAdam(CheckpointedOptimizer):
         as it does in the keys. Gradients of a `torch.amp.GradScaler` with `amp_scaling` are
         unscaled.
 
-        NaN before the first step, after loading, after a step that failed, that `amp_scaling`
+        0 after a step without gradients. NaN before the first step, after loading, after a step that failed, that `amp_scaling`
         skipped or that `torch.compile` traced. After each replay of a captured step it is that
         step's. With gradient release each parameter counts with its own last step.
         """
@@ -227,6 +227,7 @@ class CriticalAdam(CheckpointedOptimizer):
         """
         plan = cached = None
         new_state: list[tuple[Tensor, State]] = []
+        plans.last = None  # until this step has been taken
         try:
             plan = cached = plans.find(groups, self.state, self._waiting)
             if plans.on_gpu:
@@ -308,7 +309,9 @@ class CriticalAdam(CheckpointedOptimizer):
         # torch.amp.GradScaler sets these for the length of a step.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skipped: list[norms.SkippedSteps] = []
-        plans.last = plan.sums = plan.norm = None
+        plan.sums = plan.norm = None
+        if not (plan.params or self._waiting):
+            plan.norm = torch.zeros((), dtype=torch.float64, device="cpu")
         try:
             if plans.needs_norm or grad_scale is not None or found_inf is not None:
                 norms.scale_(plan, groups, plans.processes, grad_scale, found_inf, skipped)

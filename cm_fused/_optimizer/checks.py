@@ -93,13 +93,13 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
 def _check_implementation(options: Mapping[str, Any]) -> None:
     """Check the options by which torch's optimizers choose an implementation."""
     _require(
-        options["foreach"] in (None, False),
+        options["foreach"] is None or options["foreach"] is False,
         "foreach must be None or False: the fused backends step all tensors in one pass, with "
         "fused=True or by default",
         options["foreach"],
     )
     _require(
-        options["fused"] in (None, True),
+        options["fused"] is None or options["fused"] is True,
         "fused must be None or True: None takes the best backend there is, and backend='eager' the "
         "one that is not fused",
         options["fused"],

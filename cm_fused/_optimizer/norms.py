@@ -85,7 +85,7 @@ def last_norm(plans: list[Plan]) -> Tensor:
     Nothing is waited for, unless one of several devices is the CPU.
     """
     norms = [plan.norm for plan in plans if plan.norm is not None]
-    if norms:  # with clipping, which only steps of all parameters have
+    if norms:  # with clipping or without gradients, which only steps of all parameters have
         return norms[-1].clone()
     sums = [each for plan in plans for each in _last_sums(plan)]
     if not sums:

@@ -17,7 +17,7 @@ Curves = Mapping[str, Mapping[str, tuple[list[int], list[float]]]]
 
 
 def read_curves(path: Path, names: Sequence[str]) -> Curves:
-    """Return the curves of some parameters.
+    """Return the curves of some parameters, without rows that are incomplete.
 
     Args:
         path: A CSV file that a `Recorder` wrote.
@@ -36,6 +36,8 @@ def read_curves(path: Path, names: Sequence[str]) -> Curves:
                 f"got {path}"
             )
         for row in rows:
+            if None in row or None in row.values():
+                continue  # it has more values than the header, or fewer
             step, name = int(row.pop("step")), row.pop("parameter")
             found.add(name)
             if name in names:
@@ -44,9 +46,8 @@ def read_curves(path: Path, names: Sequence[str]) -> Curves:
                     steps.append(step)
                     values.append(float(value))
     if missing := [name for name in names if name not in found]:
-        raise ValueError(
-            f"{path} has no parameter {missing[0]!r}, it has {', '.join(sorted(found))}"
-        )
+        known = ", ".join(sorted(found)) or "no complete row"
+        raise ValueError(f"{path} has no parameter {missing[0]!r}, it has {known}")
     return curves
 
 

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,13 @@ class Recorder:
         params = list(chain.from_iterable(group["params"] for group in groups))
         self._num_params = len(params)
         self._moves.begin(params)
+        taken = set(self._names.values())
         for i, param in enumerate(params):
-            self._names.setdefault(param, str(i))
+            if param not in self._names:
+                # Groups come and go, and names may be numbers.
+                name = next(name for name in map(str, count(i)) if name not in taken)
+                self._names[param] = name
+                taken.add(name)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1

@@ -169,6 +169,23 @@ def test_skipped_parameter_keeps_its_ages() -> None:
         assert recorder.last["0"]["max_age"] == 1
 
 
+def test_groups_that_come_and_go() -> None:
+    """Every parameter has a name of its own, also where an earlier group was removed.
+
+    Older tests only add groups: after a removal the new parameter's number was another's name.
+    """
+    params = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones(2)
+    optimizer = AdamCM([{"params": params[:1]}, {"params": params[1:2]}])
+    with Recorder(optimizer) as recorder:
+        optimizer.step()
+        del optimizer.param_groups[0]
+        optimizer.add_param_group({"params": params[2:]})
+        optimizer.step()
+        assert [*recorder.last] == ["1", "2", "all"]
+
+
 def test_a_state_dict_loaded_while_recording() -> None:
     """What a state dict brings is no admission, and counts its age from then on.
 

@@ -33,6 +33,19 @@ def test_curves(recorded: Path) -> None:
     assert {*curves["variance"]} == {"all", "weight"}
 
 
+def test_a_file_that_was_cut_off(recorded: Path) -> None:
+    """What a run that was killed wrote is drawn, up to its last complete row.
+
+    Older tests read complete files: a row of "all" without its last values raised a TypeError.
+    """
+    text = recorded.read_text()
+    cut = text[: text.rindex("all") + 6]
+    recorded.write_text(cut + "\n" + text.splitlines()[-1] + ",1.0")
+    curves = read_curves(recorded, ["all", "weight"])
+    assert curves["filled"]["all"][0] == [2]
+    assert curves["filled"]["weight"][0] == [2, 4]
+
+
 def test_picture(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is written beside the CSV file, or where it is asked for."""
     pytest.importorskip("matplotlib")
@@ -49,6 +62,7 @@ def test_picture(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("a,b\n1,2\n", ["all"], "path must be a Recorder's CSV file"),
         ("step,parameter,filled\n1,all,2.0\n", ["bais"], "has no parameter 'bais', it has all"),
+        ("step,parameter,filled\n", ["all"], "has no parameter 'all', it has no complete row"),
         (None, ["all"], "No such file"),
     ],
 )

@@ -124,6 +124,20 @@ def test_where_there_is_no_norm(cls: type[CriticalAdam], backend: str) -> None:
         assert each.grad_norm().item() == pytest.approx(_norm(each), rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+@on_each_backend
+def test_a_step_without_gradients(backend: str, options: dict[str, Any]) -> None:
+    """Its norm is 0, with clipping and without.
+
+    Older tests leave out single gradients, never all: without clipping the norm was NaN.
+    """
+    optimizer = new_optimizer(AdamCM, backend=backend, **options)
+    train(optimizer, range(2))
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.grad_norm() == 0
+
+
 @on_each_backend
 def test_a_step_that_failed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves no norm: neither a part of one nor that of the step before."""
@@ -137,6 +151,21 @@ def test_a_step_that_failed(backend: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert math.isnan(optimizer.grad_norm())
         optimizer.step()
         assert optimizer.grad_norm().item() == pytest.approx(_norm(optimizer), rel=1e-6)
+
+
+@on_each_backend
+def test_a_step_that_is_refused(backend: str) -> None:
+    """A step that fails before it runs leaves no norm either.
+
+    Older tests break a step inside, after its plan is found: a refused one left the last norm.
+    """
+    optimizer = new_optimizer(AdamCM, backend=backend)
+    train(optimizer, range(2))
+    first, second = params_of(optimizer)[:2]
+    first.grad, second.grad = torch.ones_like(first).to_sparse(), None
+    with pytest.raises(RuntimeError, match="must be dense"):
+        optimizer.step()
+    assert math.isnan(optimizer.grad_norm())
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)

@@ -61,6 +61,17 @@ def test_timms_call() -> None:
     assert _names(model, by_position) == _names(model, by_name)
 
 
+def test_an_iterator_of_names() -> None:
+    """It counts for every parameter.
+
+    Older tests pass collections: an iterator was used up by the first parameter.
+    """
+    model = _Model()
+    names = ["position", "bags.weight"]
+    groups = param_groups_weight_decay(model, 0.3, iter(names))
+    assert _names(model, groups) == _names(model, param_groups_weight_decay(model, 0.3, names))
+
+
 def test_empty_groups_are_left_out() -> None:
     """A model of norms has no group with weight decay, a frozen one no group at all."""
     norm = nn.LayerNorm(4)
@@ -87,3 +98,5 @@ def test_errors() -> None:
         param_groups_weight_decay([nn.Linear(2, 2)])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"no_weight_decay_list must be a .*got the string 'bias'"):
         param_groups_weight_decay(nn.Linear(2, 2), 0.1, "bias")
+    with pytest.raises(TypeError, match=r"must have names, got an item of type Parameter"):
+        param_groups_weight_decay(nn.Linear(2, 2), 0.1, [nn.Parameter(torch.ones(1))])  # type: ignore[list-item]

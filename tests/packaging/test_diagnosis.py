@@ -2,11 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -164,3 +167,22 @@ def test_command_that_installs_it_again(
     assert _install.install_command() == (
         "CM_FUSED_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps " + source
     )
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_command_for_a_checkout_whose_path_has_a_space(
+    is_installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkout's path is one argument of pip, with metadata beside it or without.
+
+    Older tests have a space only in the address that pip records; a checkout's was not quoted.
+    """
+    checkout = tmp_path / "a b"
+    checkout.mkdir()
+    (checkout / "setup.py").touch()
+    distribution = Mock(version="7.0", **{"read_text.return_value": None})
+    error = None if is_installed else metadata.PackageNotFoundError()
+    found = Mock(return_value=distribution, side_effect=error)
+    monkeypatch.setattr(metadata, "distribution", found)
+    monkeypatch.setattr(_install, "PACKAGE", checkout / "cm_fused")
+    assert shlex.split(_install.install_command())[-1] == str(checkout)
