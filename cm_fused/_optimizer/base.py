@@ -209,9 +209,10 @@ class CriticalAdam(CheckpointedOptimizer):
         as it does in the keys. Gradients of a `torch.amp.GradScaler` with `amp_scaling` are
         unscaled.
 
-        0 after a step without gradients. NaN before the first step, after loading, after a step that failed, that `amp_scaling`
-        skipped or that `torch.compile` traced. After each replay of a captured step it is that
-        step's. With gradient release each parameter counts with its own last step.
+        0 after a step without gradients. NaN before the first step, after loading, after a step
+        that failed, that `amp_scaling` skipped or that `torch.compile` traced. After each replay of
+        a captured step it is that step's. With gradient release each parameter counts with its own
+        last step.
         """
         self._finish_step()
         every = [self._plans]

@@ -97,7 +97,7 @@ BAD_OPTIONS = [
     BadOption("fused", "yes", "fused must be None or True: .*got 'yes'"),
     # Older rows have no number and no tensor: 1 was taken for True, and a tensor raised within.
     BadOption("fused", 1, "fused must be None or True: .*got 1"),
-    BadOption("foreach", torch.tensor([False, True]), "foreach must be None or False: .*got tensor"),
+    BadOption("foreach", torch.ones(2), "foreach must be None or False: .*got tensor"),
     BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
     BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1.5"),
 ]
