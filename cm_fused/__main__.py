@@ -1,8 +1,8 @@
 """`python -m cm_fused`: print what is installed and available, and whether it computes correctly.
 
-The exit status is 1 where a backend computes something else than the reference, where a backend
-that is named is not available, and where the fast one of a device is not. CPUs need none where the
-package was built with CM_FUSED_BUILD=none.
+The exit status is 1 if a backend does not compute what the reference computes, if a backend that is
+named is not available, or if the fast backend of a device is not available. CPUs need no fast one
+if the package was built with CM_FUSED_BUILD=none.
 """
 
 import argparse

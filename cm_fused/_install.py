@@ -1,4 +1,4 @@
-"""How this package came here: what its build left out and why, and what would bring that."""
+"""How this package was installed: what its build left out and why, and how to build that."""
 
 import json
 import re

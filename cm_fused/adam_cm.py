@@ -98,7 +98,7 @@ class AdamCM(CriticalAdam):
         backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
             on each parameter's device. Never loaded from checkpoints; `repr` shows what is active.
         fused: As of torch's optimizers: True asks for a fused backend, and raises where there is
-            none; None takes the best, be it the reference. Never loaded from checkpoints.
+            none; None takes the best, which may be the reference. Never loaded from checkpoints.
         foreach: None or False; for code that passes it to every optimizer.
 
     Raises:

@@ -16,9 +16,9 @@ def param_groups_weight_decay(
 ) -> list[dict[str, Any]]:
     """Return a model's parameters in two groups, of which one has no weight decay.
 
-    Biases and the parameters of norms, which are all parameters of at most one dimension and those
-    whose names end in ".bias", get no weight decay. Frozen parameters are in neither group. The
-    groups are any optimizer's; a group without parameters is left out.
+    Biases and the parameters of norms get no weight decay: all parameters of at most one dimension,
+    and those whose names end in ".bias". Frozen parameters are in neither group. Every optimizer
+    takes these groups. A group without parameters is left out.
 
     With `priority_scope="group"` each group has a norm of its own, over its own gradients, as all
     param groups do. Call it before a wrapper that flattens parameters.
@@ -29,7 +29,8 @@ def param_groups_weight_decay(
         model: Its parameters are not changed.
         weight_decay: That of the other parameters.
         no_weight_decay_list: Names of more parameters without weight decay, as
-            `model.named_parameters()` has them, or patterns such as "head.*".
+            `model.named_parameters()` has them, or patterns such as "head.*". A shared parameter
+            has only its first name there.
         decay_embeddings: Whether the weights of `torch.nn.Embedding` and `EmbeddingBag` get weight
             decay, also where another module shares them.
 
