@@ -22,11 +22,11 @@ class Recorder:
     one row for each parameter that has a buffer, and one named "all".
 
     A step costs one small operator more and waits for no device. Each record waits for it, and so
-    does every 256th step between two records. Parameters are copied twice, for the distance and
-    for the last update. Measured on one core of an EPYC: for a network of 4 tensors and 9,610 elements a step
-    takes 21 us, its hook 3 us and a record 0.5 ms; for 16 tensors and 33,280 elements 40 us, 6 us
-    and 1.4 ms; for 4 M elements about 8 ms, too little to measure and 80 ms. By these figures the
-    steps take 10 to 50 percent longer with ``every=100``, and training as a whole less.
+    does every 256th step between two records. Parameters are copied twice, for the distance and for
+    the last update. Measured on one core of an EPYC: for a network of 4 tensors and 9,610 elements
+    a step takes 21 us, its hook 3 us and a record 0.5 ms; for 16 tensors and 33,280 elements 40 us,
+    6 us and 1.4 ms; for 4 M elements about 8 ms, too little to measure and 80 ms. By these figures
+    the steps take 10 to 50 percent longer with ``every=100``, and training as a whole less.
 
     Key ages are found by comparing keys before and after a step. Slots that were filled when the
     recording began, or when a state dict was loaded, count from then on. With
