@@ -37,7 +37,9 @@ def _train(cls: type[CriticalAdam], options: dict[str, Any], *, shares: bool) ->
 
 
 @needs_cpu_backend
-@pytest.mark.parametrize("options", [{}, LOW], ids=["float32", "low"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="float32", marks=pytest.mark.slow), pytest.param(LOW, id="low")]
+)
 @pytest.mark.parametrize("cls", [AdamCM, AdamCG])
 def test_a_step_in_a_spawned_process(cls: type[CriticalAdam], options: dict[str, Any]) -> None:
     """The parent goes on from the step that a spawned process took on its state.

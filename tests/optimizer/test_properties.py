@@ -131,6 +131,7 @@ def test_cpu_is_eager(backend: str, run: Run) -> None:
     _take_in_lockstep(run, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", backend_params(("triton",)))
 @settings(stable, max_examples=60)  # an interpreted step takes a hundred times as long
 @given(run=runs())

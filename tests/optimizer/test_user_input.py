@@ -154,6 +154,7 @@ NAMED = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("names", NAMED, ids=str)
 @pytest.mark.parametrize("how", ["constructor", "group", "added", "live"])
 @on_each_backend
