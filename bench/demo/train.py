@@ -1,18 +1,19 @@
 """One training run, and many of them in parallel."""
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 
 from bench.demo.contenders import CONTENDERS
-from bench.demo.tasks import TASKS, cross_entropy
+from bench.demo.tasks import TASKS, Task, cross_entropy
 
 _CURVE_POINTS = 25
 _REFRESH_SECONDS = 0.2
@@ -67,6 +68,32 @@ def state_bytes_per_parameter(optimizer: Optimizer) -> float:
     return float(size / parameters)
 
 
+def batch_losses(
+    task: Task, model: nn.Module, optimizer: Optimizer, steps: int, seed: int
+) -> Iterator[float]:
+    """Train; yield the loss of each batch after its step.
+
+    Args:
+        task: Whose data and batch size.
+        model: Changed.
+        optimizer: Its learning rate falls linearly to zero.
+        steps: How many.
+        seed: Of the batches.
+    """
+    data = task.load()
+    # Decayed to zero, else the noise of the last steps hides the differences.
+    schedule = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+    batches = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        examples = torch.randint(len(data.train_inputs), (task.batch_size,), generator=batches)
+        loss = cross_entropy(model(data.train_inputs[examples]), data.train_targets[examples])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        yield loss.item()
+
+
 def train(job: Job, on_step: Callable[[], None]) -> Run:
     """Train one model with one optimizer.
 
@@ -82,9 +109,7 @@ def train(job: Job, on_step: Callable[[], None]) -> Run:
     torch.manual_seed(job.seed)
     model = task.build()
     optimizer = CONTENDERS[job.contender].make(model.parameters(), lr=job.lr)
-    # Decayed to zero, else the noise of the last steps hides the differences.
-    schedule = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=job.steps)
-    batches = torch.Generator().manual_seed(job.seed)
+    losses = batch_losses(task, model, optimizer, job.steps, job.seed)
     eval_every = max(1, job.steps // _CURVE_POINTS)
     eval_steps: list[int] = []
     val_losses: list[float] = []
@@ -102,13 +127,7 @@ def train(job: Job, on_step: Callable[[], None]) -> Run:
                 recent_losses.clear()
         if step == job.steps:
             break
-        examples = torch.randint(len(data.train_inputs), (task.batch_size,), generator=batches)
-        loss = cross_entropy(model(data.train_inputs[examples]), data.train_targets[examples])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        recent_losses.append(loss.item())
+        recent_losses.append(next(losses))
         on_step()
     return Run(job, eval_steps, val_losses, train_loss, score, state_bytes_per_parameter(optimizer))
 

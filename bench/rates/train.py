@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch.optim.lr_scheduler import LinearLR
 
 from bench.demo.tasks import cross_entropy
+from bench.demo.train import batch_losses
 from bench.rates.setups import SETTINGS, SYSTEMS, TASKS
 
 _DIGITS = 6
@@ -35,16 +35,8 @@ def held_out_loss(job: Job) -> float:
     torch.manual_seed(job.seed)
     model = task.build()
     optimizer = {**SYSTEMS, **SETTINGS}[job.system](model.parameters(), lr=job.lr)
-    # As in the demo: without the decay the noise of the last steps hides the differences.
-    schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=task.steps)
-    batches = torch.Generator().manual_seed(job.seed)
-    for _ in range(task.steps):
-        examples = torch.randint(len(data.train_inputs), (task.batch_size,), generator=batches)
-        loss = cross_entropy(model(data.train_inputs[examples]), data.train_targets[examples])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+    for _ in batch_losses(task, model, optimizer, task.steps, job.seed):
+        pass
     with torch.no_grad():
         loss = cross_entropy(model(data.val_inputs), data.val_targets)
     return float(f"{loss.item():.{_DIGITS}g}")
