@@ -18,7 +18,7 @@ PAIR = ("Adam+CG", OURS)
 STEPS = 500
 LR = 0.1
 FLAT_LR = 0.05
-# Of the escape plot and of the table inside Fig. 5; elsewhere C = 5 and λ = 0.7.
+# The escape plot and the table inside Fig. 5 have these; elsewhere C = 5 and λ = 0.7.
 CAPACITY, DECAY = 20, 0.99
 # The paper's seeds and runs; the other starts are a sensitivity.
 SEEDS, ESCAPES, ACKLEY_SEEDS, FIGURE_STARTS = 20, 50, 10, 4

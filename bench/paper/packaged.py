@@ -31,7 +31,7 @@ def king_james(vocabulary: int, words: int | None = None, every: int = 10) -> Da
         vocabulary: Number of tokens, >= 2.
         words: The text ends with the chapter in which this number of words is reached; None for
             all of 814 thousand.
-        every: One chapter in this many is held out, so that both parts are of all books.
+        every: One chapter in this many is held out, so that both parts have every book.
 
     Raises:
         ModuleNotFoundError: The package is not installed.

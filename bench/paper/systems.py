@@ -13,7 +13,7 @@ from cm_fused import AdamCG, AdamCM
 from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
 
 SYSTEMS = ("Adam", "Adam+SAM", "Adam+CG", "Adam+CM", "Adam+SAM+CM")
-# Of the systems with a buffer: by the paper's equations, and by the rules of the research package.
+# The systems with a buffer, by the paper's equations and by the rules of the research package.
 _PAPER_RULES: dict[str, type[Optimizer]] = {
     "Adam+CG": AdamCG,
     "Adam+CM": AdamCM,

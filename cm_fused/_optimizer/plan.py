@@ -79,8 +79,8 @@ class Plan:
     options: list[StepOptions] | None = None
     # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
-    # Of this step, where they were needed: the sums of squares of all of the optimizer's parameters
-    # over processes, float64 (params,), and the norm before clipping, float64 ().
+    # This step's sums of squares of all of the optimizer's parameters over processes, float64
+    # (params,), and its norm before clipping, float64 (); None where they were not needed.
     sums: Tensor | None = None
     norm: Tensor | None = None
 

@@ -244,7 +244,7 @@ class Moves:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Remember where the parameters are before a step that is to be recorded."""
+        """Copy the parameters before a step that will be recorded."""
         params = [param for param in self._starts if param.requires_grad]
         if any(param not in self._befores for param in params):
             self._befores = {param: torch.empty_like(param) for param in params}

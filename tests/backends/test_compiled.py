@@ -55,7 +55,7 @@ EQUIVALENT = {
     r": mov\.b64 \S+ 0d0000000000000000; .*": "a chunk has an element",
     r"_(update_chunk|rebuild_sum): setp\.lt\.s32 \S+ %r\d+, %r\d+; .*": "a turn more is empty",
 }
-# Of the mutants of the default pass the quick test tries one in so many.
+# The quick test tries one in so many mutants of the default pass.
 SOME = 43
 
 
@@ -170,7 +170,7 @@ def test_priorities_by_cuda(
 
 @needs_nvcc
 def test_every_basic_block_ran(workers: Workers, arch: int) -> None:
-    """The cases leave no basic block out, of any kernel they compile, but for a reason."""
+    """The cases run every basic block of the kernels they compile, except those with a reason."""
     _run_all(workers, arch)
     left = workers.ask(arch, "never ran")
     unexplained = [name for name in left if not _reasons(name)]
@@ -209,7 +209,7 @@ def test_all_mutants(workers: Workers, arch: int) -> None:
 
 
 def test_nothing_else_is_contracted_or_approximated(workers: Workers, arch: int) -> None:
-    """No multiply-add is fused, and no quotient, root or subnormal is approximate, but for int8.
+    """No multiply-add is fused; no quotient, root or subnormal is approximate, except for int8.
 
     test_triton.py shows that its codes do not depend on what the approximation is off by.
     """

@@ -129,7 +129,7 @@ def test_few_samples_take_the_t_test() -> None:
     found = paired(samples)
     assert found.p == pytest.approx(stats.ttest_1samp(samples.numpy(), 0).pvalue, rel=1e-5)
     assert found.interval == seed_interval(samples)
-    # Of equal samples two in eight flips are as large.
+    # If all samples are equal, two of the eight flips are as large.
     assert paired(torch.ones(3)) == Estimate(Interval(1, 1, 1), 0.25, 3)
 
 
@@ -352,7 +352,7 @@ _SAY_BETTER = (
 
 def test_claims_have_the_paper_s_sign(made_up: Results) -> None:
     """Where critical momenta are better in everything, a claim that says so holds."""
-    # Of F1-iii the rows on critical gradients, which are made up as Adam is, do not.
+    # The rows of F1-iii on critical gradients do not hold: those are made up as Adam is.
     rows = [
         claim
         for claim in claims(made_up)
