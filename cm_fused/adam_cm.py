@@ -71,8 +71,10 @@ class AdamCM(CriticalAdam):
             its name; None likewise. `max_exp_avg_sq` stays float32.
         low_precision_update: How bfloat16 and float16 parameters are rounded: "nearest",
             "stochastic" (without bias), or "kahan": their state has what rounding took, as
-            `compensation` (dtype and shape of the parameter), and the next step adds it. Parameters
-            of other dtypes are not rounded.
+            `compensation` (dtype and shape of the parameter), and the next step adds it. "split" is
+            for bfloat16 and has the bits of training in float32: the parameter, rounded to nearest
+            with ties away from zero, and 16 more bits in the state, `master_remainder` (int16, its
+            shape), are a float32 master. Parameters of other dtypes are not rounded.
         seed: The seed of stochastic rounding, an int in [0, 2^63). Saved in checkpoints. No
             generator of torch's is used.
         max_grad_norm: Clip the gradients within the step, > 0: as

@@ -88,7 +88,7 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
         mean = buffer_mean(load_buffer(bucket, i), bucket["priorities"][i], options)
-        late = _with_l2_term(g, bucket.params[i], options) if options.l2_in_aggregate else g
+        late = _with_l2_term(g, bucket, i, options) if options.l2_in_aggregate else g
         aggregate = late + mean  # Eq. (3)
         m.mul_(options.beta1).add_(aggregate, alpha=1 - options.beta1)
         _update_(bucket, i, v, aggregate, numerator=m, options=options)
@@ -133,14 +133,13 @@ def effective_gradient(bucket: Bucket, i: int, options: StepOptions) -> Tensor:
 
     It is unscaled and clipped, then negated to maximize, then the L2 term is added.
     """
-    param = bucket.params[i]
-    dtype = update_dtype(param)
+    dtype = update_dtype(bucket.params[i])
     g = bucket.grads[i].to(dtype)
     if options.grad_factor is not None:
         g = options.grad_factor.to(g.device, dtype) * g
     if options.maximize:
         g = -g
-    return g if options.l2_in_aggregate else _with_l2_term(g, param, options)
+    return g if options.l2_in_aggregate else _with_l2_term(g, bucket, i, options)
 
 
 def _sq_norm(g: Tensor) -> Tensor:
@@ -149,10 +148,18 @@ def _sq_norm(g: Tensor) -> Tensor:
     return norm.square()
 
 
-def _with_l2_term(g: Tensor, param: Tensor, options: StepOptions) -> Tensor:
+def _with_l2_term(g: Tensor, bucket: Bucket, i: int, options: StepOptions) -> Tensor:
     if options.weight_decay == 0 or options.decoupled_weight_decay:
         return g
-    return g + options.weight_decay * param.to(g.dtype)
+    return g + options.weight_decay * _load_param(bucket, i)
+
+
+def _load_param(bucket: Bucket, i: int) -> Tensor:
+    """Return parameter i in the update's dtype: its master if it has one."""
+    param = bucket.params[i]
+    if bucket["master_remainder"] and param.dtype is torch.bfloat16:
+        return rounding.join_master(param, bucket["master_remainder"][i])
+    return param.to(update_dtype(param))
 
 
 def priority_keys(sq_norm: Tensor, count: int) -> list[Tensor]:
@@ -260,7 +267,7 @@ def _update_(
         denominator = corrected.sqrt() + options.eps
 
     half = param.dtype in (torch.bfloat16, torch.float16)
-    theta = param.to(v.dtype)
+    theta = _load_param(bucket, i)
     if half and options.low_precision_update == "kahan":
         theta = theta + bucket["compensation"][i].to(v.dtype)
     if options.decoupled_weight_decay:
@@ -274,6 +281,9 @@ def _update_(
     if half and options.low_precision_update == "stochastic":
         words = rounding.shaped_as(_words(bucket, i, Stream.PARAM, options), bucket["exp_avg"][i])
         theta = rounding.round_stochastically(theta, param.dtype, words >> rounding.RANDOM_BITS)
+    if bucket["master_remainder"] and param.dtype is torch.bfloat16:
+        theta, remainder = rounding.split_master(theta)
+        bucket["master_remainder"][i].copy_(remainder)
     param.copy_(theta)
     if half and options.low_precision_update == "kahan":
         bucket["compensation"][i].copy_(theta - param.to(v.dtype))

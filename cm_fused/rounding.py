@@ -28,6 +28,7 @@ SMALLEST_SCALED = 2.0**-100
 # The random bits of one rounding.
 RANDOM_BITS = 16
 _EXPONENT = 0x7F800000
+_NAN = 0x7FC00000
 _MAX_FINITE = float(torch.finfo(torch.float32).max)
 
 
@@ -123,6 +124,36 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
     up = (scaled - lower) * 2.0**RANDOM_BITS > bits.to(torch.float32)
     rounded = torch.copysign((lower + up) * spacing, values)
     return torch.where(values.isfinite(), rounded, values)
+
+
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 masters that `split_master` split.
+
+    Args:
+        param: bfloat16, any shape.
+        remainder: int16 of that shape. Of a parameter that was set since, the master is within half
+            a unit of the parameter's last place, and the parameter itself where it would be NaN.
+    """
+    values = param.to(torch.float32)
+    master = (values.view(torch.int32) + remainder.to(torch.int32)).view(torch.float32)
+    return torch.where(master.isnan(), values, master)
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 masters rounded to bfloat16, and the last 16 bits of each.
+
+    Rounding is to nearest, ties away from 0: after ties to even, those bits would not tell whether
+    a tie went up or down. All NaNs become one, whose last bits are 0.
+
+    Args:
+        master: float32, any shape.
+
+    Returns:
+        bfloat16 and int16 of that shape.
+    """
+    bits = torch.where(master.isnan(), _NAN, master.view(torch.int32))
+    upper = (bits + 0x8000) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 
 
 def _magnitude(codes: Tensor, largest_code: float) -> Tensor:

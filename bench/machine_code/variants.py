@@ -88,7 +88,7 @@ class Variant:
             state_bytes=self.state_dtype.itemsize,
             moment_bytes=(self.moment_dtype or self.state_dtype).itemsize,
             slot_bytes=(self.slot_dtype or self.state_dtype).itemsize,
-            kahan=self.update == "kahan",
+            rounding_bytes=2 if self.update in ("kahan", "split") else 0,
         )
 
 

@@ -102,7 +102,7 @@ def triton_pass(
     state_bytes: int,
     moment_bytes: int,
     slot_bytes: int,
-    kahan: bool = False,
+    rounding_bytes: int = 0,
 ) -> Bytes:
     """What the Triton pass loads and stores where it replaces a slot (_backends/triton/kernels.py).
 
@@ -116,9 +116,9 @@ def triton_pass(
         state_bytes: Of an element of the maximum and of the running sum.
         moment_bytes: Of an element of m and of v.
         slot_bytes: Of an element of a slot. Scales, 1/64 of a byte an element, are not counted.
-        kahan: Whether there is a compensation.
+        rounding_bytes: Of an element of what rounding θ leaves: compensation or master_remainder.
     """
-    both_ways = (2 * moment_bytes) + (state_bytes if amsgrad else 0) + (param_bytes * kahan)
+    both_ways = (2 * moment_bytes) + (state_bytes if amsgrad else 0) + rounding_bytes
     if summed_slots:
         buffer = Bytes(summed_slots * slot_bytes, slot_bytes)
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cm_fused._backends import library
 from cm_fused._bucket import Batch, Bucket, StepOptions, hyperparameters, over_scope
 from cm_fused._state.table import State, mask_of
+from cm_fused.rounding import join_master
 
 unavailable_reason = library.unavailable_reason
 _CPU = torch.device("cpu")
@@ -151,15 +152,27 @@ def _sq_norms(batch: Batch) -> list[Tensor]:
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
     factor = options.grad_factor
+    params, grads = bucket.params, bucket.grads
+    if bucket["master_remainder"] and options.weight_decay != 0:
+        params, grads = _with_masters(bucket)
     result: Tensor = torch.ops.cm_fused.sq_norms(
-        bucket.params,
-        bucket.grads,
+        params,
+        grads,
         None if factor is None else factor.to(_CPU, torch.float64),
         weight_decay=0.0 if options.l2_in_aggregate else options.weight_decay,
         maximize=options.maximize,
         decoupled_weight_decay=options.decoupled_weight_decay,
     )
     return result
+
+
+def _with_masters(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
+    """Return parameters and gradients, copies in float32 of those that have masters."""
+    params, grads = list(bucket.params), list(bucket.grads)
+    for i, (param, remainder) in enumerate(zip(params, bucket["master_remainder"], strict=True)):
+        if param.dtype is torch.bfloat16:
+            params[i], grads[i] = join_master(param, remainder), grads[i].to(torch.float32)
+    return params, grads
 
 
 def flush_(states: list[State]) -> None:

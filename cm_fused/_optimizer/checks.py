@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "backend": (None, *NAMES),
     "buffer_dtype": (None, *BUFFER_DTYPES),
     "moment_dtype": (None, *MOMENT_DTYPES),
-    "low_precision_update": ("nearest", "stochastic", "kahan"),
+    "low_precision_update": ("nearest", "stochastic", "kahan", "split"),
     "adjust_lr_fn": (None, "match_rms_adamw"),
 }
 _Rule = tuple[str, Callable[[float], bool]]
@@ -192,11 +192,12 @@ def check_low_precision(group: Mapping[str, Any]) -> None:
     for i, param in enumerate(group["params"]):
         if not param.requires_grad:
             continue
-        name = refused_precision(param, group)
-        if name is not None:
+        refused = refused_precision(param, group)
+        if refused is not None:
+            name, rule = refused
             raise ValueError(
-                f"{name} must be None for float64 and complex parameters; put them into a group of "
-                f"their own: params[{i}] is {param.dtype}, got {group[name]!r}"
+                f"{name} must be {rule}; put them into a group of their own: params[{i}] is "
+                f"{param.dtype}, got {group[name]!r}"
             )
 
 

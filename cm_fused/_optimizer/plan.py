@@ -244,7 +244,7 @@ class Plans:
             batches.append((backend, Batch(chosen, [p for b in chosen for p in b.params])))
             orders.append(None if order == list(range(len(params))) else order)
         counts = Counter(bucket.group for bucket in buckets)
-        compensates = any(group["low_precision_update"] == "kahan" for group in groups)
+        compensates = any(group["low_precision_update"] in ("kahan", "split") for group in groups)
         plan = Plan(
             params,
             buckets,

@@ -45,7 +45,8 @@ def check_entry(entry: Entry) -> None:
     shapes = shapes_of(param, group["capacity"])
     for key, value in values.items():
         expected = shapes[ROWS[key].shape]
-        if key == "compensation" and param.dtype not in (torch.bfloat16, torch.float16):
+        dtypes = ROWS[key].param_dtypes
+        if dtypes is not None and param.dtype not in dtypes:
             expected = (0,)
         if value.shape != expected and not (key == "step" and value.numel() == 1):
             raise ValueError(

@@ -23,15 +23,18 @@ from cm_fused._state.table import (
 from cm_fused.rounding import LARGEST
 
 LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HALF_DTYPES = LOW_PRECISION_PARAM_DTYPES[1:]
 
 
-def refused_precision(param: Tensor, group: Group) -> str | None:
-    """Return the option that asks for state which a parameter cannot have, or None."""
+def refused_precision(param: Tensor, group: Group) -> tuple[str, str] | None:
+    """Return the option that a parameter cannot follow and what it must be, or None."""
+    if param.dtype is torch.float16 and group["low_precision_update"] == "split":
+        rule = "'nearest', 'stochastic' or 'kahan' for float16 parameters, no part of a float32"
+        return "low_precision_update", rule
     if param.dtype in LOW_PRECISION_PARAM_DTYPES:
         return None
     asked = (name for name in ("buffer_dtype", "moment_dtype") if group[name] is not None)
-    return next(asked, None)
+    name = next(asked, None)
+    return None if name is None else (name, "None for float64 and complex parameters")
 
 
 def check_param(param: Tensor, state: State) -> None:
@@ -53,8 +56,8 @@ def check_param(param: Tensor, state: State) -> None:
             "param.data = param.data.resolve_conj().resolve_neg()"
         )
     for key, leading in LEADING.items():
-        # A compensation of what is not rounded is empty.
-        if key == "compensation" or key not in state or state[key].shape[leading:] == param.shape:
+        # What only parameters of some dtypes have is empty of others.
+        if ROWS[key].param_dtypes or key not in state or state[key].shape[leading:] == param.shape:
             continue
         slots = "C, " if leading else ""
         raise RuntimeError(
@@ -86,9 +89,10 @@ def missing_state(param: Tensor, state: State, keys: tuple[str, ...], group: Gro
     check_param(param, state)
     refused = refused_precision(param, group)
     if refused is not None:
+        name, rule = refused
         raise RuntimeError(
-            f"{refused} must be None for float64 and complex parameters, got {group[refused]!r} "
-            f"for one of {param.dtype}; put it into a group of its own"
+            f"{name} must be {rule}, got {group[name]!r} for one of {param.dtype}; put it into a "
+            "group of its own"
         )
     if "priorities" in state and state["priorities"].numel() != group["capacity"]:
         raise RuntimeError(
@@ -106,8 +110,17 @@ def missing_state(param: Tensor, state: State, keys: tuple[str, ...], group: Gro
     return {
         key: new_tensor(key, param, state, group)
         for key in keys
-        if key not in state or (key == "compensation" and state[key].dtype != param.dtype)
+        if key not in state or _is_of_another_dtype(key, param, state[key], group)
     }
+
+
+def _is_of_another_dtype(key: str, param: Tensor, value: Tensor, group: Group) -> bool:
+    """Return whether a row that parameters of some dtypes have is from before a model was cast."""
+    dtypes = ROWS[key].param_dtypes
+    if dtypes is None:
+        return False
+    is_wanted = param.dtype in dtypes and param.numel() > 0
+    return value.dtype != dtype_of(key, param, group) or (value.numel() > 0) != is_wanted
 
 
 def missing_state_of(param: Tensor, state: State, keys: tuple[str, ...], group: Group) -> State:
@@ -145,7 +158,7 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
     if key not in LEADING:
         size = shapes_of(param, capacity)[row.shape]
         return torch.full(size, row.fill, dtype=dtype, device=param.device)
-    if key == "compensation" and dtype not in _HALF_DTYPES:
+    if row.param_dtypes is not None and param.dtype not in row.param_dtypes:
         return torch.zeros(0, dtype=dtype, device=param.device)
     like = state.get("exp_avg", param)
     if key == "critical_buffer":

@@ -38,6 +38,8 @@ class Row(NamedTuple):
     scales: str | None = None  # the key of its scales, where its dtype has such
     # The option that needs it, and the option's value; None: every backend needs it.
     option: tuple[str, Any] | None = None
+    # The dtypes of the parameters that have it; of others it is empty. None: all have it.
+    param_dtypes: tuple[torch.dtype, ...] | None = None
     fill: float = 0.0  # what a new one is filled with
     in_buffer: bool = False  # part of the buffer, which is new as a whole or not at all
     # It follows from the other rows: only some backends or options keep it, and it goes stale when
@@ -61,8 +63,23 @@ STATE = (
     ),
     # The running sum of the slots, where a backend keeps one.
     Row("critical_sum", Shape.PARAM, in_buffer=True, is_derived=True),
-    # What rounding took from a half-precision parameter; of others it is empty.
-    Row("compensation", Shape.PARAM, option=("low_precision_update", "kahan"), is_derived=True),
+    # What rounding took from a half-precision parameter, in the parameter's dtype.
+    Row(
+        "compensation",
+        Shape.PARAM,
+        option=("low_precision_update", "kahan"),
+        param_dtypes=(torch.bfloat16, torch.float16),
+        is_derived=True,
+    ),
+    # The last 16 bits of a bfloat16 parameter's float32 master (`cm_fused.rounding.join_master`).
+    Row(
+        "master_remainder",
+        Shape.PARAM,
+        torch.int16,
+        option=("low_precision_update", "split"),
+        param_dtypes=(torch.bfloat16,),
+        is_derived=True,
+    ),
     Row("critical_scales", Shape.SLOT_SCALES, torch.float32, in_buffer=True),
     Row("exp_avg_scales", Shape.SCALES, torch.float32),
     Row("exp_avg_sq_scales", Shape.SCALES, torch.float32),

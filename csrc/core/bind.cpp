@@ -43,7 +43,8 @@ StoredDtype stored_dtype(const char* role, size_t i, int32_t dtype, ParamDtype p
 bool is_used(const StateRowInfo& row, const ParamData& data) {
   return (row.unit != StateUnit::kBlock ||
              has_scales(row.each_slot ? data.slot_dtype : data.moment_dtype)) &&
-         (row.dtype != StateDtype::kHalf || is_half(data.dtype));
+         (row.dtype != StateDtype::kHalf || is_half(data.dtype)) &&
+         (row.dtype != StateDtype::kInt16 || data.dtype == ParamDtype::kBFloat16);
 }
 
 // The number of elements that a row's tensor must have.
@@ -60,6 +61,8 @@ int32_t dtype_of(StateDtype dtype, const TensorView& order, const ParamData& dat
       return update_dtype(data.dtype);
     case StateDtype::kHalf:
       return param_dtypes()[static_cast<size_t>(data.dtype)];
+    case StateDtype::kInt16:
+      return aoti_torch_dtype_int16();
     case StateDtype::kFloat32:
       return aoti_torch_dtype_float32();
     case StateDtype::kInt64:

@@ -21,6 +21,7 @@ enum class StateDtype {
   kUpdate,  // the one that the parameter's update is computed in
   kSlot,    // any that slots are stored in
   kHalf,    // a half-precision parameter's own; other parameters' tensor is not looked at
+  kInt16,   // of a bfloat16 parameter; other parameters' tensor is not looked at
   kFloat32,
   kInt64,
 };
@@ -34,6 +35,7 @@ enum class StateDtype {
   ROW(CriticalBuffer, critical_buffer, "critical_buffers", void, kElement, true, kSlot)       \
   ROW(CriticalSum, critical_sum, "critical_sums", void, kElement, false, kUpdate)             \
   ROW(Compensation, compensation, "compensations", void, kElement, false, kHalf)              \
+  ROW(MasterRemainder, master_remainder, "master_remainders", int16_t, kElement, false, kInt16) \
   ROW(CriticalScales, critical_scales, "critical_scales", float, kBlock, true, kFloat32)      \
   ROW(ExpAvgScales, exp_avg_scales, "exp_avg_scales", float, kBlock, false, kFloat32)         \
   ROW(ExpAvgSqScales, exp_avg_sq_scales, "exp_avg_sq_scales", float, kBlock, false, kFloat32) \

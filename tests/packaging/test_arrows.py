@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     (
         *("__main__", "adam_cg", "adam_cm", "compat", "diagnostics", "gradient_release"),
-        *("param_groups", "sam"),
+        *("master_params", "param_groups", "sam"),
     ),
     ("_optimizer",),
     ("_backends",),

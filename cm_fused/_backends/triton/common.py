@@ -102,7 +102,7 @@ def at(ptr, start, ALIGNED: tl.constexpr):
 def is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
     """Return whether every chunk of every tensor of a row starts at 16 bytes."""
     joined = numel * SLOT_BYTES  # from one slot to the next
-    for column in tl.static_range(_column("param"), _column("compensation") + 1):
+    for column in tl.static_range(_column("param"), _column("master_remainder") + 1):
         joined |= tl.load(row_ptr + column)
     return joined % 16 == 0
 

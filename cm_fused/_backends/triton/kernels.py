@@ -86,6 +86,7 @@ class _Variant:
     SUMMED_SLOTS: int
     STOCHASTIC: bool
     KAHAN: bool
+    SPLIT: bool
     BY_FOURS: bool
     FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
     shape: tuple[int, ...] = ()  # of the elements that are worked on at a time
@@ -143,7 +144,8 @@ _Admission = namedtuple("_Admission", "capacity slot rebuild")
 # Addresses of a chunk's first element; an option's tensor is not touched without it.
 _Tensors = namedtuple(
     "_Tensors",
-    "param grad exp_avg exp_avg_sq max_exp_avg_sq compensation exp_avg_scales exp_avg_sq_scales",
+    "param grad exp_avg exp_avg_sq max_exp_avg_sq compensation master_remainder exp_avg_scales "
+    "exp_avg_sq_scales",
 )
 
 # A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. `slot`
@@ -201,6 +203,7 @@ def _tensors_of(chunk, V: tl.constexpr):
         at(pointer(row_ptr, "exp_avg_sq", V.MOMENT_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "max_exp_avg_sq", V.STATE_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "compensation", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "master_remainder", tl.int16), start, V.FULL),
         pointer(row_ptr, "exp_avg_scales", tl.float32) + scale,
         pointer(row_ptr, "exp_avg_sq_scales", tl.float32) + scale,
     )
@@ -409,7 +412,9 @@ def _commit(buffer, stored, scales, block, V: tl.constexpr):
 def _load(tensors, block, V: tl.constexpr):
     """Return m, the parameter, the gradient and v of a block."""
     exp_avg = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
-    param = tl.load(tensors.param + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
+    param = rounding.load_param(
+        tensors.param, tensors.master_remainder, block.offsets, block.mask, V.SPLIT, V.STATE_DTYPE
+    )
     grad = tl.load(tensors.grad + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
     exp_avg_sq = _load_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, False, V)
     return exp_avg, param, grad, exp_avg_sq
@@ -449,6 +454,9 @@ def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
             rounded = rounding.round_to_bfloat16(param, bits)
         else:
             rounded = rounding.round_to_float16(param, bits)
+    elif V.SPLIT:
+        rounded, remainder = rounding.split_master(param)
+        tl.store(tensors.master_remainder + block.offsets, remainder, mask=block.mask)
     else:
         rounded = param.to(V.PARAM_DTYPE)
     tl.store(tensors.param + block.offsets, rounded, mask=block.mask)
@@ -585,6 +593,7 @@ def critical_adam_kernel(
     SUMMED_SLOTS: tl.constexpr,  # the capacity where slots are summed, 0 where there are sums
     STOCHASTIC: tl.constexpr,  # a half-precision parameter is rounded stochastically
     KAHAN: tl.constexpr,  # it has a compensation, which takes what rounding leaves
+    SPLIT: tl.constexpr,  # it is of bfloat16 and has the rest of a float32 master's bits
     # Each four consecutive elements, from the first on, are four of the whole parameter's that
     # share a counter of random bits.
     BY_FOURS: tl.constexpr,
@@ -602,6 +611,7 @@ def critical_adam_kernel(
         SUMMED_SLOTS,
         STOCHASTIC,
         KAHAN,
+        SPLIT,
         BY_FOURS,
     )
     chunk = _chunk_of(table_ptr, chunks_ptr)

@@ -268,8 +268,12 @@ class _Launcher:
         """Launch the pass that only reads the gradients, for the sum of g^2 of each chunk."""
         scalars = _weight_decays(self._options)[0], _sign(self._options)
         for chunks in self.tables.launches:
-            kernel, options = triton_norms.sq_norm_kernel, partial(_dtype_options, chunks)
+            kernel, options = triton_norms.sq_norm_kernel, partial(self._norm_options, chunks)
             self._launch(kernel, chunks, (self._grad_factor,), scalars, options)
+
+    def _norm_options(self, chunks: Chunks) -> dict[str, Any]:
+        split = has_masters(chunks.param_dtype, self._options.low_precision_update)
+        return {**_dtype_options(chunks), "SPLIT": split}
 
     def tensor_sq_norms(self) -> Tensor:
         """Return the sum of g^2 of each parameter, after a pass that took those of the chunks."""
@@ -389,7 +393,13 @@ def precision(
         "SLOT_DTYPE": STORED_DTYPES.get(slot_dtype, update_dtype),
         "STOCHASTIC": half and low_precision_update == "stochastic",
         "KAHAN": half and low_precision_update == "kahan",
+        "SPLIT": has_masters(param_dtype, low_precision_update),
     }
+
+
+def has_masters(param_dtype: torch.dtype, low_precision_update: str) -> bool:
+    """Return whether parameters of a dtype are parts of float32 masters."""
+    return param_dtype is torch.bfloat16 and low_precision_update == "split"
 
 
 def _weight_decays(options: StepOptions) -> tuple[float, float, float]:

@@ -21,6 +21,7 @@ from cm_fused._backends.triton.common import (
     spread,
     sum_squares,
 )
+from cm_fused._backends.triton.rounding import load_param
 
 
 @triton.jit
@@ -57,9 +58,11 @@ def _sq_norm_of_chunk(
     factor,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr,
     FULL: tl.constexpr,
 ):
     param_ptr = at(pointer(row_ptr, "param", PARAM_DTYPE), start, FULL)
+    remainder_ptr = at(pointer(row_ptr, "master_remainder", tl.int16), start, FULL)
     grad_ptr = at(pointer(row_ptr, "grad", PARAM_DTYPE), start, FULL)
     BLOCK: tl.constexpr = FULL_BLOCK if FULL else TAIL_BLOCK
     decays = spread(l2, (BLOCK,)) != 0
@@ -69,7 +72,7 @@ def _sq_norm_of_chunk(
         offsets = begin + tl.arange(0, BLOCK)
         mask = tl.full((BLOCK,), 1, dtype=tl.int1) if FULL else offsets < count
         # Without weight decay there is no need to read the parameter.
-        param = tl.load(param_ptr + offsets, mask=mask & decays, other=0.0).to(STATE_DTYPE)
+        param = load_param(param_ptr, remainder_ptr, offsets, mask & decays, SPLIT, STATE_DTYPE)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(STATE_DTYPE)
         g = effective_gradient(grad, param, factor, l2)
         if STATE_DTYPE == tl.float64:
@@ -93,6 +96,7 @@ def sq_norm_kernel(
     sign: tl.float64,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Write the sum of g^2 of each chunk; arguments as for `critical_adam_kernel`."""
     program = tl.program_id(0).to(tl.int64)
@@ -107,11 +111,29 @@ def sq_norm_kernel(
     full = (count == CHUNK_SIZE) & is_aligned(row_ptr, numel, STATE_DTYPE.primitive_bitwidth // 8)
     if full:
         _sq_norm_of_chunk(
-            row_ptr, chunk_sq_norm_ptr, start, count, l2, factor, PARAM_DTYPE, STATE_DTYPE, True
+            row_ptr,
+            chunk_sq_norm_ptr,
+            start,
+            count,
+            l2,
+            factor,
+            PARAM_DTYPE,
+            STATE_DTYPE,
+            SPLIT,
+            True,
         )
     else:
         _sq_norm_of_chunk(
-            row_ptr, chunk_sq_norm_ptr, start, count, l2, factor, PARAM_DTYPE, STATE_DTYPE, False
+            row_ptr,
+            chunk_sq_norm_ptr,
+            start,
+            count,
+            l2,
+            factor,
+            PARAM_DTYPE,
+            STATE_DTYPE,
+            SPLIT,
+            False,
         )
 
 

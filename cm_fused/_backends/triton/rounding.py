@@ -20,6 +20,7 @@ ROUNDS = tl.constexpr(philox.ROUNDS)
 _MULTIPLIER0, _MULTIPLIER1 = map(tl.constexpr, philox.MULTIPLIERS)
 _WEYL0, _WEYL1 = map(tl.constexpr, philox.WEYL)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+_NAN_BITS = tl.constexpr(0x7FC00000)
 _SIGN_BIT = tl.constexpr(-0x80000000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 # The bits of 2^-14 and 2^17; those of a power of two taken from the last are those of its inverse.
@@ -152,6 +153,31 @@ def random_bits(counters, first, STREAM: tl.constexpr, BY_FOURS: tl.constexpr, S
         even = tl.where(positions % 4 == 0, bits0, bits2)
         odd = tl.where(positions % 4 == 1, bits1, bits3)
         return tl.where(positions % 2 == 0, even, odd)
+
+
+@triton.jit
+def load_param(
+    param_ptr, remainder_ptr, offsets, mask, SPLIT: tl.constexpr, STATE_DTYPE: tl.constexpr
+):
+    """Return parameters as a step computes with them: their masters where they are SPLIT."""
+    param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
+    if SPLIT:
+        remainder = tl.load(remainder_ptr + offsets, mask=mask, other=0)
+        bits = param.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        values = bits.to(tl.float32, bitcast=True)
+        master = (bits + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+        return tl.where(master == master, master, values)
+    else:
+        return param.to(STATE_DTYPE)
+
+
+@triton.jit
+def split_master(master):
+    """Return float32 masters rounded to bfloat16, and the last 16 bits of each, int16."""
+    bits = master.to(tl.int32, bitcast=True)
+    bits = tl.where(master == master, bits, tl.zeros_like(bits) + _NAN_BITS)
+    rounded = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return rounded, bits.to(tl.int16)
 
 
 @triton.jit

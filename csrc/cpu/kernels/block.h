@@ -166,6 +166,43 @@ inline void keep_compensation(
       compensation, n, static_cast<param_t*>(tensor.compensation) + begin);
 }
 
+// Makes a block of a bfloat16 parameter its float32 masters (cm_fused/rounding.py): below its bits
+// come those of the remainder. A parameter that was set since keeps to its value where the
+// remainder, which was of another, would make it NaN.
+template <typename state_t>
+CM_FUSED_INLINE void join_master(const TensorStep& tensor, int64_t begin, int64_t n, state_t* param) {
+  if constexpr (std::is_same_v<state_t, float>) {
+    if (tensor.master_remainder == nullptr) {
+      return;
+    }
+    const int16_t* const remainder = tensor.master_remainder + begin;
+    with_block_size(n, [&](auto size) {
+      for (int64_t i = 0; i < size; ++i) {
+        const auto bits = bit_cast<uint32_t>(param[i]) + static_cast<uint32_t>(int32_t{remainder[i]});
+        const auto master = bit_cast<float>(bits);
+        param[i] = master == master ? master : param[i];
+      }
+    });
+  }
+}
+
+// Stores what is below a bfloat16's bits of a block's masters, and rounds the block to bfloat16: to
+// nearest, ties away from 0.
+template <typename state_t>
+[[gnu::noinline]] void split_master(
+    const TensorStep& tensor, int64_t begin, int64_t n, state_t* master) {
+  if constexpr (std::is_same_v<state_t, float>) {
+    int16_t* const remainder = tensor.master_remainder + begin;
+    with_block_size(n, [&](auto size) {
+      for (int64_t i = 0; i < size; ++i) {
+        const uint32_t bits = master[i] == master[i] ? bit_cast<uint32_t>(master[i]) : kNanBits;
+        remainder[i] = static_cast<int16_t>(bits);
+        master[i] = bit_cast<float>((bits + 0x8000U) & 0xFFFF0000U);
+      }
+    });
+  }
+}
+
 // Rounds a block to values of param_t, so that storing them loses nothing more.
 template <typename state_t, typename param_t>
 [[gnu::noinline]] void round_stochastically(const uint32_t* words, int64_t n, state_t* param) {

@@ -61,6 +61,7 @@ class Copies {
       grad = load_block(static_cast<const param_t*>(tensor_.grad), tensor_.grad_layout.get(), begin,
           n, grad_scratch_);
     });
+    join_master(tensor_, begin, n, param_);
     with_block_size(n, [&](auto size) {
       range.stored_g = gradients_.effective(grad, param_, size, grad_scratch_);
       range.update_g =
@@ -86,6 +87,8 @@ class Copies {
         alignas(64) uint32_t words[kLargestBlock];
         random_words(tensor_, options_, begin, Stream::kParam, words);
         round_stochastically<state_t, param_t>(words, n, param_);
+      } else if (tensor_.master_remainder != nullptr) {
+        split_master(tensor_, begin, n, param_);
       }
     }
     store_block(static_cast<param_t*>(tensor_.param), tensor_.param_layout.get(), begin, n, param_);

@@ -8,13 +8,14 @@ inline to_t bit_cast(from_t value) {
 
 constexpr uint32_t kMagnitudeBits = 0x7FFFFFFFU;
 constexpr uint32_t kInfinityBits = 0x7F800000U;
+constexpr uint32_t kNanBits = 0x7FC00000U;
 
 // Bits whose upper half is a bfloat16, rounded to nearest even: c10's form without its branch.
 template <typename vector_t>
 CM_FUSED_INLINE Bits<vector_t> bfloat16_bits(vector_t value) {
   const auto raw = bit_cast<Bits<vector_t>>(value);
   const Bits<vector_t> rounded = raw + 0x7FFFU + ((raw >> 16) & 1U);
-  return value == value ? rounded : Bits<vector_t>{} + 0x7FC00000U;
+  return value == value ? rounded : Bits<vector_t>{} + kNanBits;
 }
 
 // Those of one of its two neighbours: up with the probability of the distance from the lower one.

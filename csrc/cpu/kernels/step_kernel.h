@@ -175,6 +175,9 @@ double sq_norm_part(
       if (gradients.adds_l2_term()) {
         param = load_block(static_cast<const param_t*>(tensor.param), tensor.param_layout.get(),
             begin, n, param_scratch);
+        if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
+          join_master(tensor, begin, n, param_scratch);
+        }
       }
     });
     squares.add(gradients.effective(g, param, n, grad_scratch), n);
