@@ -23,7 +23,7 @@ Damage = tuple[str, dict[str, Any]]
 Stepped = tuple[list[Tensor], AdamCM | AdamCG]
 SHAPES = ((3, 5), (7,))
 # Without these a checkpoint is another backend's, or one without amsgrad.
-OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation")
+OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation", "master_remainder")
 
 
 def run(quick: bool) -> Finding:

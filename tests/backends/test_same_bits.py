@@ -99,6 +99,11 @@ def _cases() -> list[Case]:
         for dtype in HALVES
         for update in UPDATES
     ]
+    split = {"low_precision_update": "split"}
+    cases += [
+        Case(AdamCM, {**split, "weight_decay": 0.1}, torch.bfloat16, (257,)),
+        Case(AdamCG, {**split, "weight_decay": 0.1}, torch.bfloat16, (CHUNK_SIZE + 3,)),
+    ]
     cases += [Case(cls, {}, lengths=(length,)) for cls in BUFFERS for length in LENGTHS]
     clipped = {"max_grad_norm": 0.5, "weight_decay": 0.1, "capacity": 1}
     cases += [

@@ -42,6 +42,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int8": {"buffer_dtype": torch.int8, "moment_dtype": torch.int8, "capacity": 12},
     "float8": {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.bfloat16},
     "kahan": {"dtype": torch.bfloat16, "low_precision_update": "kahan"},
+    "split": {"dtype": torch.bfloat16, "low_precision_update": "split"},
     "stochastic": {"dtype": torch.bfloat16, "low_precision_update": "stochastic", "seed": 7},
     "amsgrad": {"amsgrad": True, "weight_decay": 0.1},
     "clipped": {"skip_nonfinite": True, "max_grad_norm": 1.0},

@@ -84,6 +84,7 @@ _PRECISIONS: dict[torch.dtype, tuple[dict[str, Any], ...]] = {
         {},
         {"low_precision_update": "stochastic", "seed": 3},
         {"low_precision_update": "kahan", "buffer_dtype": torch.int8},
+        {"low_precision_update": "split"},
     ),
     torch.float16: ({"low_precision_update": "stochastic"}, {"low_precision_update": "kahan"}),
     torch.complex64: ({},),

@@ -107,6 +107,7 @@ def test_a_norm_that_is_not_finite_is_as_torch_has_it(backend: str) -> None:
         (torch.float32, {"amsgrad": True}),
         (torch.bfloat16, {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.int8}),
         (torch.bfloat16, {"low_precision_update": "kahan"}),
+        (torch.bfloat16, {"low_precision_update": "split"}),
     ],
     ids=str,
 )

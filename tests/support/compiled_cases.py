@@ -23,6 +23,7 @@ def _precision(slots: Any, moments: Any, update: str) -> dict[str, Any]:
 
 _LOW = _precision(torch.int8, torch.int8, "stochastic")
 _OTHER = _precision(torch.float8_e4m3fn, torch.bfloat16, "kahan")
+_SPLIT = {"low_precision_update": "split"}
 # Options that are values of a launch: both sides of the branches on them are run.
 _CHANGED: dict[str, Any] = {"weight_decay": 0.1, "buffer_mean": "size"}
 
@@ -41,6 +42,7 @@ QUICK_CASES = (
     _case(AdamCG, {}, amp=True),
     _case(AdamCM, _LOW, torch.bfloat16, shard=(5, 7, 9)),
     _case(AdamCG, _OTHER, torch.float16),
+    _case(AdamCG, {**_SPLIT, "weight_decay": 0.2}, torch.bfloat16),
     *(_case(AdamCM, {}, layout=layout) for layout in ("shifted", "transposed", "gaps")),
     _case(AdamCM, {"priority_scope": "tensor"}, torch.complex64),
 )
@@ -79,6 +81,9 @@ def _slow_cases() -> list[Case]:
     ):
         if dtype in _HALVES or update == "nearest":
             cases.append(_case(cls, _precision(slots, moments, update), dtype))
+    cases += [
+        _case(cls, _SPLIT, torch.bfloat16, amp=amp) for cls in classes for amp in (False, True)
+    ]
     for cls, capacity, slots in itertools.product(classes, (4, 5, 6, 7, 9, 10, 11), _SLOTS):
         options = {"capacity": capacity, "buffer_dtype": slots}
         cases.append(_case(cls, options))

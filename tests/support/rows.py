@@ -88,6 +88,7 @@ ANY: tuple[Damage, ...] = (
     ("no_memory", _without_memory(0), "have its memory"),
     ("less_memory", _without_memory(1), "have its memory"),
 )
+INT32: Damage = ("dtype", lambda t: t.to(torch.int32), "have dtype Short, got Int")
 OF_STATE: tuple[Damage, ...] = (
     ("meta", lambda t: t.to("meta"), "be on cpu, got device"),
     ("sparse", lambda t: t.to_sparse(), "be a strided tensor, not a sparse one"),
@@ -137,6 +138,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Damage, ...]]] = {
     "critical_buffer": (FLUSHED, (*ANY, *OF_STATE, *SLOTS)),
     "critical_sum": (FLUSHED, (*ANY, *OF_STATE, *SHAPED, STRIDED)),
     "compensation": (STEPS, (*ANY, *OF_STATE, *SHAPED, STRIDED)),
+    "master_remainder": (STEPS, (INT32, *ANY[1:], *OF_STATE, *SHAPED, STRIDED)),
     "critical_scales": (FLUSHED, (*ANY, *OF_STATE, *FLAT)),
     "exp_avg_scales": (FLUSHED, (*ANY, *OF_STATE, *FLAT)),
     "exp_avg_sq_scales": (STEPS, (*ANY, *OF_STATE, *FLAT)),

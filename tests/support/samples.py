@@ -206,9 +206,22 @@ def rounded_sample(
     return case
 
 
+def split_sample() -> Sample:
+    """Return arguments whose parameters are parts of float32 masters."""
+    return _with_remainders(sample(torch.bfloat16))
+
+
 def full_sample() -> Sample:
     """Return arguments with every row of the state."""
-    return rounded_sample(torch.bfloat16, torch.int8, torch.int8, amsgrad=True, running_sum=True)
+    options = {"amsgrad": True, "running_sum": True}
+    return _with_remainders(rounded_sample(torch.bfloat16, torch.int8, torch.int8, **options))
+
+
+def _with_remainders(case: Sample) -> Sample:
+    case.state["master_remainder"] = [
+        torch.full_like(param, 77, dtype=torch.int16) for param in case.params
+    ]
+    return case
 
 
 SAMPLES: dict[str, Callable[[], Sample]] = {
@@ -219,6 +232,7 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "float64": lambda: sample(torch.float64, amsgrad=True),
     "bfloat16": lambda: sample(torch.bfloat16, capacity=5, running_sum=True),
     "float16": lambda: sample(torch.float16),
+    "split": split_sample,
     "strided": lambda: sample(strided=True),
     "strided_bfloat16": lambda: sample(torch.bfloat16, strided=True),
     "int8": lambda: rounded_sample(torch.float32, torch.int8, torch.int8),

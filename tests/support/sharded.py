@@ -1238,6 +1238,7 @@ FLATTENED: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "amsgrad": ({"amsgrad": True, "skip_nonfinite": True, "max_grad_norm": 1.0}, torch.float32),
     "bfloat16 slots": ({"buffer_dtype": torch.bfloat16}, torch.float32),
     "kahan": ({"low_precision_update": "kahan"}, torch.bfloat16),
+    "split": ({"low_precision_update": "split"}, torch.bfloat16),
     "stochastic": ({"low_precision_update": "stochastic", "seed": 5}, torch.bfloat16),
     **{name: (options, torch.float32) for name, options in SCALED.items()},
 }
