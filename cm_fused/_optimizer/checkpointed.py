@@ -59,7 +59,8 @@ class CheckpointedOptimizer(Optimizer):
         tensors of 4 bytes an element (for int8 slots and moments 4 C + 8 instead of C + 2), each
         with a scale of 1 instead of its scales. A `torch.distributed.checkpoint` of it loads into
         such an optimizer on any mesh; for plain parameters gather it
-        (`StateDictOptions(full_state_dict=True)`).
+        (`StateDictOptions(full_state_dict=True)`). DTensors' `master_remainder` is saved as int32,
+        since processes cannot gather int16.
         """
         self._flush()
         # The first of the hooks, so that all others see what the caller gets.

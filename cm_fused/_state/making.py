@@ -174,7 +174,7 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
 
 
 def unscaled(state: Group) -> State:
-    """Return a state whose DTensors have no scales: values in float32 where they had.
+    """Return a state whose DTensors can be gathered, without scales: float32 where they had.
 
     A process's blocks are not those of another mesh. Instead of its scales, each such tensor has a
     scale of 1, without dimensions: a load that takes codes for values, or values for codes, then
@@ -187,6 +187,11 @@ def unscaled(state: Group) -> State:
             codes = {key: local(stored), scales: state[scales]}
             values[key] = sharded_as(dequantized(codes, key), stored)
             values[scales] = torch.ones((), dtype=torch.float32, device=codes[key].device)
+    remainder = state.get("master_remainder")
+    if isinstance(remainder, Tensor) and is_sharded(remainder):
+        # Processes cannot gather int16: neither gloo nor NCCL has it.
+        wide = local(remainder).to(torch.int32)
+        values["master_remainder"] = sharded_as(wide, remainder)
     return values
 
 

@@ -41,7 +41,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"priority_scope": "tensor", "weight_decay": 0.1, "capacity": 1},
     {"lr": torch.tensor(0.03), "adjust_lr_fn": "match_rms_adamw", "eps_inside_sqrt": False},
     {"buffer_dtype": torch.int8, "moment_dtype": torch.bfloat16, "betas": (0.5, 0.8)},
-    {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.int8, "capacity": 12},
+    {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.int8},
 )
 # A tail, whole blocks and a part of one, and whole chunks of the Triton pass.
 LENGTHS = ((5, 256, 700), (2 * CHUNK_SIZE + 3,))

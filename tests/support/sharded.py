@@ -57,10 +57,13 @@ from cm_fused import (
     AdamWCM,
     diagnostics,
     enable_gradient_release,
+    get_master_param,
     param_groups_weight_decay,
+    set_master_param,
 )
 from cm_fused._state.making import dequantized, unscaled
 from cm_fused.compat.cmoptimizer import Adam_CM
+from cm_fused.rounding import split_master
 
 # A hang is a failure within this time.
 TIMEOUT = timedelta(seconds=60)
@@ -1230,6 +1233,26 @@ def codes_are_not_taken_for_values(folder: Path) -> None:
             state = _both(*_scaled("slots", sharded=sharded))
             with pytest.raises(CheckpointException, match="Size mismatch"):
                 load_checkpoint(state, checkpoint_id=folder / "codes")
+
+
+@case(2)
+def masters(_: Path) -> None:
+    """Masters of DTensors have the bits of one process, and are set from full tensors or shards."""
+    options = {"dtype": torch.bfloat16, "low_precision_update": "split", "weight_decay": 0.1}
+    twins = Twins(AdamWCM, _mesh(), [Shard(0)], **options).train(_to_exact_norms)
+    twins.check_bits()
+    for param, twin in zip(twins.sharded, twins.whole, strict=True):
+        master, expected = (
+            get_master_param(optimizer, each)
+            for optimizer, each in ((twins.optimizer, param), (twins.expected, twin))
+        )
+        assert master.placements == param.placements
+        assert torch.equal(_gathered(master), expected)
+        for given in (expected + 1e-3, twins.shard(expected + 2e-3)):
+            set_master_param(twins.optimizer, param, given)
+            master = get_master_param(twins.optimizer, param)
+            assert torch.equal(_gathered(master), _gathered(given))
+            assert torch.equal(_gathered(param.detach()), split_master(_gathered(given))[0])
 
 
 # Flattened state dicts: options, and the dtype of the parameters.
