@@ -113,7 +113,11 @@ def rounded_variants() -> list[Variant]:
         for dtype in (torch.bfloat16, torch.float16)
         for update in ("nearest", "stochastic", "kahan")
     ]
-    return of_float32 + of_halves
+    of_masters = [
+        Variant(half, False, False, slots, moment, slot, "split")
+        for slots, moment, slot in ((0, None, None), (5, half, int8))
+    ]
+    return of_float32 + of_halves + of_masters
 
 
 def variants() -> list[Variant]:

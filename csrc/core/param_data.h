@@ -35,7 +35,7 @@ enum class StateDtype {
   ROW(CriticalBuffer, critical_buffer, "critical_buffers", void, kElement, true, kSlot)       \
   ROW(CriticalSum, critical_sum, "critical_sums", void, kElement, false, kUpdate)             \
   ROW(Compensation, compensation, "compensations", void, kElement, false, kHalf)              \
-  ROW(MasterRemainder, master_remainder, "master_remainders", int16_t, kElement, false, kInt16) \
+  ROW(MasterRemainder, master_remainder, "master_remainders", void, kElement, false, kInt16)  \
   ROW(CriticalScales, critical_scales, "critical_scales", float, kBlock, true, kFloat32)      \
   ROW(ExpAvgScales, exp_avg_scales, "exp_avg_scales", float, kBlock, false, kFloat32)         \
   ROW(ExpAvgSqScales, exp_avg_sq_scales, "exp_avg_sq_scales", float, kBlock, false, kFloat32) \

@@ -42,7 +42,9 @@ QUICK_CASES = (
     _case(AdamCG, {}, amp=True),
     _case(AdamCM, _LOW, torch.bfloat16, shard=(5, 7, 9)),
     _case(AdamCG, _OTHER, torch.float16),
-    _case(AdamCG, {**_SPLIT, "weight_decay": 0.2}, torch.bfloat16),
+    Case(
+        AdamCG, {**_SPLIT, "weight_decay": 0.2}, torch.bfloat16, (257, CHUNK_SIZE), changed=_CHANGED
+    ),
     *(_case(AdamCM, {}, layout=layout) for layout in ("shifted", "transposed", "gaps")),
     _case(AdamCM, {"priority_scope": "tensor"}, torch.complex64),
 )

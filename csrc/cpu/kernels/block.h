@@ -170,15 +170,17 @@ inline void keep_compensation(
 // come those of the remainder. A parameter that was set since keeps to its value where the
 // remainder, which was of another, would make it NaN.
 template <typename state_t>
-CM_FUSED_INLINE void join_master(const TensorStep& tensor, int64_t begin, int64_t n, state_t* param) {
+CM_FUSED_INLINE void join_master(
+    const TensorStep& tensor, int64_t begin, int64_t n, state_t* param) {
   if constexpr (std::is_same_v<state_t, float>) {
     if (tensor.master_remainder == nullptr) {
       return;
     }
-    const int16_t* const remainder = tensor.master_remainder + begin;
+    const auto* const remainder = static_cast<const int16_t*>(tensor.master_remainder) + begin;
     with_block_size(n, [&](auto size) {
       for (int64_t i = 0; i < size; ++i) {
-        const auto bits = bit_cast<uint32_t>(param[i]) + static_cast<uint32_t>(int32_t{remainder[i]});
+        const auto bits =
+            bit_cast<uint32_t>(param[i]) + static_cast<uint32_t>(int32_t{remainder[i]});
         const auto master = bit_cast<float>(bits);
         param[i] = master == master ? master : param[i];
       }
@@ -192,7 +194,7 @@ template <typename state_t>
 [[gnu::noinline]] void split_master(
     const TensorStep& tensor, int64_t begin, int64_t n, state_t* master) {
   if constexpr (std::is_same_v<state_t, float>) {
-    int16_t* const remainder = tensor.master_remainder + begin;
+    auto* const remainder = static_cast<int16_t*>(tensor.master_remainder) + begin;
     with_block_size(n, [&](auto size) {
       for (int64_t i = 0; i < size; ++i) {
         const uint32_t bits = master[i] == master[i] ? bit_cast<uint32_t>(master[i]) : kNanBits;
