@@ -152,14 +152,15 @@ def _sq_norms(batch: Batch) -> list[Tensor]:
 def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
     """Return the sum of the squares of each of the bucket's gradients, float64 (params,)."""
     factor = options.grad_factor
+    weight_decay = 0.0 if options.l2_in_aggregate else options.weight_decay
     params, grads = bucket.params, bucket.grads
-    if bucket["master_remainder"] and options.weight_decay != 0:
+    if bucket["master_remainder"] and weight_decay != 0 and not options.decoupled_weight_decay:
         params, grads = _with_masters(bucket)
     result: Tensor = torch.ops.cm_fused.sq_norms(
         params,
         grads,
         None if factor is None else factor.to(_CPU, torch.float64),
-        weight_decay=0.0 if options.l2_in_aggregate else options.weight_decay,
+        weight_decay=weight_decay,
         maximize=options.maximize,
         decoupled_weight_decay=options.decoupled_weight_decay,
     )

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -223,9 +224,12 @@ def test_norms_have_the_masters_weight_decay(backend: str, l2_in_aggregate: bool
     assert torch.equal(*sums)
 
 
-def _twins(backend: str | None = None, **options: Any) -> list[tuple[nn.Module, AdamWCM]]:
+Twin = tuple[nn.Module, AdamWCM]
+
+
+def _twins(backend: str | None = None, **options: Any) -> list[Twin]:
     """Return two equal bfloat16 models with their optimizers."""
-    made = []
+    made: list[Twin] = []
     for _ in range(2):
         torch.manual_seed(0)
         model = nn.Linear(30, 20).to(torch.bfloat16)
@@ -234,14 +238,15 @@ def _twins(backend: str | None = None, **options: Any) -> list[tuple[nn.Module, 
 
 
 def _lose(model: nn.Module, step: int) -> Tensor:
-    """Return a loss whose gradients do not depend on the parameters."""
+    """Return a loss whose new gradients do not depend on the parameters."""
+    model.zero_grad()
     inputs = torch.randn(8, 30, generator=generator(step)).to(torch.bfloat16)
     loss: Tensor = model(inputs).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     return loss
 
 
-def _check_equal(twins: list[tuple[nn.Module, AdamWCM]]) -> None:
+def _check_equal(twins: list[Twin]) -> None:
     ours, theirs = (_masters(optimizer) for _, optimizer in twins)
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(bits_of(mine), bits_of(other))
@@ -253,8 +258,7 @@ def test_sam_keeps_the_masters() -> None:
     twins = (model, optimizer), (other, plain) = _twins()
     sam = SAM(optimizer, rho=0.5)
     for step in range(6):
-        sam.step(lambda step=step: (model.zero_grad(), _lose(model, step))[1])
-        other.zero_grad()
+        sam.step(partial(_lose, model, step))  # type: ignore[arg-type]
         _lose(other, step)
         plain.step()
     _check_equal(list(twins))
@@ -266,7 +270,6 @@ def test_gradient_release() -> None:
     enable_gradient_release(model, optimizer)
     for step in range(6):
         _lose(model, step)
-        other.zero_grad()
         _lose(other, step)
         plain.step()
     _check_equal(list(twins))
@@ -280,7 +283,6 @@ def test_compiled_steps(backend: str) -> None:
     step_ = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
     for step in range(4):
         for each in (model, other):
-            each.zero_grad()
             _lose(each, step)
         step_()
         plain.step()
