@@ -183,15 +183,16 @@ package-others: package
 	    build/other/bin/pip install --quiet --no-cache-dir --disable-pip-version-check \
 	        torch==$$torch numpy dist/*.whl && \
 	    build/other/bin/python -W error tests/packaging/train_installed.py && \
+	    build/other/bin/python tests/packaging/loose_symbols.py && \
 	    (cd build && other/bin/python -m cm_fused cpu) || exit 1; \
 	done
 	rm -rf build/other
 
-# What the linker needs of torch for aarch64.
+# What the linker needs of torch for aarch64: the oldest, as what that lacks shows in a version.
 build/aarch64/torch/linked: | $(VENV)/installed
 	rm -rf $(@D) && mkdir -p $(@D)
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-	    --platform manylinux_2_28_aarch64 --dest $(@D) "$(TORCH)"
+	    --platform manylinux_2_28_aarch64 --dest $(@D) torch==$(firstword $(OTHER_TORCHES))
 	$(BIN)/python -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); wheel.extractall( \
 	    sys.argv[2], ["torch/lib/lib" + n + ".so" for n in ("c10", "torch", "torch_cpu")])' \
 	    $(@D)/*.whl $(@D)

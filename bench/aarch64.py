@@ -182,8 +182,9 @@ def prepare(torch: str) -> None:
         install_packages(site, _python(root).name.removeprefix("python"), torch)
         stand_in_for_cuda(_FOLDER / "cuda", site)
         (_FOLDER / "prepared").touch()
-    tree = _FOLDER / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
+    tree, installed = _FOLDER / "tree", _FOLDER / "installed"
+    for folder in (tree, installed):
+        shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for name in _TREE:
         path = _REPOSITORY / name
@@ -193,7 +194,7 @@ def prepare(torch: str) -> None:
         else:
             shutil.copy(path, tree / name)
     with zipfile.ZipFile(_wheels()[0]) as archive:
-        archive.extractall(tree)
+        archive.extractall(installed)
 
 
 def _python(root: Path) -> Path:
@@ -203,7 +204,7 @@ def _python(root: Path) -> Path:
 
 def emulated(*arguments: str, check: bool = True) -> str:
     """Return what aarch64's Python prints that imports the wheel."""
-    search = f"{_FOLDER / 'tree'}:{_FOLDER / 'site'}"
+    search = f"{_FOLDER / 'installed'}:{_FOLDER / 'site'}"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
     command = (
         *(_QEMU, "-cpu", _CPU, "-L", str(_FOLDER / "root")),
