@@ -172,16 +172,16 @@ def stand_in_for_cuda(folder: Path, site: Path) -> None:
 
 
 def prepare(torch: str) -> None:
-    """Unpack what runs; what a former run has unpacked stays, except the tree and the wheel."""
-    root, site = _FOLDER / "root", _FOLDER / "site"
-    if not (_FOLDER / "prepared").exists():
+    """Unpack what runs; what a former run with that torch unpacked stays, except tree and wheel."""
+    root, site, prepared = (_FOLDER / name for name in ("root", "site", "prepared"))
+    if not prepared.exists() or prepared.read_text() != torch:
         for folder in (root, site, _FOLDER / "cuda"):
             shutil.rmtree(folder, ignore_errors=True)
         unpack_debian(root)
         write_cpuinfo(root)
         install_packages(site, _python(root).name.removeprefix("python"), torch)
         stand_in_for_cuda(_FOLDER / "cuda", site)
-        (_FOLDER / "prepared").touch()
+        prepared.write_text(torch)
     tree, installed = _FOLDER / "tree", _FOLDER / "installed"
     for folder in (tree, installed):
         shutil.rmtree(folder, ignore_errors=True)
