@@ -34,6 +34,7 @@ SOURCES = [
     "csrc/core/state.cpp",
     "csrc/core/bind.cpp",
     "csrc/core/glibc.cpp",
+    "csrc/core/libstdcxx.cpp",
     "csrc/priority/table.cpp",
     "csrc/cpu/capability.cpp",
     "csrc/cpu/ops.cpp",
