@@ -184,9 +184,10 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
     """Return prmt's choice of bytes: of each nibble the low bits a byte, the high one its sign."""
     joined = np.stack(np.broadcast_arrays(a, b), axis=1).view(np.uint8)
     nibbles = (selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & np.uint32(15)
-    chosen = np.take_along_axis(joined, (nibbles & np.uint32(7)).astype(np.int64), axis=1)
+    at = (nibbles & np.uint32(7)).astype(np.int64)
+    chosen = joined[:, at[0]] if len(at) == 1 else np.take_along_axis(joined, at, axis=1)
     signs = (chosen.view(np.int8) >> np.int8(7)).view(np.uint8)
-    return np.where(nibbles >= 8, signs, chosen).view(np.uint32)[:, 0]
+    return np.ascontiguousarray(np.where(nibbles >= 8, signs, chosen)).view(np.uint32)[:, 0]
 
 
 def shuffle(how: str, found: bool) -> Function:

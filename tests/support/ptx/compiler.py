@@ -134,7 +134,7 @@ class Compiled:
             if divides and ((values[1] == 0) & (True if mask is None else mask)).any():
                 raise PtxError("division by zero")
             results = [operation.compute(*values)]
-            if frame.undefined_of(registers, mask):
+            if registers and frame.undefined_of(registers, mask):
                 frame.require(self._registers(required), mask)
                 bank = frame.undefined_bits(registers)
                 results.append(_undefined(operation, types, values, [read(bank) for read in reads]))
@@ -211,9 +211,7 @@ class Compiled:
             source, wide = (dtype, f"i{have.itemsize}") if signed else (unsigned, have)
             return values.view(source).astype(wide).view(have)
 
-        return lambda frame, results, mask: frame.write(
-            text, [fitted(each) for each in results], mask
-        )
+        return lambda frame, results, mask: frame.write(text, list(map(fitted, results)), mask)
 
     def _unpacker(self, parts: list[str], dtype: np.dtype[Any]) -> Write:
         part = f"b{8 * dtype.itemsize // len(parts)}"
@@ -341,8 +339,7 @@ def _load(access: Access, size: int, writes: list[Write]) -> Step:
             values = memory.load(offsets + i * size, size)
             if mask is not None and len(values) > 1:
                 every = np.zeros(len(mask), values.dtype)
-                every[mask] = values
-                values = every
+                every[mask], values = values, every
             write(frame, [values], mask)
 
     return load

@@ -87,6 +87,10 @@ class Frame:
 
     def write(self, register: str, results: list[Array], mask: Array | None) -> None:
         """Set a register where a mask is set, to bits and to which of them are undefined."""
+        if mask is None and len(results) == 1:
+            self.values[register] = results[0]
+            self.undefined.pop(register, None)
+            return
         bits, undefined = results if len(results) == 2 else (results[0], None)
         if mask is not None:
             bits = np.where(mask, bits, self.values[register])
