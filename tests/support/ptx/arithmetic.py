@@ -98,11 +98,6 @@ def _flushed(values: Array) -> Array:
     return np.where(tiny, np.copysign(np.float32(0), values), values)
 
 
-def inverse_root(values: Array) -> Array:
-    """Return 1 / sqrt(x) of float32, of which subnormal values are zeros, rounded to nearest."""
-    return 1 / np.sqrt(_flushed(values).astype(np.float64))
-
-
 def floor(values: Array) -> Array:
     """Return the next integer below float32 values, of which subnormal ones are zeros."""
     return np.floor(_flushed(values))

@@ -102,7 +102,6 @@ _ROWS: tuple[tuple[str, str, Function | dict[str, Function]], ...] = (
     (r"(min|max).(f32|f64)", r"\2 \2 \2*", EXTREMES),
     (r"(min|max).NaN.(f32)", r"\2 \2 \2*", EXTREMES_OR_NAN),
     # Exact where it may be off by two last places: who uses it has to make up for them.
-    (r"rsqrt.approx.ftz.f32", "f32 f32", arithmetic.inverse_root),
     (r"cvt.rmi.ftz.f32.f32", "f32 f32", arithmetic.floor),
     (r"(neg|abs).f(32|64)", r"b\2 b\2", _FLOAT_SIGNS),
     (r"(neg|abs).(s16|s32|s64)", r"\2 \2", _NUMPY),
