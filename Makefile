@@ -5,6 +5,10 @@ TORCH ?= torch==2.13.0
 # The oldest that is supported, and the newest.
 OTHER_TORCHES := 2.11.0 2.14.1
 
+# torchvision's build on PyPI is for CUDA. Beside another torch its import fails, and with it that of
+# lightning and transformers, which import it where they find it: these two are in a folder of their own.
+TIMM := timm==1.0.31 torchvision==0.28.0
+
 VENV := .venv
 BIN := $(VENV)/bin
 CPP_SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
@@ -67,6 +71,7 @@ $(VENV)/demo: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
 $(VENV)/installed: $(VENV)/demo
 	@echo "install what the tests and benches need: trainers, triton, scipy"
 	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[test,integration,bench,paper]"
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm $(TIMM)
 	@touch $@
 
 $(VENV)/lint: $(VENV)/installed
