@@ -83,8 +83,8 @@ def is_adjusted_on_device(group: Mapping[str, Any]) -> bool:
 _OF_GROUP = StepOptions._fields[3:13]
 
 
-def hyperparameters(options: StepOptions) -> dict[str, float]:
-    """Return the numbers of a step, in the order of the C++ operators."""
+def hyperparameters(options: StepOptions, *, critical_gradients: bool) -> dict[str, float]:
+    """Return the numbers of a step of either kind, in the order of the C++ operators."""
     return {
         "lr": 0.0 if isinstance(options.lr, Tensor) else options.lr,
         "beta1": options.beta1,
@@ -100,12 +100,16 @@ def hyperparameters(options: StepOptions) -> dict[str, float]:
         "stochastic_update": options.low_precision_update == "stochastic",
         "l2_in_aggregate": options.l2_in_aggregate,
         "sum_of_norms": options.sum_of_norms,
+        "critical_gradients": critical_gradients,
     }
 
 
 # csrc/cpu/step.h has the same ones; loading the library compares them.
 HYPERPARAMETERS = tuple(
-    hyperparameters(StepOptions(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", "", False, False, False, "", 0))
+    hyperparameters(
+        StepOptions(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", "", False, False, False, "", 0),
+        critical_gradients=False,
+    )
 )
 
 
@@ -149,8 +153,13 @@ class Bucket:
 
     @property
     def capacity(self) -> int:
-        """The number of slots of each buffer."""
-        return self.state["priorities"][0].numel()
+        """The number of slots of each buffer, 0 where there is none."""
+        return self.state["priorities"][0].numel() if self["priorities"] else 0
+
+    @property
+    def finds_norms(self) -> bool:
+        """Whether a step finds its gradients' norms; critical gradients' only for their keys."""
+        return self.capacity > 0 or not self.critical_gradients
 
     def indices_on(self, device: torch.device) -> Tensor:
         """Return `param_indices` on a device; copied there once, without waiting."""

@@ -57,7 +57,10 @@ class AdamCM(CriticalAdam):
         weight_decay: >= 0; added to the gradient as an L2 term, which then counts in its norm,
             unless `decoupled_weight_decay`.
         amsgrad: Divide by the running maximum of v.
-        capacity: C, the number of slots, an int >= 1. One slot is one more copy of the parameters.
+        capacity: C, the number of slots, an int >= 0. One slot is one more copy of the parameters.
+            With 0 there is no buffer: the state is Adam's, the mean in eq. (5) is 0, and only
+            `max_grad_norm` and `skip_nonfinite` need a norm. `AdamCG` is then Adam, torch's with
+            `eps_inside_sqrt=False`, and `AdamCM` divides by the root of a second moment of m.
         priority_decay: lambda, in [0, 1]. Smaller forgets faster; 1 keeps the largest for ever.
         priority_scope: The gradients that share a norm: "group", all of the param group that take
             part in the step (Algorithm 1), or "tensor", each parameter's own.

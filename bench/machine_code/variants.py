@@ -47,7 +47,8 @@ class Variant:
     def name(self) -> str:
         """Its name in the table."""
         kind = "CG" if self.critical_gradients else "CM"
-        buffer = f"{self.summed_slots} slots" if self.summed_slots else "running sum"
+        buffers = {-1: "no buffer", 0: "running sum"}
+        buffer = buffers.get(self.summed_slots, f"{self.summed_slots} slots")
         words = ["rounded"] if self.moment_dtype or self.slot_dtype else []
         words += [_short(self.param_dtype), kind, buffer]
         words += [_short(self.slot_dtype)] if self.slot_dtype else []
@@ -123,7 +124,7 @@ def variants() -> list[Variant]:
         for dtype, critical_gradients, amsgrad in itertools.product(
             backend.TRITON_DTYPES, (False, True), (False, True)
         )
-        for slots in range(internals.running_sum_min_capacity())
+        for slots in range(-1, internals.running_sum_min_capacity())
     ]
     return unrounded + rounded_variants()
 

@@ -139,10 +139,10 @@ class CheckpointedOptimizer(Optimizer):
         that was captured in a CUDA graph has to be captured again.
 
         Args:
-            capacity: The number of slots, an int >= 1.
+            capacity: The number of slots, an int >= 0.
 
         Raises:
-            ValueError: The capacity is not an int >= 1. Nothing has been changed then.
+            ValueError: The capacity is not an int >= 0. Nothing has been changed then.
         """
         (capacity,) = plain_options({"capacity": capacity}).values()
         check_capacity(capacity)

@@ -113,7 +113,7 @@ def _check_implementation(options: Mapping[str, Any]) -> None:
 
 def check_capacity(capacity: object) -> None:
     """Check a number of slots."""
-    _require(_is_int(capacity) and capacity >= 1, "capacity must be an int >= 1", capacity)
+    _require(_is_int(capacity) and capacity >= 0, "capacity must be an int >= 0", capacity)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

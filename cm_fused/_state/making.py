@@ -198,8 +198,12 @@ def resize_buffer(param: Tensor, state: State, group: Group) -> None:
 
     Of too many slots those with the highest keys stay, in their order, of equal ones the first.
     `critical_buffer`, its scales and `priorities` are replaced; the running sum is removed, to be
-    made anew.
+    made anew. Without slots nothing of the buffer is left.
     """
+    if group["capacity"] == 0:
+        for key in BUFFER_KEYS:
+            state.pop(key, None)
+        return
     keys: Tensor = state["priorities"]
     slots = keys.argsort(descending=True, stable=True)[: group["capacity"]].sort().values
     # Unfilled slots come last, as they do in every buffer.

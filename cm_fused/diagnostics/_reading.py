@@ -46,7 +46,7 @@ class Reading:
 
 @torch.no_grad()
 def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
-    """Return the reading of every parameter that has a buffer.
+    """Return the reading of every parameter that has a buffer, or whose capacity is 0.
 
     It reads momentum and slots once, and makes one copy to the host for each device and capacity.
 
@@ -64,7 +64,7 @@ def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
     for group in base.param_groups:
         for param in group["params"]:
             state = base.state.get(param, {})
-            if "critical_buffer" in state:
+            if "critical_buffer" in state or ("exp_avg" in state and not group["capacity"]):
                 params.append(param)
                 buffer = _buffer_of(param, state, group["buffer_mean"] == "capacity")
                 key = buffer.keys.device, len(buffer.keys)
@@ -134,14 +134,16 @@ class _Buffer(NamedTuple):
 def _buffer_of(param: Tensor, state: Mapping[str, Any], by_capacity: bool) -> _Buffer:
     if is_sharded(param):
         state = whole_state(unscaled(state))
-    slots = flat(dequantized(state, "critical_buffer"), 1)
     momentum = flat(dequantized(state, "exp_avg"), 0)
     numel = len(momentum)
+    slots, keys = momentum.new_empty(0, numel), momentum.new_empty(0)  # of capacity 0
+    if "critical_buffer" in state:
+        slots, keys = flat(dequantized(state, "critical_buffer"), 1), state["priorities"]
     chunk = _CPU_CHUNK if slots.device.type == "cpu" else _DEVICE_CHUNK
     products = _products(slots[:, :chunk], momentum[:chunk])
     for first in range(chunk, numel, chunk):
         products += _products(slots[:, first : first + chunk], momentum[first : first + chunk])
-    return _Buffer(param, state["priorities"], products, numel, by_capacity)
+    return _Buffer(param, keys, products, numel, by_capacity)
 
 
 def _products(slots: Tensor, momentum: Tensor) -> Tensor:
@@ -191,6 +193,8 @@ def _readings(buffers: list[_Buffer], *, has_aggregate: bool) -> dict[Tensor, Re
 
 def _agreements(slots: Tensor, keys: Tensor, filled: Tensor) -> Tensor:
     """Return each buffer's mean cosine between the slot of the highest key and the other ones."""
+    if not keys.shape[1]:
+        return torch.full((len(keys),), torch.nan, dtype=slots.dtype, device=slots.device)
     top = keys.argmax(1, keepdim=True)
     norms = slots.diagonal(dim1=1, dim2=2).sqrt()
     with_top = slots.gather(1, top[:, :, None].expand(-1, 1, slots.shape[2]))[:, 0]

@@ -190,8 +190,10 @@ void check_step(
     const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads) {
   check_length("exp_avgs", state.count(), params.size());
   check_length("grads", grads.size(), params.size());
-  state.require(
-      bit(kExpAvg) | bit(kExpAvgSq) | bit(kCriticalBuffer) | bit(kPriorities) | bit(kStep));
+  state.require(bit(kExpAvg) | bit(kExpAvgSq) | bit(kStep));
+  if (state.has_buffer()) {
+    state.require(bit(kCriticalBuffer) | bit(kPriorities));
+  }
 }
 
 ParamViews bind_param(

@@ -64,6 +64,9 @@ constexpr StateRows bit(size_t row) {
 }
 
 inline constexpr StateRows kAllStateRows = bit(kNumStateRows) - 1;
+inline constexpr StateRows kBufferRows = bit(kCriticalBuffer) | bit(kCriticalSum) |
+                                         bit(kCriticalScales) | bit(kPriorities) |
+                                         bit(kPendingSlot);
 
 // The values are in tables, which Python reads (cm_fused/_backends/triton/columns.py).
 enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -111,7 +114,7 @@ struct ParamData {
   StoredDtype moment_dtype;  // of exp_avg and exp_avg_sq
   StoredDtype slot_dtype;
   int64_t numel;
-  int64_t capacity;
+  int64_t capacity;     // 0 where there is no buffer
   int64_t param_index;  // keys the random bits, and so does the position in the full parameter
   ShardLayout shard_layout;
 

@@ -37,6 +37,11 @@ class StateTensors {
     return (rows_ & bit(row)) != 0;
   }
 
+  // Rows of the buffer are there all or none, where a step is taken.
+  [[nodiscard]] bool has_buffer() const {
+    return (rows_ & kBufferRows) != 0;
+  }
+
   [[nodiscard]] const Tensor& at(StateRow row, size_t i) const {
     return tensors_[first_[row] + i];
   }

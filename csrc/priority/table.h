@@ -72,6 +72,11 @@ struct PriorityUpdate {
   const double* found_inf;  // nullptr or 0: the priorities are updated
   int64_t capacity;
   float priority_decay;
+
+  // Whether chunk_sq_norms are read: keys are to be found, from these.
+  [[nodiscard]] CM_FUSED_HOST_DEVICE bool adds_up_chunks() const {
+    return capacity > 0 && sq_norm == nullptr;
+  }
 };
 
 inline PriorityUpdate check_priority_update(const Tensor& table, const Tensor& chunk_sq_norms,
@@ -82,7 +87,7 @@ inline PriorityUpdate check_priority_update(const Tensor& table, const Tensor& c
   const TensorView norms = view("chunk_sq_norms", kNoIndex, chunk_sq_norms);
   STD_TORCH_CHECK(norms.sizes.size() == 1, "chunk_sq_norms must have one dimension, got shape ",
       to_string(norms.sizes));
-  STD_TORCH_CHECK(capacity >= 1, "capacity must be >= 1, got ", capacity);
+  STD_TORCH_CHECK(capacity >= 0, "capacity must be >= 0, got ", capacity);
   STD_TORCH_CHECK(priority_decay >= 0.0 && priority_decay <= 1.0,
       "priority_decay must be in [0, 1], got ", priority_decay);
   const auto float64 = [device](const char* role, const Tensor& tensor, int64_t numel) {

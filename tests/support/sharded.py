@@ -294,6 +294,19 @@ def one_small_sum_a_step(_: Path) -> None:
 
 
 @case(2)
+def no_buffer(_: Path) -> None:
+    """Without keys nothing is summed over processes, unless clipping asks for it."""
+    for cls in (AdamCM, AdamCG):
+        twins = Twins(cls, _mesh(), [Shard(0)], capacity=0)
+        with _counted_sums() as calls:
+            twins.train()
+        assert not calls
+        assert math.isnan(twins.optimizer.grad_norm())
+        twins.check()
+        Twins(cls, _mesh(), [Shard(0)], capacity=0, max_grad_norm=0.7).train().check()
+
+
+@case(2)
 def clipping(_: Path) -> None:
     """The global norm is that of all processes; the sum for it is one more."""
     for cls in (AdamCM, AdamCG):

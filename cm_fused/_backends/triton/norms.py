@@ -183,3 +183,16 @@ def update_priorities_kernel(
     slot_ptr = pointer(row_ptr, "pending_slot", tl.int64)
     tl.store(slot_ptr, tl.where(admitted != 0, slot, -1).to(tl.int64))
     tl.store(step_ptr, step)
+
+
+@entry
+def count_steps_kernel(table_ptr, found_inf_ptr):
+    """Count the step of one tensor without a buffer; the arguments are those of priorities."""
+    if is_set(found_inf_ptr):
+        return
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * ROW
+    step_ptr = pointer(row_ptr, "step", tl.float32)
+    step = tl.load(step_ptr) + 1.0
+    # Every thread has read the step by then.
+    tl.debug_barrier()
+    tl.store(step_ptr, step)

@@ -111,7 +111,7 @@ class Tables:
 
     def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
         """Give critical gradients a place for this step's slots and counts of filled ones."""
-        if bucket["pending_slot"]:
+        if bucket["pending_slot"] or not bucket.capacity:
             return None
         scratch = torch.zeros((2, len(bucket.params)), dtype=torch.int64, device=self._device)
         for row, column in zip(scratch, (COLUMNS["pending_slot"], COLUMNS["filled"]), strict=True):
