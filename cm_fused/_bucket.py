@@ -122,7 +122,9 @@ class Bucket:
     """
 
     params: list[Tensor]  # changed by the step, any strides
-    grads: list[Tensor]  # never changed; shape and dtype of their parameter, any strides
+    # Never changed; shape and dtype of their parameter, or half precision if that is float32; any
+    # strides.
+    grads: list[Tensor]
     state: dict[str, list[Tensor]]  # changed; by the keys of `cm_fused._state.table` there are
     # The index of each parameter among the optimizer's, the key of its random bits; empty where the
     # bucket has all of them, in order.

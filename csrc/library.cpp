@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 // Real dtypes only; complex tensors are passed as views of pairs. Lists of params and grads are
-// those of one bucket, or of several in order. `grads` are never written. Scalars that a device may
-// hold are float64 tensors of one element.
+// those of one bucket, or of several in order. `grads` are never written; those of float32 params
+// may be bfloat16 or float16. Scalars that a device may hold are float64 tensors of one element.
 STABLE_TORCH_LIBRARY(cm_fused, m) {
   // Hands over the state of a bucket once: passing a list of small tensors costs more than stepping
   // them. Bit r of `mask` says that row r of CM_FUSED_STATE (csrc/core/param_data.h) is there;

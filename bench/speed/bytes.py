@@ -101,6 +101,7 @@ def triton_pass(
     summed_slots: int,
     *,
     param_bytes: int,
+    grad_bytes: int,
     state_bytes: int,
     moment_bytes: int,
     slot_bytes: int,
@@ -114,7 +115,8 @@ def triton_pass(
     Args:
         amsgrad: Whether there is a maximum of v.
         summed_slots: Slots that are summed, 0 where there is a running sum, -1 without a buffer.
-        param_bytes: Of an element of θ and g.
+        param_bytes: Of an element of θ.
+        grad_bytes: Of an element of g.
         state_bytes: Of an element of the maximum and of the running sum.
         moment_bytes: Of an element of m and of v.
         slot_bytes: Of an element of a slot. Scales, 1/64 of a byte an element, are not counted.
@@ -128,7 +130,8 @@ def triton_pass(
     else:
         # The running sum is read and written, the evicted slot is read.
         buffer = Bytes(state_bytes + slot_bytes, state_bytes + slot_bytes)
-    return Bytes(2 * param_bytes + both_ways, param_bytes + both_ways) + buffer
+    read = param_bytes + grad_bytes + both_ways
+    return Bytes(read, param_bytes + both_ways) + buffer
 
 
 def triton(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:

@@ -171,8 +171,9 @@ class CriticalAdam(CheckpointedOptimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype or
-                device, or a parameter is a shard of FSDP1. Nothing has been changed then.
+            RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype
+                (except for half precision of float32) or device, or a parameter is a shard of
+                FSDP1. Nothing has been changed then.
         """
         loss = None
         if closure is not None:

@@ -70,6 +70,7 @@ inline constexpr StateRows kBufferRows = bit(kCriticalBuffer) | bit(kCriticalSum
 
 // The values are in tables, which Python reads (cm_fused/_backends/triton/columns.py).
 enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+inline constexpr int64_t kNumParamDtypes = 4;
 
 // How state is stored: as the update computes, or rounded (cm_fused/rounding.py). The values are in
 // tables.
@@ -111,6 +112,7 @@ inline constexpr size_t kShardLayoutNumbers = 3;
 // Addresses are nullptr where there is no such tensor, or an operator does without it.
 struct ParamData {
   ParamDtype dtype;
+  ParamDtype grad_dtype;     // the parameter's, or a half-precision one of a float32 parameter
   StoredDtype moment_dtype;  // of exp_avg and exp_avg_sq
   StoredDtype slot_dtype;
   int64_t numel;

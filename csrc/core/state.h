@@ -120,7 +120,7 @@ StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype);
 // Whether a tensor's elements lie in memory in the order of `order`.
 bool lies_as(const TensorView& tensor, const TensorView& order);
 
-// Its memory is not looked at.
+// Its memory is not looked at. Of a float32 parameter it may be in half precision.
 TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad);
 
 // Checks these rows of parameter i's state and takes their addresses. A row that is not there, or

@@ -142,6 +142,7 @@ Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor
     }
     auto& tensor = bucket.emplace_back();
     tensor.dtype = param_dtype("params", i, param.dtype);
+    tensor.grad_dtype = param_dtype("grads", i, grad.dtype);
     tensor.numel = param.numel;
     tensor.param = param.data;
     tensor.grad = grad.data;

@@ -13,14 +13,15 @@ namespace cm_fused {
 
 // The columns of a row, in order: name, key. Addresses first, 0 where there is no such tensor;
 // pending_slot's is of critical momenta, else any int64 that may be written. Then numbers;
-// param_dtype is a ParamDtype. The last three are the caller's to set: the parameter's part of the
-// partial norms, and the address of an int64, or 0, for the number of slots filled.
+// dtypes is the ParamDtype of the parameter, and that of its gradient times their number. The last
+// three are the caller's to set: the parameter's part of the partial norms, and the address of an
+// int64, or 0, for the number of slots filled.
 #define CM_FUSED_REFRESHED_COLUMNS(COLUMN) \
   COLUMN(Param, param)                     \
   COLUMN(Grad, grad)                       \
   CM_FUSED_STATE(COLUMN)                   \
   COLUMN(Numel, numel)                     \
-  COLUMN(ParamDtype, param_dtype)          \
+  COLUMN(Dtypes, dtypes)                   \
   COLUMN(ParamIndex, param_index)          \
   COLUMN(ShardOffset, shard_offset)        \
   COLUMN(ShardLength, shard_length)        \

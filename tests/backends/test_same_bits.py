@@ -100,6 +100,12 @@ def _cases() -> list[Case]:
         for update in UPDATES
     ]
     cases += [Case(cls, {}, lengths=(length,)) for cls in BUFFERS for length in LENGTHS]
+    cases += [
+        Case(cls, {}, lengths=(257, CHUNK_SIZE), layout=layout, grad_dtype=dtype)
+        for cls in BUFFERS
+        for dtype in HALVES
+        for layout in ("", "shifted", "transposed", "gaps")
+    ]
     clipped = {"max_grad_norm": 0.5, "weight_decay": 0.1, "capacity": 1}
     cases += [
         Case(cls, clipped, torch.float64, lengths)

@@ -219,8 +219,12 @@ def _integer(param: torch.Tensor) -> None:
     param.grad = torch.ones(param.shape, dtype=torch.int64)
 
 
-def _other_dtype(param: torch.Tensor) -> None:
-    param.grad = torch.ones(param.shape, dtype=torch.bfloat16)
+def _higher_precision(param: torch.Tensor) -> None:
+    param.grad = torch.ones(param.shape, dtype=torch.float64)
+
+
+def _eight_bits(param: torch.Tensor) -> None:
+    param.grad = torch.ones(param.shape, dtype=torch.float8_e4m3fn)
 
 
 def _broadcastable(param: torch.Tensor) -> None:
@@ -254,7 +258,8 @@ BAD_GRADIENTS = [
     BadGradient(_data_of_other_dtype, "dtype torch.float64.*got torch.float32", foreign=False),
     BadGradient(_data_of_other_shape, r"shape \(7,\).*got \(5,\)", foreign=False),
     BadGradient(_integer, "dtype torch.float32.*got torch.int64"),
-    BadGradient(_other_dtype, "dtype torch.float32.*got torch.bfloat16"),
+    BadGradient(_higher_precision, "dtype torch.float32.*got torch.float64"),
+    BadGradient(_eight_bits, "dtype torch.float32.*got torch.float8_e4m3fn"),
     BadGradient(_broadcastable, r"shape \(5,\).*got \(1,\)"),
     BadGradient(_on_meta, "device cpu.*got meta"),
 ]

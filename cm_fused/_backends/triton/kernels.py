@@ -81,6 +81,7 @@ class _Variant:
     """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through."""
 
     PARAM_DTYPE: tl.dtype
+    GRAD_DTYPE: tl.dtype
     STATE_DTYPE: tl.dtype
     MOMENT_DTYPE: tl.dtype
     SLOT_DTYPE: tl.dtype
@@ -204,7 +205,7 @@ def _tensors_of(chunk, V: tl.constexpr):
     scale = start // rounding.SCALE_BLOCK
     return _Tensors(
         at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "grad", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "grad", V.GRAD_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "exp_avg", V.MOMENT_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "exp_avg_sq", V.MOMENT_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "max_exp_avg_sq", V.STATE_DTYPE), start, V.FULL),
@@ -588,7 +589,8 @@ def critical_adam_kernel(
     capacity: tl.int32,
     mean_over_capacity: tl.int32,  # else the buffer's sum is divided by its filled slots
     seed: tl.int64,  # of the random bits, in [0, 2^63)
-    PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
+    PARAM_DTYPE: tl.constexpr,  # of parameters
+    GRAD_DTYPE: tl.constexpr,  # of gradients: PARAM_DTYPE, or bfloat16 or float16 of float32
     STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state except the next two
     MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
     SLOT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats
@@ -607,6 +609,7 @@ def critical_adam_kernel(
         return
     VARIANT: tl.constexpr = _variant(
         PARAM_DTYPE,
+        GRAD_DTYPE,
         STATE_DTYPE,
         MOMENT_DTYPE,
         SLOT_DTYPE,

@@ -340,9 +340,12 @@ def _launch_options() -> dict[str, Any]:
 
 
 def _dtype_options(chunks: Chunks) -> dict[str, Any]:
-    """Return the launch options, and the dtypes of a chunk's parameters and arithmetic."""
-    state_dtype = tl.float64 if chunks.param_dtype is torch.float64 else tl.float32
-    dtypes = {"PARAM_DTYPE": TRITON_DTYPES[chunks.param_dtype], "STATE_DTYPE": state_dtype}
+    """Return the launch options, and the dtypes of a chunk's tensors and arithmetic."""
+    dtypes = {
+        "PARAM_DTYPE": TRITON_DTYPES[chunks.param_dtype],
+        "GRAD_DTYPE": TRITON_DTYPES[chunks.grad_dtype],
+        "STATE_DTYPE": tl.float64 if chunks.param_dtype is torch.float64 else tl.float32,
+    }
     return triton_common.LAUNCH_OPTIONS | dtypes
 
 

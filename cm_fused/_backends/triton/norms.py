@@ -56,11 +56,12 @@ def _sq_norm_of_chunk(
     l2,
     factor,
     PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     FULL: tl.constexpr,
 ):
     param_ptr = at(pointer(row_ptr, "param", PARAM_DTYPE), start, FULL)
-    grad_ptr = at(pointer(row_ptr, "grad", PARAM_DTYPE), start, FULL)
+    grad_ptr = at(pointer(row_ptr, "grad", GRAD_DTYPE), start, FULL)
     BLOCK: tl.constexpr = FULL_BLOCK if FULL else TAIL_BLOCK
     decays = spread(l2, (BLOCK,)) != 0
     squares = tl.zeros((BLOCK if STATE_DTYPE == tl.float64 else THREADS,), dtype=tl.float64)
@@ -92,6 +93,7 @@ def sq_norm_kernel(
     l2: tl.float64,
     sign: tl.float64,
     PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
 ):
     """Write the sum of g^2 of each chunk; arguments as for `critical_adam_kernel`."""
@@ -107,11 +109,29 @@ def sq_norm_kernel(
     full = (count == CHUNK_SIZE) & is_aligned(row_ptr, numel, STATE_DTYPE.primitive_bitwidth // 8)
     if full:
         _sq_norm_of_chunk(
-            row_ptr, chunk_sq_norm_ptr, start, count, l2, factor, PARAM_DTYPE, STATE_DTYPE, True
+            row_ptr,
+            chunk_sq_norm_ptr,
+            start,
+            count,
+            l2,
+            factor,
+            PARAM_DTYPE,
+            GRAD_DTYPE,
+            STATE_DTYPE,
+            True,
         )
     else:
         _sq_norm_of_chunk(
-            row_ptr, chunk_sq_norm_ptr, start, count, l2, factor, PARAM_DTYPE, STATE_DTYPE, False
+            row_ptr,
+            chunk_sq_norm_ptr,
+            start,
+            count,
+            l2,
+            factor,
+            PARAM_DTYPE,
+            GRAD_DTYPE,
+            STATE_DTYPE,
+            False,
         )
 
 

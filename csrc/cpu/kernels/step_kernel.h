@@ -166,17 +166,14 @@ double sq_norm_part(
   std::conditional_t<std::is_same_v<state_t, double>, CompensatedSquareSum, SquareSum> squares;
   for (; begin < end; begin += kLargestBlock) {
     const int64_t n = std::min(kLargestBlock, end - begin);
-    const state_t* g = nullptr;
+    const state_t* const g = load_grad(tensor, begin, n, grad_scratch);
     const state_t* param = nullptr;
-    with_param_type<state_t>(tensor.dtype, [&](auto type) {
-      using param_t = decltype(type);
-      g = load_block(static_cast<const param_t*>(tensor.grad), tensor.grad_layout.get(), begin, n,
-          grad_scratch);
-      if (gradients.adds_l2_term()) {
-        param = load_block(static_cast<const param_t*>(tensor.param), tensor.param_layout.get(),
-            begin, n, param_scratch);
-      }
-    });
+    if (gradients.adds_l2_term()) {
+      with_param_type<state_t>(tensor.dtype, [&](auto type) {
+        param = load_block(static_cast<const decltype(type)*>(tensor.param),
+            tensor.param_layout.get(), begin, n, param_scratch);
+      });
+    }
     squares.add(gradients.effective(g, param, n, grad_scratch), n);
   }
   return squares.total();
