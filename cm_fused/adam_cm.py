@@ -23,11 +23,11 @@ class AdamCM(CriticalAdam):
     Parameters may be float32, float64, bfloat16, float16 or complex (as pairs of reals), with any
     strides. Gradients have their dtype; those of float32 parameters may be bfloat16 or float16, and
     are read as they are (`Tensor.grad_dtype`). State is float32 (float64 for float64), and the
-    update of half-precision parameters is computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
-    `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
-    amsgrad `max_exp_avg_sq`, and on the fused backends `critical_sum`, the running sum of the slots
-    (of float32 slots from capacity 3 on, of slots of 2 bytes from 6 on, of 1 byte from 10 on). A
-    parameter without a gradient takes no part in a step.
+    update of half-precision parameters is computed in float32: per parameter `step` (float32, ()),
+    `exp_avg` and `exp_avg_sq` (its shape), `critical_buffer` ((C, \*shape)), `priorities` (float32,
+    (C,), -inf where unfilled), with amsgrad `max_exp_avg_sq`, and on the fused backends
+    `critical_sum`, the running sum of the slots (of float32 slots from capacity 3 on, of slots of 2
+    bytes from 6 on, of 1 byte from 10 on). A parameter without a gradient takes no part in a step.
 
     The fused backends copy critical momenta to their slot at the next step (`pending_slot`, -1 for
     none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`:

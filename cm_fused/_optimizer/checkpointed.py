@@ -150,7 +150,7 @@ class CheckpointedOptimizer(Optimizer):
         for group in self.param_groups:
             group["capacity"] = capacity
             for param in group["params"]:
-                if "priorities" in self.state.get(param, {}):
+                if "exp_avg" in self.state.get(param, {}):
                     resize_buffer(param, self.state[param], group)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -148,6 +148,8 @@ def test_resizing_to_nothing_and_back(cls: type[CriticalAdam], backend: str) -> 
     assert_same([optimizer.state[p]["exp_avg"] for p in params_of(optimizer)], moments)
     train(optimizer, range(5, 7))
     optimizer.resize_buffer(2)
+    for state in optimizer.state_dict()["state"].values():
+        assert not state["critical_buffer"].any()
     train(optimizer, range(7, 8))
     for state in optimizer.state_dict()["state"].values():
         assert (state["priorities"] > -torch.inf).tolist() == [True, False]

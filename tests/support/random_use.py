@@ -242,9 +242,9 @@ class ApiMachine(RuleBasedStateMachine):
         taking_part = any(
             param.grad is not None and param in self.optimizer.state for param in chosen["params"]
         )
-        if not taking_part:
-            return
         capacity = chosen["capacity"]
+        if not taking_part or capacity == 0:  # from no buffer to one is no contradiction
+            return
         self._check_refused(
             lambda: chosen.update(capacity=capacity + 1),
             lambda: chosen.update(capacity=capacity),
