@@ -224,13 +224,14 @@ def _load_moments(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:
 def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepOptions) -> None:
     """Round m and v of parameter i to the state's dtype, stochastically; no-op where they are it.
 
-    Of an element's word, m takes the upper half and v the lower.
+    Of an element's word, m takes the first bits and v the last: halves, or 20 of 32.
     """
     stored = bucket["exp_avg"][i], bucket["exp_avg_sq"][i]
     if m is stored[0]:
         return
     words = _words(bucket, i, Stream.MOMENTS, options)
-    all_bits = words >> rounding.RANDOM_BITS, words & (2**rounding.RANDOM_BITS - 1)
+    taken = rounding.MOMENT_RANDOM_BITS[stored[0].dtype]
+    all_bits = words >> (32 - taken), words & (2**taken - 1)
     all_scales = _item(bucket["exp_avg_scales"], i), _item(bucket["exp_avg_sq_scales"], i)
     for state, values, scales, bits, signed in zip(
         stored, (m, v), all_scales, all_bits, (True, False), strict=True

@@ -5,14 +5,18 @@ slots, are kept. int8 and float8_e4m3fn have one float32 scale for each block of
 consecutive elements, by which no value of a block is too large. The fused backends give the same
 bits.
 
-The int8 form of moments is companded, as in Gonzalez Ortiz, Gupta, Rinard and Blalock, "FlashOptim:
-Optimizers for Memory-Efficient Training" (arXiv 2602.23349): codes are linear in a root of the
-value, so that small values of a block are not lost beside its largest. They share a scale among 32
-values, and take a softsign of the momentum and the square root of the second moment; among 256, as
-in Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (ICLR 2022), values range wider,
-and both are stored by their fourth root. Rounding is stochastic in the value, since an average that
-changes by less than half a code would stand still.
+The int8 form of moments is an 8-bit float beside a power of two that its block has in common: of m
+a sign, 4 bits of exponent and 3 of mantissa; of v, which has no sign, one more of exponent. Small
+values of a block are so known as well as its largest, down to 2^-17 of it in m, and in the root of
+v, by which m is divided. Floats were chosen over codes linear in a root of the value, as in
+Gonzalez Ortiz, Gupta, Rinard and Blalock, "FlashOptim: Optimizers for Memory-Efficient Training"
+(arXiv 2602.23349), and over a table of codes, as in Dettmers et al., "8-bit Optimizers via
+Block-wise Quantization" (ICLR 2022), since they are made from float32's bits by an addition and a
+shift. Rounding is stochastic in the value, since an average that changes by less than half a code
+would stand still.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +25,13 @@ from torch import Tensor
 BLOCK_SIZE = 256
 # Dtypes with scales, and the largest number they hold.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# The largest code of an int8 moment, by whether codes have a sign.
-LARGEST_CODE = {True: 127.0, False: 255.0}
 # A block whose largest value is below is stored as zeros: the inverse of its scale would overflow.
 SMALLEST_SCALED = 2.0**-100
-# The random bits of one rounding.
+# The random bits of one rounding to a half dtype, and of one to a moment's code.
 RANDOM_BITS = 16
+MOMENT_RANDOM_BITS = {torch.bfloat16: RANDOM_BITS, torch.int8: 20}
 _EXPONENT = 0x7F800000
+_SIGN_BIT = 0x80
 _MAX_FINITE = float(torch.finfo(torch.float32).max)
 
 
@@ -62,9 +66,10 @@ def shaped_as(flat: Tensor, order: Tensor) -> Tensor:
 # A block's largest value L has the scale s = fl(L / n), n being 127 or 448 = 7 * 64, and is
 # restored as L' = fl(n s). Then fl(L' / n) is s: n s is at most n / 2 last places of s from L, so
 # that L' is L where a last place of L is more than n of those; where it is not, L' / n is within a
-# third of a place of s. A moment's scale is L itself, whose code is the largest and stands for 1
-# (below 2^127, where the inverse of L has lost few bits). So a state that was saved as values is
-# loaded with the codes it had, if its blocks are the same.
+# third of a place of s. A moment's scale is a power of two, by which nothing is rounded; a block
+# whose largest value has been rounded down to the next scale's range has codes there for all of its
+# values. So a state that was saved as values is loaded with the values it had, if its blocks are
+# the same.
 
 
 def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -125,50 +130,86 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
     return torch.where(values.isfinite(), rounded, values)
 
 
-def _magnitude(codes: Tensor, largest_code: float) -> Tensor:
-    """Return the part of a block's largest value that codes >= 0 stand for."""
-    largest = torch.tensor(largest_code, dtype=torch.float32, device=codes.device)
-    root = codes.to(torch.float32) * (1.0 / largest)
-    square = root * root
-    return square * square
+class _Float8(NamedTuple):
+    """The 8-bit floats of an int8 moment: subnormal numbers are among them, all are finite."""
+
+    bias: int  # of the exponent
+    top: int  # the largest exponent: numbers are below 2^(top + 1)
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest number with all bits of the mantissa."""
+        return 2.0 ** (1 - self.bias)
+
+    @property
+    def first_bits(self) -> int:
+        """The bits of the float32 whose exponent is this one's 0."""
+        return (127 - self.bias) << 23
+
+
+# By whether there is a sign: float8_e4m3fn with numbers for its NaN, and the bits of a float16 from
+# its exponent on, so that both are read as float16.
+MOMENT_FLOAT = {True: _Float8(bias=7, top=8), False: _Float8(bias=15, top=15)}
+# The last bits of a float32, which its code has not.
+_ROUNDED_BITS = 20
+
+
+def _moment_scale(blocks: Tensor, form: _Float8) -> tuple[Tensor, Tensor]:
+    """Return what blocks are multiplied by and restored by: powers of two, each other's inverse.
+
+    The first is 0 where a block's largest value is too small or not finite.
+    """
+    largest = blocks.abs().amax(-1, keepdim=True)
+    raw = largest.view(torch.int32).clamp(max=_EXPONENT)
+    # The next power of two where the largest value is above the largest number with its own.
+    power = (raw + (2**_ROUNDED_BITS - 1)) & _EXPONENT
+    usable = (largest >= SMALLEST_SCALED) & (power < _EXPONENT)
+    inverse = torch.where(usable, (254 << 23) - power + (form.top << 23), 0)
+    scale = torch.where(usable, power - (form.top << 23), power)
+    return inverse.view(torch.float32), scale.view(torch.float32)
 
 
 def quantize_moment(values: Tensor, bits: Tensor | None, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Return a moment's codes and scales.
 
+    A block with a value that is not finite, or above 1.875 * 2^127, is restored as NaN.
+
     Args:
         values: float32 (numel,); >= 0 without a sign.
-        bits: int64 (numel,) with values in [0, 2^16), for stochastic rounding; None rounds to
+        bits: int64 (numel,) with values in [0, 2^20), for stochastic rounding; None rounds to
             nearest.
         signed: Whether the codes have a sign.
 
     Returns:
-        int8 (numel,), the bits of a uint8 without a sign, and scales, float32 (num_blocks,). A
-        positive value without a sign is never stored as 0: it is divided by.
+        int8 (numel,), the bits of an 8-bit float, and scales, float32 (num_blocks,). A positive
+        value without a sign is never stored as 0: it is divided by.
     """
-    largest_code = LARGEST_CODE[signed]
+    form = MOMENT_FLOAT[signed]
     blocks = _blocks(values)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    scaled = (blocks.abs() * _inverse(1.0, largest)).clamp(max=1.0)
-    scaled = torch.where(scaled.isfinite(), scaled, 0.0)
-    codes = (scaled.sqrt().sqrt() * largest_code).to(torch.int32).clamp(max=int(largest_code) - 1)
-    lower, upper = _magnitude(codes, largest_code), _magnitude(codes + 1, largest_code)
-    threshold = 2.0 ** (RANDOM_BITS - 1) if bits is None else _blocks(bits.to(torch.float32))
-    codes = codes + ((scaled - lower) * 2.0**RANDOM_BITS > threshold * (upper - lower))
+    inverse, scale = _moment_scale(blocks, form)
+    # Without a usable scale also what is not finite is stored as 0.
+    scaled = torch.where(inverse == 0, 0.0, blocks * inverse)
+    magnitude = scaled.abs()
+    # The bits of a float32 with this exponent. A number below the smallest normal one is added to
+    # it: the last bits of the sum are those of a subnormal number.
+    is_normal = magnitude >= form.smallest_normal
+    wide = torch.where(is_normal, magnitude, magnitude + form.smallest_normal).view(torch.int32)
+    wide = wide - torch.where(is_normal, form.first_bits, form.first_bits + (1 << 23))
+    random = 2 ** (_ROUNDED_BITS - 1) if bits is None else _blocks(bits.to(torch.int32))
+    codes = (wide + random) >> _ROUNDED_BITS
     if signed:
-        codes = torch.where(blocks < 0, -codes, codes)
+        codes = codes | torch.where(scaled.signbit(), _SIGN_BIT, 0)
     else:
         codes = torch.where((codes == 0) & (scaled > 0), 1, codes)
     stored = codes.to(torch.uint8).view(torch.int8)
-    return _unblocked(stored, values.shape[-1]), largest.squeeze(-1)
+    return _unblocked(stored, values.shape[-1]), scale.squeeze(-1)
 
 
 def dequantize_moment(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Return the values of a moment's codes, float32 (numel,); see `quantize_moment`."""
-    # Without a sign it is the bits of a uint8.
-    wide = codes.to(torch.int32) if signed else codes.view(torch.uint8).to(torch.int32)
-    values = _magnitude(wide.abs(), LARGEST_CODE[signed])
-    values = torch.copysign(values, wide.to(torch.float32))
+    wide = codes.view(torch.uint8).to(torch.int16)
+    half = (wide & ~_SIGN_BIT) << 7 | (wide & _SIGN_BIT) << 8 if signed else wide << 7
+    values = half.view(torch.float16).to(torch.float32) * 2.0 ** (15 - MOMENT_FLOAT[signed].bias)
     return values * _per_element(scales, values.shape[-1])
 
 
@@ -187,14 +228,14 @@ def _per_element(scales: Tensor, numel: int) -> Tensor:
     return scales.repeat_interleave(BLOCK_SIZE, dim=-1)[..., :numel]
 
 
-def _inverse(numerator: float, largest: Tensor) -> Tensor:
+def _inverse(largest_stored: float, largest: Tensor) -> Tensor:
     """Return what a block is multiplied by, 0 where its largest value is too small or not finite.
 
     The values of such a block are stored as 0, and restored as 0 or, by the scale, as NaN.
     """
     usable = (largest >= SMALLEST_SCALED) & (largest <= _MAX_FINITE)
     # A number divided by a tensor is, in torch, the tensor's reciprocal times it: rounded twice.
-    return torch.where(usable, torch.full_like(largest, numerator) / largest, 0.0)
+    return torch.where(usable, torch.full_like(largest, largest_stored) / largest, 0.0)
 
 
 def load_slots(buffer: Tensor, scales: Tensor | None) -> Tensor:

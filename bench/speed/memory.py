@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from bench import machine
 from bench.speed import cuda
+from bench.speed.precision.setups import BASELINE, PRECISIONS, Precision
 from bench.speed.providers import BACKENDS
 from bench.speed.workloads import LARGE
 from cm_fused import AdamCM
@@ -31,11 +32,19 @@ _WARM_UP = 3
 _STEPS = 3
 
 
-def _measure_here(capacity: int, elements: int, device: str) -> dict[str, float]:
+def _measure_here(
+    capacity: int, elements: int, device: str, precision: Precision
+) -> dict[str, float]:
     param = Parameter(torch.randn(elements, device=device))
     param.grad = torch.randn(elements, device=device)
     # The keys decay, so every step replaces a slot.
-    optimizer = AdamCM([param], capacity=capacity, backend=BACKENDS[device])
+    optimizer = AdamCM(
+        [param],
+        capacity=capacity,
+        buffer_dtype=precision.buffer_dtype,
+        moment_dtype=precision.moment_dtype,
+        backend=BACKENDS[device],
+    )
     for _ in range(_WARM_UP):
         optimizer.step()
     growth = _peak_growth_on_cpu if device == "cpu" else cuda.peak_growth
@@ -63,14 +72,27 @@ def measure(device: str, elements: int = _ELEMENTS) -> list[dict[str, float]]:
         elements: Of the tensor, float32.
     """
     if device == "cuda":
-        return [_measure_here(capacity, elements, device) for capacity in _CAPACITIES]
-    results = []
-    for capacity in _CAPACITIES:
-        command = [sys.executable, "-m", "bench.speed.memory", "--device", "cpu"]
-        command += ["--here", str(capacity), str(elements)]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results.append(json.loads(child.stdout))
-    return results
+        precision = PRECISIONS[BASELINE]
+        return [_measure_here(capacity, elements, device, precision) for capacity in _CAPACITIES]
+    return [_measure_apart(capacity, elements, BASELINE) for capacity in _CAPACITIES]
+
+
+def growth_in_step(precision: str, elements: int = _ELEMENTS) -> int:
+    """Return the bytes by which a process's memory peaks in a step on the CPU.
+
+    Args:
+        precision: A key of `PRECISIONS`.
+        elements: Of the one tensor, float32.
+    """
+    return int(_measure_apart(_CAPACITIES[0], elements, precision)["peak_growth_bytes"])
+
+
+def _measure_apart(capacity: int, elements: int, precision: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.speed.memory", "--device", "cpu"]
+    command += ["--here", str(capacity), str(elements), precision]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    measured: dict[str, float] = json.loads(child.stdout)
+    return measured
 
 
 def main() -> None:
@@ -78,10 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.speed.memory", description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", help="results file to update")
     parser.add_argument("--device", choices=machine.DEVICES, default=machine.default_device())
-    parser.add_argument("--here", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        print(json.dumps(_measure_here(arguments.here[0], arguments.here[1], arguments.device)))
+        capacity, elements, name = arguments.here
+        here = _measure_here(int(capacity), int(elements), arguments.device, PRECISIONS[name])
+        print(json.dumps(here))
         return
     measured = measure(arguments.device)
     print(json.dumps(measured, indent=1))

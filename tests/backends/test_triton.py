@@ -9,7 +9,6 @@ import re
 import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -74,40 +73,6 @@ def test_memory_that_is_not_aligned(which: str, kind: Kind) -> None:
 def _shifted(tensor: Tensor, shifted: bool) -> Tensor:
     memory = torch.empty(tensor.numel() + 4, dtype=tensor.dtype, device=DEVICE)
     return memory[shifted : shifted + tensor.numel()].copy_(tensor)
-
-
-# The codes of int8 moments
-
-
-def _root(x: Any, places: int) -> Any:
-    """Return what `rounding._root` does where the inverse root is off by some last places."""
-    inverse = (1 / np.sqrt(x.astype(np.float64))).astype(np.float32)
-    inverse = (inverse.view(np.int32) + places).astype(np.int32).view(np.float32)
-    root = x * inverse
-    residual = _fused(-root, root, x)
-    return _fused(residual, np.float32(0.5) * inverse, root)
-
-
-def _fused(a: Any, b: Any, c: Any) -> Any:
-    return (a.astype(np.longdouble) * b.astype(np.longdouble) + c).astype(np.float32)
-
-
-@pytest.mark.parametrize("largest_code", [127, 255])
-@pytest.mark.parametrize("first", range(-2, 3))
-@pytest.mark.parametrize("second", range(-2, 3))
-def test_roots_of_codes(second: int, first: int, largest_code: int) -> None:
-    """Compiled kernels find a code by approximate inverse roots, and it is the definition's.
-
-    Only near a code's own value can a root's last place matter: all 129 values around each code's
-    are tried. The interpreter takes its roots from numpy, so that no run here sees the others.
-    """
-    roots = np.arange(1, largest_code + 1, dtype=np.float32) / np.float32(largest_code)
-    bits = (roots**4).view(np.int32)[:, None] + np.arange(-64, 65, dtype=np.int32)
-    values = bits.astype(np.int32).view(np.float32).ravel()
-    values = values[values < 1]
-    found = np.floor(_root(_root(values, first), second) * np.float32(largest_code))
-    expected = np.floor(np.sqrt(np.sqrt(values)) * np.float32(largest_code))
-    assert np.array_equal(found, expected)
 
 
 # The table

@@ -16,7 +16,7 @@ from cm_fused._optimizer import base
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.making import dequantized, dtype_of
 from cm_fused.philox import ShardLayout
-from cm_fused.rounding import LARGEST, num_blocks
+from cm_fused.rounding import LARGEST, dequantize_moment, num_blocks
 from tests.support.cases import (
     CHUNK,
     FUSED_BACKENDS,
@@ -111,13 +111,15 @@ def _codes_and_values(stored: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """
     bits = 8 * stored.itemsize
     raw = stored.view(torch.int8 if bits == 8 else torch.int16).to(torch.int32)
+    magnitude = raw & (2 ** (bits - 1) - 1)
     if stored.dtype is torch.int8 and "exp_avg" in what:
-        codes = raw & 255 if what.endswith("exp_avg_sq") else raw
-        largest = 255 if what.endswith("exp_avg_sq") else 127
-        return codes, codes.sign() * (codes / largest) ** 4
+        signed = not what.endswith("exp_avg_sq")
+        flat = stored.contiguous().reshape(-1)
+        values = dequantize_moment(flat, torch.ones(num_blocks(len(flat))), signed=signed)
+        codes = torch.where(raw < 0, -magnitude, magnitude) if signed else raw & 255
+        return codes, values.reshape(stored.shape)
     if stored.dtype is torch.int8:
         return raw, raw.float()
-    magnitude = raw & (2 ** (bits - 1) - 1)
     return torch.where(raw < 0, -magnitude, magnitude), stored.float()
 
 

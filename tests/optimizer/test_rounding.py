@@ -151,28 +151,78 @@ def test_every_scale_is_found_again(dtype: torch.dtype) -> None:
         assert torch.equal(restored / torch.full_like(restored, rounding.LARGEST[dtype]), scales)
 
 
+def _moment_numbers(signed: bool) -> Tensor:
+    """Return every number an int8 moment holds beside its scale, by its code, as float64.
+
+    By the definition of a float: a sign, an exponent and 3 bits of mantissa.
+    """
+    code = torch.arange(256 if signed else 248)
+    magnitude = code & 127 if signed else code
+    exponent, mantissa = magnitude >> 3, magnitude & 7
+    significand = torch.where(exponent > 0, 8 + mantissa, mantissa).double()
+    unit = 2.0 ** (exponent.clamp(min=1) - (7 if signed else 15) - 3)
+    sign = 1 - 2 * (code >> 7) if signed else 1
+    return sign * significand * unit
+
+
 @pytest.mark.parametrize("signed", [True, False])
-def test_moments_are_restored_when_quantized_again(signed: bool) -> None:
-    """Values that every code stands for, stored with any bits, are quantized to those codes."""
+def test_moment_codes_are_floats(signed: bool) -> None:
+    """Each of the 256 codes, or of the 248 without a sign, is the number its bits say."""
+    numbers = _moment_numbers(signed)
+    codes = torch.arange(len(numbers)).to(torch.uint8).view(torch.int8)
+    restored = rounding.dequantize_moment(codes, torch.ones(1), signed=signed)
+    assert torch.equal(restored.double(), numbers)
+
+
+@pytest.mark.parametrize("bits", [0, 2**19, 2**20 - 1, None])
+@pytest.mark.parametrize("signed", [True, False])
+def test_moments_are_restored_when_quantized_again(signed: bool, bits: int | None) -> None:
+    """Values that every code stands for, beside any largest one, are restored with any bits."""
+    numbers = _moment_numbers(signed).float()
+    numbers = torch.nn.functional.pad(numbers, (0, rounding.BLOCK_SIZE - len(numbers)))
+    scales = 2.0 ** torch.arange(-100, 127 - 15, 7)
+    values = (numbers * scales[:, None]).flatten()
+    # And blocks without their upper numbers, whose scales are smaller.
+    largest = torch.tensor([480.0, 60.0, 1.0, 2.0**-9 if signed else 2.0**-17])
+    blocks = torch.where(numbers.abs() <= largest[:, None], numbers, 0.0)
+    values = torch.cat([values, blocks.flatten()])
+    random = None if bits is None else torch.full(values.shape, bits)
+    stored, found = rounding.quantize_moment(values, random, signed=signed)
+    assert torch.equal(rounding.dequantize_moment(stored, found, signed=signed), values)
+    assert torch.equal(found.frexp().mantissa, torch.full(found.shape, 0.5))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_largest_moments_use_the_largest_codes(signed: bool) -> None:
+    """A block's largest value takes one of the last eight codes, or the one before, never more."""
     largest = _largest_values()
-    codes = torch.arange(-127, 128) if signed else torch.arange(256)
-    codes = torch.nn.functional.pad(codes, (0, rounding.BLOCK_SIZE - len(codes)))
-    stored = codes.to(torch.uint8).view(torch.int8).repeat(len(largest))
-    stored[: 2 * rounding.BLOCK_SIZE] = 0  # as blocks are stored that are too small
-    largest = torch.cat([torch.tensor([2.0**-149, 2.0**-101]), largest[largest >= 2.0**-100]])
-    stored = stored[: len(largest) * rounding.BLOCK_SIZE]
-    values = rounding.dequantize_moment(stored, largest, signed=signed)
-    again, scales = rounding.quantize_moment(values, None, signed=signed)
-    assert torch.equal(again, stored)
-    assert torch.equal(rounding.dequantize_moment(again, scales, signed=signed), values)
-    # Also of a moment as a step stores it the largest value has the largest code.
-    largest = largest[largest < 2.0**127]
-    drawn = largest.repeat_interleave(rounding.BLOCK_SIZE)
-    bits = torch.full(drawn.shape, 2**16 - 1)
-    stored, scales = rounding.quantize_moment(drawn, bits, signed=signed)
-    usable = scales >= rounding.SMALLEST_SCALED
-    codes = stored.view(torch.uint8).reshape(len(scales), -1)[usable]
-    assert (codes == rounding.LARGEST_CODE[signed]).all()
+    # The largest number of an exponent, and the one after it, which has the next one's scale.
+    edges = torch.tensor([1.875, 1.875 + 2.0**-23]) * 2.0 ** torch.arange(-99, 127)[:, None]
+    largest = torch.cat([largest, edges.flatten()])
+    largest = largest[(largest >= 2.0**-100) & (largest <= 1.875 * 2.0**127)]
+    last = 127 if signed else 247
+    found = set()
+    for bits in (0, 2**20 - 1):
+        drawn = largest.repeat_interleave(rounding.BLOCK_SIZE)
+        random = torch.full(drawn.shape, bits)
+        stored, scales = rounding.quantize_moment(drawn, random, signed=signed)
+        found |= set(stored.view(torch.uint8).unique().tolist())
+        restored = rounding.dequantize_moment(stored, scales, signed=signed)
+        assert ((restored - drawn).abs() <= drawn / 8).all()
+    assert found == set(range(last - 8, last + 1))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1.9 * 2.0**127])
+def test_moments_that_are_not_finite_spoil_their_block_alone(value: float, signed: bool) -> None:
+    """It comes back as NaN in every place of the block, whatever the sign of a NaN."""
+    values = torch.ones(3 * rounding.BLOCK_SIZE)
+    values[300] = value
+    stored, scales = rounding.quantize_moment(values, None, signed=signed)
+    restored = rounding.dequantize_moment(stored, scales, signed=signed).reshape(3, -1)
+    assert restored[1].isnan().all()
+    assert torch.equal(restored[::2], torch.ones(2, rounding.BLOCK_SIZE))
+    assert not stored.reshape(3, -1)[1].any()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -229,32 +279,31 @@ def test_moment_rounding_has_no_bias(signed: bool) -> None:
     if signed:
         values = values * torch.tensor([1.0, -1.0]).repeat(101)[: len(values)]
     total = torch.zeros(len(values), dtype=torch.float64)
-    draws = range(0, 2**16, 64)
+    draws = range(0, 2**20, 1024)
     for draw in draws:
-        bits = torch.full((len(values),), draw + 32)
+        bits = torch.full((len(values),), draw + 512)
         codes, scales = rounding.quantize_moment(values, bits, signed=signed)
         total += rounding.dequantize_moment(codes, scales, signed=signed)
     mean = total / len(draws)
-    largest_code = rounding.LARGEST_CODE[signed]
-    code = (values.abs().double() ** 0.25 * largest_code).floor()
-    gap = ((code + 1) / largest_code) ** 4 - (code / largest_code) ** 4
+    # The distance of neighbours: an eighth of the power of two below, or of the smallest such.
+    power = 2.0 ** values.double().abs().log2().floor()
+    gap = power.clamp(min=2.0**-14 if signed else 2.0**-29) / 8
     within = (mean - values).abs() <= gap / len(draws) + 1e-6 * values.abs()
     if not signed:
-        # What is positive and below half the first code is not unbiased but positive.
-        first = (1 / largest_code) ** 4
-        within |= (values < first) & (mean >= values)
+        # What is positive and below the first code is not unbiased but positive.
+        within |= (values < 2.0**-32) & (mean >= values)
         assert (mean[values > 0] > 0).all()
     assert within.all()
 
 
 def test_moment_codes_keep_small_values() -> None:
-    """A value of a millionth of its block's largest is known to its size, where int8 gives 0."""
-    values = torch.full((256,), 1e-6)
+    """A value of 2^-14 of its block's largest is known to a sixteenth, where int8 gives 0."""
+    values = torch.linspace(1, 2, 256) * 2.0**-14
     values[0] = 1.0
     codes, scales = rounding.quantize_moment(values, None, signed=True)
     restored = rounding.dequantize_moment(codes, scales, signed=True)
     assert restored[0] == 1.0
-    assert (restored[1:] / 1e-6 - 1).abs().max() < 0.6
+    assert (restored / values - 1).abs().max() <= 1 / 16
     linear = rounding.dequantize(*rounding.quantize(values, torch.int8))
     assert not linear[1:].any()
 

@@ -1145,9 +1145,10 @@ def save(folder: Path) -> None:
             _compare(model, twin)
 
 
-# Half of the distance from a dtype's largest code to the next, in parts of it, and its rounding; of
-# moments, whose values are fourth powers of their codes, it is four times as much.
+# Half of the distance from a dtype's largest code to the next, in parts of it, and its rounding.
 HALF_CODE = {"torch.int8": 0.5 / 127 + 1e-6, "torch.float8_e4m3fn": 16 / 448 + 1e-6}
+# As much of an int8 moment, whose mantissa has 3 bits.
+HALF_MOMENT_CODE = {"torch.int8": 1 / 16}
 
 
 def _tensors(state: dict[str, Any]) -> dict[tuple[str, str], Tensor]:
@@ -1161,9 +1162,9 @@ def _tensors(state: dict[str, Any]) -> dict[tuple[str, str], Tensor]:
 def _check_rounded_once(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
     """Check that blocks of another mesh hold what was saved, each rounded to the nearest code."""
     (group,) = saved["optimizer"]["param_groups"]
-    of_moments, of_slots = (HALF_CODE.get(group[f"{k}_dtype"], 0) for k in ("moment", "buffer"))
-    bounds = dict.fromkeys(("exp_avg", "exp_avg_sq"), 4 * of_moments)
-    bounds["critical_buffer"] = of_slots
+    of_moment = HALF_MOMENT_CODE.get(group["moment_dtype"], 0)
+    bounds = dict.fromkeys(("exp_avg", "exp_avg_sq"), of_moment)
+    bounds["critical_buffer"] = HALF_CODE.get(group["buffer_dtype"], 0)
     for (name, key), value in _tensors(saved).items():
         actual, bound = _tensors(loaded)[name, key], bounds.get(key, 0)
         if bound == 0:
@@ -1394,7 +1395,8 @@ def load_whole_without_help(_: Path) -> None:
 def _check_loaded(state: dict[str, Tensor], source: dict[str, Tensor], *, scaled: bool) -> None:
     for key in ("exp_avg", "exp_avg_sq", "critical_buffer"):
         mine, saved = (_gathered(dequantized(unscaled(each), key)) for each in (state, source))
-        bound = (4 if "exp_avg" in key else 1) * HALF_CODE["torch.int8"] * scaled
+        half_codes = HALF_MOMENT_CODE if "exp_avg" in key else HALF_CODE
+        bound = half_codes["torch.int8"] * scaled
         assert (mine - saved).abs().max() <= bound * saved.abs().max(), key
 
 

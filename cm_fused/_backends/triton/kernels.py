@@ -271,16 +271,17 @@ def _load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.cons
 def _store_moment(
     moment_ptr, scales_ptr, block, values, bits, SIGNED: tl.constexpr, V: tl.constexpr
 ):
-    """Store a moment; the upper half of an element's random bits rounds m, the lower half v."""
+    """Store a moment; an element's first random bits round m, its last ones v."""
     if V.MOMENT_DTYPE == V.STATE_DTYPE:
         tl.store(moment_ptr + block.offsets, values, mask=block.mask)
     else:
-        half = bits >> 16 if SIGNED else bits & 0xFFFF
         if V.MOMENT_DTYPE == tl.int8:
-            codes, scales = rounding.to_moment(values, half, SIGNED)
+            taken = bits >> 12 if SIGNED else bits & 0xFFFFF
+            codes, scales = rounding.to_moment(values, taken, SIGNED)
             rounding.store_scales(scales_ptr, block, scales, 1, V.SHAPE)
             tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
         else:
+            half = bits >> 16 if SIGNED else bits & 0xFFFF
             rounded = rounding.round_to_bfloat16(values, half)
             tl.store(moment_ptr + block.offsets, rounded, mask=block.mask)
 

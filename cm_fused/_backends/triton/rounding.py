@@ -20,12 +20,14 @@ ROUNDS = tl.constexpr(philox.ROUNDS)
 _MULTIPLIER0, _MULTIPLIER1 = map(tl.constexpr, philox.MULTIPLIERS)
 _WEYL0, _WEYL1 = map(tl.constexpr, philox.WEYL)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
-_SIGN_BIT = tl.constexpr(-0x80000000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 # The bits of 2^-14 and 2^17; those of a power of two taken from the last are those of its inverse.
 _SMALLEST_HALF = tl.constexpr(0x38800000)
 _INFINITE_HALF = tl.constexpr(0x48000000)
 _INVERSE_BITS = tl.constexpr(254 << 23)
+# Those of 2^-100, and the last bits of a float32, which a moment's code has not.
+_SMALLEST_SCALED = tl.constexpr(0x0D800000)
+_ROUNDED = tl.constexpr(0xFFFFF)
 # The bits of 2^-6, and of 1.5 * 2^23 and 2^14, by whose sum a number is rounded to an
 # integer or to a multiple of 2^-9 in its last bits.
 _SMALLEST_FLOAT8 = tl.constexpr(0x3C800000)
@@ -208,7 +210,7 @@ def _block_scale(values, LARGEST: tl.constexpr):
     usable = (largest >= 2.0**-100) & (largest_bits < _INFINITY_BITS)
     highest = tl.full(largest.shape, LARGEST, tl.float32)
     inverse = tl.where(usable, tl.div_rn(highest, tl.where(usable, largest, 1.0)), 0.0)
-    return inverse, largest if LARGEST == 1.0 else tl.div_rn(largest, highest)
+    return inverse, tl.div_rn(largest, highest)
 
 
 @triton.jit
@@ -298,74 +300,38 @@ def from_slot(stored, scales, STATE_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _root(x):
-    """Return the root of x in [2^-40, 1], correctly rounded.
-
-    `tl.sqrt_rn` has a branch for numbers that are not in the middle of the range. This is what it
-    does to others: Newton's step from an approximate inverse root, by fused multiply-adds. Where a
-    code changes, any inverse root within two last places gives the same root (test_triton.py).
-    """
-    if INTERPRETED:  # whose fused multiply-adds round twice
-        return tl.sqrt_rn(x)
-    else:
-        inverse = tl.rsqrt(x)
-        root = x * inverse
-        return tl.fma(tl.fma(-root, root, x), 0.5 * inverse, root)
-
-
-@triton.jit
-def _inverse_of(LARGEST_CODE: tl.constexpr):
-    """Return 1 / LARGEST_CODE, rounded to float32."""
-    return tl.div_rn(tl.full((), 1.0, tl.float32), tl.full((), LARGEST_CODE, tl.float32))
-
-
-@triton.jit
-def _to_the_fourth(x):
-    square = x * x
-    return square * square
-
-
-@triton.jit
-def _with_sign(magnitude, signed):
-    """Return a number that is not negative with the sign of another one."""
-    sign = signed.to(tl.int32, bitcast=True) & _SIGN_BIT
-    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+def _moment_scale(values, TOP: tl.constexpr):
+    """Return what each warp's values are multiplied by, and restored by: powers of two."""
+    largest = tl.minimum(_largest_bits(values), _INFINITY_BITS)
+    # The next power of two where the largest value is above the largest number with its own.
+    power = (largest + _ROUNDED) & _INFINITY_BITS
+    usable = (largest >= _SMALLEST_SCALED) & (power < _INFINITY_BITS)
+    inverse = tl.where(usable, _INVERSE_BITS - power + (TOP << 23), 0)
+    scales = tl.where(usable, power - (TOP << 23), power)
+    return inverse.to(tl.float32, bitcast=True), scales.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def to_moment(values, bits, SIGNED: tl.constexpr):
-    """Return a moment's int8 codes and the scales of each warp.
-
-    `bits` uint32 in [0, 2^16) decide which neighbour a value is rounded to.
-    """
-    LARGEST_CODE: tl.constexpr = 127 if SIGNED else 255
-    inverse, scales = _block_scale(values, 1.0)
-    # The number before 1 has the largest code with any bits, as 1 has. Without a usable scale also
-    # what is not finite is stored as 0: of a number and NaN the minimum is the number.
-    scaled = tl.minimum(tl.abs(values) * inverse, tl.where(inverse == 0, 0.0, 1.0 - 2.0**-24))
-    # What is below 2^-40 has the code 0 as 2^-40 has.
-    root = _root(_root(tl.maximum(scaled, 2.0**-40)))
-    lower = tl.floor(root * LARGEST_CODE)
-    # 2^-16 of the values that both neighbours stand for: bits are compared as a part of 2^16.
-    step = _inverse_of(LARGEST_CODE) * 2.0**-4
-    below = _to_the_fourth(lower * step)
-    threshold = bits.to(tl.int32).to(tl.float32) * (_to_the_fourth((lower + 1.0) * step) - below)
-    # The product is exact, so that fusing it with the sum changes nothing.
-    above = tl.fma(below, -65536.0, scaled)
-    code = tl.where(above > threshold, lower + 1.0, lower)
-    # Without a sign it is divided by: what is positive stays so.
-    positive = tl.where(scaled > 0, tl.maximum(code, 1.0), code)
-    code = _with_sign(code, values) if SIGNED else positive
-    integer = (code + 12582912.0).to(tl.int32, bitcast=True) - _INTEGER_BITS
-    return integer.to(tl.int8), scales
+    """Return a moment's int8 codes and the scales of each warp; `bits` uint32 in [0, 2^20)."""
+    inverse, scales = _moment_scale(values, 8 if SIGNED else 15)
+    scaled = tl.where(inverse == 0, 0.0, values * inverse)
+    # A float32 with a code's exponent, subnormal numbers included.
+    subnormal = scaled * (2.0**-120 if SIGNED else 2.0**-112)
+    raw = subnormal.to(tl.uint32, bitcast=True) + bits
+    if SIGNED:
+        code = (raw >> 20 & 0x7F) | (raw >> 24 & 0x80)
+    else:
+        # It is divided by: what is positive stays so.
+        code = tl.maximum(raw >> 20, tl.minimum(scaled.to(tl.uint32, bitcast=True), 1))
+    return code.to(tl.uint8).to(tl.int8, bitcast=True), scales
 
 
 @triton.jit
 def from_moment(codes, scales, SIGNED: tl.constexpr):
     """Return the values of a moment's int8 codes."""
+    byte = codes.to(tl.uint8, bitcast=True)
     if SIGNED:
-        code = codes.to(tl.float32)
-        return _with_sign(_to_the_fourth(code * _inverse_of(127)) * scales, code)
+        return _from_float8(byte) * scales
     else:
-        code = codes.to(tl.uint8, bitcast=True).to(tl.float32)
-        return _to_the_fourth(code * _inverse_of(255)) * scales
+        return (byte.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**112 * scales

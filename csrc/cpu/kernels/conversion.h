@@ -46,6 +46,11 @@ CM_FUSED_INLINE Vector<float> load_codes(Float8, const uint8_t* stored) {
   return _mm512_maskz_cvtph_ps(kAllLanes, halves) * 0x1p8F;
 }
 
+CM_FUSED_INLINE Vector<float> load_codes(UnsignedFloat8, const uint8_t* stored) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored));
+  return _mm512_maskz_cvtph_ps(kAllLanes, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
+}
+
 CM_FUSED_INLINE void store_codes(int8_t* stored, Vector<uint32_t> codes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(stored),
       _mm512_maskz_cvtepi32_epi8(kAllLanes, reinterpret_cast<__m512i>(codes)));
@@ -95,6 +100,11 @@ CM_FUSED_INLINE Vector<float> load_codes(Float8, const uint8_t* stored) {
   const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
   const __m128i halves = _mm_and_si128(shifted, _mm_set1_epi16(static_cast<int16_t>(0xBF80)));
   return _mm256_cvtph_ps(halves) * 0x1p8F;
+}
+
+CM_FUSED_INLINE Vector<float> load_codes(UnsignedFloat8, const uint8_t* stored) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(stored));
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 7));
 }
 
 CM_FUSED_INLINE void store_codes(int8_t* stored, Vector<uint32_t> codes) {

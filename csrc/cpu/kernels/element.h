@@ -140,6 +140,18 @@ struct Float8 {
   }
 };
 
+// An exponent of 5 bits with bias 15, three bits of mantissa, no infinity: the first bits of a
+// float16 without its sign. That of a moment, which is rounded otherwise (moments.h).
+struct UnsignedFloat8 {
+  using stored_t = uint8_t;
+  static constexpr uint32_t kBias = 112U;  // float32's less its own
+  static float load(uint8_t stored) {
+    const auto normal = bit_cast<float>((uint32_t{stored} << 20) + (kBias << 23));
+    const float subnormal = static_cast<float>(static_cast<int32_t>(stored)) * 0x1p-17F;
+    return stored < 8U ? subnormal : normal;
+  }
+};
+
 // Of a block that is stored with a scale: what its values are multiplied by, and restored by.
 struct BlockScale {
   float inverse;  // 0 where the largest value is too small or not finite
@@ -164,12 +176,17 @@ inline uint32_t largest_magnitude_bits(const c10::BFloat16* values, auto n) {
   return static_cast<uint32_t>(largest) << 16;
 }
 
+// Those of a block with a scale. All but a tensor's last one are whole: without remainders for the
+// loop.
+template <typename stored_t>
+inline uint32_t block_largest_bits(const stored_t* values, int64_t n) {
+  constexpr std::integral_constant<int64_t, kScaleBlock> kWhole;
+  return n == kWhole ? largest_magnitude_bits(values, kWhole) : largest_magnitude_bits(values, n);
+}
+
 template <typename stored_t>
 inline BlockScale block_scale(const stored_t* values, int64_t n, float largest_stored) {
-  // All but a tensor's last block are whole: without remainders for the loop.
-  constexpr std::integral_constant<int64_t, kScaleBlock> kWhole;
-  const uint32_t largest_bits =
-      n == kWhole ? largest_magnitude_bits(values, kWhole) : largest_magnitude_bits(values, n);
+  const uint32_t largest_bits = block_largest_bits(values, n);
   const auto largest = bit_cast<float>(largest_bits);
   const bool usable = largest >= 0x1p-100F && largest_bits < kInfinityBits;
   return {usable ? largest_stored / largest : 0.0F, largest / largest_stored};

@@ -1,56 +1,49 @@
 // Blocks of the moments: to and from the update's type.
 
-// Of a word's bits, the first that rounds exp_avg (which has a sign), or exp_avg_sq.
+// Of a word's bits, the first that rounds exp_avg (which has a sign) to bfloat16, or exp_avg_sq.
 template <bool kSigned>
 constexpr int kFirstBit = kSigned ? 16 : 0;
 
-// Int8 codes of a moment, linear in the fourth root of a block's values (cm_fused/rounding.py).
+// The 8-bit floats of an int8 moment (cm_fused/rounding.py).
 template <bool kSigned>
-struct MomentCodes {
-  static constexpr int32_t kLargestCode = kSigned ? 127 : 255;
+struct MomentFloat {
+  using Code = std::conditional_t<kSigned, Float8, UnsignedFloat8>;
+  static constexpr uint32_t kTop = kSigned ? 8U : 15U;
+  static constexpr float kSmallestNormal = kSigned ? 0x1p-6F : 0x1p-14F;
+  static constexpr uint32_t kFirstBits = Code::kBias << 23;
+  static constexpr int kRoundedBits = 20;
 
-  static float magnitude(int32_t code) {
-    const float root = static_cast<float>(code) * (1.0F / kLargestCode);
-    const float square = root * root;
-    return square * square;
+  // Powers of two: what a block is multiplied by, and restored by.
+  static BlockScale scale(const float* values, int64_t n) {
+    constexpr uint32_t kRounded = (1U << kRoundedBits) - 1U;
+    const uint32_t raw = std::min(block_largest_bits(values, n), kInfinityBits);
+    // The next power of two where the largest value is above the largest number with its own.
+    const uint32_t power = (raw + kRounded) & kInfinityBits;
+    const bool usable = bit_cast<float>(raw) >= 0x1p-100F && power < kInfinityBits;
+    return {bit_cast<float>(usable ? (254U << 23) - power + (kTop << 23) : 0U),
+        bit_cast<float>(usable ? power - (kTop << 23) : power)};
   }
 
-  static void load(const int8_t* __restrict codes, float scale, auto n, float* __restrict values) {
-    for (int64_t i = 0; i < n; ++i) {
-      if constexpr (kSigned) {
-        const int32_t code = codes[i];
-        const float value = magnitude(code < 0 ? -code : code) * scale;
-        values[i] = code < 0 ? -value : value;
-      } else {
-        values[i] = magnitude(static_cast<uint8_t>(codes[i])) * scale;
-      }
+  // The code of a scaled value in the last 8 bits. `words` are random.
+  template <typename vector_t>
+  CM_FUSED_INLINE static Bits<vector_t> bits(vector_t scaled, Bits<vector_t> words) {
+    using bits_t = Bits<vector_t>;
+    const auto raw = bit_cast<bits_t>(scaled);
+    const auto magnitude = bit_cast<vector_t>(raw & kMagnitudeBits);
+    const auto is_normal = magnitude >= kSmallestNormal;
+    // A number below the smallest normal one is added to it: the last bits of the sum are those of
+    // a subnormal number.
+    const vector_t shifted = is_normal ? magnitude : magnitude + kSmallestNormal;
+    const bits_t first = is_normal ? bits_t{} + kFirstBits : bits_t{} + (kFirstBits + (1U << 23));
+    const bits_t random =
+        kSigned ? words >> (32 - kRoundedBits) : words & ((1U << kRoundedBits) - 1U);
+    const bits_t code = (bit_cast<bits_t>(shifted) - first + random) >> kRoundedBits;
+    if constexpr (kSigned) {
+      return code | (raw >> 24 & 0x80U);
+    } else {
+      // It is divided by: what is positive stays so.
+      return scaled > 0.0F && code == 0U ? bits_t{} + 1U : code;
     }
-  }
-
-  // Returns the scale. `words` have the random bits from bit `shift` on.
-  static float store(const float* __restrict values, const uint32_t* __restrict words, int shift,
-      auto n, int8_t* __restrict codes) {
-    const auto [inverse, scale] = block_scale(values, n, 1.0F);
-    for (int64_t i = 0; i < n; ++i) {
-      const auto product =
-          bit_cast<float>(bit_cast<uint32_t>(values[i]) & kMagnitudeBits) * inverse;
-      // Without a usable scale also what is not finite is stored as 0.
-      const float scaled = inverse == 0.0F ? 0.0F : (product < 1.0F ? product : 1.0F);
-      const auto found = static_cast<int32_t>(std::sqrt(std::sqrt(scaled)) * kLargestCode);
-      const int32_t lower = found < kLargestCode ? found : kLargestCode - 1;
-      const float below = magnitude(lower);
-      const auto bits = static_cast<float>(static_cast<int32_t>((words[i] >> shift) & 0xFFFFU));
-      const float threshold = bits * (magnitude(lower + 1) - below);
-      int32_t code = lower + ((scaled - below) * 65536.0F > threshold ? 1 : 0);
-      if constexpr (kSigned) {
-        code = values[i] < 0.0F ? -code : code;
-      } else {
-        // It is divided by: what is positive stays so.
-        code = std::max(code, static_cast<int32_t>(scaled > 0.0F));
-      }
-      codes[i] = static_cast<int8_t>(code);
-    }
-    return scale;
   }
 };
 
@@ -58,21 +51,36 @@ struct MomentCodes {
 template <bool kSigned>
 [[gnu::noinline]] inline void load_moment(
     const TensorStep& tensor, int64_t begin, int64_t n, float* values) {
+  using Code = typename MomentFloat<kSigned>::Code;
   const auto* const codes =
-      static_cast<const int8_t*>(kSigned ? tensor.exp_avg : tensor.exp_avg_sq);
+      static_cast<const uint8_t*>(kSigned ? tensor.exp_avg : tensor.exp_avg_sq) + begin;
   const float* const scales = kSigned ? tensor.exp_avg_scales : tensor.exp_avg_sq_scales;
   prefetch_ahead(tensor, codes, begin, n);
-  MomentCodes<kSigned>::load(codes + begin, scales[begin / kScaleBlock], n, values);
+  const float scale = scales[begin / kScaleBlock];
+  for_each_vector(n, [&](auto zero, int64_t at) {
+    decltype(zero) loaded[1];
+    load_vectors<Code>(codes + at, loaded);
+    store_vector(values + at, loaded[0] * scale);
+  });
 }
 
-// Writes it back, rounded stochastically by 16 bits of each word.
+// Writes it back, rounded stochastically by some bits of each word.
 template <bool kSigned>
 [[gnu::noinline]] inline void store_moment(const TensorStep& tensor, int64_t begin, int64_t n,
     const float* values, const uint32_t* words) {
-  auto* const codes = static_cast<int8_t*>(kSigned ? tensor.exp_avg : tensor.exp_avg_sq);
+  using Float = MomentFloat<kSigned>;
+  auto* const codes = static_cast<int8_t*>(kSigned ? tensor.exp_avg : tensor.exp_avg_sq) + begin;
   float* const scales = kSigned ? tensor.exp_avg_scales : tensor.exp_avg_sq_scales;
-  scales[begin / kScaleBlock] =
-      MomentCodes<kSigned>::store(values, words, kFirstBit<kSigned>, n, codes + begin);
+  const BlockScale scale = Float::scale(values, n);
+  scales[begin / kScaleBlock] = scale.scale;
+  for_each_vector(n, [&](auto zero, int64_t at) {
+    using vector_t = decltype(zero);
+    const auto value = load_vector<vector_t>(values + at);
+    // Without a usable scale also what is not finite is stored as 0.
+    const vector_t scaled = scale.inverse == 0.0F ? vector_t{} : value * scale.inverse;
+    const Bits<vector_t> bits[] = {Float::bits(scaled, load_vector<Bits<vector_t>>(words + at))};
+    store_bits(codes + at, bits);
+  });
 }
 
 // The values at `index` of a moment, which is stored as the update computes, or rounded to

@@ -75,6 +75,18 @@ CM_FUSED_INLINE void store_vector(Element<vector_t>* data, vector_t values) {
   }
 }
 
+// Calls visit(vector_t{}, at) for each whole vector of n elements, then for each element left.
+template <typename Visit>
+CM_FUSED_INLINE void for_each_vector(int64_t n, Visit visit) {
+  int64_t at = 0;
+  for (; at + kWidth<Vector<float>> <= n; at += kWidth<Vector<float>>) {
+    visit(Vector<float>{}, at);
+  }
+  for (; at < n; ++at) {
+    visit(float{}, at);
+  }
+}
+
 template <typename vector_t>
 CM_FUSED_INLINE vector_t square_root(vector_t values) {
   if constexpr (std::is_floating_point_v<vector_t>) {
