@@ -111,7 +111,8 @@ class Tables:
         self, dtypes: list[tuple[torch.dtype, torch.dtype]], counts: list[int]
     ) -> list[Chunks]:
         chunks, sq_norms = (torch.split(t, counts) for t in (self._chunks, self.chunk_sq_norms))
-        return [Chunks(*both, *of) for both, *of in zip(dtypes, chunks, sq_norms, strict=True)]
+        parts = zip(dtypes, chunks, sq_norms, strict=True)
+        return [Chunks(param, grad, part, norms) for (param, grad), part, norms in parts]
 
     def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
         """Give critical gradients a place for this step's slots and counts of filled ones."""

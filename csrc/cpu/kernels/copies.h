@@ -23,7 +23,8 @@ struct Range {
   int64_t n;
   bool copies_moments;
   bool rebuilds_sum;
-  const state_t* grad;
+  const void* grad;  // of state_t, or as grad_dtype says
+  ParamDtype grad_dtype;
   void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
   void* exp_avg_sq;
   state_t* max_exp_avg_sq;  // nullptr without amsgrad
@@ -54,9 +55,11 @@ class Copies {
   Copies(const TensorStep& tensor, const StepOptions& options)
       : tensor_(tensor), options_(options), gradients_(options) {}
 
+  // Tiles read half-precision gradients of other parameters, unless a block's scale needs them.
   bool are_needed() const {
-    return is_half(tensor_.grad_dtype) || tensor_.param_layout != nullptr ||
-           tensor_.grad_layout != nullptr;
+    const bool reads_blocks = options_.critical_gradients && has_scales(tensor_.slot_dtype);
+    return is_half(tensor_.dtype) || (is_half(tensor_.grad_dtype) && reads_blocks) ||
+           tensor_.param_layout != nullptr || tensor_.grad_layout != nullptr;
   }
 
   // Copies a range's parameters and gradients.

@@ -84,7 +84,9 @@ class ChunkStep {
       copies_.load(range);
     } else {
       range.param = static_cast<state_t*>(tensor_.param) + begin;
-      range.grad = static_cast<const state_t*>(tensor_.grad) + begin;
+      const int64_t bytes = is_half(tensor_.grad_dtype) ? 2 : sizeof(state_t);
+      range.grad = static_cast<const char*>(tensor_.grad) + begin * bytes;
+      range.grad_dtype = tensor_.grad_dtype;
     }
     set_moments(range);
     step_range_({tensor_, options_, scalars_, gradients_, range}, squares_);
