@@ -5,6 +5,10 @@ TORCH ?= torch==2.13.0
 # The oldest that is supported, and the newest.
 OTHER_TORCHES := 2.11.0 2.14.1
 
+# torchvision's build on PyPI is for CUDA. Beside another torch its import fails, and with it that of
+# lightning and transformers, which import it where they find it: these two are in a folder of their own.
+TIMM := timm==1.0.31 torchvision==0.28.0
+
 VENV := .venv
 BIN := $(VENV)/bin
 CPP_SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
@@ -27,7 +31,7 @@ OF_TORCH = --exclude libc10.so --exclude libtorch_cpu.so
 CHECK_PACKAGES = $(BIN)/twine check --strict dist/* && $(BIN)/abi3audit --strict --summary dist/*.whl
 
 .PHONY: help demo test test-all check docs compile-others bench bench-smoke paper torture torture-quick \
-    sanitize audit package package-others package-cuda clean
+    sanitize audit package package-others package-aarch64 package-cuda clean
 
 help:
 	@echo "make demo         train two real models with AdamCM beside AdamW; writes demo.png"
@@ -45,6 +49,7 @@ help:
 	@echo "make audit        look for known vulnerabilities of what is installed for development"
 	@echo "make package      build and check sdist and CPU wheel; train with the wheel elsewhere"
 	@echo "make package-others  install that wheel beside the oldest and the newest torch"
+	@echo "make package-aarch64  cross-compile and check a CPU wheel for aarch64"
 	@echo "make package-cuda build and check a wheel with the CUDA library; PYTHON must have such a torch"
 	@echo "make clean        remove what the others made"
 
@@ -66,6 +71,7 @@ $(VENV)/demo: pyproject.toml setup.py .ci/constraints.txt $(CPP_SOURCES)
 $(VENV)/installed: $(VENV)/demo
 	@echo "install what the tests and benches need: trainers, triton, scipy"
 	@$(BUILD_CPU) $(PIP_INSTALL) --no-build-isolation --editable ".[test,integration,bench,paper]"
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm $(TIMM)
 	@touch $@
 
 $(VENV)/lint: $(VENV)/installed
@@ -182,9 +188,34 @@ package-others: package
 	    build/other/bin/pip install --quiet --no-cache-dir --disable-pip-version-check \
 	        torch==$$torch numpy dist/*.whl && \
 	    build/other/bin/python -W error tests/packaging/train_installed.py && \
+	    build/other/bin/python tests/packaging/loose_symbols.py && \
 	    (cd build && other/bin/python -m cm_fused cpu) || exit 1; \
 	done
 	rm -rf build/other
+
+# What the linker needs of torch for aarch64: the oldest, as what that lacks shows in a version.
+build/aarch64/torch/linked: | $(VENV)/installed
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+	    --platform manylinux_2_28_aarch64 --dest $(@D) torch==$(firstword $(OTHER_TORCHES))
+	$(BIN)/python -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); wheel.extractall( \
+	    sys.argv[2], ["torch/lib/lib" + n + ".so" for n in ("c10", "torch", "torch_cpu")])' \
+	    $(@D)/*.whl $(@D)
+	rm $(@D)/*.whl
+	touch $@
+
+# auditwheel knows of another architecture only "auto", the oldest glibc that the symbols allow.
+package-aarch64: $(VENV)/lint build/aarch64/torch/linked
+	@command -v $(ARM64_CXX) >/dev/null || { echo "$(ARM64_CXX) not found" \
+	    "(Debian: apt-get install g++-aarch64-linux-gnu)"; exit 1; }
+	rm -rf dist/aarch64 build/aarch64/built
+	$(BUILD_CPU) _PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(ARM64_CXX) CXX=$(ARM64_CXX) \
+	    LDSHARED="$(ARM64_CXX) -shared" LDCXXSHARED="$(ARM64_CXX) -shared" \
+	    LDFLAGS="-Lbuild/aarch64/torch/torch/lib" \
+	    $(BIN)/python -m build --wheel --no-isolation --outdir build/aarch64/built
+	$(AUDITWHEEL) repair --plat auto $(OF_TORCH) --wheel-dir dist/aarch64 build/aarch64/built/*.whl
+	ls dist/aarch64/*-cp310-abi3-manylinux_2_2[0-8]_aarch64.whl
+	$(subst dist/*,dist/aarch64/*,$(CHECK_PACKAGES))
 
 # With the torch of $(PYTHON), which must be one for CUDA, and its toolkit.
 package-cuda: $(VENV)/lint

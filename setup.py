@@ -23,6 +23,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
+# An empty CXX is one that is not set, here and for what compiles.
+if not os.environ.get("CXX", "").strip():
+    os.environ.pop("CXX", None)
+
 BUILDS = ("auto", "cpu", "cuda", "none")
 BUILD = os.environ.get("CM_FUSED_BUILD", "auto")
 TORCH_MINIMUM = (2, 11)
@@ -34,6 +38,7 @@ SOURCES = [
     "csrc/core/state.cpp",
     "csrc/core/bind.cpp",
     "csrc/core/glibc.cpp",
+    "csrc/core/libstdcxx.cpp",
     "csrc/priority/table.cpp",
     "csrc/cpu/capability.cpp",
     "csrc/cpu/ops.cpp",

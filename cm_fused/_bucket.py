@@ -49,10 +49,15 @@ class StepOptions(NamedTuple):
 def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Return the hyperparameters of a step of a group."""
     beta1, beta2 = group["betas"]
+    beta1, beta2 = float(beta1), float(beta2)
+    # With a beta of 1 the corrections divide by 0.
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        i, beta = (1, beta2) if 0 <= beta1 < 1 else (0, beta1)
+        raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
     options = StepOptions(
         lr=group["lr"],
-        beta1=float(beta1),
-        beta2=float(beta2),
+        beta1=beta1,
+        beta2=beta2,
         **{name: group[name] for name in _OF_GROUP},
     )
     return options if group["adjust_lr_fn"] is None else _adjusted(options)

@@ -114,6 +114,8 @@ class GradientRelease:
                 self._step(param)
         except BaseException:
             param.grad = None  # which the next backward pass would add to
+            if self._indices_of(param) is not None:
+                self._optimizer._forget_norm(param)
             raise
 
     def _step(self, param: Tensor) -> None:
@@ -122,6 +124,7 @@ class GradientRelease:
         if indices is None:  # `optimizer.step()` would pass over it too
             return
         try:
+            self._optimizer._forget_norm(param)  # until this step has been taken
             group = self._optimizer.param_groups[indices[0]]
             release_checks.check_options([group], indices[0])
             self._optimizer._step_one(*indices)

@@ -213,14 +213,16 @@ class CriticalAdam(CheckpointedOptimizer):
         0 after a step without gradients. NaN before the first step, after loading, after a step
         that failed, that `amp_scaling` skipped or that `torch.compile` traced. After each replay of
         a captured step it is that step's. With gradient release each parameter counts with its own
-        last step. With `capacity=0` there is no key to find it for: without `max_grad_norm` and
-        `skip_nonfinite` it is NaN for critical gradients and, if no group has a buffer, DTensors.
+        last step; after one that failed the norm is NaN until that parameter is stepped again. With
+        `capacity=0` there is no key to find it for: without `max_grad_norm` and `skip_nonfinite` it
+        is NaN for critical gradients and, if no group has a buffer, for DTensors.
         """
         self._finish_step()
-        every = [self._plans]
+        every = [self._plans.last]
         if self._release is not None:
-            every = [plans for plans, _ in self._single_plans.values()]
-        return norms.last_norm([plans.last for plans in every if plans.last is not None])
+            every = [plans.last for plans, _ in self._single_plans.values()]
+        last = [plan for plan in every if plan is not None]
+        return norms.last_norm(last if len(last) == len(every) else [])
 
     def _take_step(self, plans: Plans, groups: Groups, first: int = 0) -> None:
         """Validate the cached plan or make a new one, and run it.
@@ -294,6 +296,12 @@ class CriticalAdam(CheckpointedOptimizer):
             plans = Plans()
         self._single_plans[id(param)] = plans, first
         self._take_step(plans, [{**group, "params": [param]}], first)
+
+    def _forget_norm(self, param: Tensor) -> None:
+        """Forget the norm of the last gradient of a parameter that is stepped inside backward."""
+        if id(param) not in self._single_plans:
+            self._single_plans[id(param)] = Plans(), -1  # which its first step replaces
+        self._single_plans[id(param)][0].last = None
 
     def _finish_step(self) -> None:
         """Update the priorities of the last step, if they still wait for the sum of its norms."""

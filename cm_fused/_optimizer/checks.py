@@ -27,6 +27,11 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "low_precision_update": ("nearest", "stochastic", "kahan"),
     "adjust_lr_fn": (None, "match_rms_adamw"),
 }
+# Of those, the ones that a step would take for another value. The state's own checks find a dtype
+# that has changed.
+_READ_BY_STEPS = (
+    *("priority_scope", "buffer_mean", "backend", "low_precision_update", "adjust_lr_fn"),
+)
 _Rule = tuple[str, Callable[[float], bool]]
 _NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
 _NUMBERS: dict[str, _Rule] = dict.fromkeys(("lr", "eps", "weight_decay"), _NOT_NEGATIVE)
@@ -76,11 +81,8 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
     for name, (rule, holds) in (_NUMBERS | _SCHEDULED if in_training else _NUMBERS).items():
         check_number(name, options[name], rule, holds)
     check_capacity(options["capacity"])
-    for name, choices in _CHOICES.items():
-        if options[name] not in choices:
-            names = ", ".join(map(repr, choices))
-            also = ", or a name such as 'bfloat16'" if name in _DTYPE_OPTIONS else ""
-            raise ValueError(f"{name} must be one of {names}{also}, got {options[name]!r}")
+    for name in _CHOICES:
+        _check_choice(name, options[name])
     _check_implementation(options)
     max_grad_norm = options["max_grad_norm"]
     if max_grad_norm is not None:
@@ -90,6 +92,20 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
         _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
     seed = options["seed"]
     _require(_is_int(seed) and 0 <= seed < 2**63, "seed must be an int in [0, 2^63)", seed)
+
+
+def check_choices(options: Mapping[str, Any]) -> None:
+    """Check the named choices that a step reads, which may have been changed by hand."""
+    for name in _READ_BY_STEPS:
+        _check_choice(name, options[name])
+
+
+def _check_choice(name: str, value: object) -> None:
+    choices = _CHOICES[name]
+    if value not in choices:
+        names = ", ".join(map(repr, choices))
+        also = ", or a name such as 'bfloat16'" if name in _DTYPE_OPTIONS else ""
+        raise ValueError(f"{name} must be one of {names}{also}, got {value!r}")
 
 
 def _check_implementation(options: Mapping[str, Any]) -> None:

@@ -21,20 +21,22 @@ from cm_fused._bucket import (
     step_options,
 )
 from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
+from cm_fused._optimizer.checks import check_choices
 from cm_fused._state.tracking import OptimizerState
 
 Groups = list[dict[str, Any]]
-# The options that decide which tensors a step needs and which backend steps them. They come first
-# in `_options_of`.
-_STRUCTURE = (
+# The options that decide which tensors a step needs and which backend steps them, and the other
+# ones with few values. They come first in `_options_of`: when one of them changes, they are checked
+# and all plans are made anew.
+_CHOICES = (
     *("amsgrad", "capacity", "backend", "fused", "capturable"),
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
+    *("priority_scope", "buffer_mean", "adjust_lr_fn"),
 )
 _options_of = itemgetter(
-    *_STRUCTURE,
-    *("betas", "eps", "weight_decay", "priority_decay", "priority_scope", "buffer_mean"),
-    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "adjust_lr_fn", "seed"),
-    *("max_grad_norm", "skip_nonfinite"),
+    *_CHOICES,
+    *("betas", "eps", "weight_decay", "priority_decay", "eps_inside_sqrt", "maximize"),
+    *("decoupled_weight_decay", "seed", "max_grad_norm", "skip_nonfinite"),
 )
 _lr_of = itemgetter("lr")
 _params_of = itemgetter("params")
@@ -155,7 +157,7 @@ class Plans:
         self.last: Plan | None = None  # that of the last step
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._values: list[tuple[Any, ...]] | None = None
-        self._structure: list[tuple[Any, ...]] = []
+        self._choices: list[tuple[Any, ...]] = []
         self._lrs: list[float | Tensor] = []
         self._state: Any = None
         self._changes = -1
@@ -185,6 +187,8 @@ class Plans:
         self.params = [param for group in groups for param in group["params"]]
         self._read_gradients(self.params, waiting)
         self.sizes = [len(group["params"]) for group in groups]
+        for group in groups:
+            check_choices(group)
         self.options = [step_options(group) for group in groups]
         self.needs_norm = any(needs_norm(group) for group in groups)
 
@@ -288,22 +292,29 @@ class Plans:
 
     def _read_options(self, groups: Groups) -> None:
         values, lrs = list(map(_options_of, groups)), list(map(_lr_of, groups))
+        is_known = self._values is not None and values == self._values
         # A learning rate is compared by its identity: a tensor's value may be on a device.
-        if self._values is not None and values == self._values and all(map(is_, lrs, self._lrs)):
+        if is_known and all(map(is_, lrs, self._lrs)):
             return
-        # `step_options` may raise, after which refused options must not be taken for known ones.
+        # This may raise, after which refused options must not be taken for known ones.
         self._values = None
-        structure = [each[: len(_STRUCTURE)] for each in values]
-        if structure != self._structure:
-            self._plans.clear()
-        self.options = list(map(step_options, groups))
-        self.needs_norm = any(map(needs_norm, groups))
-        self._structure, self._lrs = structure, lrs
+        if not is_known:  # else a scheduler has changed learning rates
+            self._read_choices(groups, [each[: len(_CHOICES)] for each in values])
+            self.needs_norm = any(map(needs_norm, groups))
+        self.options, self._lrs = list(map(step_options, groups)), lrs
         # What may change in place is read at every step.
-        immutable = all(_is_immutable(value) for each in values for value in each)
+        immutable = is_known or all(_is_immutable(value) for each in values for value in each)
         immutable = immutable and all(isinstance(lr, (float, int, Tensor)) for lr in lrs)
         if immutable and not any(map(is_adjusted_on_device, groups)):
             self._values = values
+
+    def _read_choices(self, groups: Groups, choices: list[tuple[Any, ...]]) -> None:
+        if choices == self._choices:
+            return
+        for group in groups:
+            check_choices(group)
+        self._plans.clear()
+        self._choices = choices
 
 
 def _is_immutable(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """The history of an optimizer's critical buffers and parameters."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -37,29 +38,32 @@ class History:
     update_rms: float
 
 
+HISTORY = tuple(field.name for field in fields(History))
+
+
 class _Followed(NamedTuple):
     """What is known of one parameter's buffer, on the CPU."""
 
     keys: Tensor  # float32 (C,), after the last step looked at
     step: Tensor  # float32 (), the parameter's steps until then
-    ages: Tensor  # int64 (C,)
+    taken: Tensor  # int64 (), the steps it took part in since it is followed
+    births: Tensor  # int64 (C,), what `taken` was when each slot was admitted
     admissions: Tensor  # int64 (), since the last `Buffers.take`
-    steps: Tensor  # int64 (), those it took part in, likewise
+    seen: Tensor  # int64 (), what `taken` was then
 
     @classmethod
     def begin(cls, keys: Tensor, count: Tensor) -> "_Followed":
         """Return a buffer whose filled slots are of age 0."""
         keys, count = (tensor.detach().cpu().clone() for tensor in (keys, count))
         zero = torch.zeros((), dtype=torch.int64, device="cpu")
-        ages = torch.zeros_like(keys, dtype=torch.int64)
-        return cls(keys, count, ages, zero, zero)
+        return cls(keys, count, zero, torch.zeros_like(keys, dtype=torch.int64), zero, zero)
 
     def resized(self, capacity: int) -> "_Followed":
         """Return the buffer itself, or an empty one of another capacity."""
         if len(self.keys) == capacity:
             return self
         keys = torch.full((capacity,), -torch.inf, dtype=self.keys.dtype, device="cpu")
-        return self._replace(keys=keys, ages=torch.zeros_like(keys, dtype=torch.int64))
+        return self._replace(keys=keys, births=self.taken.repeat(capacity))
 
 
 class _Block:
@@ -79,8 +83,15 @@ class _Block:
         # Views of the live keys, then of the step counts.
         self._tensors = tensors
         self._decays = torch.tensor(decays, dtype=torch.float32, device="cpu")
-        self._notes: list[Tensor] = []
-        self._known = _Followed(*map(torch.stack, zip(*followed, strict=True)))
+        # With a decay of 0 all keys are 0 after a step, and any gradient but zero is admitted.
+        self._always = self._decays == 0 if 0.0 in decays else None
+        columns = _Followed(*map(torch.stack, zip(*followed, strict=True)))
+        self._shape = columns.keys.shape
+        self._taken, self._births = columns.taken, columns.births
+        self._admissions, self._seen = columns.admissions, columns.seen
+        # Keys and counts after the last step looked at, and on their device after those since then.
+        self._last = torch.cat([columns.keys.flatten(), columns.step])
+        self._notes = [self._last.to(tensors[0].device)]
 
     def note(self) -> None:
         """Copy the keys and counts after a step, on their device."""
@@ -88,53 +99,56 @@ class _Block:
 
     def process(self) -> None:
         """Find what the noted steps admitted, from the keys before and after each."""
-        if not self._notes:
+        if len(self._notes) == 1:
             return
-        known, size = self._known, self._known.keys.numel()
         notes = torch.stack(self._notes).cpu()
-        self._notes = []
-        keys = torch.cat([known.keys[None], notes[:, :size].view(-1, *known.keys.shape)])
-        counts = torch.cat([known.step[None], notes[:, size:]])
+        self._notes, self._last = self._notes[-1:], notes[-1]
+        size = self._shape.numel()
+        keys, counts = notes[:, :size].view(-1, *self._shape), notes[:, size:]
         # A parameter without a gradient took no part: its keys did not decay.
         took_part = counts[1:] != counts[:-1]
         # Only the smallest key can be replaced, the first of equal ones; unfilled slots have -inf.
-        slots = keys[:-1].argmin(-1, keepdim=True)
-        before, after = (each.gather(-1, slots)[..., 0] for each in (keys[:-1], keys[1:]))
-        decayed = torch.where(before > -torch.inf, before * self._decays, before)
-        # With a decay of 0 all keys are 0 after a step, and any gradient but zero is admitted.
-        always = (self._decays == 0) & (decayed > -torch.inf)
-        admitted = took_part & ((after != decayed) | always)
-        taken = took_part.cumsum(0)
-        last = torch.zeros_like(known.ages).scatter_reduce(
-            1, slots[..., 0].T, torch.where(admitted, taken, 0).T, "amax"
-        )
-        total = taken[-1]
-        self._known = _Followed(
-            keys[-1],
-            counts[-1],
-            torch.where(last > 0, total[:, None] - last, known.ages + total[:, None]),
-            known.admissions + admitted.sum(0),
-            known.steps + total,
-        )
+        before, slots = keys[:-1].min(-1, keepdim=True)
+        after, before = keys[1:].gather(-1, slots).squeeze(-1), before.squeeze(-1)
+        decayed = before * self._decays
+        if self._always is None:
+            admitted = after != decayed
+        else:
+            decayed = torch.where(before > -torch.inf, decayed, before)
+            admitted = (after != decayed) | (self._always & (decayed > -torch.inf))
+        admitted &= took_part
+        taken = took_part.cumsum(0).add_(self._taken)
+        births = (taken * admitted).T
+        self._births = self._births.scatter_reduce(1, slots.squeeze(-1).T, births, "amax")
+        self._taken = taken[-1]
+        self._admissions = self._admissions + admitted.sum(0)
 
     def followed(self) -> dict[Tensor, _Followed]:
         """Return what is known of each parameter's buffer."""
-        rows = zip(*(tensor.unbind() for tensor in self._known), strict=True)
+        size = self._shape.numel()
+        known = _Followed(
+            self._last[:size].view(self._shape),
+            self._last[size:],
+            self._taken,
+            self._births,
+            self._admissions,
+            self._seen,
+        )
+        rows = zip(*(tensor.unbind() for tensor in known), strict=True)
         return {param: _Followed(*row) for param, row in zip(self.params, rows, strict=True)}
 
-    def take(self) -> dict[Tensor, list[float]]:
-        """Return mean age, largest age and admission rate; begin to count admissions anew."""
-        known = self._known
-        filled = known.keys > -torch.inf
-        ages = known.ages.double()
-        mean = (ages * filled).sum(1) / filled.sum(1)
-        largest = torch.where(filled, ages, -1.0).amax(1)
-        largest = largest.masked_fill(largest < 0, _NAN)
-        rate = known.admissions.double() / known.steps
-        zeros = torch.zeros_like(known.steps)
-        self._known = known._replace(admissions=zeros, steps=zeros)
-        numbers = torch.stack([mean, largest, rate], dim=1).tolist()
-        return dict(zip(self.params, numbers, strict=True))
+    def take(self) -> Iterator[tuple[Tensor, tuple[float, float, float]]]:
+        """Yield each parameter with mean age, largest age and admission rate; count these anew."""
+        taken, admissions, seen = torch.stack([self._taken, self._admissions, self._seen]).tolist()
+        births, keys = self._births.tolist(), self._last.tolist()
+        capacity = self._shape[1]
+        for i, param in enumerate(self.params):
+            slots = zip(keys[i * capacity : (i + 1) * capacity], births[i], strict=True)
+            ages = [taken[i] - birth for key, birth in slots if key > -math.inf]
+            steps = taken[i] - seen[i]
+            mean, largest = (sum(ages) / len(ages), float(max(ages))) if ages else (_NAN, _NAN)
+            yield param, (mean, largest, admissions[i] / steps if steps else _NAN)
+        self._admissions, self._seen = torch.zeros_like(self._admissions), self._taken
 
 
 class Buffers:
@@ -153,7 +167,8 @@ class Buffers:
             earlier = known.get(param)
             begun = _Followed.begin(state["priorities"], state["step"])
             if earlier is not None:
-                begun = begun._replace(admissions=earlier.admissions, steps=earlier.steps)
+                seen = earlier.seen - earlier.taken
+                begun = begun._replace(admissions=earlier.admissions, seen=seen)
             known[param] = begun
         self._rebuild(known)
 
@@ -168,10 +183,10 @@ class Buffers:
         if self._num_notes >= _MAX_NOTES:
             self._process()
 
-    def take(self) -> dict[Tensor, list[float]]:
+    def take(self) -> dict[Tensor, tuple[float, float, float]]:
         """Return mean age, largest age and admission rate since the last call, by parameter."""
         self._process()
-        return {p: numbers for block in self._blocks for p, numbers in block.take().items()}
+        return {param: numbers for block in self._blocks for param, numbers in block.take()}
 
     def _states(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         for group in self._optimizer.param_groups:
@@ -274,18 +289,26 @@ class Moves:
 @torch.no_grad()
 def _distances(params: Sequence[Tensor], others: dict[Tensor, Tensor]) -> list[float]:
     """Return parameters' L2 distances from their values in `others`, NaN where there is none."""
-    result = dict.fromkeys(params, _NAN)
-    known = [param for param in params if param in others]
-    plain = [param for param in known if not is_sharded(param) and not param.is_complex()]
-    for now, before in _in_lists(plain, [others[param] for param in plain]):
-        dtype = torch.promote_types(now[0].dtype, torch.float32)
+    result = [_NAN] * len(params)
+    plain: dict[Any, tuple[list[int], list[Tensor], list[Tensor]]] = {}
+    for i, param in enumerate(params):
+        other = others.get(param)
+        if other is None:
+            continue
+        if is_sharded(param) or param.is_complex():
+            result[i] = torch.linalg.vector_norm(flat(param - other, 0)).item()
+            continue
+        indices, now, before = plain.setdefault((param.device, param.dtype), ([], [], []))
+        indices.append(i)
+        now.append(param)
+        before.append(other)
+    for (_, dtype), (indices, now, before) in plain.items():
+        dtype = torch.promote_types(dtype, torch.float32)
         norms = torch._foreach_norm(torch._foreach_sub(now, before), dtype=dtype)
         # One copy to the host for all of them.
-        result.update(zip(now, torch.stack(norms).tolist(), strict=True))
-    for param in known:
-        if is_sharded(param) or param.is_complex():
-            result[param] = torch.linalg.vector_norm(flat(param - others[param], 0)).item()
-    return [result[param] for param in params]
+        for i, norm in zip(indices, torch.stack(norms).tolist(), strict=True):
+            result[i] = norm
+    return result
 
 
 def _in_lists(

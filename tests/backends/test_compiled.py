@@ -209,13 +209,9 @@ def test_all_mutants(workers: Workers, arch: int) -> None:
     _check_mutants(workers, arch, 1, 400)
 
 
-def test_nothing_else_is_contracted_or_approximated(workers: Workers, arch: int) -> None:
-    """No multiply-add is fused; no quotient, root or subnormal is approximate, except for int8.
-
-    test_triton.py shows that its codes do not depend on what the approximation is off by.
-    """
+def test_nothing_is_contracted_or_approximated(workers: Workers, arch: int) -> None:
+    """No multiply-add is fused; no quotient, root or subnormal number is approximate."""
     _run_all(workers, arch)
     opcodes = workers.ask(arch, "opcodes")
     assert "mul.rn.f32" in opcodes
-    inexact = {opcode for opcode in opcodes if re.search(r"fma|approx|ftz|full", opcode)}
-    assert inexact == {"rsqrt.approx.ftz.f32", "fma.rn.f32", "cvt.rmi.ftz.f32.f32"}
+    assert not [opcode for opcode in opcodes if re.search(r"fma|approx|ftz|full", opcode)]

@@ -210,15 +210,10 @@ def test_extremes(name: str) -> None:
     assert (np.signbit(actual) == np.signbit(_floats(expected[name])))[3:5].all()
 
 
-def test_what_int8_moments_use_besides() -> None:
-    """An inverse root within its bound and a floor, of normal numbers, and an extreme of NaN."""
+def test_what_scales_use_besides() -> None:
+    """A floor of normal numbers, and an extreme that is NaN where one number is."""
     values = np.abs(_numbers("f32", 5))
     values = values[(values >= np.finfo(np.float32).tiny) & np.isfinite(values)]
-    found = run_on("rsqrt.approx.ftz.f32 %r20, %r10;", np.float32, values)
-    products = [
-        Fraction(float(x)) * Fraction(float(y)) ** 2 for x, y in zip(values, found, strict=True)
-    ]
-    assert all(abs(product - 1) < Fraction(1, 2**21) for product in products)
     found = run_on("cvt.rmi.ftz.f32.f32 %r20, %r10;", np.float32, -values)
     assert found.tolist() == [float(math.floor(-x)) for x in values.tolist()]
     found = run_on("max.NaN.f32 %r20, %r10, %r11;", np.float32, values, _floats([math.nan, 1.0]))
@@ -463,6 +458,63 @@ def test_shared_memory() -> None:
     assert output.tolist() == [63 - i % 64 for i in range(128)]
 
 
+# What is not written, as a compiler leaves it where nothing depends on it
+
+MOVED: dict[str, tuple[str, Callable[[int], int]]] = {
+    "upper half of a pair": (
+        "@%p1 mov.b64 %rd8, {%r1, %r1};\nmov.b64 {_, %r20}, %rd8;\n@!%p1 mov.b32 %r20, 7;",
+        lambda i: i if i < 5 else 7,
+    ),
+    "lanes of a sum": (
+        "@%p1 mov.b32 %r8, %r1;\nshfl.sync.bfly.b32 %r9, %r8, 1, 31, -1;\n"
+        "add.s32 %r10, %r8, %r9;\nmov.b32 %r20, 7;\nsetp.lt.s32 %p2, %r1, 4;\n"
+        "@%p2 mov.b32 %r20, %r10;",
+        lambda i: 2 * (i & ~1) + 1 if i < 4 else 7,
+    ),
+    "lower half": ("mov.b64 %rd9, {%r8, %r1};\nmov.b64 {_, %r20}, %rd9;", lambda i: i),
+    "shifted out": (
+        "mov.b64 %rd9, {%r8, %r1};\nshr.u64 %rd9, %rd9, 32;\ncvt.u32.u64 %r20, %rd9;",
+        lambda i: i,
+    ),
+    "bytes not chosen": ("prmt.b32 %r20, %r1, %r8, 0x3210U;", lambda i: i),
+    "not selected": (
+        "selp.b32 %r8, %r8, 3, %p1;\nselp.b32 %r20, 2, %r8, %p1;",
+        lambda i: 2 + (i >= 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_undefined_bits_may_be_moved(name: str) -> None:
+    """Bits of registers that are not written are no error where they reach nothing."""
+    code, expected = MOVED[name]
+    output = np.zeros(32, np.uint32)
+    run(f"setp.lt.s32 %p1, %r1, 5;\n{code}\n{STORE}", output)
+    assert output.tolist() == [expected(i) for i in range(32)]
+
+
+MATRIX = """
+    mov.b32 %r10, memory;
+    shl.b32 %r11, %r1, 4;
+    add.s32 %r12, %r10, %r11;
+    stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r12], {%r1, %r2, %r1, %r1};
+    bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r12];
+    shl.b32 %r11, %r1, 2;
+    add.s32 %r12, %r10, %r11;
+    ld.shared.b32 %r24, [%r12+256];
+    sub.s32 %r24, %r24, %r22;
+    add.s32 %r20, %r20, %r24;
+"""
+
+
+def test_matrices_in_shared_memory() -> None:
+    """A warp loads what it has stored, and eight rows of 16 bytes follow one another."""
+    output = np.zeros(32, np.uint32)
+    run(MATRIX + STORE, output, shared=512)
+    assert output.tolist() == list(range(32))
+
+
 # What is refused
 
 LAST = "mad.wide.u32 %rd50, %r4, 4, %rd0;\n"
@@ -483,10 +535,24 @@ REFUSED: dict[str, tuple[str, str]] = {
     "read-only": ("mad.wide.u32 %rd50, %r4, 4, %rd1;\nst.global.b32 [%rd50], %r1;", "read-only"),
     "shared out of bounds": ("mov.b32 %r9, 256;\nld.shared.b32 %r9, [%r9];", "shared memory"),
     "shared not written": ("mov.b32 %r9, memory;\nld.shared.b32 %r9, [%r9];", "not written"),
-    "not written": ("add.s32 %r9, %r8, 1;", "%r8 is read but not written"),
+    "not written": (STORE, "what is stored is not written"),
     "not written by all": (
-        "setp.lt.s32 %p1, %r1, 5;\n@%p1 mov.b32 %r8, 1;\nadd.s32 %r9, %r8, 1;",
-        "threads that have not",
+        f"setp.lt.s32 %p1, %r1, 5;\n@%p1 mov.b32 %r8, 1;\nadd.s32 %r20, %r8, 1;\n{STORE}",
+        "what is stored is not written",
+    ),
+    "half not written": (
+        f"mov.b64 %rd9, {{%r1, %r8}};\nmov.b64 {{_, %r20}}, %rd9;\n{STORE}",
+        "what is stored is not written",
+    ),
+    "compared, not written": ("setp.lt.s32 %p1, %r8, %r1;", "%r8 is used where"),
+    "address not written": ("ld.global.b32 %r9, [%rd9];", "%rd9 is used where"),
+    "branch not written": ("@%p1 bra $L__BB0_9;\n$L__BB0_9:", "%p1 is used where"),
+    "guard not written": ("@!%p1 mov.b32 %r9, 1;", "%p1 is used where"),
+    "chosen by not written": ("selp.b32 %r9, 1, 2, %p1;", "%p1 is used where"),
+    "other lane not written": (
+        f"setp.lt.s32 %p1, %r1, 5;\n@%p1 mov.b32 %r8, 1;\n"
+        f"shfl.sync.bfly.b32 %r20, %r8, 16, 31, -1;\n{STORE}",
+        "what is stored is not written",
     ),
     "part of a warp": (
         "setp.lt.s32 %p1, %r1, 5;\n@%p1 shfl.sync.idx.b32 %r9, %r1, 0, 31, -1;",

@@ -279,9 +279,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def test_a_step_between_records_costs_one_operator() -> None:
-    """Whatever the number of parameters; a record takes fewer than 20 for each.
+    """Whatever the number of parameters; a record takes few besides those for each.
 
-    Each step took three for every parameter, and each record 52.
+    Each step took three for every parameter, and each record 52, then 13 and 140 besides.
     """
     counts = []
     for size in (2, 20):
@@ -298,7 +298,8 @@ def test_a_step_between_records_costs_one_operator() -> None:
                 recorder.record()
         assert between.names == ["cat.default"]
         counts.append(len(record.names))
-    assert counts[1] - counts[0] < 18 * 20
+    assert counts[1] - counts[0] < 18 * 10
+    assert counts[0] < 70
 
 
 def test_the_last_update() -> None:

@@ -370,6 +370,48 @@ def test_changed_capacity_changes_nothing(
     assert_same(trained(optimizer), trained(twin))
 
 
+BY_HAND = [
+    BadOption("adjust_lr_fn", "foo", "adjust_lr_fn must be one of None, 'match.*got 'foo'"),
+    BadOption("priority_scope", "foo", "priority_scope must be one of .*'tensor'.*got 'foo'"),
+    BadOption("buffer_mean", "foo", "buffer_mean must be one of .*'size'.*got 'foo'"),
+    BadOption("backend", "foo", "backend must be one of .*'eager'.*got 'foo'"),
+    BadOption("low_precision_update", "foo", "low_precision_update must be one of .*got 'foo'"),
+    BadOption("betas", (1.0, 0.99), r"betas\[0\] must be in \[0, 1\), got 1\.0"),
+    BadOption("betas", (0.9, 1.0), r"betas\[1\] must be in \[0, 1\), got 1\.0"),
+    BadOption("betas", (-0.5, 1.0), r"betas\[0\] must be in \[0, 1\), got -0\.5"),
+]
+
+
+@pytest.mark.parametrize("bad", BY_HAND, ids=str)
+@pytest.mark.parametrize("adjust_lr_fn", [None, "match_rms_adamw"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", KINDS)
+def test_option_set_by_hand_changes_nothing(
+    cls: type[CriticalAdam], backend: str, adjust_lr_fn: str | None, bad: BadOption
+) -> None:
+    """A value that a step cannot have is refused; once put back, training goes on.
+
+    Older tests set such values by hand only where the state does not fit them: others were taken
+    for another choice, and a beta of 1 with `adjust_lr_fn` raised ZeroDivisionError.
+    """
+    optimizer = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
+    twin = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
+    train(optimizer, range(2))
+    train(twin, range(2))
+    group = optimizer.param_groups[-1]
+    good, group[bad.name] = group[bad.name], bad.value
+    give_gradients(optimizer, 2)
+    before = snapshot(optimizer)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=bad.message):
+            optimizer.step()
+        assert_same(snapshot(optimizer), before)
+    group[bad.name] = good
+    train(optimizer, range(2, 4))
+    train(twin, range(2, 4))
+    assert_same(trained(optimizer), trained(twin))
+
+
 def test_capturable_needs_cuda() -> None:
     """A step that no CUDA graph could hold is refused when it is asked to be one."""
     optimizer = new_optimizer(CLASSES[0], capturable=True)

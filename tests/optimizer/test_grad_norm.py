@@ -203,6 +203,37 @@ def test_gradient_release(backend: str) -> None:
     assert math.isnan(optimizer.grad_norm())
 
 
+@pytest.mark.parametrize(
+    "refused", [{"max_grad_norm": 1.0}, {"adjust_lr_fn": "foo"}, {"capturable": True}], ids=str
+)
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_step_that_is_refused_inside_backward(
+    backend: str, steps_before: int, refused: dict[str, Any]
+) -> None:
+    """It leaves no norm until its parameter has been stepped: the others' alone is none.
+
+    Older tests refuse steps outside of backward: the parameter counted with the gradient before.
+    """
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    model = nn.ParameterList([first, second])
+    groups = [{"params": [first]}, {"params": [second]}]
+    optimizer = AdamCM(groups, priority_scope="tensor", backend=backend)
+    enable_gradient_release(model, optimizer)
+    for _ in range(steps_before):
+        (3 * first.sum() + 4 * second.sum()).backward()  # type: ignore[no-untyped-call]
+    first.sum().backward()  # type: ignore[no-untyped-call]
+    group = optimizer.param_groups[1]
+    good = {name: group[name] for name in refused}
+    group.update(refused)
+    with pytest.raises((ValueError, RuntimeError)):
+        second.sum().backward()  # type: ignore[no-untyped-call]
+    assert math.isnan(optimizer.grad_norm())
+    group.update(good)
+    (3 * first.sum() + 4 * second.sum()).backward()  # type: ignore[no-untyped-call]
+    assert optimizer.grad_norm().item() == pytest.approx(75**0.5)
+
+
 @pytest.fixture
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()

@@ -1,10 +1,16 @@
-"""Hugging Face's Trainer, Accelerate and Lightning train with AdamCM, and resume.
+"""Trainers, configuration files, adapters and launchers train with AdamCM, and resume.
 
-Each trains a small model whole, and again in two halves with a checkpoint between them; both end
-with the same parameters. The packages are the extra `integration`.
+Each trainer trains a small model whole, and again in two halves with a checkpoint between them;
+both end with the same parameters. The packages are the extra `integration`, and timm in a folder
+of its own.
 """
 
+import itertools
+import json
 import os
+import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cm_fused import SAM, AdamCM, AdamWCM, param_groups_weight_decay
+from tests.support.recipes import TIMM, recipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
+REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
 BATCH = 4
 OPTIONS: dict[str, Any] = {"lr": 0.02, "capacity": 3, "max_grad_norm": 1.0}
@@ -312,3 +320,192 @@ def test_lightning_does_not_accumulate_for_sam(later: bool, tmp_path: Path) -> N
         arguments = {"callbacks": [callbacks.GradientAccumulationScheduler({1: 2})]}
     with pytest.raises(RuntimeError, match="closure must zero the gradients before it adds"):
         _lightning_sam(tmp_path, manual=False, **arguments)
+
+
+# LightningCLI and Hydra
+
+
+OF_A_FILE: dict[str, Any] = {
+    "lr": 0.02,
+    "betas": [0.9, 0.95],
+    "capacity": 3,
+    "buffer_dtype": "int8",
+    "moment_dtype": "bfloat16",
+    "adjust_lr_fn": "match_rms_adamw",
+    "max_grad_norm": None,
+    "fused": True,
+}
+IN_A_GROUP = {
+    **OF_A_FILE,
+    "betas": (0.9, 0.95),
+    "buffer_dtype": torch.int8,
+    "moment_dtype": torch.bfloat16,
+}
+
+
+def _assert_options(optimizer: Any, **others: Any) -> None:
+    """Check that a group has the options of the file by their types, and can be saved."""
+    group = optimizer.param_groups[0]
+    expected = {**IN_A_GROUP, **others}
+    found = {name: group[name] for name in expected}
+    assert found == expected
+    assert {name: type(value) for name, value in found.items()} == {
+        name: type(value) for name, value in expected.items()
+    }
+    pickle.dumps(optimizer.state_dict())
+
+
+def test_lightning_cli(tmp_path: Path) -> None:
+    """An optimizer named in a YAML file, changed on the command line; a dtype is a name there."""
+    pytest.importorskip("jsonargparse")
+    lightning = pytest.importorskip("lightning")
+    make_cli: Any = pytest.importorskip("lightning.pytorch.cli").LightningCLI
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return self.model(**batch)["loss"]  # type: ignore[no-any-return]
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(Sums(), batch_size=BATCH)
+
+    options = {"class_path": "cm_fused.AdamWCM", "init_args": {**OF_A_FILE, "lr": "LR"}}
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = {"max_epochs": 1, "accelerator": "cpu", **dict.fromkeys(names, False)}
+    config = tmp_path / "config.yaml"
+    # YAML 1.1 has no number 2e-2, but a string.
+    text = json.dumps({"trainer": trainer, "optimizer": options}).replace('"LR"', "2e-2")
+    config.write_text(text)
+    for arguments, others in (
+        ([], {}),
+        (["--optimizer.buffer_dtype", "float16"], {"buffer_dtype": torch.float16}),
+    ):
+        cli = make_cli(
+            Module, args=["fit", "--config", str(config), *arguments], save_config_callback=None
+        )
+        (optimizer,) = cli.trainer.optimizers
+        assert type(getattr(optimizer, "optimizer", optimizer)) is AdamWCM
+        _assert_options(optimizer, **others)
+        assert _changed(cli.model.model)
+
+
+def test_hydra() -> None:
+    """An optimizer by `_target_`, for parameters and for groups; betas are OmegaConf's list."""
+    hydra = pytest.importorskip("hydra")
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create({"_target_": "cm_fused.AdamWCM", **OF_A_FILE})
+    model = Model()
+    made = [
+        hydra.utils.instantiate(config, params=model.parameters()),
+        hydra.utils.instantiate(config, model.named_parameters()),
+        hydra.utils.instantiate(config, param_groups_weight_decay(model, 0.1)),
+        hydra.utils.instantiate(config, _partial_=True)(model.parameters()),
+        AdamWCM(model.parameters(), **{k: v for k, v in config.items() if k != "_target_"}),
+        AdamWCM([{"params": [*model.parameters()], **config}]),
+    ]
+    for optimizer in made:
+        _assert_options(optimizer)
+        # A group's list, put there by hand, is stepped with and saved as a tuple.
+        optimizer.param_groups[0]["betas"] = config.betas
+        model(**Sums()[0])["loss"].backward()
+        optimizer.step()
+        assert optimizer.state_dict()["param_groups"][0]["betas"] == (0.9, 0.95)
+    assert _changed(model)
+
+
+# PEFT
+
+
+def _lora(whole: bool) -> Any:
+    """Return a model with adapters; the optimizer gets `whole` of it or the adapters alone."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["layers.0", "layers.2"], init_lora_weights=True)
+    model = peft.get_peft_model(Model(), config)
+    params = model.parameters() if whole else [p for p in model.parameters() if p.requires_grad]
+    return model, AdamWCM(params, **OPTIONS, buffer_dtype="int8")
+
+
+def _step_lora(model: Any, optimizer: AdamWCM, steps: range) -> None:
+    for t in steps:
+        optimizer.zero_grad()
+        model(**next(itertools.islice(DataLoader(Sums(), batch_size=BATCH), t, None)))[
+            "loss"
+        ].backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole model"])
+def test_lora(whole: bool, tmp_path: Path) -> None:
+    """Adapters alone are stepped and have state; the checkpoint is of the adapters."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model, optimizer = _lora(whole)
+    _step_lora(model, optimizer, range(STEPS))
+    assert {id(param) for param in optimizer.state} == {
+        id(param) for param in model.parameters() if param.requires_grad
+    }
+    base = model.get_base_model()
+    frozen = {n: p for n, p in base.named_parameters() if not p.requires_grad}
+    for name, param in Model().named_parameters():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(frozen[f"{layer}.base_layer.{kind}"], param)
+
+    torch.manual_seed(0)
+    half, half_optimizer = _lora(whole)
+    _step_lora(half, half_optimizer, range(STEPS // 2))
+    half.save_pretrained(tmp_path)
+    torch.save(half_optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed, resumed_optimizer = _lora(whole)
+    peft.set_peft_model_state_dict(resumed, peft.load_peft_weights(str(tmp_path)))
+    resumed_optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    _step_lora(resumed, resumed_optimizer, range(STEPS // 2, STEPS))
+    _assert_same(resumed, model)
+
+
+# Recipes that run in processes of their own
+
+
+def _run(folder: Path, *command: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-m", *command)
+    run = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TIMM.exists(), reason="timm is not installed")
+def test_timm(tmp_path: Path) -> None:
+    """The registry makes it by its name, with timm's param groups; it resumes."""
+    _run(tmp_path, "tests.support.recipes", "timm", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """The script runs on two processes; the parameters change, and both have the same norm."""
+    script = tmp_path / "script.py"
+    end = "torch.distributed.destroy_process_group()"
+    checks = """
+norms = [None] * 2
+torch.distributed.all_gather_object(norms, optimizer.grad_norm().item())
+assert norms[0] == norms[1] > 0
+torch.manual_seed(0)
+start = torch.nn.Linear(10, 10).weight
+assert not torch.equal(model[0].weight.full_tensor(), start)
+assert model[0].weight.to_local().shape == (5, 10)
+open(f"checked_{torch.distributed.get_rank()}", "w").close()
+"""
+    script.write_text(recipe("torchrun with FSDP2").replace(end, checks + end))
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    _run(tmp_path, *launcher, str(script))
+    assert {path.name for path in tmp_path.glob("checked*")} == {"checked_0", "checked_1"}

@@ -107,6 +107,16 @@ def test_build_without_compiler_is_pure_python(source: Path) -> None:
     assert f"the C++ extension was not built, because {reason}. " in first_step(source)
 
 
+@pytest.mark.parametrize("compiler", ["", " "])
+def test_an_empty_compiler_is_the_default_one(source: Path, compiler: str, tmp_path: Path) -> None:
+    """An empty CXX counts as none; the older tests name compilers: it raised an IndexError."""
+    write_script(tmp_path / "c++", "#!/bin/sh\necho 'error: concepts: no such file' >&2; exit 1\n")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = build_wheel(source, CXX=compiler, PATH=path, CM_FUSED_BUILD="auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "c++ does not compile C++20" in result.stdout + result.stderr
+
+
 def test_build_with_an_old_compiler_is_pure_python(source: Path, tmp_path: Path) -> None:
     """The older tests had a compiler that is missing: one without C++20 printed pages of errors."""
     write_script(tmp_path / "c++", "#!/bin/sh\necho 'error: concepts: no such file' >&2; exit 1\n")

@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("", "docs", "bench", "bench/paper/results", "tests/data/golden")
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 # What only a few examples need: the extra `integration`.
-TRAINERS = ("accelerate", "lightning", "transformers")
+TRAINERS = {
+    **{name: name for name in ("accelerate", "hydra", "lightning", "peft", "transformers")},
+    "lightning.pytorch.cli": "jsonargparse",
+}
+# What tests/optimizer/test_trainers.py runs, in processes of their own.
+ELSEWHERE = re.compile(r"^from timm\b|^torch\.distributed\.init_process_group", re.MULTILINE)
 _CODE_BLOCK = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -30,16 +35,18 @@ def _examples() -> Iterator[Any]:
     for page in PAGES:
         text = page.read_text()
         for found in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+            if ELSEWHERE.search(found[1]):
+                continue
             line = text.count("\n", 0, found.start()) + 1
             yield pytest.param(found[1], id=f"{_named(page)}:{line}", marks=list(_marks(found[1])))
 
 
 def _marks(example: str) -> Iterator[pytest.MarkDecorator]:
     """Yield what an example with a trainer needs: the trainer, and its warnings let pass."""
-    for name in TRAINERS:
+    for name, package in TRAINERS.items():
         if re.search(rf"^(import|from) {name}\b", example, flags=re.MULTILINE):
-            missing = importlib.util.find_spec(name) is None
-            yield pytest.mark.skipif(missing, reason=f"{name} is not installed")
+            missing = importlib.util.find_spec(package) is None
+            yield pytest.mark.skipif(missing, reason=f"{package} is not installed")
             yield pytest.mark.filterwarnings("ignore")
 
 

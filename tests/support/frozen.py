@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -345,7 +346,11 @@ def stored() -> dict[str, Any]:
 
 def place_of(backend: str) -> str:
     """Return where a backend's hashes are stored on this machine."""
-    return f"eager {torch.backends.cpu.get_cpu_capability()}" if backend == "eager" else backend
+    if backend != "eager":
+        return backend
+    # torch's "DEFAULT" is SSE on x86-64, NEON on arm64, and they add up in other orders.
+    machine = "" if platform.machine() in ("x86_64", "AMD64") else f"{platform.machine()} "
+    return f"eager {machine}{torch.backends.cpu.get_cpu_capability()}"
 
 
 def _run_all(backend: str) -> dict[str, dict[str, Hashes]]:

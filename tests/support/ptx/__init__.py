@@ -6,7 +6,10 @@ of them on memory that is named allocation by allocation (`memory`). What a thre
 is the stand-in driver that runs Triton's own launches here.
 
 An instruction, a modifier or a directive that is not known is an error. So is an access out of
-bounds, one that is not aligned, a write to read-only memory, a read of a register or of shared
-memory that was not written, a division by zero and a race. No fused multiply-add and nothing
-approximate or flushed to zero was met in what triton 3.9 and nvcc 13 emit.
+bounds, one that is not aligned, a write to read-only memory, a read of shared memory that was not
+written, a division by zero and a race.
+
+PTX leaves undefined what a register is before it is written. A compiler computes with it in threads
+whose results nothing uses, so undefined bits may be moved and computed with. They are an error
+where they are compared, decide a branch, a guard or a choice, address memory or are stored.
 """

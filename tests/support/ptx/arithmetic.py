@@ -4,35 +4,43 @@ A NaN that an operation gives is PTX's canonical one, whatever its operands' wer
 float32 are used as integers they are those of a GPU. Bits that PTX leaves open are not produced.
 """
 
+import ctypes
 from collections.abc import Callable
-from fractions import Fraction
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
+from tests.support.ptx.parser import PtxError
+
 # Of numpy; its types say little of dtypes that are known when a kernel is.
 Array = Any
-_NANS = {
-    np.dtype(np.float16): 0x7FFF,
-    np.dtype(np.float32): 0x7FFFFFFF,
-    np.dtype(np.float64): 0x7FF8000000000000,
-}
+Function = Callable[..., Array]
 UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_NANS = {2: 0x7FFF, 4: 0x7FFFFFFF, 8: 0x7FF8000000000000}
 
 
 def canonical(values: Array) -> Array:
-    """Return values with every NaN replaced by the canonical one."""
+    """Return floats with every NaN replaced by the canonical one."""
     nan = values != values
-    if nan.any():
+    if np.count_nonzero(nan):
         bits = values.view(UNSIGNED[values.itemsize])
-        bits = np.where(nan, bits.dtype.type(_NANS[values.dtype]), bits)
-        return bits.view(values.dtype)
+        return np.where(nan, bits.dtype.type(_NANS[values.itemsize]), bits).view(values.dtype)
     return values
 
 
-def rounded(operation: Callable[..., Array]) -> Callable[..., Array]:
-    """Return an operation of numpy's, which IEEE has rounded, with canonical NaNs."""
-    return lambda *operands: canonical(operation(*operands))
+def cast(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Return values as a dtype; floats to zero, to the nearest that an integer dtype has."""
+    if values.dtype.kind != "f" or dtype.kind not in "iu":
+        return values.astype(dtype, copy=False)
+    info = np.iinfo(dtype)
+    low, high = values < float(info.min), values >= 2.0 ** int(info.max).bit_length()
+    nan = values != values
+    of_nan = info.min or 1 << (info.bits - 1)
+    result = np.where(low | high | nan, 0, values).astype(dtype)
+    result = np.where(low, dtype.type(info.min), np.where(high, dtype.type(info.max), result))
+    wide = values.itemsize == 8 or info.bits == 64
+    return np.where(nan, dtype.type(of_nan if wide else 0), result)
 
 
 def fma32(a: Array, b: Array, c: Array) -> Array:
@@ -49,41 +57,39 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     inexact = (error != 0) & np.isfinite(error) & ((bits & 1) == 0)
     away = (error > 0) == (total > 0)
     odd = np.where(inexact, bits + np.where(away, 1, -1), bits).view(np.float64)
-    return canonical(odd.astype(np.float32))
+    return odd.astype(np.float32)
 
 
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    """Return a * b + c of float64, rounded once, element by element."""
-    return canonical(np.array([_fma64(*map(float, each)) for each in zip(a, b, c, strict=True)]))
+_c_fma = ctypes.CDLL(None).fma
+_c_fma.restype, _c_fma.argtypes = ctypes.c_double, [ctypes.c_double] * 3
+fma64 = np.vectorize(_c_fma, otypes=[np.float64])  # C's rounds once
 
 
-def _fma64(a: float, b: float, c: float) -> float:
-    if not all(map(np.isfinite, (a, b, c))):
-        return float(np.float64(a) * np.float64(b) + np.float64(c))
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    if exact == 0:
-        # The sign of a sum of zeros; x - x is +0, and a * b that is not 0 may underflow to it.
-        zeros = Fraction(a) * Fraction(b) == 0
-        return float(np.float64(a) * np.float64(b) + np.float64(c)) if zeros else 0.0
-    try:
-        return exact.numerator / exact.denominator
-    except OverflowError:
-        return np.inf if exact > 0 else -np.inf
+def of_pairs(function: Function) -> Function:
+    """Return a function of float32 as one of two of them in 64 bits."""
+
+    def both(*operands: Array) -> Array:
+        pairs = (np.ascontiguousarray(each) for each in np.broadcast_arrays(*operands))
+        return canonical(function(*(each.view(np.float32) for each in pairs))).view(np.uint64)
+
+    return both
 
 
-def _extreme(operation: Callable[..., Array], join: Callable[..., Array]) -> Callable[..., Array]:
+def _extreme(operation: Function, join: Function) -> Function:
     def extreme(a: Array, b: Array) -> Array:
-        """Return the extreme; a NaN gives way to a number, and -0 is less than +0."""
         unsigned = UNSIGNED[a.itemsize]
-        zeros = (a == 0) & (b == 0)
         signed = join(a.view(unsigned), b.view(unsigned)).view(a.dtype)
-        return canonical(np.where(zeros, signed, operation(a, b)))
+        return np.where((a == 0) & (b == 0), signed, operation(a, b))
 
-    return extreme
+    return lambda *values: reduce(extreme, values)
 
 
-minimum = _extreme(np.fmin, np.bitwise_or)
-maximum = _extreme(np.fmax, np.bitwise_and)
+# A NaN gives way to a number, and -0 is less than +0.
+EXTREMES = {"min": _extreme(np.fmin, np.bitwise_or), "max": _extreme(np.fmax, np.bitwise_and)}
+EXTREMES_OR_NAN = {
+    "min": _extreme(np.minimum, np.bitwise_or),
+    "max": _extreme(np.maximum, np.bitwise_and),
+}
 
 
 def _flushed(values: Array) -> Array:
@@ -92,19 +98,57 @@ def _flushed(values: Array) -> Array:
     return np.where(tiny, np.copysign(np.float32(0), values), values)
 
 
-def inverse_root(values: Array) -> Array:
-    """Return 1 / sqrt(x) of float32, of which subnormal values are zeros, rounded to nearest."""
-    return canonical((1 / np.sqrt(_flushed(values).astype(np.float64))).astype(np.float32))
-
-
 def floor(values: Array) -> Array:
     """Return the next integer below float32 values, of which subnormal ones are zeros."""
-    return canonical(np.floor(_flushed(values)))
+    return np.floor(_flushed(values))
 
 
-def divide(a: Array, b: Array) -> Array:
-    """Return a / b."""
-    return canonical(np.divide(a, b))
+def from_bfloat16(bits: Array) -> Array:
+    """Return the float32 values of bfloat16's bits."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_bfloat16(values: Array) -> Array:
+    """Return the bits of float32 values rounded to bfloat16."""
+    bits = values.view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(values != values, np.uint16(_NANS[2]), nearest.astype(np.uint16))
+
+
+def to_float16(values: Array) -> Array:
+    """Return the bits of float32 values rounded to float16."""
+    return canonical(values.astype(np.float16)).view(np.uint16)
+
+
+def to_halves(convert: Function) -> Function:
+    """Return the conversion of two float32, the upper half's first, to 32 bits."""
+    return lambda high, low: (convert(high).astype(np.uint32) << np.uint32(16)) | convert(low)
+
+
+def sign_bit(a: Array) -> Array:
+    """Return the highest bit of unsigned numbers."""
+    return a.dtype.type(1 << (8 * a.itemsize - 1))
+
+
+def wide(a: Array) -> Array:
+    """Return integers in twice as many bits."""
+    return a.astype(f"{a.dtype.kind}{2 * a.itemsize}")
+
+
+def wide_product(a: Array, b: Array) -> Array:
+    """Return the products of integers in twice as many bits."""
+    return wide(a) * wide(b)
+
+
+def wide_sum(a: Array, b: Array, c: Array) -> Array:
+    """Return the products of integers and a number of twice as many bits, summed."""
+    return wide(a) * wide(b) + c
+
+
+def high_product(a: Array, b: Array) -> Array:
+    """Return the upper half of the products of integers."""
+    product = wide(a) * wide(b)
+    return product >> product.dtype.type(8 * a.itemsize)
 
 
 def remainder(a: Array, b: Array) -> Array:
@@ -117,92 +161,54 @@ def quotient(a: Array, b: Array) -> Array:
     return (a - remainder(a, b)) // np.where(b == 0, b.dtype.type(1), b)
 
 
-def to_integer(kind: np.dtype[Any]) -> Callable[[Array], Array]:
-    """Return the conversion of floats to an integer dtype, to zero, to the nearest of its range."""
-    info = np.iinfo(kind)
-
-    def convert(values: Array) -> Array:
-        wide = values.dtype == np.float64 or info.bits == 64
-        of_nan = (1 << (info.bits - 1)) - (2 * (1 << (info.bits - 1)) if info.min else 0)
-        low, high = values < float(info.min), values >= 2.0 ** int(info.max).bit_length()
-        nan = values != values
-        inside = np.where(low | high | nan, 0, values).astype(kind)
-        result = np.where(low, kind.type(info.min), np.where(high, kind.type(info.max), inside))
-        return np.where(nan, kind.type(of_nan if wide else 0), result)
-
-    return convert
-
-
-def from_bfloat16(bits: Array) -> Array:
-    """Return the float32 values of bfloat16's bits."""
-    return canonical((bits.astype(np.uint32) << np.uint32(16)).view(np.float32))
-
-
-def to_bfloat16(values: Array) -> Array:
-    """Return the bits of float32 values rounded to bfloat16."""
-    bits = values.view(np.uint32)
-    nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.where(
-        values != values, np.uint16(0x7FFF), (nearest >> np.uint32(16)).astype(np.uint16)
-    )
-
-
-def from_float16(bits: Array) -> Array:
-    """Return the float32 values of float16's bits."""
-    return canonical(bits.view(np.float16).astype(np.float32))
-
-
-def to_float16(values: Array) -> Array:
-    """Return the bits of float32 values rounded to float16."""
-    return canonical(values.astype(np.float16)).view(np.uint16)
-
-
-def shift_left(a: Array, count: Array) -> Array:
-    """Return a << count; 0 from the width on."""
-    bits = a.dtype.type(8 * a.itemsize - 1)
-    wide = count.astype(a.dtype)
-    return np.where(count > bits, a.dtype.type(0), a << np.minimum(wide, bits))
-
-
-def shift_right(a: Array, count: Array) -> Array:
-    """Return a >> count; from the width on what is left of signs or zeros."""
-    last = 8 * a.itemsize - 1
-    shifted = a >> np.minimum(count, np.uint32(last)).astype(a.dtype)
-    if a.dtype.kind == "i":
-        return shifted
-    return np.where(count > np.uint32(last), a.dtype.type(0), shifted)
+def shift(function: Function) -> Function:
+    """Return numpy's shift, which from the width on leaves signs or zeros as PTX's does."""
+    return lambda a, count: function(a, np.minimum(count, np.uint32(64)).astype(a.dtype))
 
 
 def bit_field(a: Array, start: Array, length: Array) -> Array:
     """Return `length` bits of 32-bit numbers from `start` on, extended by sign where signed."""
-    begin, size = (each.astype(np.int64) & 255 for each in (start, length))
-    bits = a.view(np.uint32).astype(np.uint64) if a.dtype.kind == "u" else a.astype(np.int64)
     # What lies above the number is its sign.
-    field = bits.astype(np.int64) >> np.minimum(begin, 63)
-    size = np.minimum(size, 32)
-    kept = field & ((np.int64(1) << size) - 1)
-    if a.dtype.kind == "u":
-        return kept.astype(np.uint32)
-    negative = (size > 0) & ((field >> np.maximum(np.minimum(size, 32 - begin) - 1, 0)) & 1 == 1)
-    return np.where(negative, kept - (np.int64(1) << size), kept).astype(np.int32)
+    kind = np.dtype(f"{a.dtype.kind}8")
+    begin, size = (each.astype(kind) & kind.type(255) for each in (start, length))
+    spare = kind.type(64) - np.minimum(size, kind.type(32))
+    return ((wide(a) >> begin) << spare) >> spare
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
     """Return prmt's choice of bytes: of each nibble the low bits a byte, the high one its sign."""
-    joined = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
-    result = np.zeros_like(a)
-    for i in range(4):
-        nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
-        byte = (joined >> ((nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(
-            np.uint8
-        )
-        sign = np.where(byte >= 128, np.uint8(255), np.uint8(0))
-        chosen = np.where(nibble >= 8, sign, byte).astype(np.uint32)
-        result |= chosen << np.uint32(8 * i)
-    return result
+    joined = np.stack(np.broadcast_arrays(a, b), axis=1).view(np.uint8)
+    nibbles = (selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & np.uint32(15)
+    at = (nibbles & np.uint32(7)).astype(np.int64)
+    chosen = joined[:, at[0]] if len(at) == 1 else np.take_along_axis(joined, at, axis=1)
+    signs = (chosen.view(np.int8) >> np.int8(7)).view(np.uint8)
+    return np.ascontiguousarray(np.where(nibbles >= 8, signs, chosen)).view(np.uint32)[:, 0]
 
 
-def high_product(a: Array, b: Array) -> Array:
-    """Return the upper half of 32-bit numbers' products."""
-    wide = np.uint64 if a.dtype.kind == "u" else np.int64
-    return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+def shuffle(how: str, found: bool) -> Function:
+    """Return shfl of whole warps, or where it finds a thread: lanes that do not keep theirs."""
+
+    def shuffled(values: Array, count: Array, clamp: Array, members: Array, own: Array) -> Array:
+        if (clamp != 31).any() or (members != -1).any():
+            raise PtxError("a shuffle of a part of a warp is not known")
+        count = count & np.uint32(31)
+        lanes = {"bfly": own ^ count, "down": own + count, "idx": own * 0 + count}[how]
+        valid = lanes < 32
+        places = np.arange(len(own)) - own + np.where(valid, lanes, own)
+        return valid if found else np.broadcast_to(values, len(own))[places]
+
+    return shuffled
+
+
+def reduction(function: Function) -> Function:
+    """Return redux, of whole warps, of a function of two values."""
+
+    def reduced(values: Array, members: Array, own: Array) -> Array:
+        if (members != -1).any():
+            raise PtxError("a reduction of a part of a warp is not known")
+        values = np.broadcast_to(values, len(own))
+        for distance in (16, 8, 4, 2, 1):
+            values = function(values, values[np.arange(len(own)) ^ distance])
+        return values
+
+    return reduced

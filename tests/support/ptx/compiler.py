@@ -3,45 +3,43 @@
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.support.ptx.arithmetic import UNSIGNED, Array
-from tests.support.ptx.memory import Span, gather, scatter
-from tests.support.ptx.operations import dtype_of, operation_of
-from tests.support.ptx.parser import Instruction, Kernel, PtxError
+from tests.support.ptx.arithmetic import UNSIGNED, Array, from_bfloat16
+from tests.support.ptx.memory import Memory
+from tests.support.ptx.operations import Operation, dtype_of, operation_of
+from tests.support.ptx.parser import Block, Instruction, Kernel, PtxError
 
+# Runs on a frame, of the threads of a mask, or of all where it is None.
 Step = Callable[[Any, "Array | None"], None]
-Read = Callable[[Any, "Array | None"], Array]
+# Reads an operand of registers' values or undefined bits.
+Read = Callable[[dict[str, Array]], Array]
+# Writes values and, if there are any, undefined bits.
+Write = Callable[[Any, list[Array], "Array | None"], None]
+# Returns an address for each thread.
+Addresses = Callable[[Any, "Array | None"], Array]
+# Logs an access, and returns the memory and the offsets of active threads.
+Access = Callable[[Any, "Array | None"], tuple[Memory, Array]]
 _ACCESS = re.compile(r"(ld|st)(?:\.(param|global|shared))?(?:\.v([24]))?\.([bsuf](?:8|16|32|64))")
-_SHUFFLE = re.compile(r"shfl\.sync\.(bfly|down|idx)\.b32")
-_REDUX = re.compile(r"redux\.sync\.(min|max)\.([su]32|f32)")
-_MOVE = re.compile(r"mov\.(pred|[bsuf](?:16|32|64))")
-_MATRICES = re.compile(r"stmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
-_ADDRESS = re.compile(r"\[([%\w$@]+)(?:\+(-?\d+))?\]")
-_ALL_LANES = "-1"
+_MATRICES = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
+_ADDRESS = re.compile(r"\[([%\w$@.]+)(?:\+(-?\d+))?\]")
+_NUMBER = re.compile(r"0[fd]([0-9A-F]+)|(-?\d+|0x[0-9a-fA-F]+)U?")
+_SPECIAL = ("%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "%laneid")
 
 
-class Branch(NamedTuple):
-    """Threads for which a guard holds go to a basic block, or end where there is none."""
+class CompiledBlock(NamedTuple):
+    """The steps of a basic block; behind it threads go to `target`, those without guard to next.
 
-    guard: str
-    negated: bool
-    target: int | None
-
-
-class Wait(NamedTuple):
-    """Threads wait for all of their block."""
-
-
-@dataclass
-class CompiledBlock:
-    """The steps of a basic block, and where its threads go; to the next one where `end` is None."""
+    With `waits` they wait for all of their block before.
+    """
 
     steps: list[Step]
-    end: Branch | Wait | None
+    target: int
+    guard: str = ""
+    negated: bool = False
+    waits: bool = False
 
 
 class Compiled:
@@ -50,325 +48,273 @@ class Compiled:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.ran: Counter[int] = Counter()  # how often threads came to each basic block
+        # The bytes that are the smallest access of a space.
+        self.units = {"global": 8, "shared": 8, "param": 8}
         self._labels = {block.label: i for i, block in enumerate(kernel.blocks)}
-        self._symbols: dict[str, int] = {}
+        self._symbols = {name: offset for name, (offset, _) in kernel.params.items()}
         self.shared_bytes = 0
         for name, (align, size) in kernel.shared.items():
             self._symbols[name] = -(-self.shared_bytes // align) * align
             self.shared_bytes = self._symbols[name] + size
-        # The bytes that are the smallest access of a space.
-        self.units = {"global": 8, "shared": 8}
+        self._kinds = {**kernel.registers, **dict.fromkeys(_SPECIAL, "b32")}
+        # What registers are before a launch, literals among them.
+        bits = {kind: np.full(1, -1).astype(dtype_of(kind)) for kind in self._kinds.values()}
+        self.undefined = dict.fromkeys(kernel.registers, np.ones(1, bool))
+        self.values = {name: bits[kind] for name, kind in kernel.registers.items()}
         _check_contraction(kernel)
-        self.blocks = [self._block(block.instructions) for block in kernel.blocks]
+        self.blocks = [self._block(i, block) for i, block in enumerate(kernel.blocks, 1)]
 
-    def _block(self, instructions: list[Instruction]) -> CompiledBlock:
-        end: Branch | Wait | None = None
-        last = instructions[-1]
+    def _block(self, after: int, block: Block) -> CompiledBlock:
+        *steps, last = block.instructions
+        target, waits = after, last.opcode == "bar.sync"
         if last.opcode in ("bra", "bra.uni"):
-            end = Branch(last.guard, last.negated, self._labels[last.operands[0]])
+            target = self._labels[last.operands[0]]
         elif last.opcode in ("ret", "exit"):
-            end = Branch(last.guard, last.negated, None)
-        elif last.opcode.startswith("bar."):
-            if last.opcode != "bar.sync" or last.operands != ("0",) or last.guard:
-                raise PtxError(f"unknown barrier: {last}")
-            end = Wait()
-        body = instructions if end is None else instructions[:-1]
-        return CompiledBlock([self._guarded(instruction) for instruction in body], end)
+            target = len(self.kernel.blocks)
+        elif not waits:
+            steps, last = block.instructions, last._replace(guard="")
+        elif last.operands != ("0",) or last.guard:
+            raise PtxError(f"unknown barrier: {last}")
+        compiled = [self._guarded(each) for each in steps]
+        return CompiledBlock(compiled, target, last.guard, last.negated, waits)
 
     def _guarded(self, instruction: Instruction) -> Step:
         """Return a step that runs an instruction where its guard holds, and names it in errors."""
-        step = self._step(instruction)
+        steps = self._steps(instruction)
         guard, negated = instruction.guard, instruction.negated
 
         def run(frame: Any, mask: Array | None) -> None:
             try:
                 if guard:
-                    chosen = frame.read(guard, mask)
-                    chosen = ~chosen if negated else chosen
-                    mask = chosen if mask is None else chosen & mask
+                    mask = frame.holds(guard, negated, mask)
                     if not mask.any():
                         return
-                step(frame, mask)
+                    mask = None if mask.all() else mask
+                for step in steps:
+                    step(frame, mask)
             except PtxError as error:
                 raise PtxError(f"{error}, in {instruction}") from None
 
         return run
 
-    def _step(self, instruction: Instruction) -> Step:
-        opcode = instruction.opcode
+    def _steps(self, instruction: Instruction) -> list[Step]:
+        opcode, operands = instruction.opcode, instruction.operands
         if found := _ACCESS.fullmatch(opcode):
-            return self._access(instruction, *found.groups())
-        if found := _SHUFFLE.fullmatch(opcode):
-            return self._shuffle(instruction, found[1])
-        if found := _REDUX.fullmatch(opcode):
-            return self._reduce(instruction, found[1], found[2])
+            return [self._access(instruction, found)]
         if found := _MATRICES.fullmatch(opcode):
-            return self._store_matrices(instruction, int(found[1]))
-        if found := _MOVE.fullmatch(opcode):
-            return self._move(instruction, found[1])
-        return self._operation(instruction)
+            return self._matrices(instruction, found)
+        if opcode.startswith(("shfl.", "redux.")):
+            # They need the threads' numbers, and shfl may have a second result.
+            first, _, second = operands[0].partition("|")
+            more = (*operands[2:], "%laneid")
+            finds = [self._operation(f"{opcode}|", (second, "0", *more))] if second else []
+            takes = self._operation(opcode, (first, operands[1], *more))
+            return [check_whole_warps, *finds, takes]
+        return [self._operation(opcode, operands)]
 
-    def _operation(self, instruction: Instruction) -> Step:
-        operation = operation_of(instruction.opcode)
-        target, *sources = instruction.operands
-        more = len(sources) - len(operation.operands)
-        if not 0 <= more <= operation.more:
-            raise PtxError(f"{len(operation.operands)} operands expected: {instruction}")
-        pairs = list(
-            zip(sources, (*operation.operands, *operation.operands[-1:] * more), strict=True)
-        )
-        if instruction.opcode == "prmt.b32":
-            reads = [self._part_reader(source, kind) for source, kind in pairs]
-        else:
-            reads = [self._reader(source, kind, operation.widens) for source, kind in pairs]
-        write = self._writer(target, operation.result, operation.widens)
-        function = operation.function
-        divides = re.match(r"(?:div|rem)\.[su]", instruction.opcode)
+    def _operation(self, opcode: str, operands: tuple[str, ...]) -> Step:
+        operation = operation_of(opcode)
+        types = list(operation.sources)
+        sources = operands[1:]
+        if types[-1].endswith("*"):
+            types[-1] = types[-1][:-1]
+            types += types[-1:] * (len(sources) - len(types))
+        if len(types) != len(sources):
+            raise PtxError(f"{len(types)} operands expected of {opcode} {', '.join(operands)}")
+        widens = opcode.startswith("cvt.")
+        kinds = [kind.lstrip("~!") for kind in types]
+        reads = [self._reader(*each, widens) for each in zip(sources, kinds, strict=True)]
+        write = self._writer(operands[0], operation.result, widens)
+        registers = self._registers(sources)
+        required = [each for each, kind in zip(sources, types, strict=True) if kind[0] == "!"]
+        divides = opcode.startswith(("div.s", "div.u", "rem."))
 
         def step(frame: Any, mask: Array | None) -> None:
-            values = [read(frame, mask) for read in reads]
+            values = [read(frame.values) for read in reads]
             if divides and ((values[1] == 0) & (True if mask is None else mask)).any():
                 raise PtxError("division by zero")
-            write(frame, function(*values), mask)
+            results = [operation.compute(*values)]
+            if registers and frame.undefined_of(registers, mask):
+                frame.require(self._registers(required), mask)
+                bank = frame.undefined_bits(registers)
+                results.append(_undefined(operation, types, values, [read(bank) for read in reads]))
+            write(frame, results, mask)
 
         return step
 
-    def _size_of(self, register: str) -> int:
-        if register not in self.kernel.registers:
+    def _registers(self, operands: tuple[str, ...] | list[str]) -> list[str]:
+        """Return the registers that are in operands."""
+        names = ",".join(operands).replace("{", "").replace("}", "").split(",")
+        return [name for name in names if name in self.kernel.registers]
+
+    def _fits(self, register: str, kind: str, widens: bool) -> np.dtype[Any]:
+        """Return a register's dtype; it has a type's size, or is wider where that may be."""
+        if register not in self._kinds:
             raise PtxError(f"unknown register {register}")
-        return self.kernel.registers[register]
+        have, wanted = dtype_of(self._kinds[register]), dtype_of(kind)
+        sizes = range(1, have.itemsize + 1) if widens else [have.itemsize]
+        if wanted.itemsize not in sizes or (have.kind == "b") != (wanted.kind == "b"):
+            raise PtxError(f"{register} of {have.itemsize} bytes as {kind}")
+        return have
 
     def _reader(self, text: str, kind: str, widens: bool = False) -> Read:
-        """Return what reads an operand as a type."""
+        """Return what reads an operand as a type; one in braces is packed, bfloat16 widened."""
         dtype = dtype_of(kind)
-        if text in self.kernel.registers:
-            size = self._size_of(text)
-            _check_size(text, size, kind, widens)
-            if size == 0:
-                return lambda frame, mask: frame.read(text, mask)
-            if size == dtype.itemsize:
-                return lambda frame, mask: frame.read(text, mask).view(dtype)
-            unsigned = UNSIGNED[dtype.itemsize]
-            return lambda frame, mask: frame.read(text, mask).astype(unsigned).view(dtype)
-        if text.startswith("%"):
-            _check_size(text, 4, kind, False)
-            return lambda frame, mask: frame.special[text].view(dtype)
-        value = np.array([self._literal(text, dtype)])
-        return lambda frame, mask: value
+        if kind == "bf16":
+            bits = self._reader(text, "b16")
+            return lambda bank: from_bfloat16(bits(bank))
+        if text.startswith("{"):
+            parts = text.strip("{}").split(",")
+            part = f"b{8 * dtype.itemsize // len(parts)}"
+            reads = [self._reader(each, part) for each in parts]
+            return lambda bank: np.stack(
+                np.broadcast_arrays(*[read(bank) for read in reads]), axis=1
+            ).view(dtype)[:, 0]
+        if text.startswith("%") or text in self._kinds:
+            have = self._fits(text, kind, widens)
+        else:
+            value = self._literal(text, dtype)
+            have, text = dtype, f"{text} {kind}"
+            self.values[text] = np.array([value])
+        zero = np.zeros(1, have)
+        if have.itemsize == dtype.itemsize:
+            return lambda bank: bank.get(text, zero).view(dtype)
+        unsigned = UNSIGNED[dtype.itemsize]
+        return lambda bank: bank.get(text, zero).astype(unsigned).view(dtype)
 
     def _literal(self, text: str, dtype: np.dtype[Any]) -> Any:
-        if found := re.fullmatch(r"0([fd])([0-9A-F]+)", text):
-            bits: Any = UNSIGNED[4 if found[1] == "f" else 8](int(found[2], 16))
-            if bits.itemsize != dtype.itemsize:
-                raise PtxError(f"{text} as {dtype}")
-            return bits.view(dtype)
-        number = self._symbols.get(text)
+        width, number = 8 * dtype.itemsize, self._symbols.get(text)
         if number is None:
-            if not re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+U?", text):
-                raise PtxError(f"unknown operand {text}")
-            number = int(text.rstrip("U"), 16 if text.startswith("0x") else 10)
+            found = _NUMBER.fullmatch(text)
+            if not found or (found[1] and 4 * len(found[1]) != width):
+                raise PtxError(f"unknown operand {text} as {dtype}")
+            number = int(found[1] or found[2], 16 if found[1] else 0)
         if dtype.kind == "b":
             return bool(number)
-        width = 8 * dtype.itemsize
         if not -(1 << (width - 1)) <= number < 1 << width:
             raise PtxError(f"{text} as {dtype}")
-        value: Any = UNSIGNED[dtype.itemsize](number % (1 << width))
-        return value.view(dtype)
+        return UNSIGNED[dtype.itemsize](number % (1 << width)).view(dtype)
 
-    def _writer(self, register: str, kind: str, widens: bool = False) -> Any:
-        """Return what writes values of a type to a register; `_` takes nothing."""
-        if register == "_":
-            return lambda frame, values, mask: None
-        size = self._size_of(register)
-        _check_size(register, size, kind, widens)
-        if size == 0:
-            return lambda frame, values, mask: frame.write(register, values, mask)
-        unsigned = UNSIGNED[size]
+    def _writer(self, text: str, kind: str, widens: bool = False) -> Write:
+        """Return what writes an operand of a type; one in braces is unpacked, `_` takes nothing."""
         dtype = dtype_of(kind)
-        wide = np.dtype(f"int{8 * size}" if kind[0] == "s" else f"uint{8 * size}")
-        if size == dtype.itemsize:
-            return lambda frame, values, mask: frame.write(register, values.view(unsigned), mask)
-        return lambda frame, values, mask: frame.write(
-            register, values.view(dtype).astype(wide).view(unsigned), mask
-        )
+        if text == "_":
+            return lambda frame, results, mask: None
+        if text.startswith("{"):
+            return self._unpacker(text.strip("{}").split(","), dtype)
+        have = self._fits(text, kind, widens)
 
-    def _move(self, instruction: Instruction, kind: str) -> Step:
-        """Return a step that moves, packs or unpacks."""
-        target, source = instruction.operands
-        if source.startswith("{"):
-            return self._pack(target, _parts(source), kind)
-        read = self._reader(source, kind)
-        if not target.startswith("{"):
-            write = self._writer(target, kind)
-            return lambda frame, mask: write(frame, read(frame, mask), mask)
-        parts = _parts(target)
-        part = f"b{8 * dtype_of(kind).itemsize // len(parts)}"
+        def fitted(values: Array) -> Array:
+            if have.itemsize == dtype.itemsize:
+                return values.view(have)
+            unsigned, signed = np.dtype(UNSIGNED[dtype.itemsize]), dtype.kind == "i"
+            source, wide = (dtype, f"i{have.itemsize}") if signed else (unsigned, have)
+            return values.view(source).astype(wide).view(have)
+
+        return lambda frame, results, mask: frame.write(text, list(map(fitted, results)), mask)
+
+    def _unpacker(self, parts: list[str], dtype: np.dtype[Any]) -> Write:
+        part = f"b{8 * dtype.itemsize // len(parts)}"
         writes = [self._writer(each, part) for each in parts]
-        dtype = dtype_of(part)
 
-        def unpack(frame: Any, mask: Array | None) -> None:
-            values = np.ascontiguousarray(read(frame, mask)).view(dtype).reshape(-1, len(parts))
+        def unpack(frame: Any, results: list[Array], mask: Array | None) -> None:
+            each = [
+                np.ascontiguousarray(values).view(dtype_of(part)).reshape(-1, len(parts))
+                for values in results
+            ]
             for i, write in enumerate(writes):
-                write(frame, np.ascontiguousarray(values[:, i]), mask)
+                write(frame, [np.ascontiguousarray(values[:, i]) for values in each], mask)
 
         return unpack
 
-    def _pack(self, target: str, parts: list[str], kind: str) -> Step:
-        dtype = dtype_of(kind)
-        part = f"b{8 * dtype.itemsize // len(parts)}"
-        reads = [self._part_reader(each, part) for each in parts]
-        write = self._writer(target, kind)
-
-        def pack(frame: Any, mask: Array | None) -> None:
-            values = np.broadcast_arrays(*[read(frame, mask) for read in reads])
-            write(frame, np.stack(values, axis=1).view(dtype)[:, 0], mask)
-
-        return pack
-
-    def _part_reader(self, text: str, kind: str) -> Read:
-        """Return what reads a part of a pair or of what bytes are chosen from.
-
-        The compiler leaves out what nothing depends on; it is read as what shows where it is used.
-        """
-        read = self._reader(text, kind)
-        poison = np.array([0xDEADBEEF]).astype(dtype_of(kind))
-        return lambda frame, mask: (
-            poison
-            if text in self.kernel.registers and text not in frame.registers
-            else read(frame, mask)
-        )
-
-    def _shuffle(self, instruction: Instruction, how: str) -> Step:
-        target, source, lane, clamp, members = instruction.operands
-        value, other = self._reader(source, "b32"), self._reader(lane, "u32")
-        checks = [self._reader(text, "s32") for text in (clamp, members)]
-        register, _, found = target.partition("|")
-        write = self._writer(register, "b32")
-        write_found = self._writer(found or "_", "pred")
-
-        def step(frame: Any, mask: Array | None) -> None:
-            check_whole_warps(mask)
-            if any(
-                (read(frame, mask) != n).any() for read, n in zip(checks, (31, -1), strict=True)
-            ):
-                raise PtxError("a shuffle of a part of a warp is not known")
-            own = frame.special["%laneid"].astype(np.int64)
-            count = other(frame, mask).astype(np.int64)
-            lanes = {"bfly": own ^ count, "down": own + count, "idx": own * 0 + (count & 31)}[how]
-            valid = lanes < 32
-            places = np.arange(frame.num_threads) - own + np.where(valid, lanes, own)
-            # The read checks all lanes: one from which another takes is active too.
-            values = value(frame, mask)
-            shuffled = np.broadcast_to(values, frame.num_threads)[places]
-            write(frame, shuffled, mask)
-            write_found(frame, valid, mask)
-
-        return step
-
-    def _reduce(self, instruction: Instruction, name: str, kind: str) -> Step:
-        target, source, members = instruction.operands
-        operation = operation_of(f"{name}.{kind}").function
-        value, member = self._reader(source, kind), self._reader(members, "s32")
-        write = self._writer(target, kind)
-
-        def step(frame: Any, mask: Array | None) -> None:
-            check_whole_warps(mask)
-            if (member(frame, mask) != -1).any():
-                raise PtxError("a reduction of a part of a warp is not known")
-            values = np.broadcast_to(value(frame, mask), frame.num_threads)
-            while len(values) > frame.num_threads // 32:
-                values = operation(*(np.ascontiguousarray(values[i::2]) for i in (0, 1)))
-            write(frame, np.repeat(values, 32), mask)
-
-        return step
-
-    def _access(
-        self, instruction: Instruction, kind: str, space: str | None, vector: str | None, type_: str
-    ) -> Step:
+    def _access(self, instruction: Instruction, found: re.Match[str]) -> Step:
         """Return a step that loads or stores; an address of no space is global."""
-        first, second = instruction.operands[:: 1 if kind == "ld" else -1]
-        parts = _parts(first) if first.startswith("{") else [first]
-        if len(parts) != int(vector or 1):
-            raise PtxError(f"{vector or 1} registers expected: {instruction}")
-        address = _ADDRESS.fullmatch(second)
-        if not address:
-            raise PtxError(f"unknown address {second}")
-        if space == "param":
-            return self._load_param(parts[0], address[1], int(address[2] or 0), type_)
-        size = dtype_of(type_).itemsize
-        where = self._addresses(address[1], int(address[2] or 0), space or "global")
+        direction, space, vector, kind = found.groups()
+        registers, address = instruction.operands[:: 1 if direction == "ld" else -1]
         space = space or "global"
-        self.units[space] = min(self.units[space], size)
-        log = _accessed(instruction, space, size, len(parts), where)
-        if kind == "ld":
-            writes = [self._writer(part, type_, widens=True) for part in parts]
-            return _load(space, size, log, writes)
-        return _store(space, log, [self._reader(part, type_, widens=True) for part in parts])
+        parts = _parts(registers, int(vector or 1))
+        return self._transfer(instruction, space, kind, parts, self._addresses(address, space))
 
-    def _store_matrices(self, instruction: Instruction, count: int) -> Step:
-        """Return a step in which each warp stores 8 rows of 16 bytes for each of its registers.
+    def _addresses(self, text: str, space: str) -> Addresses:
+        found = _ADDRESS.fullmatch(text)
+        if not found:
+            raise PtxError(f"unknown address {text}")
+        kind = "u32" if space == "shared" else "u64"
+        read, required = self._reader(found[1], kind), self._registers([found[1]])
+        added = np.array([int(found[2] or 0)]).astype(dtype_of(kind))
+
+        def addresses(frame: Any, mask: Array | None) -> Array:
+            frame.require(required, mask)
+            return (read(frame.values) + added).astype(np.uint64)
+
+        return addresses
+
+    def _transfer(
+        self, instruction: Instruction, space: str, kind: str, parts: list[str], where: Addresses
+    ) -> Step:
+        """Return a step that loads or stores neighbours of a type."""
+        size = dtype_of(kind).itemsize
+        self.units[space] = min(self.units[space], size)
+        total = size * len(parts)
+
+        def access(frame: Any, mask: Array | None) -> tuple[Memory, Array]:
+            memory = frame.memories[space]
+            return memory, memory.access(instruction, where(frame, mask), total, frame, mask)
+
+        if instruction.opcode.startswith("ld"):
+            return _load(access, size, [self._writer(part, kind, widens=True) for part in parts])
+        reads = [self._reader(part, kind, widens=True) for part in parts]
+        return _store(access, size, reads, self._registers(parts))
+
+    def _matrices(self, instruction: Instruction, found: re.Match[str]) -> list[Step]:
+        """Return steps in which each warp loads or stores 8 rows of 16 bytes for each register.
 
         Of register i four neighbours have a row's parts, and thread 8 i + row has its address.
         """
-        target, source = instruction.operands
-        address = _ADDRESS.fullmatch(target)
-        parts = _parts(source)
-        if not address or len(parts) != count:
-            raise PtxError(f"not understood: {instruction}")
-        where = self._addresses(address[1], int(address[2] or 0), "shared")
-        self.units["shared"] = min(self.units["shared"], 4)
+        registers, address = instruction.operands[:: 1 if found[1] == "ld" else -1]
+        given = self._addresses(address, "shared")
 
-        def addresses_of(i: int) -> Read:
+        def addresses_of(i: int) -> Addresses:
             def addresses(frame: Any, mask: Array | None) -> Array:
-                rows = where(frame, mask)
-                lanes = frame.special["%laneid"].astype(np.int64)
-                given = (lanes // 8 == i) & (True if mask is None else mask)
-                if (rows[given] % 16).any():
+                lanes = frame.values["%laneid"].astype(np.int64)
+                every = np.broadcast_to(given(frame, mask), len(lanes))
+                rows = every[np.arange(len(lanes)) - lanes + 8 * i + lanes // 4]
+                if (rows % np.uint64(16))[slice(None) if mask is None else mask].any():
                     raise PtxError("not aligned to 16 bytes")
-                row = np.arange(frame.num_threads) - lanes + 8 * i + lanes // 4
-                parts_of_rows: Array = rows[row] + (4 * (lanes % 4)).astype(np.uint32)
-                return parts_of_rows
+                return rows + (4 * (lanes % 4)).astype(np.uint64)
 
             return addresses
 
-        stores = [
-            _store("shared", _accessed(instruction, "shared", 4, 1, addresses_of(i)), [read])
-            for i, read in enumerate(self._reader(part, "b32") for part in parts)
+        steps = [
+            self._transfer(instruction, "shared", "b32", [part], addresses_of(i))
+            for i, part in enumerate(_parts(registers, int(found[2])))
         ]
-
-        def step(frame: Any, mask: Array | None) -> None:
-            check_whole_warps(mask)
-            for store in stores:
-                store(frame, mask)
-
-        return step
-
-    def _addresses(self, base: str, offset: int, space: str) -> Read:
-        kind = "u64" if space == "global" else "u32"
-        read = self._reader(base, kind)
-        added = np.array([offset]).astype(dtype_of(kind))
-        return lambda frame, mask: np.broadcast_to(read(frame, mask) + added, frame.num_threads)
-
-    def _load_param(self, target: str, name: str, offset: int, type_: str) -> Step:
-        if name not in self.kernel.params:
-            raise PtxError(f"unknown parameter {name}")
-        size, begin = self.kernel.params[name]
-        dtype = dtype_of(type_)
-        if not 0 <= offset <= size - dtype.itemsize or (begin + offset) % dtype.itemsize:
-            raise PtxError(f"{name}+{offset} is not a {type_}")
-        write = self._writer(target, type_, widens=True)
-
-        def step(frame: Any, mask: Array | None) -> None:
-            begin_at = begin + offset
-            write(frame, frame.params[begin_at : begin_at + dtype.itemsize].view(dtype), mask)
-
-        return step
+        return [check_whole_warps, *steps]
 
 
-def _check_size(register: str, size: int, kind: str, widens: bool) -> None:
-    wanted = 0 if kind == "pred" else dtype_of(kind).itemsize
-    if size != wanted and not (widens and size > wanted and wanted):
-        raise PtxError(f"{register} of {size} bytes as {kind}")
+def _undefined(
+    operation: Operation, types: list[str], values: list[Array], bits: list[Array]
+) -> Array:
+    """Return a result's undefined bits: those that move with it, or all of them."""
+    moved, spoiled = [], np.zeros(1, bool)
+    for kind, value, each in zip(types, values, bits, strict=True):
+        moved.append(each if kind[0] == "~" else value)
+        if kind[0] != "~":
+            spoiled = spoiled | (each.view(UNSIGNED[each.itemsize]) != 0)
+    dtype = dtype_of(operation.result)
+    unsigned = dtype if dtype.kind == "b" else np.dtype(UNSIGNED[dtype.itemsize])
+    result = np.zeros(1, unsigned)
+    if types[0][0] == "~":
+        result = operation.compute(*moved).view(unsigned)
+    return np.where(spoiled, np.full(1, -1).astype(unsigned), result)
+
+
+def _parts(text: str, count: int) -> list[str]:
+    """Return the parts of a vector, or one operand."""
+    parts = text.strip("{}").split(",")
+    if len(parts) != count:
+        raise PtxError(f"{count} registers expected, got {text}")
+    return parts
 
 
 def _check_contraction(kernel: Kernel) -> None:
@@ -380,82 +326,39 @@ def _check_contraction(kernel: Kernel) -> None:
             raise PtxError(f"may be contracted: {each}")
 
 
-def check_whole_warps(mask: Array | None) -> None:
+def check_whole_warps(_: Any, mask: Array | None) -> None:
     """Raise where a part of a warp executes what all of it has to execute together."""
-    if mask is not None:
-        warps = mask.reshape(-1, 32)
-        if (warps.any(1) != warps.all(1)).any():
-            raise PtxError("executed by a part of a warp")
+    if mask is not None and np.diff(mask.reshape(-1, 32), axis=1).any():
+        raise PtxError("executed by a part of a warp")
 
 
-def _parts(text: str) -> list[str]:
-    return text.strip("{}").split(",")
-
-
-def _accessed(
-    instruction: Instruction, space: str, size: int, count: int, addresses: Read
-) -> Callable[[Any, "Array | None"], Span]:
-    """Return what checks and logs an instruction's access, and returns its bytes."""
-    writes = instruction.opcode.startswith("st")
-    total = size * count
-
-    def accessed(frame: Any, mask: Array | None) -> Span:
-        every = addresses(frame, mask)
-        at, threads, blocks = (
-            each if mask is None else each[mask] for each in (every, frame.threads, frame.blocks)
-        )
-        if (at % at.dtype.type(total)).any():
-            raise PtxError(f"not aligned to {total} bytes")
-        if space == "global":
-            offsets = frame.memory.offsets(at, total)
-        else:
-            if (at.astype(np.int64) + total > frame.shared_bytes).any():
-                raise PtxError(f"out of the {frame.shared_bytes} bytes of shared memory")
-            offsets = blocks * frame.shared_stride + at
-        span = Span(offsets, total, threads)
-        frame.logs[space].add(instruction, writes, span, frame.phases[blocks])
-        if writes and space == "global":
-            frame.memory.check_writable(span)
-        return span
-
-    return accessed
-
-
-def _load(space: str, size: int, accessed: Any, writes: list[Any]) -> Step:
-    def step(frame: Any, mask: Array | None) -> None:
-        span = accessed(frame, mask)
-        memory = frame.memory.bytes
-        if space == "shared":
-            memory = frame.shared
-            for i in range(span.size):
-                if not frame.shared_written[span.offsets + i].all():
-                    raise PtxError("shared memory is read but not written")
+def _load(access: Access, size: int, writes: list[Write]) -> Step:
+    def load(frame: Any, mask: Array | None) -> None:
+        memory, offsets = access(frame, mask)
         for i, write in enumerate(writes):
-            values = gather(memory, span.offsets + i * size, size)
-            if mask is not None:
-                every = np.zeros(frame.num_threads, values.dtype)
-                every[mask] = values
-                values = every
-            write(frame, values, mask)
+            values = memory.load(offsets + i * size, size)
+            if mask is not None and len(values) > 1:
+                every = np.zeros(len(mask), values.dtype)
+                every[mask], values = values, every
+            write(frame, [values], mask)
 
-    return step
+    return load
 
 
-def _store(space: str, accessed: Any, reads: list[Read]) -> Step:
-    def step(frame: Any, mask: Array | None) -> None:
-        span = accessed(frame, mask)
-        memory = frame.memory.bytes if space == "global" else frame.shared
+def _store(access: Access, size: int, reads: list[Read], registers: list[str]) -> Step:
+    def store(frame: Any, mask: Array | None) -> None:
+        memory, offsets = access(frame, mask)
+        active = slice(None) if mask is None else mask
+        banks = [frame.values]
+        if frame.undefined_of(registers, mask):
+            banks.append(frame.undefined_bits(registers))
         for i, read in enumerate(reads):
-            values = read(frame, mask)
-            values = values.view(UNSIGNED[values.itemsize])
-            values = np.broadcast_to(values, frame.num_threads)
-            scatter(
-                memory,
-                span.offsets + i * values.itemsize,
-                values if mask is None else values[mask],
+            values, *undefined = (
+                np.broadcast_to(read(bank).view(UNSIGNED[size]), len(frame.threads))[active]
+                for bank in banks
             )
-        if space == "shared":
-            for i in range(span.size):
-                frame.shared_written[span.offsets + i] = True
+            if any(bits.any() for bits in undefined):
+                raise PtxError("what is stored is not written")
+            memory.store(offsets + i * size, values)
 
-    return step
+    return store

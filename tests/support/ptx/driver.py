@@ -6,6 +6,7 @@ code the compiler's last stage returns its PTX.
 
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import triton
@@ -36,7 +37,7 @@ class Driver:
         self._target = GPUTarget("cuda", arch, 32)
         self.find = find
         self.programs: dict[tuple[str, str], Compiled] = {}
-        self.launcher_cls = lambda src, metadata: _Launcher(self, src, metadata)
+        self.launcher_cls = lambda *of_kernel: partial(self._launch_specialized, *of_kernel)
         self.utils = self
 
     def activate(self) -> None:
@@ -71,6 +72,25 @@ class Driver:
             self.programs[ptx, name] = Compiled(kernel)
         return self.programs[ptx, name]
 
+    def _launch_specialized(self, src: Any, metadata: Any, *of_launch: Any) -> None:
+        """Bind the arguments, which come after nine values about the launch, and run it."""
+        grid_x, grid_y, grid_z, _, function = of_launch[:5]
+        if (grid_y, grid_z) != (1, 1) or metadata.global_scratch_size:
+            raise PtxError("a grid of one dimension and no scratch memory are known")
+        packed = b""
+        tensors: dict[str, Tensor] = {}
+        arguments = zip(src.signature.items(), of_launch[_BEFORE_ARGUMENTS:], strict=True)
+        for (argument, kind), value in arguments:
+            if kind.startswith("*"):
+                tensors[argument] = value
+                packed = pack(packed, "q", value.data_ptr())
+            elif kind != "constexpr":
+                packed = pack(packed, _FORMATS[kind], value)
+        for _ in range(_SCRATCH_POINTERS):
+            packed = pack(packed, "q", 0)
+        how = Launch(grid_x, 32 * metadata.num_warps, packed, metadata.shared)
+        self.launch(self.program(function, metadata.name), how, metadata.name, tensors)
+
     def launch(
         self, compiled: Compiled, how: Launch, kernel: str, tensors: dict[str, Tensor]
     ) -> None:
@@ -78,49 +98,12 @@ class Driver:
         launch(compiled, how, self.find(kernel, tensors))
 
 
-def _return_ptx(
-    backend: Any = None,
-    stages: Any = None,
-    options: Any = None,
-    language: Any = None,
-    capability: Any = None,
-) -> Any:
+def _return_ptx(backend: Any = None, stages: Any = None, *_: Any) -> Any:
     """Replace the last stage of the compiler; without arguments return the cache's key for that."""
     if stages is None:
         return "ptx", "ptx"
     stages["cubin"] = lambda src, metadata: src.encode()
     return None
-
-
-class _Launcher:
-    """Launches one specialization."""
-
-    def __init__(self, driver: Driver, src: Any, metadata: Any) -> None:
-        self._driver = driver
-        self._signature = src.signature
-        self._metadata = metadata
-
-    def __call__(self, *of_launch: Any) -> None:
-        """Bind the arguments, which come after nine values about the launch, and run it."""
-        grid_x, grid_y, grid_z, _, function = of_launch[:5]
-        arguments = of_launch[_BEFORE_ARGUMENTS:]
-        if (grid_y, grid_z) != (1, 1) or self._metadata.global_scratch_size:
-            raise PtxError("a grid of one dimension and no scratch memory are known")
-        name = self._metadata.name
-        compiled = self._driver.program(function, name)
-        packed = b""
-        tensors: dict[str, Tensor] = {}
-        for (argument, kind), value in zip(self._signature.items(), arguments, strict=True):
-            if kind == "constexpr":
-                continue
-            if kind.startswith("*"):
-                tensors[argument] = value
-                kind, value = "i64", value.data_ptr()
-            packed = pack(packed, _FORMATS[kind], value)
-        for _ in range(_SCRATCH_POINTERS):
-            packed = pack(packed, "q", 0)
-        how = Launch(grid_x, 32 * self._metadata.num_warps, packed, self._metadata.shared)
-        self._driver.launch(compiled, how, name, tensors)
 
 
 def pack(packed: bytes, kind: str, value: Any) -> bytes:

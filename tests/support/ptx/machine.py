@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.support.ptx.arithmetic import Array
-from tests.support.ptx.compiler import Branch, Compiled, Wait, check_whole_warps
-from tests.support.ptx.memory import Allocation, GlobalMemory, Log
+from tests.support.ptx.compiler import Compiled, check_whole_warps
+from tests.support.ptx.memory import Allocation, GlobalMemory, Log, Memory
 from tests.support.ptx.parser import PtxError
 
 # Blocks that run at a time: numpy's time an operation is then not Python's.
@@ -29,91 +29,80 @@ class Launch(NamedTuple):
 
 
 class Frame:
-    """The registers and memories of the threads that run together."""
+    """The registers and memories of the threads that run together.
 
-    def __init__(self, launch: Launch, first: int, count: int, memory: GlobalMemory) -> None:
-        size = launch.block_size
-        self.num_threads = count * size
-        self.registers: dict[str, Array] = {}
-        self.defined: dict[str, Array] = {}  # of a register that not all threads have written
-        lanes = np.arange(self.num_threads)
+    A register is an array of its bits for each thread, or of one element for all. `undefined` has
+    those that are not defined: the threads of which they are not, or the bits.
+    """
+
+    def __init__(self, compiled: Compiled, how: Launch, first: int, count: int) -> None:
+        size = how.block_size
+        lanes = np.arange(count * size)
         self.threads = lanes + first * size
         self.blocks = lanes // size
-        self.special = {
+        self.phases = np.zeros(count, np.int64)  # the barriers that each block has passed
+        self.values: dict[str, Array] = {
+            **compiled.values,
             "%tid.x": (lanes % size).astype(np.uint32),
             "%ctaid.x": (self.threads // size).astype(np.uint32),
-            "%ntid.x": np.full(self.num_threads, size, np.uint32),
-            "%nctaid.x": np.full(self.num_threads, launch.grid, np.uint32),
+            "%ntid.x": np.array([size], np.uint32),
+            "%nctaid.x": np.array([how.grid], np.uint32),
             "%laneid": (lanes % 32).astype(np.uint32),
         }
-        self.params = np.frombuffer(launch.params, np.uint8)
-        self.memory = memory
-        self.logs: dict[str, Log] = {}
-        self.shared_bytes = launch.shared_bytes
-        self.shared_stride = -(-launch.shared_bytes // 16) * 16
-        self.shared = np.zeros(count * self.shared_stride, np.uint8)
-        self.shared_written = np.zeros(count * self.shared_stride, bool)
-        self.phases = np.zeros(count, np.int64)  # the barriers that each block has passed
+        self.undefined: dict[str, Array] = dict(compiled.undefined)
+        self.memories: dict[str, Memory] = {}
 
-    def read(self, register: str, mask: Array | None) -> Array:
-        """Return a register's bits."""
-        if register not in self.registers:
-            raise PtxError(f"{register} is read but not written")
-        if register in self.defined:
-            undefined = ~self.defined[register]
-            if (undefined if mask is None else undefined & mask).any():
-                raise PtxError(f"{register} is read by threads that have not written it")
-        return self.registers[register]
+    def undefined_of(self, registers: list[str], mask: Array | None) -> str | None:
+        """Return the first of registers that threads have undefined bits of, or None."""
+        for register in registers:
+            threads = self.undefined.get(register)
+            if threads is not None and (
+                mask is None or np.count_nonzero(np.logical_and(threads, mask))
+            ):
+                return register
+        return None
 
-    def write(self, register: str, bits: Array, mask: Array | None) -> None:
-        """Set a register where a mask is set."""
-        if len(bits) != self.num_threads:
-            bits = np.repeat(bits, self.num_threads)
-        if mask is None:
-            self.defined.pop(register, None)
-        elif register not in self.registers:
-            self.defined[register] = mask
+    def require(self, registers: list[str], mask: Array | None) -> None:
+        """Raise where threads have undefined bits of registers that may have none."""
+        register = self.undefined_of(registers, mask)
+        if register:
+            raise PtxError(f"{register} is used where it is not written")
+
+    def holds(self, guard: str, negated: bool, mask: Array | None) -> Array:
+        """Return the threads of a mask for which a guard holds."""
+        self.require([guard], mask)
+        chosen = self.values[guard] != negated
+        return chosen if mask is None else chosen & mask
+
+    def undefined_bits(self, registers: list[str]) -> dict[str, Array]:
+        """Return the bits that are undefined of each register."""
+        bits = {}
+        for register in registers:
+            dtype = self.values[register].dtype
+            each = self.undefined.get(register, np.zeros(1, dtype))
+            bits[register] = (
+                each if each.dtype == dtype else np.where(each, ~dtype.type(0), dtype.type(0))
+            )
+        return bits
+
+    def write(self, register: str, results: list[Array], mask: Array | None) -> None:
+        """Set a register where a mask is set, to bits and to which of them are undefined."""
+        if mask is None and len(results) == 1:
+            self.values[register] = results[0]
+            self.undefined.pop(register, None)
+            return
+        bits, undefined = results if len(results) == 2 else (results[0], None)
+        if mask is not None:
+            bits = np.where(mask, bits, self.values[register])
+            if undefined is not None:
+                undefined = np.where(mask, undefined, self.undefined_bits([register])[register])
+            elif register in self.undefined:
+                undefined = self.undefined[register] * ~mask
+        self.values[register] = bits
+        if undefined is not None and np.count_nonzero(undefined):
+            self.undefined[register] = undefined
         else:
-            bits = np.where(mask, bits, self.registers[register])
-            if register in self.defined:
-                self.defined[register] = self.defined[register] | mask
-        self.registers[register] = bits
-
-
-class _Schedule:
-    """Where the threads of a frame are: at a basic block, at a barrier or at their end."""
-
-    def __init__(self, frame: Frame, block_size: int) -> None:
-        self._frame, self._block_size = frame, block_size
-        self._ready: dict[int, Array] = {0: np.ones(frame.num_threads, bool)}
-        self._waiting: dict[int, Array] = {}  # by where they go on
-
-    def next(self) -> tuple[int, Array] | None:
-        """Return the first basic block where threads are, and which; None at the end of all."""
-        if not self._ready:
-            if self._waiting:
-                raise PtxError("a barrier is not reached by all threads of a block")
-            return None
-        block = min(self._ready)
-        return block, self._ready.pop(block)
-
-    def go(self, block: int, mask: Array) -> None:
-        """Send threads to a basic block."""
-        if mask.any():
-            self._ready[block] = self._ready[block] | mask if block in self._ready else mask
-
-    def wait(self, block: int, mask: Array) -> None:
-        """Let threads wait for all of their block, to go on at a basic block."""
-        check_whole_warps(mask)
-        waiting = self._waiting.pop(block, np.zeros_like(mask)) | mask
-        arrived = waiting.reshape(-1, self._block_size)
-        # Those that have ended never come: PTX leaves open what happens then.
-        complete = arrived.all(1)
-        self._frame.phases[complete] += 1
-        released = waiting & np.repeat(complete, self._block_size)
-        self.go(block, released)
-        if (waiting & ~released).any():
-            self._waiting[block] = waiting & ~released
+            self.undefined.pop(register, None)
 
 
 def launch(compiled: Compiled, how: Launch, allocations: list[Allocation]) -> None:
@@ -122,49 +111,62 @@ def launch(compiled: Compiled, how: Launch, allocations: list[Allocation]) -> No
         raise PtxError(f"blocks of {how.block_size} threads are not whole warps")
     if len(how.params) != compiled.kernel.param_bytes:
         raise PtxError(f"{compiled.kernel.param_bytes} bytes of parameters, got {len(how.params)}")
-    how = how._replace(shared_bytes=compiled.shared_bytes + how.shared_bytes)
-    memory = GlobalMemory(allocations)
-    log = Log(memory.size, compiled.units["global"], how.block_size)
+    memory, units = GlobalMemory(allocations), compiled.units
+    log = memory.log = Log(memory.size, units["global"], how.block_size)
+    params = _params(compiled, how)
     for first in range(0, how.grid, _TOGETHER):
-        count = min(_TOGETHER, how.grid - first)
-        frame = Frame(how, first, count, memory)
-        shared = Log(len(frame.shared), compiled.units["shared"], how.block_size, True)
-        frame.logs = {"global": log, "shared": shared}
+        frame = Frame(compiled, how, first, min(_TOGETHER, how.grid - first))
+        shared = _shared(compiled, how, frame.blocks)
+        shared_log = shared.log = Log(shared.size, units["shared"], how.block_size, copies=True)
+        frame.memories = {"global": memory, "shared": shared, "param": params}
         with np.errstate(all="ignore"):
             _run(compiled, frame, how.block_size)
-        shared.check()
+        shared_log.check()
     log.check()
     memory.write_back()
 
 
+def _params(compiled: Compiled, how: Launch) -> Memory:
+    segments = list(compiled.kernel.params.values())
+    memory = Memory("param", segments)
+    for part, (offset, size) in zip(memory.slices, segments, strict=True):
+        memory.bytes[part] = np.frombuffer(how.params[offset : offset + size], np.uint8)
+    return memory
+
+
+def _shared(compiled: Compiled, how: Launch, blocks: Array) -> Memory:
+    """Return memory in which each block's addresses begin at another one."""
+    size = compiled.shared_bytes + how.shared_bytes
+    segments = [(int(block) << 32, size) for block in range(blocks[-1] + 1)]
+    memory = Memory("shared", segments, blocks.astype(np.uint64) << np.uint64(32))
+    memory.writable[:], memory.readable = 255, np.zeros_like(memory.bytes)
+    return memory
+
+
 def _run(compiled: Compiled, frame: Frame, block_size: int) -> None:
-    schedule = _Schedule(frame, block_size)
+    end = len(compiled.blocks)
+    at = np.zeros_like(frame.threads)  # each thread's basic block
+    waiting = np.zeros(len(at), bool)
     for _ in range(_ENDLESS):
-        found = schedule.next()
-        if found is None:
+        index = int(np.where(waiting, end, at).min())
+        if index == end:
+            if waiting.any():
+                raise PtxError("a barrier is not reached by all threads of a block")
             return
-        index, mask = found
-        compiled.ran[index] += 1
-        block = compiled.blocks[index]
+        mask = (at == index) & ~waiting
         active = None if mask.all() else mask
+        block = compiled.blocks[index]
+        compiled.ran[index] += 1
         for step in block.steps:
             step(frame, active)
-        _leave(schedule, block.end, index, frame, mask)
+        at[mask] = index + 1
+        taken = frame.holds(block.guard, block.negated, mask) if block.guard else mask
+        at[taken] = block.target
+        if block.waits:
+            check_whole_warps(frame, mask)
+            waiting |= mask
+            # Those that have ended never come: PTX leaves open what happens then.
+            together = (waiting & (at == index + 1)).reshape(-1, block_size).all(1)
+            frame.phases[together] += 1
+            waiting &= ~np.repeat(together, block_size)
     raise PtxError(f"{compiled.kernel.name} does not end")
-
-
-def _leave(
-    schedule: _Schedule, end: Branch | Wait | None, index: int, frame: Frame, mask: Array
-) -> None:
-    """Send the threads of a basic block to where its last instruction says."""
-    if isinstance(end, Wait):
-        schedule.wait(index + 1, mask)
-    elif end is None:
-        schedule.go(index + 1, mask)
-    else:
-        taken = mask
-        if end.guard:
-            taken = mask & (frame.read(end.guard, mask) != end.negated)
-            schedule.go(index + 1, mask & ~taken)
-        if end.target is not None:
-            schedule.go(end.target, taken)

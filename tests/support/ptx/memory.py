@@ -6,16 +6,15 @@ which they happened here.
 """
 
 import ctypes
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tests.support.ptx.arithmetic import UNSIGNED, Array
 from tests.support.ptx.parser import Instruction, PtxError
 
-# Allocations lie at least this far apart, and as they do to this alignment.
-_GAP = 64
+# Allocations lie as they do to this alignment.
+_ALIGNMENT = 64
 
 
 class Allocation(NamedTuple):
@@ -27,166 +26,158 @@ class Allocation(NamedTuple):
     owner: object = None
 
 
-@dataclass
-class _Access:
-    """The accesses of one instruction at one time: units of a space, and who accessed them."""
-
-    instruction: Instruction
-    writes: bool
-    units: Array
-    threads: Array
-    phases: Array  # the barriers that each thread's block has passed
-
-
 class Log:
     """The accesses of a launch to one space, in units of bytes that are accessed together."""
 
     def __init__(self, num_bytes: int, unit: int, block_size: int, copies: bool = False) -> None:
-        self._num_units = -(-num_bytes // unit)
+        self._num_units = num_bytes // unit
         self._unit, self._block_size, self._copies = unit, block_size, copies
-        self._accesses: list[_Access] = []
+        # Of each access: its instruction, whether it writes, and its units, threads and phases.
+        self._accesses: list[tuple[Instruction, bool, Array, Array, Array]] = []
 
-    def add(self, instruction: Instruction, writes: bool, span: "Span", phases: Array) -> None:
-        """Log an access of `span.size` bytes by each thread."""
-        first, count = span.offsets // self._unit, span.size // self._unit
-        units = (first[:, None] + np.arange(count)).ravel() if count > 1 else first
-        threads, phases = (
-            np.repeat(each, count) if count > 1 else each for each in (span.threads, phases)
-        )
+    def add(
+        self, instruction: Instruction, offsets: Array, size: int, threads: Array, phases: Array
+    ) -> None:
+        """Log an access of `size` bytes by each thread, and the barriers its block has passed."""
+        count, writes = size // self._unit, instruction.opcode.startswith("st")
+        units = ((offsets // self._unit)[:, None] + np.arange(count)).ravel()
+        threads, phases = np.repeat(threads, count), np.repeat(phases, count)
         if writes and self._copies:
             # Triton lets every thread of a block that has a copy of a value store it.
             _, kept = np.unique(units, return_index=True)
             units, threads, phases = units[kept], threads[kept], phases[kept]
-        self._accesses.append(_Access(instruction, writes, units, threads, phases))
+        self._accesses.append((instruction, writes, units, threads, phases))
 
     def check(self) -> None:
         """Raise where two threads collide: at the same unit in one phase, or of two blocks."""
         owner = np.full(self._num_units, -1, np.int64)
-        for each in self._accesses:
-            if each.writes:
-                owner[each.units] = each.threads
+        for _, writes, units, threads, _ in self._accesses:
+            if writes:
+                owner[units] = threads
         shared = np.zeros(self._num_units, bool)
-        for each in self._accesses:
-            owners = owner[each.units]
-            shared[each.units[(owners >= 0) & (owners != each.threads)]] = True
-        if shared.any():
-            self._check_units(shared)
-
-    def _check_units(self, shared: Array) -> None:
-        """Look at the phases of units that one thread writes and another one accesses."""
+        for _, _, units, threads, _ in self._accesses:
+            shared[units[(owner[units] >= 0) & (owner[units] != threads)]] = True
+        if not shared.any():
+            return
+        # Units that one thread writes and another one accesses.
         rows = []
-        for i, each in enumerate(self._accesses):
-            at = shared[each.units]
-            units, threads, phases = each.units[at], each.threads[at], each.phases[at]
-            rows.append(
-                np.stack(
-                    [
-                        units,
-                        threads // self._block_size,
-                        phases,
-                        threads,
-                        np.full_like(units, each.writes),
-                        np.full_like(units, i),
-                    ]
-                )
-            )
+        for i, (_, writes, *columns) in enumerate(self._accesses):
+            units, threads, phases = (each[shared[columns[0]]] for each in columns)
+            same = (np.full_like(units, each) for each in (writes, i))
+            rows.append(np.stack([units, threads // self._block_size, phases, threads, *same]))
         table = np.concatenate(rows, axis=1)
-        for keys in ((0,), (0, 1, 2)):
-            # Of a unit every block but one, of a phase every thread but one, must not write.
-            self._check_groups(table, keys, 1 if keys == (0,) else 3)
+        # Of a unit every block but one, of a phase every thread but one, must not write.
+        self._check_groups(table, [0], 1)
+        self._check_groups(table, [0, 1, 2], 3)
 
-    def _check_groups(self, table: Array, keys: tuple[int, ...], member: int) -> None:
-        table = table[:, np.lexsort(table[list(keys)])]
-        starts = np.flatnonzero(np.r_[True, (np.diff(table[list(keys)]) != 0).any(0)])
+    def _check_groups(self, table: Array, keys: list[int], member: int) -> None:
+        """Raise where members differ in rows of the same keys, one of which writes."""
+        table = table[:, np.lexsort(table[keys])]
+        starts = np.flatnonzero(np.r_[True, (np.diff(table[keys]) != 0).any(0)])
         low, high = (each.reduceat(table[member], starts) for each in (np.minimum, np.maximum))
-        race = (low != high) & np.logical_or.reduceat(table[4] != 0, starts)
-        if race.any():
-            group = int(np.flatnonzero(race)[0])
-            end = starts[group + 1] if group + 1 < len(starts) else table.shape[1]
-            rows = table[:, starts[group] : end]
-            writer = rows[:, np.flatnonzero(rows[4])[0]]
-            other = rows[:, np.flatnonzero(rows[member] != writer[member])[0]]
-            said = "; ".join(
-                f"thread {row[3]}: {self._accesses[row[5]].instruction}" for row in (writer, other)
-            )
-            raise PtxError(f"race at unit {writer[0]}: {said}")
+        races = np.flatnonzero((low != high) & (np.maximum.reduceat(table[4], starts) != 0))
+        for race in races:
+            rows = table[:, (table[keys] == table[keys][:, starts[[race]]]).all(0)]
+            writer = rows[:, rows[4] != 0][:, 0]
+            other = rows[:, rows[member] != writer[member]][:, 0]
+            said = (f"thread {row[3]}: {self._accesses[row[5]][0]}" for row in (writer, other))
+            raise PtxError(f"race at unit {writer[0]}: {'; '.join(said)}")
 
 
-class Span(NamedTuple):
-    """Bytes that threads access: `size` from each offset."""
+class Memory:
+    """A space of segments, (address, size) in order, of bytes that may be read or written or not.
 
-    offsets: Array
-    size: int
-    threads: Array
+    The address of a thread is relative to its base.
+    """
+
+    def __init__(self, name: str, segments: list[tuple[int, int]], base: Array | None = None):
+        self._name = name
+        self._base = np.zeros(1, np.uint64) if base is None else base
+        self._starts, self._sizes = np.array(segments, np.uint64).reshape(-1, 2).T.copy()
+        self.slices, self.size = [], 0
+        for address, size in segments:
+            at = self.size + address % _ALIGNMENT
+            self.slices.append(slice(at, at + size))
+            self.size = -(-(at + size) // _ALIGNMENT) * _ALIGNMENT
+        self._offsets = np.array([part.start for part in self.slices], np.int64)
+        # Of the flags' bytes all bits are set or none.
+        self.bytes, self.writable = np.zeros((2, self.size), np.uint8)
+        self.readable: Array | None = None  # where it is not all
+        self.log: Log | None = None
+
+    def access(
+        self, instruction: Instruction, addresses: Array, size: int, frame: Any, mask: Array | None
+    ) -> Array:
+        """Log an access of `size` bytes by threads; return where they are, if all are in bounds."""
+        addresses = addresses + self._base
+        if self.log is None:
+            return self._offsets_of(addresses, size)
+        threads, phases = frame.threads, frame.phases[frame.blocks]
+        addresses = np.broadcast_to(addresses, len(threads))
+        if mask is not None:
+            addresses, threads, phases = addresses[mask], threads[mask], phases[mask]
+        offsets = self._offsets_of(addresses, size)
+        self.log.add(instruction, offsets, size, threads, phases)
+        return offsets
+
+    def _offsets_of(self, addresses: Array, size: int) -> Array:
+        if np.count_nonzero(addresses & np.uint64(size - 1)):
+            raise PtxError(f"not aligned to {size} bytes")
+        which = np.searchsorted(self._starts, addresses, "right") - 1
+        within = addresses - self._starts[which]
+        outside = (which < 0) | (within + np.uint64(size) > self._sizes[which])
+        if np.count_nonzero(outside):
+            where = f"{size} bytes at {int(addresses[outside][0]):#x}"
+            raise PtxError(f"out of bounds of {self._name} memory: {where}")
+        return self._offsets[which] + within.astype(np.int64)
+
+    def load(self, offsets: Array, size: int) -> Array:
+        """Return the numbers of `size` bytes at aligned offsets."""
+        if self.readable is not None and not _all_set(self.readable, offsets, size):
+            raise PtxError(f"{self._name} memory is read but not written")
+        return self.bytes.view(UNSIGNED[size])[offsets // size]
+
+    def store(self, offsets: Array, values: Array) -> None:
+        """Store unsigned numbers at aligned offsets; raise where one is given two values."""
+        size = values.itemsize
+        if not _all_set(self.writable, offsets, size):
+            raise PtxError(f"write to read-only {self._name} memory")
+        numbers, at = self.bytes.view(values.dtype), offsets // size
+        numbers[at] = values
+        if (numbers[at] != values).any():
+            raise PtxError("race: threads store different values at one address")
+        if self.readable is not None:
+            self.readable.view(values.dtype)[at] = ~values.dtype.type(0)
 
 
-class GlobalMemory:
-    """A copy of the allocations for a launch, at offsets with the addresses' alignment."""
+def _all_set(flags: Array, offsets: Array, size: int) -> bool:
+    return not np.count_nonzero(~flags.view(UNSIGNED[size])[offsets // size])
+
+
+class GlobalMemory(Memory):
+    """A copy of allocations for a launch."""
 
     def __init__(self, allocations: list[Allocation]) -> None:
         merged: list[tuple[int, int]] = []
         for address, size in sorted(each[:2] for each in allocations if each.size):
-            if merged and address < merged[-1][1]:
-                merged[-1] = merged[-1][0], max(merged[-1][1], address + size)
+            if merged and address < sum(merged[-1]):
+                start = merged[-1][0]
+                merged[-1] = start, max(sum(merged[-1]), address + size) - start
             else:
-                merged.append((address, address + size))
-        self._segments = merged
-        self._starts = np.array([start for start, _ in merged], np.uint64)
-        self._ends = np.array([end for _, end in merged], np.uint64)
-        offsets, total = [], 0
-        for start, end in merged:
-            offset = total + _GAP - total % _GAP + start % _GAP
-            offsets.append(offset)
-            total = offset + end - start
-        self._offsets = np.array(offsets, np.int64)
-        self.size = total + _GAP - total % _GAP
-        self.bytes = np.zeros(self.size, np.uint8)
-        self._writable = np.zeros(self.size, bool)
-        for (start, end), offset in zip(merged, offsets, strict=True):
-            self.bytes[offset : offset + end - start] = _of_process(start, end - start)
+                merged.append((address, size))
+        super().__init__("global", merged)
+        self._memory = [
+            np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+            for address, size in merged
+        ]
+        for part, memory in zip(self.slices, self._memory, strict=True):
+            self.bytes[part] = memory
         for address, size, writable, _ in allocations:
-            if size:
-                at = int(self.offsets(np.array([address], np.uint64), size)[0])
-                self._writable[at : at + size] |= writable
-
-    def offsets(self, addresses: Array, size: int) -> Array:
-        """Return the offsets of accesses of `size` bytes; raise where they are out of bounds."""
-        which = np.searchsorted(self._starts, addresses, "right") - 1
-        inside = which >= 0
-        within = addresses - self._starts[which]
-        inside &= within + np.uint64(size) <= (self._ends - self._starts)[which]
-        if not inside.all():
-            raise PtxError(f"out of bounds: {size} bytes at {int(addresses[~inside][0]):#x}")
-        return self._offsets[which] + within.astype(np.int64)
-
-    def check_writable(self, span: Span) -> None:
-        """Raise where a span is read-only."""
-        # Neighbours of one access lie in one allocation, so its ends speak for it.
-        last = span.offsets + (span.size - 1)
-        if not (self._writable[span.offsets] & self._writable[last]).all():
-            raise PtxError("write to read-only memory")
+            if size and writable:
+                (at,) = self._offsets_of(np.array([address], np.uint64), 1)
+                self.writable[at : at + size] = 255
 
     def write_back(self) -> None:
         """Store what the launch wrote in the allocations."""
-        for (start, end), offset in zip(self._segments, self._offsets, strict=True):
-            size = end - start
-            writable = self._writable[offset : offset + size]
-            memory = _of_process(start, size)
-            np.copyto(memory, self.bytes[offset : offset + size], where=writable)
-
-
-def _of_process(address: int, size: int) -> Array:
-    memory: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-    return memory
-
-
-def gather(memory: Array, offsets: Array, size: int) -> Array:
-    """Return the numbers of `size` bytes at aligned offsets of bytes."""
-    return memory.view(UNSIGNED[size])[offsets // size]
-
-
-def scatter(memory: Array, offsets: Array, values: Array) -> None:
-    """Store numbers at aligned offsets of bytes; raise where one is given two values."""
-    memory.view(UNSIGNED[values.itemsize])[offsets // values.itemsize] = values
-    if (gather(memory, offsets, values.itemsize) != values).any():
-        raise PtxError("race: threads store different values at one address")
+        for part, memory in zip(self.slices, self._memory, strict=True):
+            np.copyto(memory, self.bytes[part], where=self.writable[part] != 0)

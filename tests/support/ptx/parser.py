@@ -1,33 +1,37 @@
 """What PTX says: kernels of basic blocks of instructions. Unknown directives are errors."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-_SECTIONS = ("abbrev", "info", "macinfo", "str", "loc", "line", "ranges")
-_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
-_STATEMENT = re.compile(r"[^;{}]*?(?:\{[^{};]*\}[^;{}]*)*;|[{}]")
-_LABEL = re.compile(r"\s*(\$\w+):")
-_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
-_SHARED = re.compile(r"(?:\.extern )?\.shared \.align (\d+) \.\w+ ([\w$]+)(?:\[(\d*)\])?;")
-_REG = re.compile(r"\.reg \.(pred|[bsuf](?:8|16|32|64)) +(.*);")
-_PARAM = re.compile(
-    r"\.param(?: \.align (\d+))? \.([bsuf])(\d+)(?: \.ptr[\w. ]*?)? ([\w$]+)(?:\[(\d+)\])?"
+_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
+# Debugging information is all that sections hold.
+_SECTION = re.compile(
+    r"\.section\s+\.debug_(?:abbrev|info|macinfo|str|loc|line|ranges)\s*\{[^}]*\}"
 )
-_ENTRY = re.compile(r"(?:\.visible )?\.entry ([\w$]+)\(")
-_LIMITS = re.compile(r"\.(?:reqntid \d+|maxntid \d+, 1, 1|maxnreg \d+|pragma \"nounroll\";)$")
+_FILE = re.compile(r'\.file\s+(\d+) "(?:.*/)?(.*)"')
+_ENTRY = re.compile(r"(?:\.visible\s+)?\.entry\s+([\w$]+)\(([^)]*)\)([^{]*)(?=\{)")
+_PARAM = re.compile(
+    r"\.param(?: \.align (\d+))? \.[bsuf](\d+)(?: \.ptr[\w. ]*?)? ([\w$]+)(?:\[(\d+)\])?"
+)
+_SHARED = re.compile(r"(?:\.extern )?\.shared \.align (\d+) \.[bsuf](\d+) ([\w$]+)(?:\[(\d*)\])?;")
+_LIMIT = re.compile(r"\.(?:reqntid \d+|maxntid \d+, 1, 1|maxnreg \d+|pragma \"nounroll\";)|")
 # Directives of a module that say nothing about what is computed.
 _MODULE = re.compile(
-    r"\.(?:version \d+\.\d+|target sm_\d+a?|address_size 64|file\s.*|global \.align 1 \.b8 .*;)$"
+    r"\.(?:version \d+\.\d+|target sm_\d+a?|address_size 64|file .*|global \.align 1 \.b8 .*;)|"
 )
+_TOKEN = re.compile(
+    r"\s*(?:(\$\w+):|\.loc\s+(\d+)\s+(\d+).*|([^;{}]*?(?:\{[^{};]*\}[^;{}]*)*;)|([{}]))"
+)
+_REGISTERS = re.compile(r"\.reg \.(?:(pred)|[bsuf](8|16|32|64)) +(.*);")
+_INSTRUCTION = re.compile(r"(?:@(!?)([%\w]+) )?(\w[\w.]*)(?: (.*))?;")
 
 
 class PtxError(Exception):
     """PTX that is not understood, or a kernel that does what it must not."""
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One instruction: `@guard opcode operands`; `line` is the source's, as file:line."""
 
     opcode: str
@@ -48,182 +52,132 @@ class Block:
     label: str
     instructions: list[Instruction] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        lines = dict.fromkeys(instruction.line for instruction in self.instructions)
-        return f"{self.label} ({', '.join(lines)})"
-
 
 @dataclass
 class Kernel:
-    """An entry: parameters as (size, offset), registers' sizes (0: predicate), shared variables."""
+    """An entry: its parameters as (offset, size), registers' types, shared variables and code."""
 
     name: str
     params: dict[str, tuple[int, int]] = field(default_factory=dict)
     param_bytes: int = 0
-    registers: dict[str, int] = field(default_factory=dict)
+    registers: dict[str, str] = field(default_factory=dict)  # pred or the bits, as b32
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # alignment, size
     blocks: list[Block] = field(default_factory=list)
 
 
 def parse(text: str) -> dict[str, Kernel]:
     """Return a module's kernels by name."""
-    text = re.sub(r"//.*", "", text)
+    text = _SECTION.sub("", re.sub(r"//.*", "", text))
+    files = dict(_FILE.findall(text))
     shared: dict[str, tuple[int, int]] = {}
-    files: dict[str, str] = {}
     kernels: dict[str, Kernel] = {}
-    lines = iter(text.splitlines())
-    for line in lines:
-        stripped = " ".join(line.split())
-        if entry := _ENTRY.match(stripped):
-            kernel = kernels[entry[1]] = Kernel(entry[1], shared=dict(shared))
-            _Body(kernel, files).read(_signature(kernel, lines), lines)
-        elif found := _SHARED.fullmatch(stripped):
-            shared[found[2]] = int(found[1]), _shared_size(stripped, found[3])
-        elif stripped.startswith(".section"):
-            _skip_section(stripped, lines)
-        elif stripped and not _MODULE.fullmatch(stripped):
-            raise PtxError(f"unknown directive: {stripped}")
-        elif found := re.match(r'\.file (\d+) "(.*)"', stripped):
-            files[found[1]] = found[2].rpartition("/")[2]
-    # Triton names the files after the code.
-    for kernel in kernels.values():
-        for block in kernel.blocks:
-            block.instructions = [_named(each, files) for each in block.instructions]
+    while entry := _ENTRY.search(text):
+        _declare(text[: entry.start()], shared)
+        kernel = kernels[entry[1]] = Kernel(entry[1], shared=dict(shared))
+        _sign(kernel, entry[2], entry[3])
+        text = _Body(kernel, files).read(text[entry.end() :])
+    _declare(text, shared)
     return kernels
 
 
-def _named(instruction: Instruction, files: dict[str, str]) -> Instruction:
-    number, _, line = instruction.line.partition(":")
-    name = f"{files[number]}:{line}" if line else ""
-    return Instruction(
-        instruction.opcode, instruction.operands, instruction.guard, instruction.negated, name
-    )
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
 
 
-def _shared_size(declaration: str, count: str | None) -> int:
-    """Return a shared variable's bytes; 0 where the launch says how many."""
-    found = re.search(r"\.[bsuf](\d+) ", declaration)
-    assert found is not None
-    return int(count or (0 if count == "" else 1)) * _SIZES[found[1]]
+def _declare(text: str, shared: dict[str, tuple[int, int]]) -> None:
+    """Read what a module says outside of its kernels."""
+    for line in _lines(text):
+        if not _declares_shared(line, shared) and not _MODULE.fullmatch(line):
+            raise PtxError(f"unknown directive: {line}")
 
 
-def _skip_section(line: str, lines: Iterator[str]) -> None:
-    """Skip debugging information, which is all that sections hold."""
-    found = re.match(r"\.section \.debug_(\w+)", line)
-    if not found or found[1] not in _SECTIONS:
-        raise PtxError(f"unknown section: {line}")
-    while "}" not in line:
-        line = next(lines)
+def _declares_shared(text: str, shared: dict[str, tuple[int, int]]) -> bool:
+    """Read a shared variable, if a text declares one; the launch says how large an empty [] is."""
+    found = _SHARED.fullmatch(text)
+    if found:
+        count = int(found[4] or 0) if "[" in text else 1
+        shared[found[3]] = int(found[1]), count * _BYTES[found[2]]
+    return found is not None
 
 
-def _signature(kernel: Kernel, lines: Iterator[str]) -> str:
-    """Read the parameters and limits of an entry; return the line that opens its body."""
-    for line in lines:
-        stripped = " ".join(line.split())
-        if found := _PARAM.fullmatch(stripped.rstrip(",")):
-            size = _SIZES[found[3]] * int(found[5] or 1)
-            align = int(found[1] or _SIZES[found[3]])
+def _sign(kernel: Kernel, params: str, limits: str) -> None:
+    """Read a kernel's parameters and limits."""
+    for text in _lines(params.replace("\n", " ").replace(",", "\n")):
+        if found := _PARAM.fullmatch(text):
+            size = _BYTES[found[2]] * int(found[4] or 1)
+            align = int(found[1] or size)
             offset = -(-kernel.param_bytes // align) * align
-            kernel.params[found[4]] = size, offset
+            kernel.params[found[3]] = offset, size
             kernel.param_bytes = offset + size
-        elif stripped.startswith("{"):
-            return stripped
-        elif stripped not in ("", ")") and not _LIMITS.fullmatch(stripped):
-            raise PtxError(f"unknown directive of {kernel.name}: {stripped}")
-    raise PtxError(f"{kernel.name} has no body")
+        elif text:
+            raise PtxError(f"unknown parameter of {kernel.name}: {text}")
+    for text in _lines(limits):
+        if not _LIMIT.fullmatch(text):
+            raise PtxError(f"unknown directive of {kernel.name}: {text}")
 
 
 class _Body:
     """Reads the body of a kernel."""
 
     def __init__(self, kernel: Kernel, files: dict[str, str]) -> None:
-        self._kernel = kernel
+        self._kernel, self._files = kernel, files
         self._scopes: list[dict[str, str]] = []  # of each open brace: its registers' unique names
         self._line = ""
-        self._block = Block("entry")
+        self._open_block("entry")
 
-    def read(self, line: str, lines: Iterator[str]) -> None:
-        """Read all lines up to the brace that closes the body."""
-        self._kernel.blocks.append(self._block)
-        rest = line
-        while True:
-            rest = self._statements(rest)
-            if not self._scopes:
-                break
-            rest += " " + next(lines)
-        if rest.strip():
-            raise PtxError(f"{self._kernel.name}: {rest.strip()!r} after the body")
+    def read(self, text: str) -> str:
+        """Read up to the brace that closes the body, and return what is behind it."""
+        position = 0
+        while not position or self._scopes:
+            token = _TOKEN.match(text, position)
+            if not token:
+                raise PtxError(f"not understood in {self._kernel.name}: {text[position:][:80]!r}")
+            position = token.end()
+            label, file, line, statement, _ = token.groups()
+            if label and not label.startswith("$L__tmp"):  # debugging information's, in blocks
+                self._open_block(label)
+            elif file:
+                self._line = f"{self._files[file]}:{line}"
+            elif statement:
+                self._statement(" ".join(statement.split()))
+            elif token[5] == "{":
+                self._scopes.append({})
+            elif token[5] == "}":
+                self._scopes.pop()
         self._kernel.blocks = [block for block in self._kernel.blocks if block.instructions]
-
-    def _statements(self, text: str) -> str:
-        """Take all complete statements from a text, and return the rest."""
-        while True:
-            text = text.lstrip()
-            if label := _LABEL.match(text):
-                self._open_block(label[1])
-                text = text[label.end() :]
-            elif text.startswith(".loc"):
-                found = _LOC.match(text)
-                assert found is not None
-                self._line = f"{found[1]}:{found[2]}"
-                text = ""
-            elif not (statement := _STATEMENT.match(text)):
-                return text
-            else:
-                self._statement(" ".join(statement[0].split()))
-                text = text[statement.end() :]
-                if not self._scopes:
-                    return text
+        return text[position:]
 
     def _open_block(self, label: str) -> None:
-        # The labels of debugging information are in the middle of blocks.
-        if not label.startswith("$L__tmp"):
-            self._block = Block(label)
-            self._kernel.blocks.append(self._block)
+        self._kernel.blocks.append(Block(label))
 
     def _statement(self, text: str) -> None:
-        if text == "{":
-            self._scopes.append({})
-        elif text == "}":
-            self._scopes.pop()
-        elif found := _REG.fullmatch(text):
-            self._declare(found[1], found[2])
-        elif found := _SHARED.fullmatch(text):
-            self._kernel.shared[found[2]] = int(found[1]), _shared_size(text, found[3])
-        elif text.startswith("."):
-            if not _LIMITS.fullmatch(text):
-                raise PtxError(f"unknown directive in {self._kernel.name}: {text}")
-        else:
-            self._instruction(text.rstrip("; "))
+        if found := _REGISTERS.fullmatch(text):
+            self._registers(found[1] or f"b{found[2]}", found[3])
+        elif found := _INSTRUCTION.fullmatch(text):
+            self._instruction(*found.groups())
+        elif not _declares_shared(text, self._kernel.shared) and not _LIMIT.fullmatch(text):
+            raise PtxError(f"unknown directive in {self._kernel.name}: {text}")
 
-    def _declare(self, kind: str, names: str) -> None:
-        size = 0 if kind == "pred" else _SIZES[kind[1:]]
+    def _registers(self, kind: str, names: str) -> None:
         for name in names.replace(" ", "").split(","):
             many = re.fullmatch(r"([%\w]+)<(\d+)>", name)
-            each = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]
-            for one in each:
+            for one in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
                 # An inner scope's register hides an outer one's.
                 unique = one if len(self._scopes) == 1 else f"{one}@{len(self._kernel.registers)}"
                 self._scopes[-1][one] = unique
-                self._kernel.registers[unique] = size
+                self._kernel.registers[unique] = kind
 
-    def _resolve(self, name: str) -> str:
-        return next((scope[name] for scope in reversed(self._scopes) if name in scope), name)
+    def _resolve(self, text: str) -> str:
+        """Return a text with the unique names of its registers."""
+        names = {name: unique for scope in self._scopes[1:] for name, unique in scope.items()}
+        return re.sub(r"[%$\w]+", lambda name: names.get(name[0], name[0]), text) if names else text
 
-    def _instruction(self, text: str) -> None:
-        found = re.fullmatch(r"(?:@(!?)([%\w]+) )?([\w.]+)(?: (.*))?", text)
-        if not found:
-            raise PtxError(f"not understood in {self._kernel.name}: {text}")
-        negated, guard, opcode, operands = found.groups()
-        # Between the parts of an address and of a pair there is nothing, so that commas separate.
+    def _instruction(self, negated: str, guard: str, opcode: str, operands: str) -> None:
+        # Between the parts of an address and of a vector there is nothing, so that commas separate.
         parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", operands or "")
-        resolved = tuple(
-            re.sub(r"[%$\w]+", lambda name: self._resolve(name[0]), part.replace(" ", ""))
-            for part in parts
-        )
-        instruction = Instruction(
-            opcode, resolved, self._resolve(guard or ""), bool(negated), self._line
-        )
-        self._block.instructions.append(instruction)
+        resolved = tuple(self._resolve(part.replace(" ", "")) for part in parts)
+        block = self._kernel.blocks[-1]
+        guard = self._resolve(guard or "")
+        block.instructions.append(Instruction(opcode, resolved, guard, bool(negated), self._line))
         if opcode.startswith(("bra", "ret", "exit", "bar.")):
-            self._open_block(f"{self._block.label}+")
+            self._open_block(f"{block.label}+")
