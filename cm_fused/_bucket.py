@@ -88,8 +88,8 @@ def is_adjusted_on_device(group: Mapping[str, Any]) -> bool:
 _OF_GROUP = StepOptions._fields[3:13]
 
 
-def hyperparameters(options: StepOptions) -> dict[str, float]:
-    """Return the numbers of a step, in the order of the C++ operators."""
+def hyperparameters(options: StepOptions, *, critical_gradients: bool) -> dict[str, float]:
+    """Return the numbers of a step of either kind, in the order of the C++ operators."""
     return {
         "lr": 0.0 if isinstance(options.lr, Tensor) else options.lr,
         "beta1": options.beta1,
@@ -105,12 +105,16 @@ def hyperparameters(options: StepOptions) -> dict[str, float]:
         "stochastic_update": options.low_precision_update == "stochastic",
         "l2_in_aggregate": options.l2_in_aggregate,
         "sum_of_norms": options.sum_of_norms,
+        "critical_gradients": critical_gradients,
     }
 
 
 # csrc/cpu/step.h has the same ones; loading the library compares them.
 HYPERPARAMETERS = tuple(
-    hyperparameters(StepOptions(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", "", False, False, False, "", 0))
+    hyperparameters(
+        StepOptions(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", "", False, False, False, "", 0),
+        critical_gradients=False,
+    )
 )
 
 
@@ -123,7 +127,9 @@ class Bucket:
     """
 
     params: list[Tensor]  # changed by the step, any strides
-    grads: list[Tensor]  # never changed; shape and dtype of their parameter, any strides
+    # Never changed; shape and dtype of their parameter, or half precision if that is float32; any
+    # strides.
+    grads: list[Tensor]
     state: dict[str, list[Tensor]]  # changed; by the keys of `cm_fused._state.table` there are
     # The index of each parameter among the optimizer's, the key of its random bits; empty where the
     # bucket has all of them, in order.
@@ -154,8 +160,13 @@ class Bucket:
 
     @property
     def capacity(self) -> int:
-        """The number of slots of each buffer."""
-        return self.state["priorities"][0].numel()
+        """The number of slots of each buffer, 0 where there is none."""
+        return self.state["priorities"][0].numel() if self["priorities"] else 0
+
+    @property
+    def finds_norms(self) -> bool:
+        """Whether a step finds its gradients' norms; critical gradients' only for their keys."""
+        return self.capacity > 0 or not self.critical_gradients
 
     def indices_on(self, device: torch.device) -> Tensor:
         """Return `param_indices` on a device; copied there once, without waiting."""

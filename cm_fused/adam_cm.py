@@ -21,12 +21,13 @@ class AdamCM(CriticalAdam):
     :math:`\lambda`. A key that is not finite is never admitted.
 
     Parameters may be float32, float64, bfloat16, float16 or complex (as pairs of reals), with any
-    strides. State is float32 (float64 for float64), and the update of half-precision parameters is
-    computed in float32: per parameter `step` (float32, ()), `exp_avg` and `exp_avg_sq` (its shape),
-    `critical_buffer` ((C, \*shape)), `priorities` (float32, (C,), -inf where unfilled), with
-    amsgrad `max_exp_avg_sq`, and on the fused backends `critical_sum`, the running sum of the slots
-    (of float32 slots from capacity 3 on, of slots of 2 bytes from 6 on, of 1 byte from 10 on). A
-    parameter without a gradient takes no part in a step.
+    strides. Gradients have their dtype; those of float32 parameters may be bfloat16 or float16, and
+    are read as they are (`Tensor.grad_dtype`). State is float32 (float64 for float64), and the
+    update of half-precision parameters is computed in float32: per parameter `step` (float32, ()),
+    `exp_avg` and `exp_avg_sq` (its shape), `critical_buffer` ((C, \*shape)), `priorities` (float32,
+    (C,), -inf where unfilled), with amsgrad `max_exp_avg_sq`, and on the fused backends
+    `critical_sum`, the running sum of the slots (of float32 slots from capacity 3 on, of slots of 2
+    bytes from 6 on, of 1 byte from 10 on). A parameter without a gradient takes no part in a step.
 
     The fused backends copy critical momenta to their slot at the next step (`pending_slot`, -1 for
     none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`:
@@ -57,7 +58,10 @@ class AdamCM(CriticalAdam):
         weight_decay: >= 0; added to the gradient as an L2 term, which then counts in its norm,
             unless `decoupled_weight_decay`.
         amsgrad: Divide by the running maximum of v.
-        capacity: C, the number of slots, an int >= 1. One slot is one more copy of the parameters.
+        capacity: C, the number of slots, an int >= 0. One slot is one more copy of the parameters.
+            With 0 there is no buffer: the state is Adam's, the mean in eq. (5) is 0, and only
+            `max_grad_norm` and `skip_nonfinite` need a norm. `AdamCG` is then Adam, torch's with
+            `eps_inside_sqrt=False`, and `AdamCM` divides by the root of a second moment of m.
         priority_decay: lambda, in [0, 1]. Smaller forgets faster; 1 keeps the largest for ever.
         priority_scope: The gradients that share a norm: "group", all of the param group that take
             part in the step (Algorithm 1), or "tensor", each parameter's own.

@@ -51,9 +51,8 @@ def update_cm_(bucket: Bucket, options: StepOptions) -> Tensor:
         sq_norms.append(_sq_norm(g))
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
-        mean = buffer_mean(load_buffer(bucket, i), bucket["priorities"][i], options)
         m.mul_(options.beta1).add_(g, alpha=1 - options.beta1)  # Eq. (4)
-        aggregate = m + mean  # Eq. (5)
+        aggregate = _with_buffer_mean(m, bucket, i, options)  # Eq. (5)
         _update_(bucket, i, v, aggregate, numerator=aggregate, options=options)
         _store_moments_(bucket, i, m, v, options)
         _undo_where_skipped_(bucket, i, kept, options)
@@ -76,20 +75,21 @@ def adam_cg_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None
     Source: Malviya et al., eq. (3), after McRae et al.'s aggregation of critical gradients.
 
     Returns:
-        The sum of the squares of each gradient, float64 (params,); None if `sq_norm` is given.
+        The sum of the squares of each gradient, float64 (params,); None if `sq_norm` is given or
+        there is no buffer, which needs no norm.
     """
     own = None
-    if sq_norm is None:
+    if sq_norm is None and bucket.finds_norms:
         own = sq_norms(bucket, options)
         sq_norm = over_scope(own, options)
-    keys = priority_keys(sq_norm, len(bucket.params))
+    count = len(bucket.params)
+    keys = [None] * count if sq_norm is None else priority_keys(sq_norm, count)
     for i in range(len(bucket.params)):
         g = effective_gradient(bucket, i, options)
         kept = _kept(bucket, i, options)
         m, v = _load_moments(bucket, i)
-        mean = buffer_mean(load_buffer(bucket, i), bucket["priorities"][i], options)
         late = _with_l2_term(g, bucket, i, options) if options.l2_in_aggregate else g
-        aggregate = late + mean  # Eq. (3)
+        aggregate = _with_buffer_mean(late, bucket, i, options)  # Eq. (3)
         m.mul_(options.beta1).add_(aggregate, alpha=1 - options.beta1)
         _update_(bucket, i, v, aggregate, numerator=m, options=options)
         _store_moments_(bucket, i, m, v, options)
@@ -167,6 +167,13 @@ def priority_keys(sq_norm: Tensor, count: int) -> list[Tensor]:
     return list(sq_norm.sqrt().to(torch.float32).expand(count).unbind())
 
 
+def _with_buffer_mean(x: Tensor, bucket: Bucket, i: int, options: StepOptions) -> Tensor:
+    # Without a buffer x itself: x + 0 would turn -0 to 0.
+    if not bucket.capacity:
+        return x
+    return x + buffer_mean(load_buffer(bucket, i), bucket["priorities"][i], options)
+
+
 def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Tensor:
     """Return (1/C) times the sum of the slots, or the mean of the filled ones; 0 when empty."""
     if options.buffer_mean == "capacity":
@@ -175,11 +182,20 @@ def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Ten
     return (1 / filled.to(torch.float64)).to(buffer.dtype) * rounding.sum_slots(buffer)
 
 
-def admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions) -> None:
+def admit_(bucket: Bucket, i: int, key: Tensor | None, item: Tensor, options: StepOptions) -> None:
     """Store `(key, item)` where the key is finite and exceeds the smallest; decay all keys.
 
-    The step is counted here, in all backends: with this it is over.
+    The step is counted here, in all backends: with this it is over. Without a buffer that is all,
+    and no key is needed.
     """
+    if key is not None and bucket.capacity:
+        _update_buffer_(bucket, i, key, item, options)
+    bucket["step"][i].add_(1)
+
+
+def _update_buffer_(
+    bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptions
+) -> None:
     priorities = bucket["priorities"][i]
     slot = priorities.argmin(keepdim=True)  # the lowest index on a tie
     smallest = priorities.index_select(0, slot)
@@ -191,7 +207,6 @@ def admit_(bucket: Bucket, i: int, key: Tensor, item: Tensor, options: StepOptio
     # An unfilled slot keeps its key: -inf times a decay of 0 would be NaN.
     unfilled = priorities == -torch.inf
     priorities.copy_(torch.where(unfilled, priorities, priorities * options.priority_decay))
-    bucket["step"][i].add_(1)
 
 
 def _item(tensors: list[Tensor], i: int) -> Tensor | None:

@@ -2,15 +2,15 @@
 #include <torch/csrc/stable/library.h>
 
 // Real dtypes only; complex tensors are passed as views of pairs. Lists of params and grads are
-// those of one bucket, or of several in order. `grads` are never written. Scalars that a device may
-// hold are float64 tensors of one element.
+// those of one bucket, or of several in order. `grads` are never written; those of float32 params
+// may be bfloat16 or float16. Scalars that a device may hold are float64 tensors of one element.
 STABLE_TORCH_LIBRARY(cm_fused, m) {
   // Hands over the state of a bucket once: passing a list of small tensors costs more than stepping
   // them. Bit r of `mask` says that row r of CM_FUSED_STATE (csrc/core/param_data.h) is there;
-  // `state` has, for each of these rows in order, one tensor for each parameter. A state without
-  // pending_slot is one of critical gradients. `param_indices` is empty where parameters are
-  // counted as the list has them, `shard_layouts`, three numbers for each (ShardLayout), where all
-  // are whole.
+  // `state` has, for each of these rows in order, one tensor for each parameter. A buffer of
+  // critical momenta has a pending_slot, one of critical gradients has none; with a capacity of 0
+  // there is no row of a buffer. `param_indices` is empty where parameters are counted as the list
+  // has them, `shard_layouts`, three numbers for each (ShardLayout), where all are whole.
   //
   // What is registered is tensors, not addresses: each operator looks at them anew, and checks
   // again those whose address or number of elements changed; dtype and strides only of exp_avg.
@@ -38,8 +38,8 @@ STABLE_TORCH_LIBRARY(cm_fused, m) {
       "float[] priority_decays) -> ()");
 
   // The sum of g^2 that the last step of each registered state has found, float64 (ids,) on the
-  // CPU. NaN before the first, after a skipped one, and where sq_norms of critical gradients were
-  // given.
+  // CPU. NaN before the first, after a skipped one, and of critical gradients whose sq_norms were
+  // given or that have no buffer.
   m.def("last_sq_norms(int[] ids) -> Tensor");
 
   // Copies each momentum to its pending slot at once. Rows without a part in it may be missing.

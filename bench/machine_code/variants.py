@@ -37,6 +37,7 @@ class Variant:
     moment_dtype: torch.dtype | None = None
     slot_dtype: torch.dtype | None = None
     update: str = "nearest"
+    grad_dtype: torch.dtype | None = None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -47,9 +48,11 @@ class Variant:
     def name(self) -> str:
         """Its name in the table."""
         kind = "CG" if self.critical_gradients else "CM"
-        buffer = f"{self.summed_slots} slots" if self.summed_slots else "running sum"
+        buffers = {-1: "no buffer", 0: "running sum"}
+        buffer = buffers.get(self.summed_slots, f"{self.summed_slots} slots")
         words = ["rounded"] if self.moment_dtype or self.slot_dtype else []
         words += [_short(self.param_dtype), kind, buffer]
+        words += [f"{_short(self.grad_dtype)} gradients"] if self.grad_dtype else []
         words += [_short(self.slot_dtype)] if self.slot_dtype else []
         words += [f"{_short(self.moment_dtype)} moments"] if self.moment_dtype else []
         words += ["amsgrad"] if self.amsgrad else []
@@ -71,6 +74,7 @@ class Variant:
             "grad_factor_ptr": None,
             "found_inf_ptr": None,
             "PARAM_DTYPE": backend.TRITON_DTYPES[self.param_dtype],
+            "GRAD_DTYPE": backend.TRITON_DTYPES[self.grad_dtype or self.param_dtype],
             "STATE_DTYPE": backend.TRITON_DTYPES[self.state_dtype],
             **self.precision(),
             "CRITICAL_GRADIENTS": self.critical_gradients,
@@ -85,6 +89,7 @@ class Variant:
             self.amsgrad,
             self.summed_slots,
             param_bytes=self.param_dtype.itemsize,
+            grad_bytes=(self.grad_dtype or self.param_dtype).itemsize,
             state_bytes=self.state_dtype.itemsize,
             moment_bytes=(self.moment_dtype or self.state_dtype).itemsize,
             slot_bytes=(self.slot_dtype or self.state_dtype).itemsize,
@@ -127,9 +132,15 @@ def variants() -> list[Variant]:
         for dtype, critical_gradients, amsgrad in itertools.product(
             backend.TRITON_DTYPES, (False, True), (False, True)
         )
-        for slots in range(internals.running_sum_min_capacity())
+        for slots in range(-1, internals.running_sum_min_capacity())
     ]
-    return unrounded + rounded_variants()
+    lower_gradients = [
+        Variant(torch.float32, critical_gradients, False, slots, grad_dtype=grad_dtype)
+        for critical_gradients, slots, grad_dtype in itertools.product(
+            (False, True), (-1, 0), (torch.bfloat16, torch.float16)
+        )
+    ]
+    return unrounded + rounded_variants() + lower_gradients
 
 
 def compile_variant(variant: Variant, arch: int) -> Any:

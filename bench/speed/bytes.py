@@ -49,6 +49,8 @@ def _buffer(capacity: int, admits: bool) -> Bytes:
     The commit of an admission is deferred to the next step's pass, which holds m anyway: in a
     steady state each step pays for one, the last step's, with the slot alone.
     """
+    if capacity == 0:
+        return _streams(0, 0)
     if capacity < internals.running_sum_min_capacity():
         return _streams(capacity - 1, 1) if admits else _streams(capacity, 0)
     return _streams(2, 2) if admits else _streams(1, 0)
@@ -89,8 +91,8 @@ def rounded(capacity: int, admits: bool, *, moment_bytes: int, slot_bytes: int) 
 
 
 def adam_cg(capacity: int, admits: bool) -> Bytes:
-    """As `adam_cm`, after a pass that reads g for its norm."""
-    norm = _streams(1, 0)
+    """As `adam_cm`, after a pass that reads g for the norm of its key."""
+    norm = _streams(1 if capacity else 0, 0)
     return norm + adamw_fused() + _buffer(capacity, admits) + _rebuild(capacity, admits, True)
 
 
@@ -99,6 +101,7 @@ def triton_pass(
     summed_slots: int,
     *,
     param_bytes: int,
+    grad_bytes: int,
     state_bytes: int,
     moment_bytes: int,
     slot_bytes: int,
@@ -111,20 +114,24 @@ def triton_pass(
 
     Args:
         amsgrad: Whether there is a maximum of v.
-        summed_slots: Slots that are summed, 0 where there is a running sum.
-        param_bytes: Of an element of θ and g.
+        summed_slots: Slots that are summed, 0 where there is a running sum, -1 without a buffer.
+        param_bytes: Of an element of θ.
+        grad_bytes: Of an element of g.
         state_bytes: Of an element of the maximum and of the running sum.
         moment_bytes: Of an element of m and of v.
         slot_bytes: Of an element of a slot. Scales, 1/64 of a byte an element, are not counted.
         rounding_bytes: Of an element of what rounding θ leaves: compensation or master_remainder.
     """
     both_ways = (2 * moment_bytes) + (state_bytes if amsgrad else 0) + rounding_bytes
-    if summed_slots:
+    if summed_slots < 0:
+        buffer = Bytes(0, 0)
+    elif summed_slots:
         buffer = Bytes(summed_slots * slot_bytes, slot_bytes)
     else:
         # The running sum is read and written, the evicted slot is read.
         buffer = Bytes(state_bytes + slot_bytes, state_bytes + slot_bytes)
-    return Bytes(2 * param_bytes + both_ways, param_bytes + both_ways) + buffer
+    read = param_bytes + grad_bytes + both_ways
+    return Bytes(read, param_bytes + both_ways) + buffer
 
 
 def triton(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:

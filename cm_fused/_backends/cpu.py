@@ -110,7 +110,7 @@ def _scalars(batch: Batch) -> _Scalars:
         _lrs(options),
         _for_each([each.grad_factor for each in options], 1.0),
         _for_each([each.found_inf for each in options], 0.0),
-        [float(number) for each in options for number in hyperparameters(each).values()],
+        [number for bucket in batch.buckets for number in _numbers(bucket)],
         [each.seed for each in options],
     )
     # A tensor's value may change in place.
@@ -118,6 +118,11 @@ def _scalars(batch: Batch) -> _Scalars:
     registered.options = [] if has_tensors else options
     registered.scalars = scalars
     return scalars
+
+
+def _numbers(bucket: Bucket) -> list[float]:
+    numbers = hyperparameters(bucket.options, critical_gradients=bucket.critical_gradients)
+    return list(map(float, numbers.values()))
 
 
 def _lrs(options: list[StepOptions]) -> list[Tensor]:

@@ -62,10 +62,10 @@ class Undo:
                     self._keep_param(bucket, i)
 
     def _keep_param(self, bucket: Bucket, i: int) -> None:
-        slot = bucket["priorities"][i].argmin(keepdim=True)
+        buffer = bucket["critical_buffer"][i] if bucket.capacity else None
         for tensor in bucket.changed(i):
-            if tensor is bucket["critical_buffer"][i]:
-                raw = as_bytes(tensor)
+            if tensor is buffer:
+                slot, raw = bucket["priorities"][i].argmin(keepdim=True), as_bytes(tensor)
                 self._slots.append((raw, slot, raw.index_select(0, slot)))
             else:
                 self.keep(tensor)

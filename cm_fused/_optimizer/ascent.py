@@ -62,9 +62,10 @@ def ascend_(pairs: list[_Pair], rho: float, adaptive: bool, sums: Sums) -> None:
         scale = to_device(rho / (norm + _TINY), params[0].device)
         if adaptive:
             directions = _products(params, _products(params, directions))
-        elif params[0].dtype in (torch.bfloat16, torch.float16):
+        else:
             # The perturbation is computed in float32; only the moved parameter is rounded.
-            directions = [direction.float() for direction in directions]
+            halves = (torch.bfloat16, torch.float16)
+            directions = [each.float() if each.dtype in halves else each for each in directions]
         moves = torch._foreach_mul(directions, scale.to(directions[0].dtype))
         torch._foreach_add_(params, moves)
 

@@ -171,8 +171,9 @@ class CriticalAdam(CheckpointedOptimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype or
-                device, or a parameter is a shard of FSDP1. Nothing has been changed then.
+            RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype
+                (except for half precision of float32) or device, or a parameter is a shard of
+                FSDP1. Nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -212,7 +213,9 @@ class CriticalAdam(CheckpointedOptimizer):
         0 after a step without gradients. NaN before the first step, after loading, after a step
         that failed, that `amp_scaling` skipped or that `torch.compile` traced. After each replay of
         a captured step it is that step's. With gradient release each parameter counts with its own
-        last step; after one that failed the norm is NaN until that parameter is stepped again.
+        last step; after one that failed the norm is NaN until that parameter is stepped again. With
+        `capacity=0` there is no key to find it for: without `max_grad_norm` and `skip_nonfinite` it
+        is NaN for critical gradients and, if no group has a buffer, for DTensors.
         """
         self._finish_step()
         every = [self._plans.last]
@@ -335,6 +338,9 @@ class CriticalAdam(CheckpointedOptimizer):
         plans.last = plan
 
     def _run_buckets(self, plan: Plan, groups: Groups, among: Processes | None) -> None:
+        if not any(group["capacity"] for group in groups):  # the same in all processes
+            plan.run_()
+            return
         if among is not None:
             check_not_captured_sharded(among.device)
             if not self._critical_gradients:

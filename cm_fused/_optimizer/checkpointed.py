@@ -140,10 +140,10 @@ class CheckpointedOptimizer(Optimizer):
         that was captured in a CUDA graph has to be captured again.
 
         Args:
-            capacity: The number of slots, an int >= 1.
+            capacity: The number of slots, an int >= 0.
 
         Raises:
-            ValueError: The capacity is not an int >= 1. Nothing has been changed then.
+            ValueError: The capacity is not an int >= 0. Nothing has been changed then.
         """
         (capacity,) = plain_options({"capacity": capacity}).values()
         check_capacity(capacity)
@@ -151,7 +151,7 @@ class CheckpointedOptimizer(Optimizer):
         for group in self.param_groups:
             group["capacity"] = capacity
             for param in group["params"]:
-                if "priorities" in self.state.get(param, {}):
+                if "exp_avg" in self.state.get(param, {}):
                     resize_buffer(param, self.state[param], group)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from cm_fused._state.making import refused_precision
 from cm_fused._state.table import as_dtype
 
 BUFFER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+# Of float32 parameters.
+LOWER_PRECISION_GRADIENTS = (torch.bfloat16, torch.float16)
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _DTYPE_OPTIONS = {"buffer_dtype", "moment_dtype"}
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -129,7 +131,7 @@ def _check_implementation(options: Mapping[str, Any]) -> None:
 
 def check_capacity(capacity: object) -> None:
     """Check a number of slots."""
-    _require(_is_int(capacity) and capacity >= 1, "capacity must be an int >= 1", capacity)
+    _require(_is_int(capacity) and capacity >= 0, "capacity must be an int >= 0", capacity)
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -253,6 +255,8 @@ def check_captured_lrs(groups: Iterable[Mapping[str, Any]]) -> None:
 def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> None:
     """Check that every gradient fits its parameter; strides may differ.
 
+    Those of float32 parameters may be bfloat16 or float16.
+
     `first` is the index in the group of the first of these parameters, for messages. Those without
     a gradient are passed over.
     """
@@ -269,7 +273,8 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
         check_placement(where, param, grad)
         for name in ("dtype", "shape", "device"):
             value, expected = getattr(grad, name), getattr(param, name)
-            if value != expected:
+            lower = expected is torch.float32 and value in LOWER_PRECISION_GRADIENTS
+            if value != expected and not lower:
                 raise RuntimeError(
                     f"{where} must have the {name} {_plain(expected)} of its parameter, got "
                     f"{_plain(value)}"

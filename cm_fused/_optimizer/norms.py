@@ -98,6 +98,9 @@ def _last_sums(plan: Plan) -> list[Tensor]:
     """Return what the sum of squares of a plan's last gradients adds up from; NaN if skipped."""
     if plan.sums is not None:
         sums = [plan.sums]
+    elif plan.local_params is not None or not all(b.finds_norms for b in plan.buckets):
+        # Without keys nobody has found these, or added up those of the processes.
+        sums = [torch.full((), math.nan, dtype=torch.float64, device="cpu")]
     else:
         sums = [each for backend, batch in plan.batches for each in backend.last_sq_norms(batch)]
     _, found_inf = plan.scalars[0] if plan.scalars else (None, None)

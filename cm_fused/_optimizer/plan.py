@@ -70,7 +70,8 @@ class Plan:
     batches: list[tuple[Backend, Batch]]
     orders: list[list[int] | None]  # each batch's positions in `params`; None: all, in order
     spans: list[tuple[int, int]]  # each group's first index among the optimizer's, and its size
-    divided: list[Bucket]  # those of groups that have several, whose norms are added up
+    # Those with buffers of groups that have several, whose norms are added up.
+    divided: list[Bucket]
     local_params: list[Tensor] | None = None  # those of `params`, where some are DTensors
     # The dtypes of `params`, where the state depends on them besides the gradients.
     dtypes: list[torch.dtype] | None = None
@@ -255,7 +256,7 @@ class Plans:
             batches,
             orders,
             list(zip(accumulate(self.sizes[:-1], initial=0), self.sizes, strict=True)),
-            divided=[bucket for bucket in buckets if counts[bucket.group] > 1],
+            divided=[b for b in buckets if counts[b.group] > 1 and b.capacity],
             local_params=list(map(local, params)) if any(map(is_sharded, params)) else None,
             dtypes=[param.dtype for param in params] if compensates else None,
             views=views,

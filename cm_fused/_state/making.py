@@ -18,6 +18,7 @@ from cm_fused._state.table import (
     Group,
     State,
     option_dtype,
+    required_keys,
     shapes_of,
 )
 from cm_fused.rounding import LARGEST
@@ -216,8 +217,15 @@ def resize_buffer(param: Tensor, state: State, group: Group) -> None:
 
     Of too many slots those with the highest keys stay, in their order, of equal ones the first.
     `critical_buffer`, its scales and `priorities` are replaced; the running sum is removed, to be
-    made anew.
+    made anew. Without slots nothing of the buffer is left; where there was none it is new.
     """
+    if group["capacity"] == 0:
+        for key in BUFFER_KEYS:
+            state.pop(key, None)
+        return
+    if "priorities" not in state:
+        state.update(missing_state_of(param, state, required_keys(group), group))
+        return
     keys: Tensor = state["priorities"]
     slots = keys.argsort(descending=True, stable=True)[: group["capacity"]].sort().values
     # Unfilled slots come last, as they do in every buffer.

@@ -144,7 +144,12 @@ def option_dtype(key: str, group: Group) -> torch.dtype | None:
 
 def required_keys(group: Group) -> tuple[str, ...]:
     """Return the state keys that every backend needs under a group's options."""
-    needed = [row for row in _NEEDED if row.option is None or group[row.option[0]] == row.option[1]]
+    needed = [
+        row
+        for row in _NEEDED
+        if (row.option is None or group[row.option[0]] == row.option[1])
+        and not (row.in_buffer and group["capacity"] == 0)
+    ]
     scales = [
         row.scales
         for row in needed
@@ -155,6 +160,8 @@ def required_keys(group: Group) -> tuple[str, ...]:
 
 def fused_keys(group: Group, *, critical_gradients: bool) -> tuple[str, ...]:
     """Return the state keys that the fused backends keep besides: a running sum, a pending slot."""
+    if group["capacity"] == 0:
+        return ()
     slot_bytes = (option_dtype("critical_buffer", group) or torch.float32).itemsize
     sums = group["capacity"] >= RUNNING_SUM_MIN_CAPACITY[slot_bytes]
     running_sum = ("critical_sum",) if sums else ()

@@ -66,7 +66,7 @@ class _ResearchAdam(CriticalAdam):
         synced: bool = True,
         buffer_dtype: torch.dtype | str | None = None,
     ) -> None:
-        _check(kappa, critical_test)
+        _check(kappa, critical_test, topC)
         self._own_defaults = {"kappa": kappa, "critical_test": critical_test}
         super().__init__(
             params,
@@ -93,7 +93,7 @@ class _ResearchAdam(CriticalAdam):
         if isinstance(param_group, dict):
             group = translated(param_group)
             merged = {**self.defaults, **group}
-            _check(merged["kappa"], merged["critical_test"])
+            _check(merged["kappa"], merged["critical_test"], merged["capacity"])
             if not merged["kappa"]:
                 group["capacity"] = 1  # the slot stays empty
             param_group.clear()
@@ -208,7 +208,7 @@ class _ResearchAdam(CriticalAdam):
         That slot is the one that was the smallest at the last search for it, at first slot 0. A
         parameter's state has its index as `smallest`.
         """
-        chance = group["critical_test"] if group["kappa"] else 0.0
+        chance = group["critical_test"] if group["kappa"] and group["capacity"] else 0.0
         if not chance:
             return
         params = [param for group in self.param_groups for param in group["params"]]
@@ -249,9 +249,11 @@ class _ResearchAdam(CriticalAdam):
         param.mul_(1 - lr * options.weight_decay)
 
 
-def _check(kappa: object, critical_test: object) -> None:
+def _check(kappa: object, critical_test: object, capacity: object) -> None:
     check_number("kappa", kappa, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
     check_number("critical_test", critical_test, "in [0, 1]", lambda x: 0 <= x <= 1)
+    if capacity == 0:
+        raise ValueError("capacity must be an int >= 1, got 0; kappa=0 does without a buffer")
 
 
 def _norm(param: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ QUANTITIES = tuple(field.name for field in fields(Reading))
 
 
 def read(optimizer: Optimizer) -> dict[Tensor, Reading]:
-    """Return the reading of every parameter that has a buffer.
+    """Return the reading of every parameter that has a buffer, or whose capacity is 0.
 
     It reads momentum and slots once, and makes one copy to the host for each device.
 
@@ -129,13 +129,13 @@ class _Buffer(NamedTuple):
 
 @torch.no_grad()
 def quantities(base: CriticalAdam) -> tuple[list[Tensor], list[tuple[float, ...]]]:
-    """Return the parameters that have a buffer, and the `QUANTITIES` of each."""
+    """Return the parameters that have a buffer or capacity 0, and the `QUANTITIES` of each."""
     base._flush()
     params, buffers = [], []
     for group in base.param_groups:
         for param in group["params"]:
             state = base.state.get(param, {})
-            if "critical_buffer" in state:
+            if "critical_buffer" in state or ("exp_avg" in state and not group["capacity"]):
                 params.append(param)
                 buffers.append(_buffer_of(param, state, group["buffer_mean"] == "capacity"))
     numbers = _on_host(buffers)
@@ -150,9 +150,11 @@ def quantities(base: CriticalAdam) -> tuple[list[Tensor], list[tuple[float, ...]
 def _buffer_of(param: Tensor, state: Mapping[str, Any], by_capacity: bool) -> _Buffer:
     if is_sharded(param):
         state = whole_state(unscaled(state))
-    slots = flat(dequantized(state, "critical_buffer"), 1)
     momentum = flat(dequantized(state, "exp_avg"), 0)
     numel = len(momentum)
+    slots, keys = momentum.new_empty(0, numel), momentum.new_empty(0)  # of capacity 0
+    if "critical_buffer" in state:
+        slots, keys = flat(dequantized(state, "critical_buffer"), 1), state["priorities"]
     chunk = _CPU_CHUNK if slots.device.type == "cpu" else _DEVICE_CHUNK
     if numel <= chunk:
         products = _products(slots, momentum)
@@ -161,7 +163,7 @@ def _buffer_of(param: Tensor, state: Mapping[str, Any], by_capacity: bool) -> _B
         for first in range(chunk, numel, chunk):
             last = first + chunk
             products += _products(slots[:, first:last], momentum[first:last])
-    return _Buffer(state["priorities"], products.flatten(), numel, by_capacity)
+    return _Buffer(keys, products.flatten(), numel, by_capacity)
 
 
 def _products(slots: Tensor, momentum: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ def _quantities(buffer: _Buffer, numbers: list[float], has_aggregate: bool) -> t
     sums = [sum(column) for column in zip(*rows.values(), strict=True)] or [0.0] * width
     total, momentum = sum([sums[slot] for slot in filled]), products[-1]
     count = len(filled)
-    divisor = capacity if buffer.by_capacity else max(count, 1)
+    divisor = max(capacity if buffer.by_capacity else count, 1)
     variance = aggregate = _NAN
     # Rounding may leave a difference of equal numbers below 0.
     if count and buffer.numel:

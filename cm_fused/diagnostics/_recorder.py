@@ -21,7 +21,7 @@ class Recorder:
     """Records `Reading` and `History` of a live optimizer, to a CSV file and to TensorBoard.
 
     It follows every step through a step hook of the optimizer, and records every ``every`` steps:
-    one row for each parameter that has a buffer, and one named "all".
+    one row for each parameter that has a buffer or whose capacity is 0, and one named "all".
 
     A step costs one small operator more and waits for no device. Each record waits for it, and so
     does every 256th step between two records. Parameters are copied twice, for the distance and for

@@ -156,7 +156,10 @@ bool lies_as(const TensorView& tensor, const TensorView& order) {
 TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) {
   const TensorView result = view_metadata("grads", i, grad);
   check_device("grads", i, result.device, param.device);
-  check_dtype("grads", i, result.dtype, param.dtype);
+  if (param.dtype != aoti_torch_dtype_float32() ||
+      (result.dtype != aoti_torch_dtype_bfloat16() && result.dtype != aoti_torch_dtype_float16())) {
+    check_dtype("grads", i, result.dtype, param.dtype);
+  }
   check_sizes("grads", i, result.sizes, param.sizes);
   return result;
 }
@@ -193,8 +196,10 @@ void check_step(
     const StateTensors& state, std::span<const Tensor> params, std::span<const Tensor> grads) {
   check_length("exp_avgs", state.count(), params.size());
   check_length("grads", grads.size(), params.size());
-  state.require(
-      bit(kExpAvg) | bit(kExpAvgSq) | bit(kCriticalBuffer) | bit(kPriorities) | bit(kStep));
+  state.require(bit(kExpAvg) | bit(kExpAvgSq) | bit(kStep));
+  if (state.has_buffer()) {
+    state.require(bit(kCriticalBuffer) | bit(kPriorities));
+  }
 }
 
 ParamViews bind_param(
@@ -212,7 +217,12 @@ ParamViews bind_param(
     data.param = nullptr;
     data.grad = nullptr;
   }
+  const ParamDtype grad_dtype = param_dtype("grads", i, grad_view.dtype);
+  if (data.grad_dtype != grad_dtype) {
+    data.grad = nullptr;  // whose elements had another size
+  }
   data.dtype = dtype;
+  data.grad_dtype = grad_dtype;
   data.moment_dtype = stored;
   data.num_moves += bind_memory("params", i, param, param_view, data.param, data.param_extent);
   bind_memory("grads", i, grad, grad_view, data.grad, data.grad_extent);

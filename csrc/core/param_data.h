@@ -66,9 +66,13 @@ constexpr StateRows bit(size_t row) {
 }
 
 inline constexpr StateRows kAllStateRows = bit(kNumStateRows) - 1;
+inline constexpr StateRows kBufferRows = bit(kCriticalBuffer) | bit(kCriticalSum) |
+                                         bit(kCriticalScales) | bit(kPriorities) |
+                                         bit(kPendingSlot);
 
 // The values are in tables, which Python reads (cm_fused/_backends/triton/columns.py).
 enum class ParamDtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+inline constexpr int64_t kNumParamDtypes = 4;
 
 // How state is stored: as the update computes, or rounded (cm_fused/rounding.py). The values are in
 // tables.
@@ -110,10 +114,11 @@ inline constexpr size_t kShardLayoutNumbers = 3;
 // Addresses are nullptr where there is no such tensor, or an operator does without it.
 struct ParamData {
   ParamDtype dtype;
+  ParamDtype grad_dtype;     // the parameter's, or a half-precision one of a float32 parameter
   StoredDtype moment_dtype;  // of exp_avg and exp_avg_sq
   StoredDtype slot_dtype;
   int64_t numel;
-  int64_t capacity;
+  int64_t capacity;     // 0 where there is no buffer
   int64_t param_index;  // keys the random bits, and so does the position in the full parameter
   ShardLayout shard_layout;
 

@@ -37,6 +37,11 @@ class StateTensors {
     return (rows_ & bit(row)) != 0;
   }
 
+  // Rows of the buffer are there all or none, where a step is taken.
+  [[nodiscard]] bool has_buffer() const {
+    return (rows_ & kBufferRows) != 0;
+  }
+
   [[nodiscard]] const Tensor& at(StateRow row, size_t i) const {
     return tensors_[first_[row] + i];
   }
@@ -115,7 +120,7 @@ StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype);
 // Whether a tensor's elements lie in memory in the order of `order`.
 bool lies_as(const TensorView& tensor, const TensorView& order);
 
-// Its memory is not looked at.
+// Its memory is not looked at. Of a float32 parameter it may be in half precision.
 TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad);
 
 // Checks these rows of parameter i's state and takes their addresses. A row that is not there, or

@@ -56,6 +56,12 @@ std::vector<double> read_sq_norms(const Tensors& list, size_t k, size_t num_stat
 }
 
 constexpr StateRows kPriorityRows = bit(kPriorities) | bit(kPendingSlot) | bit(kStep);
+
+// What updating the priorities of a state needs: without a buffer the count of steps.
+StateRows priority_rows(const StateTensors& state) {
+  return state.has_buffer() ? kPriorityRows : bit(kStep);
+}
+
 constexpr StateRows kFlushRows = bit(kExpAvg) | bit(kCriticalBuffer) | bit(kCriticalSum) |
                                  bit(kCriticalScales) | bit(kExpAvgScales) | bit(kPendingSlot);
 
@@ -87,9 +93,9 @@ void step_registered_(std::vector<int64_t> ids, Tensors params, Tensors grads, T
   for (size_t k = 0; k < count; ++k) {
     const StateTensors& state = states[k].tensors;
     const size_t length = state.count();
-    STD_TORCH_CHECK(state.has(kPendingSlot) || !local_sq_norms.has_value(),
-        "local_sq_norms is for critical momenta; critical gradients need the norm before the step");
     StepOptions options = step_options(&hyperparameters[k * kNumHyperparameters], seeds[k]);
+    STD_TORCH_CHECK(!options.critical_gradients || !local_sq_norms.has_value(),
+        "local_sq_norms is for critical momenta; critical gradients need the norm before the step");
     options.lr = read_scalar("lrs", lrs, k, count, options.lr);
     options.grad_factor = read_scalar("grad_factors", grad_factors, k, count, 1.0);
     steps.add(states[k], std::span(params).subspan(first, length),
@@ -136,6 +142,7 @@ Tensor sq_norms(Tensors params, Tensors grads, std::optional<Tensor> grad_factor
     }
     auto& tensor = bucket.emplace_back();
     tensor.dtype = param_dtype("params", i, param.dtype);
+    tensor.grad_dtype = param_dtype("grads", i, grad.dtype);
     tensor.numel = param.numel;
     tensor.param = param.data;
     tensor.grad = grad.data;
@@ -165,9 +172,11 @@ TensorStep bind_priorities(size_t i, const StateTensors& state) {
   TensorStep tensor{};
   TensorView order{};
   order.device = cpu_device();
-  tensor.capacity = state.at(kPriorities, i).numel();
-  STD_TORCH_CHECK(tensor.capacity >= 1, "priorities[", i, "] must have a slot, got none");
-  bind_state(i, state, kPriorityRows, order, tensor);
+  if (state.has_buffer()) {
+    tensor.capacity = state.at(kPriorities, i).numel();
+    STD_TORCH_CHECK(tensor.capacity >= 1, "priorities[", i, "] must have a slot, got none");
+  }
+  bind_state(i, state, priority_rows(state), order, tensor);
   return tensor;
 }
 
@@ -187,7 +196,7 @@ void update_registered_priorities_(std::vector<int64_t> ids, Tensors sq_norms, T
   std::vector<Update> updates;
   for (size_t k = 0; k < count; ++k) {
     const StateTensors& state = states[k].tensors;
-    state.require(kPriorityRows);
+    state.require(priority_rows(state));
     const auto scope = read_sq_norms(sq_norms, k, count, state.count());
     const bool is_skipped = read_scalar("found_infs", found_infs, k, count, 0.0) != 0.0;
     for (size_t i = 0; i < state.count(); ++i) {
@@ -250,8 +259,8 @@ void check_rows(const PriorityUpdate& update) {
         "] must name chunks of the ", update.num_chunks, " in chunk_sq_norms, got ", count,
         " from ", first);
     for (const int64_t column : {kPrioritiesColumn, kPendingSlotColumn, kStepColumn}) {
-      STD_TORCH_CHECK(row[column] != 0, "table[", i, "] must have an address in column ", column,
-          ", got 0: refresh_table_ sets it");
+      STD_TORCH_CHECK(row[column] != 0 || (update.capacity == 0 && column != kStepColumn), "table[",
+          i, "] must have an address in column ", column, ", got 0: refresh_table_ sets it");
     }
   }
 }
@@ -271,7 +280,7 @@ void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tenso
   }
   // Given norms, nobody may have taken those of the chunks.
   const double group =
-      update.sq_norm == nullptr ? sum(update.chunk_sq_norms, update.num_chunks) : 0.0;
+      update.adds_up_chunks() ? sum(update.chunk_sq_norms, update.num_chunks) : 0.0;
   for (int64_t i = 0; i < update.num_rows; ++i) {
     const int64_t* row = row_of(update.table, i);
     double sq_norm_of_row = group;

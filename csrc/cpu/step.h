@@ -78,7 +78,8 @@ using BucketStep = std::vector<TensorStep>;
 // The numbers that step_registered_ takes for each state, in their order; flags are 0 or not.
 // stochastic_update is of half-precision parameters. l2_in_aggregate is of critical gradients: the
 // L2 term is not in the gradient, its norm and slots. With sum_of_norms a group's key is the sum of
-// its tensors' norms, not the norm of all.
+// its tensors' norms, not the norm of all. critical_gradients tells the kinds apart where there is
+// no buffer.
 #define CM_FUSED_HYPERPARAMETERS(X) \
   X(double, lr)                     \
   X(double, beta1)                  \
@@ -93,7 +94,8 @@ using BucketStep = std::vector<TensorStep>;
   X(bool, decoupled_weight_decay)   \
   X(bool, stochastic_update)        \
   X(bool, l2_in_aggregate)          \
-  X(bool, sum_of_norms)
+  X(bool, sum_of_norms)             \
+  X(bool, critical_gradients)
 
 // The hyperparameters of one param group.
 struct StepOptions {

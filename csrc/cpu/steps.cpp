@@ -65,10 +65,10 @@ void bind_tensor(size_t i, const StateTensors& state, const Tensor& param, const
   }
   read_step(i, tensor);
   // An empty buffer's sum is 0 whatever divides it.
-  tensor.mean_divisor =
-      options.mean_over_capacity
-          ? tensor.capacity
-          : std::max<int64_t>(count_filled(tensor.priorities, tensor.capacity), 1);
+  tensor.mean_divisor = std::max<int64_t>(options.mean_over_capacity
+                                              ? tensor.capacity
+                                              : count_filled(tensor.priorities, tensor.capacity),
+      1);
 }
 
 // Checks everything; a step of what it binds cannot fail. What `bucket` was bound to before stays
@@ -76,6 +76,8 @@ void bind_tensor(size_t i, const StateTensors& state, const Tensor& param, const
 void bind_bucket(const StateTensors& state, std::span<const Tensor> params,
     std::span<const Tensor> grads, const StepOptions& options, BucketStep& bucket) {
   check_step(state, params, grads);
+  STD_TORCH_CHECK(!state.has_buffer() || state.has(kPendingSlot) != options.critical_gradients,
+      "pending_slots must be given for the buffers of critical momenta, and for no others");
   bucket.resize(params.size());
   for_each_tensor(bucket.size(),
       [&](size_t i) { bind_tensor(i, state, params[i], grads[i], options, bucket[i]); });
@@ -125,8 +127,11 @@ void Steps::add(RegisteredState& state, std::span<const Tensor> params,
   bind_bucket(state.tensors, params, grads, scalars.options, bucket);
   const bool has_sq_norms = !scalars.sq_norms.empty();
   scalars.sq_norms.resize(params.size());
-  parts_.push_back({!state.tensors.has(kPendingSlot), &bucket, has_sq_norms, std::move(scalars),
-      nullptr, 0, &state.sq_norm});
+  // Critical gradients need their norms for their keys alone.
+  const bool adds_up =
+      !scalars.options.critical_gradients || (state.tensors.has_buffer() && !has_sq_norms);
+  parts_.push_back(
+      {&bucket, has_sq_norms, adds_up, std::move(scalars), nullptr, 0, &state.sq_norm});
 }
 
 int64_t Steps::num_moves() const {
@@ -167,11 +172,11 @@ void Steps::take_(double* local_sq_norms, bool one_by_one) {
     if (part.scalars.is_skipped) {
       continue;
     }
-    if (!part.critical_gradients) {
+    if (!part.scalars.options.critical_gradients) {
       part.first_chunk = momenta.add(*part.bucket, part.scalars.options);
       continue;
     }
-    if (!part.has_sq_norms) {
+    if (part.adds_up) {
       part.first_chunk = norms.add(*part.bucket, part.scalars.options);
     }
     gradients.add(*part.bucket, part.scalars.options);
@@ -182,7 +187,7 @@ void Steps::take_(double* local_sq_norms, bool one_by_one) {
   for (auto& part : parts_) {
     *part.sq_norm = std::numeric_limits<double>::quiet_NaN();
     if (!part.scalars.is_skipped) {
-      finish_(part, part.critical_gradients ? norms : momenta);
+      finish_(part, part.scalars.options.critical_gradients ? norms : momenta);
     }
   }
   gradients.run(chosen.adam_cg, one_by_one);
@@ -192,8 +197,7 @@ void Steps::finish_(Part& part, const Pass& pass) {
   BucketStep& bucket = *part.bucket;
   const StepOptions& options = part.scalars.options;
   auto& sq_norms = part.scalars.sq_norms;
-  // Of critical gradients whose norms were given nobody has taken them.
-  if (!part.critical_gradients || !part.has_sq_norms) {
+  if (part.adds_up) {
     double* const sums = part.local_sq_norms != nullptr ? part.local_sq_norms
                          : part.has_sq_norms            ? nullptr
                                                         : sq_norms.data();
@@ -207,7 +211,7 @@ void Steps::finish_(Part& part, const Pass& pass) {
         options.sum_of_norms ? square_of_sum(sq_norms) : *part.sq_norm);
   }
   for (size_t i = 0; i < bucket.size(); ++i) {
-    auto* const slot = part.critical_gradients ? &bucket[i].slot : bucket[i].pending_slot;
+    auto* const slot = options.critical_gradients ? &bucket[i].slot : bucket[i].pending_slot;
     update_priorities({bucket[i].priorities, slot, bucket[i].step, nullptr}, bucket[i].capacity,
         static_cast<float>(options.priority_decay), priority_key(sq_norms[i]));
   }

@@ -74,8 +74,7 @@ struct StepScalars {
 class Steps {
  public:
   // Adds a bucket's step: checks everything and changes nothing but what `state` caches. That is
-  // bound to the step, and is to live until the steps are taken. A state without pending slots is
-  // one of critical gradients.
+  // bound to the step, and is to live until the steps are taken.
   void add(RegisteredState& state, std::span<const Tensor> params, std::span<const Tensor> grads,
       StepScalars scalars);
 
@@ -93,9 +92,9 @@ class Steps {
 
  private:
   struct Part {
-    bool critical_gradients;
     BucketStep* bucket;
-    bool has_sq_norms;  // else they are computed
+    bool has_sq_norms;  // over the priority scopes
+    bool adds_up;       // each tensor's sum of squares
     StepScalars scalars;
     double* local_sq_norms;  // or nullptr
     size_t first_chunk;      // of the pass that has the norms

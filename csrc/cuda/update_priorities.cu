@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kNumThreads) update_group_kernel(const Priorit
     return;
   }
   const double total =
-      update.sq_norm == nullptr ? block_sum(update.chunk_sq_norms, update.num_chunks) : 0.0;
+      update.adds_up_chunks() ? block_sum(update.chunk_sq_norms, update.num_chunks) : 0.0;
   if (threadIdx.x == 0) {
     group = total;
   }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kNumThreads) update_tensors_kernel(const Prior
 }
 
 void launch(const PriorityUpdate& update, bool group_scope, cudaStream_t stream) {
-  const bool sums_rows = !group_scope && update.sq_norm == nullptr;
+  const bool sums_rows = !group_scope && update.adds_up_chunks();
   const int64_t rows_per_block = sums_rows ? 1 : kNumThreads;
   const auto blocks = static_cast<unsigned>(
       std::min<int64_t>((update.num_rows + rows_per_block - 1) / rows_per_block,

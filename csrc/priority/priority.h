@@ -77,15 +77,18 @@ struct Priorities {
   int64_t* filled;  // set to the number of slots filled before the step, or nullptr
 };
 
-// Updates them once the step's key is known.
+// Updates them once the step's key is known. Without slots there is only the step to be counted.
 CM_FUSED_HOST_DEVICE inline void update_priorities(
     const Priorities& priorities, int64_t capacity, float priority_decay, float key) {
+  *priorities.step += 1.0F;
+  if (capacity == 0) {
+    return;
+  }
   if (priorities.filled != nullptr) {
     *priorities.filled = count_filled(priorities.keys, capacity);
   }
   *priorities.slot = admit(priorities.keys, capacity, key);
   decay(priorities.keys, capacity, priority_decay);
-  *priorities.step += 1.0F;
 }
 
 }  // namespace cm_fused

@@ -31,8 +31,10 @@ Row refreshed(const ParamData& data, const int64_t* row) {
     result[kPendingSlotColumn] = row[kPendingSlotColumn];
   }
   const ShardLayout& layout = data.shard_layout;
-  const int64_t numbers[] = {data.numel, static_cast<int64_t>(data.dtype), data.param_index,
-      layout.offset, layout.length, layout.stride};
+  const int64_t dtypes =
+      static_cast<int64_t>(data.dtype) + kNumParamDtypes * static_cast<int64_t>(data.grad_dtype);
+  const int64_t numbers[] = {
+      data.numel, dtypes, data.param_index, layout.offset, layout.length, layout.stride};
   std::copy(std::begin(numbers), std::end(numbers), &result[kNumelColumn]);
   return result;
 }

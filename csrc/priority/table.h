@@ -13,14 +13,15 @@ namespace cm_fused {
 
 // The columns of a row, in order: name, key. Addresses first, 0 where there is no such tensor;
 // pending_slot's is of critical momenta, else any int64 that may be written. Then numbers;
-// param_dtype is a ParamDtype. The last three are the caller's to set: the parameter's part of the
-// partial norms, and the address of an int64, or 0, for the number of slots filled.
+// dtypes is the ParamDtype of the parameter, and that of its gradient times their number. The last
+// three are the caller's to set: the parameter's part of the partial norms, and the address of an
+// int64, or 0, for the number of slots filled.
 #define CM_FUSED_REFRESHED_COLUMNS(COLUMN) \
   COLUMN(Param, param)                     \
   COLUMN(Grad, grad)                       \
   CM_FUSED_STATE(COLUMN)                   \
   COLUMN(Numel, numel)                     \
-  COLUMN(ParamDtype, param_dtype)          \
+  COLUMN(Dtypes, dtypes)                   \
   COLUMN(ParamIndex, param_index)          \
   COLUMN(ShardOffset, shard_offset)        \
   COLUMN(ShardLength, shard_length)        \
@@ -72,6 +73,11 @@ struct PriorityUpdate {
   const double* found_inf;  // nullptr or 0: the priorities are updated
   int64_t capacity;
   float priority_decay;
+
+  // Whether chunk_sq_norms are read: keys are to be found, from these.
+  [[nodiscard]] CM_FUSED_HOST_DEVICE bool adds_up_chunks() const {
+    return capacity > 0 && sq_norm == nullptr;
+  }
 };
 
 inline PriorityUpdate check_priority_update(const Tensor& table, const Tensor& chunk_sq_norms,
@@ -82,7 +88,7 @@ inline PriorityUpdate check_priority_update(const Tensor& table, const Tensor& c
   const TensorView norms = view("chunk_sq_norms", kNoIndex, chunk_sq_norms);
   STD_TORCH_CHECK(norms.sizes.size() == 1, "chunk_sq_norms must have one dimension, got shape ",
       to_string(norms.sizes));
-  STD_TORCH_CHECK(capacity >= 1, "capacity must be >= 1, got ", capacity);
+  STD_TORCH_CHECK(capacity >= 0, "capacity must be >= 0, got ", capacity);
   STD_TORCH_CHECK(priority_decay >= 0.0 && priority_decay <= 1.0,
       "priority_decay must be in [0, 1], got ", priority_decay);
   const auto float64 = [device](const char* role, const Tensor& tensor, int64_t numel) {

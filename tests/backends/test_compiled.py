@@ -27,9 +27,10 @@ CUDA = pytest.param("CUDA", marks=needs_nvcc)
 ROWS: tuple[tuple[str, list[int], int], ...] = (
     ("Triton", [0, 1, 2, 3], 2),
     ("Triton", [1, 2, 600], 3),
+    ("Triton", [1, 2], 0),
     ("CUDA", [0, 300, 600, 900, 1100, 1400, 1700, 2000, 2500], 1),
     ("CUDA", [i % 3 for i in range(300)], 2),
-    *(("CUDA", [1, 600], capacity) for capacity in (3, 4, 7, 9)),
+    *(("CUDA", [1, 600], capacity) for capacity in (0, 3, 4, 7, 9)),
 )
 # Basic blocks that nothing here comes to, and why.
 NEVER_RUN = {

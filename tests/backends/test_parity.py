@@ -73,6 +73,7 @@ def test_options(backend: str, options: Options) -> None:
     ("dtype", "capacity"),
     [
         *((dtype, CAPACITY) for dtype in DTYPES),
+        *((dtype, 0) for dtype in DTYPES),
         *((torch.float32, capacity) for capacity in (1, 2, 3, 4, 20)),
     ],
 )

@@ -42,7 +42,7 @@ pytestmark = [
 
 CLASSES: tuple[Class, ...] = (AdamCM, AdamCG, AdamWCM)
 BUFFERS: tuple[Class, ...] = CLASSES[:2]
-CAPACITIES = (*range(1, 12), 20)
+CAPACITIES = (*range(12), 20)
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES, torch.complex64)
 BUFFER_DTYPES = (*HALVES, torch.float8_e4m3fn, torch.int8)
@@ -105,6 +105,12 @@ def _cases() -> list[Case]:
         Case(AdamCG, {**split, "weight_decay": 0.1}, torch.bfloat16, (CHUNK_SIZE + 3,)),
     ]
     cases += [Case(cls, {}, lengths=(length,)) for cls in BUFFERS for length in LENGTHS]
+    cases += [
+        Case(cls, {}, lengths=(257, CHUNK_SIZE), layout=layout, grad_dtype=dtype)
+        for cls in BUFFERS
+        for dtype in HALVES
+        for layout in ("", "shifted", "transposed", "gaps")
+    ]
     clipped = {"max_grad_norm": 0.5, "weight_decay": 0.1, "capacity": 1}
     cases += [
         Case(cls, clipped, torch.float64, lengths)

@@ -269,7 +269,8 @@ def test_offsets_beyond_31_bits(kind: Kind, capacity: int, numel: int) -> None:
     huge = _bucket_in_training(options, numel, _unbacked, begin)
     made = tables.Tables(huge)
     chunks = made.launches[0]
-    made.launches = [tables.Chunks(chunks.param_dtype, chunks.chunks[-2:], chunks.sq_norms[-2:])]
+    dtypes = chunks.param_dtype, chunks.grad_dtype
+    made.launches = [tables.Chunks(*dtypes, chunks.chunks[-2:], chunks.sq_norms[-2:])]
     made.chunk_sq_norms.zero_()
     huge.registered = made
     batches = [Batch([bucket], bucket.params, bucket.grads) for bucket in (huge, small)]

@@ -16,7 +16,7 @@ pytestmark = [needs_triton, pytest.mark.slow]
 ARCHITECTURES = (80, 90, 100)
 # The pass of AdamCM with a running sum: what a training with the default options runs.
 DEFAULT = "float32 CM running sum"
-BUFFERS = ("running sum", *(f"{slots} slots" for slots in range(1, 3)))
+BUFFERS = ("no buffer", "running sum", *(f"{slots} slots" for slots in range(1, 3)))
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,7 @@ def test_lists_that_do_not_fit_the_states() -> None:
         step_([ids[0], ids[1], ids[0]], cases)
     with pytest.raises(RuntimeError, match=r"params must have one tensor for each of the 10 .* 5"):
         step_(ids[:2], [cases[0], Sample([], [], {})])
-    with pytest.raises(RuntimeError, match=r"hyperparameters and seeds must have 14 numbers"):
+    with pytest.raises(RuntimeError, match=r"hyperparameters and seeds must have 15 numbers"):
         step_(ids, cases[:2])
     cases[0].scalars["lr"] = float64(0.1)
     with pytest.raises(RuntimeError, match=r"lrs must be empty or have one .* 3 states, got 1"):

@@ -51,7 +51,7 @@ def test_schema_of_a_step(kind: Make) -> None:
         torch.ops.cm_fused.step_registered_.default,
         ([state.id], case.params, case.grads, [float64(4.0)], [], [], [], None),
         {
-            "hyperparameters": [float(v) for k, v in case.hyperparameters.items() if k != "seed"],
+            "hyperparameters": case.numbers(),
             "seeds": [0],
         },
         test_utils=("test_schema", "test_autograd_registration"),

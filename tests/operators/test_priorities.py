@@ -129,6 +129,19 @@ def test_rows_follow_the_model(
         assert torch.equal(rows.table, table)
 
 
+@on_each_kernel
+@pytest.mark.parametrize("group_scope", [True, False])
+def test_no_slots(group_scope: bool, kernel: str) -> None:
+    """Without slots only steps are counted, whatever the norms are; skipped ones are not."""
+    rows = Rows([1, 0, 3], 0, kernel)
+    for found_inf in (None, 0.0, 1.0):
+        for sq_norm in (None, 4.0, [1.0, torch.nan, 2.0]):
+            options = {"capacity": 0, "priority_decay": 0.5, "group_scope": group_scope}
+            rows.update([torch.nan] * 4, sq_norm, found_inf, **options)
+    assert rows.steps.tolist() == [6.0] * 3
+    assert set(rows.slots.tolist()) == set(rows.filled.tolist()) == {99}
+
+
 @pytest.mark.parametrize("kernel", [OPERATOR, CUDA])
 @pytest.mark.parametrize("group_scope", [True, False])
 def test_many_rows(group_scope: bool, kernel: str) -> None:
@@ -191,7 +204,7 @@ BAD_ARGUMENTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("sq_norm", lambda _: torch.ones(()), f"sq_norm {DOUBLE}"),
     ("sq_norm", lambda _: torch.ones(3).double(), r"sq_norm must be contiguous with 2 elements"),
     ("found_inf", lambda _: torch.ones(()), f"found_inf {DOUBLE}"),
-    ("capacity", lambda _: 0, "capacity must be >= 1, got 0"),
+    ("capacity", lambda _: -1, "capacity must be >= 0, got -1"),
     *(("priority_decay", lambda _, v=v: v, f"{DECAY} {v}") for v in (-0.1, 1.5, float("nan"))),
 )
 

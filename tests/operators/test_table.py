@@ -57,7 +57,7 @@ class Table:
             **{key: 0 for key in full_sample().state},
             **{key: tensors[i].data_ptr() for key, tensors in self.case.state.items()},
             "numel": param.numel(),
-            "param_dtype": PARAM_DTYPES.index(param.dtype),
+            "dtypes": PARAM_DTYPES.index(param.dtype) * (1 + len(PARAM_DTYPES)),
             "param_index": i,
             **dict(zip(("shard_offset", "shard_length", "shard_stride"), layout, strict=True)),
         }

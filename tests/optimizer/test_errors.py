@@ -66,12 +66,12 @@ BAD_OPTIONS = [
     BadOption("weight_decay", -0.1, r"weight_decay must be .*got -0\.1"),
     BadOption("weight_decay", NAN, "weight_decay must be .*got nan"),
     BadOption("weight_decay", INF, "weight_decay must be .*got inf"),
-    BadOption("capacity", 0, "capacity must be an int >= 1, got 0"),
-    BadOption("capacity", -5, "capacity must be an int >= 1, got -5"),
-    BadOption("capacity", 2.0, r"capacity must be an int >= 1, got 2\.0"),
-    BadOption("capacity", True, "capacity must be an int >= 1, got True"),
-    BadOption("capacity", "5", "capacity must be an int >= 1, got '5'"),
-    BadOption("capacity", None, "capacity must be an int >= 1, got None"),
+    BadOption("capacity", -1, "capacity must be an int >= 0, got -1"),
+    BadOption("capacity", -5, "capacity must be an int >= 0, got -5"),
+    BadOption("capacity", 2.0, r"capacity must be an int >= 0, got 2\.0"),
+    BadOption("capacity", True, "capacity must be an int >= 0, got True"),
+    BadOption("capacity", "5", "capacity must be an int >= 0, got '5'"),
+    BadOption("capacity", None, "capacity must be an int >= 0, got None"),
     BadOption("priority_decay", -0.1, r"priority_decay must be in \[0, 1\], got -0\.1"),
     BadOption("priority_decay", 1.1, r"priority_decay must be in \[0, 1\], got 1\.1"),
     BadOption("priority_decay", NAN, r"priority_decay must be in \[0, 1\], got nan"),
@@ -219,8 +219,12 @@ def _integer(param: torch.Tensor) -> None:
     param.grad = torch.ones(param.shape, dtype=torch.int64)
 
 
-def _other_dtype(param: torch.Tensor) -> None:
-    param.grad = torch.ones(param.shape, dtype=torch.bfloat16)
+def _higher_precision(param: torch.Tensor) -> None:
+    param.grad = torch.ones(param.shape, dtype=torch.float64)
+
+
+def _eight_bits(param: torch.Tensor) -> None:
+    param.grad = torch.ones(param.shape, dtype=torch.float8_e4m3fn)
 
 
 def _broadcastable(param: torch.Tensor) -> None:
@@ -254,7 +258,8 @@ BAD_GRADIENTS = [
     BadGradient(_data_of_other_dtype, "dtype torch.float64.*got torch.float32", foreign=False),
     BadGradient(_data_of_other_shape, r"shape \(7,\).*got \(5,\)", foreign=False),
     BadGradient(_integer, "dtype torch.float32.*got torch.int64"),
-    BadGradient(_other_dtype, "dtype torch.float32.*got torch.bfloat16"),
+    BadGradient(_higher_precision, "dtype torch.float32.*got torch.float64"),
+    BadGradient(_eight_bits, "dtype torch.float32.*got torch.float8_e4m3fn"),
     BadGradient(_broadcastable, r"shape \(5,\).*got \(1,\)"),
     BadGradient(_on_meta, "device cpu.*got meta"),
 ]

@@ -92,7 +92,7 @@ def test_any_magnitude_in_any_position(backend: str, kind: Kind, exponent: int) 
 
 @pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
 @any_kind
-@pytest.mark.parametrize("capacity", [1, 3, 5])
+@pytest.mark.parametrize("capacity", [0, 1, 3, 5])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_the_sign_of_zero(backend: str, kind: Kind, capacity: int, maximize: bool) -> None:
     """Zeros keep their sign in moments, slots and sums, as in the reference.

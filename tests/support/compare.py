@@ -31,7 +31,10 @@ class OracleRun:
 
 @dataclass(frozen=True)
 class Seen:
-    """The state of one parameter as a checkpoint would show it, complex tensors as pairs."""
+    """The state of one parameter as a checkpoint would show it, complex tensors as pairs.
+
+    A capacity of 0 is shown as an empty buffer.
+    """
 
     step: int
     exp_avg: Tensor
@@ -62,13 +65,14 @@ def committed_copy(state: dict[str, Any]) -> dict[str, Tensor]:
 def see(state: dict[str, Any]) -> Seen:
     """Return what a checkpoint would show of a state; see `committed_copy`."""
     copied = committed_copy(state)
+    no_slots = copied["exp_avg"].new_empty(0, *copied["exp_avg"].shape)
     return Seen(
         step=int(copied["step"]),
         exp_avg=copied["exp_avg"],
         exp_avg_sq=copied["exp_avg_sq"],
         max_exp_avg_sq=copied.get("max_exp_avg_sq"),
-        critical_buffer=copied["critical_buffer"],
-        priorities=copied["priorities"],
+        critical_buffer=copied.get("critical_buffer", no_slots),
+        priorities=copied.get("priorities", torch.empty(0)),
         critical_sum=copied.get("critical_sum"),
     )
 

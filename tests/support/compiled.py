@@ -46,6 +46,7 @@ _WRITABLE = {
     "sq_norm_kernel": {"chunk_sq_norms_ptr"},
     "tensor_sq_norms_kernel": {"sq_norms_ptr"},
     "update_priorities_kernel": _PRIORITIES,
+    "count_steps_kernel": {"step"},
     "update_group_kernel": _PRIORITIES,
     "update_tensors_kernel": _PRIORITIES,
 }

@@ -39,6 +39,8 @@ QUICK_CASES = (
     _case(AdamWCM, {"capacity": 2, "lr": torch.tensor(0.03)}),
     _case(AdamCG, {}, torch.float64),
     _case(AdamCG, {"max_grad_norm": 0.5}, torch.float64),
+    *(_case(cls, {"capacity": 0}) for cls in (AdamCM, AdamCG)),
+    *(_case(AdamCG, {}, grad_dtype=dtype) for dtype in _HALVES),
     _case(AdamCG, {}, amp=True),
     _case(AdamCM, _LOW, torch.bfloat16, shard=(5, 7, 9)),
     _case(AdamCG, _OTHER, torch.float16),
@@ -63,6 +65,7 @@ def _slow_cases() -> list[Case]:
     others: tuple[dict[str, Any], ...] = (
         {},
         {"max_grad_norm": 0.5},
+        {"capacity": 0},
         {"capacity": 1},
         {"lr": torch.tensor(0.03)},
     )

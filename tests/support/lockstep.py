@@ -94,7 +94,7 @@ class Lockstep:
         old = to_array(param)
         terms = [] if grad is None else [grad]
         if state:
-            terms = [*terms, state["exp_avg"], *state["critical_buffer"]]
+            terms = [*terms, state["exp_avg"], *state.get("critical_buffer", ())]
         weight_decay = max(group["weight_decay"] for group in self.optimizer.param_groups)
         l2_term = weight_decay * largest(old)
         return l2_term + sum(largest(to_array(term)) for term in terms), old

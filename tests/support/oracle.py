@@ -179,7 +179,7 @@ def _buffer_mean(state: ParamState, options: Options) -> Array:
 
 def _admit(kappa: np.float32, item: Array, state: ParamState, capacity: int) -> None:
     """Offer (kappa, item) to the buffer of one parameter."""
-    if not np.isfinite(kappa):
+    if capacity == 0 or not np.isfinite(kappa):
         return
     if len(state.slots) < capacity:
         state.slots.append(item.copy())

@@ -13,6 +13,7 @@ from torch import Tensor
 from cm_fused._optimizer import base
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.cases import copy_of, device_of, make_params, normal_like, real
+from tests.support.training import set_gradient
 
 Class = type[CriticalAdam]
 # What AMP multiplies a loss by.
@@ -33,6 +34,7 @@ class Case:
         amp: Whether gradients are scaled, and steps with one that is not finite left out.
         shard: The numbers of `cm_fused.philox.ShardLayout` of every parameter, or none.
         changed: What of the options is changed once sums are rebuilt.
+        grad_dtype: Of the gradients, if not the parameters'.
     """
 
     cls: Class
@@ -43,6 +45,7 @@ class Case:
     amp: bool = False
     shard: tuple[int, ...] = ()
     changed: dict[str, Any] = field(default_factory=dict)
+    grad_dtype: torch.dtype | None = None
 
     @property
     def capacity(self) -> int:
@@ -54,7 +57,8 @@ class Case:
         """What the test's id says of it."""
         options = [f"{key}={_short(value)}" for key, value in self.options.items()]
         lengths = "+".join(map(str, self.lengths))
-        special = [*filter(None, [self.layout]), *["amp"] * self.amp, *map(str, self.shard)]
+        special = [_short(self.grad_dtype)] if self.grad_dtype else []
+        special += [*filter(None, [self.layout]), *["amp"] * self.amp, *map(str, self.shard)]
         return "-".join([self.cls.__name__, _short(self.dtype), *options, *special, lengths])
 
     def make(self, params: list[Tensor], backend: str) -> CriticalAdam:
@@ -96,7 +100,9 @@ class Case:
         """Take a step of either backend."""
         for param, grad in zip(params, grads, strict=True):
             at = grad.to(param.device)
-            param.grad = self._laid_out(at * _SCALE if self.amp else at.clone()).view_as(param)
+            grad = at * _SCALE if self.amp else at.clone()
+            grad = self._laid_out(grad.to(self.grad_dtype or grad.dtype))
+            set_gradient(param, grad.view_as(param))
             if step == 1:
                 # Sums are rebuilt once in 4 C steps: the run comes to the next.
                 optimizer.state[param]["step"] += 2 * self.capacity

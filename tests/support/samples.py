@@ -68,6 +68,13 @@ class Sample:
             del self.state[key]
         return self
 
+    def numbers(self) -> list[float]:
+        """Return the hyperparameters as the operators take them, with the kind of the buffer."""
+        critical_gradients = "critical_buffer" in self.state and "pending_slot" not in self.state
+        numbers = {"critical_gradients": critical_gradients, **self.hyperparameters}
+        names = torch.ops.cm_fused.hyperparameter_names().split(",")
+        return [float(numbers[name]) for name in names]
+
     def register(self) -> RegisteredState:
         """Register the state."""
         return RegisteredState(self.state, list(range(len(self.params))), self.shard_layouts)
@@ -115,11 +122,7 @@ def step_(states: Iterable[RegisteredState | int], cases: list[Sample]) -> None:
             for name in ("sq_norm", "lr", "grad_factor", "found_inf")
         ),
         cases[0].local_sq_norms,
-        hyperparameters=[
-            float(case.hyperparameters[name])
-            for case in cases
-            for name in torch.ops.cm_fused.hyperparameter_names().split(",")
-        ],
+        hyperparameters=[number for case in cases for number in case.numbers()],
         seeds=[case.hyperparameters["seed"] for case in cases],
     )
 

@@ -64,6 +64,7 @@ from cm_fused import (
 from cm_fused._state.making import dequantized, unscaled
 from cm_fused.compat.cmoptimizer import Adam_CM
 from cm_fused.rounding import split_master
+from tests.support.training import set_gradient
 
 # A hang is a failure within this time.
 TIMEOUT = timedelta(seconds=60)
@@ -294,6 +295,41 @@ def one_small_sum_a_step(_: Path) -> None:
             assert pending == (cls is AdamCM)
             twins.check()
             assert twins.optimizer._pending is None
+
+
+@case(2)
+def half_precision_gradients(_: Path) -> None:
+    """DTensors take bfloat16 gradients as what they are in float32."""
+
+    def rounded(grads: list[Tensor]) -> None:
+        for grad in grads:
+            grad.copy_(grad.bfloat16())
+
+    for cls in (AdamCM, AdamCG):
+        twins = Twins(cls, _mesh(), [Shard(0)])
+        for t in range(STEPS):
+            twins.step(t, rounded)
+        twins.check()
+        lower = Twins(cls, _mesh(), [Shard(0)])
+        for t in range(STEPS):
+            for param, grad in zip(lower.sharded, _whole(t + 1), strict=True):
+                set_gradient(param, lower.shard(((1 + t % 3) * grad).bfloat16()))
+            lower.optimizer.step()
+        for param, twin in zip(lower.sharded, twins.sharded, strict=True):
+            assert torch.equal(_gathered(param.detach()), _gathered(twin.detach()))
+
+
+@case(2)
+def no_buffer(_: Path) -> None:
+    """Without keys nothing is summed over processes, unless clipping asks for it."""
+    for cls in (AdamCM, AdamCG):
+        twins = Twins(cls, _mesh(), [Shard(0)], capacity=0)
+        with _counted_sums() as calls:
+            twins.train()
+        assert not calls
+        assert math.isnan(twins.optimizer.grad_norm())
+        twins.check()
+        Twins(cls, _mesh(), [Shard(0)], capacity=0, max_grad_norm=0.7).train().check()
 
 
 @case(2)

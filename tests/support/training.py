@@ -70,6 +70,15 @@ def gradient(t: int, i: int, param: Tensor) -> Tensor:
     return noise * SCALES[t % len(SCALES)]
 
 
+def set_gradient(param: Tensor, grad: Tensor) -> None:
+    """Set a gradient of another dtype, which needs no `Tensor.grad_dtype` of newer torches."""
+    data = param.data
+    param.grad = None
+    param.data = torch.empty_like(data, dtype=grad.dtype)
+    param.grad = grad
+    param.data = data
+
+
 def give_gradients(optimizer: Optimizer, t: int, without: Iterable[int] = ()) -> None:
     """Set the gradients of step t; parameters in `without` get none."""
     skipped = set(without)

@@ -21,8 +21,8 @@ REBUILT_CHUNK_SIZE = 16384
 _ADDRESSES = ("param", "grad", *KEYS)
 _NUMBERS = (
     "numel",
-    # Its index in PARAM_DTYPES.
-    "param_dtype",
+    # Its index in PARAM_DTYPES, and its gradient's times their number.
+    "dtypes",
     # The key of its random bits, and where its elements lie in the full parameter.
     "param_index",
     "shard_offset",

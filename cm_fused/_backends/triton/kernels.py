@@ -39,6 +39,9 @@ from cm_fused._backends.triton.common import (
 )
 from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
 
+# The SUMMED_SLOTS of a capacity of 0.
+NO_BUFFER = tl.constexpr(-1)
+
 
 def launch_options(
     param_dtype: tl.dtype,
@@ -78,6 +81,7 @@ class _Variant:
     """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through."""
 
     PARAM_DTYPE: tl.dtype
+    GRAD_DTYPE: tl.dtype
     STATE_DTYPE: tl.dtype
     MOMENT_DTYPE: tl.dtype
     SLOT_DTYPE: tl.dtype
@@ -95,6 +99,11 @@ class _Variant:
     def SHAPE(self) -> Any:  # noqa: N802
         """Return the shape as kernels pass it on: Triton 3.6 takes a tuple for run-time numbers."""
         return self.shape if INTERPRETED else tl.constexpr(self.shape)
+
+    @property
+    def HAS_BUFFER(self) -> bool:  # noqa: N802
+        """Return whether there are slots."""
+        return self.SUMMED_SLOTS >= 0
 
     @property
     def BLOCK(self) -> int:  # noqa: N802
@@ -198,7 +207,7 @@ def _tensors_of(chunk, V: tl.constexpr):
     scale = start // rounding.SCALE_BLOCK
     return _Tensors(
         at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "grad", V.PARAM_DTYPE), start, V.FULL),
+        at(pointer(row_ptr, "grad", V.GRAD_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "exp_avg", V.MOMENT_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "exp_avg_sq", V.MOMENT_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "max_exp_avg_sq", V.STATE_DTYPE), start, V.FULL),
@@ -424,7 +433,8 @@ def _load(tensors, block, V: tl.constexpr):
 @triton.jit
 def _update_moments(s, g, buffer_sum, exp_avg, exp_avg_sq, V: tl.constexpr):
     """Return m, v and the numerator of the step, Eqs. (3) to (6)."""
-    mean = s.inverse_divisor * buffer_sum  # Eq. (6)
+    # What changes nothing that it is added to, where there is no buffer.
+    mean = s.inverse_divisor * buffer_sum if V.HAS_BUFFER else empty_sum(V.STATE_DTYPE, V.SHAPE)
     if V.CRITICAL_GRADIENTS:
         aggregate = g + mean  # Eq. (3)
         exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * aggregate
@@ -483,9 +493,10 @@ def _update_chunk(
     if not V.CRITICAL_GRADIENTS:
         # A sum that was rebuilt with the momentum in its slot has followed the commit.
         follow = follow * (1 - admission.rebuild)
-    if admission.rebuild:
-        # The threads that write an element here read it below: both walk in the same layout.
-        _rebuild_sum(tensors, buffer, chunk.count, V)
+    if V.HAS_BUFFER:  # noqa: SIM102
+        if admission.rebuild:
+            # The threads that write an element here read it below: both walk in the same layout.
+            _rebuild_sum(tensors, buffer, chunk.count, V)
     squares = tl.zeros((THREADS,), dtype=tl.float64)
     for begin in range(0, CHUNK_SIZE if FULL else chunk.count, BLOCK):
         block = _block_at(begin, chunk.count, V)
@@ -495,8 +506,10 @@ def _update_chunk(
         if V.KAHAN:
             lost = tl.load(tensors.compensation + block.offsets, mask=block.mask, other=0.0)
             param += lost.to(V.STATE_DTYPE)
-        item = g if V.CRITICAL_GRADIENTS else exp_avg
-        buffer_sum = _sum_and_commit(buffer, item, follow, block, V)
+        buffer_sum = 0.0
+        if V.HAS_BUFFER:
+            item = g if V.CRITICAL_GRADIENTS else exp_avg
+            buffer_sum = _sum_and_commit(buffer, item, follow, block, V)
         if not V.CRITICAL_GRADIENTS:
             squares += sum_squares(g, V.SHAPE)
         exp_avg, exp_avg_sq, numerator = _update_moments(
@@ -585,13 +598,15 @@ def critical_adam_kernel(
     capacity: tl.int32,
     mean_over_capacity: tl.int32,  # else the buffer's sum is divided by its filled slots
     seed: tl.int64,  # of the random bits, in [0, 2^63)
-    PARAM_DTYPE: tl.constexpr,  # of parameters and gradients
+    PARAM_DTYPE: tl.constexpr,  # of parameters
+    GRAD_DTYPE: tl.constexpr,  # of gradients: PARAM_DTYPE, or bfloat16 or float16 of float32
     STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state except the next two
     MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
     SLOT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats
     CRITICAL_GRADIENTS: tl.constexpr,  # the buffer holds gradients, else momenta
     AMSGRAD: tl.constexpr,  # divide by the running maximum of the second moment
-    SUMMED_SLOTS: tl.constexpr,  # the capacity where slots are summed, 0 where there are sums
+    # The capacity where slots are summed, 0 where there are sums, NO_BUFFER where there are none.
+    SUMMED_SLOTS: tl.constexpr,
     STOCHASTIC: tl.constexpr,  # a half-precision parameter is rounded stochastically
     KAHAN: tl.constexpr,  # it has a compensation, which takes what rounding leaves
     SPLIT: tl.constexpr,  # it is of bfloat16 and has the rest of a float32 master's bits
@@ -604,6 +619,7 @@ def critical_adam_kernel(
         return
     VARIANT: tl.constexpr = _variant(
         PARAM_DTYPE,
+        GRAD_DTYPE,
         STATE_DTYPE,
         MOMENT_DTYPE,
         SLOT_DTYPE,
@@ -616,7 +632,9 @@ def critical_adam_kernel(
         BY_FOURS,
     )
     chunk = _chunk_of(table_ptr, chunks_ptr)
-    aligned = is_aligned(chunk.row_ptr, chunk.numel, SLOT_DTYPE.primitive_bitwidth // 8)
+    HAS_BUFFER: tl.constexpr = VARIANT.HAS_BUFFER
+    slot_bits: tl.constexpr = SLOT_DTYPE.primitive_bitwidth if HAS_BUFFER else 0
+    aligned = is_aligned(chunk.row_ptr, chunk.numel, slot_bits // 8)
     # The priorities of critical momenta are updated after the pass, those of critical gradients
     # before.
     step = tl.load(pointer(chunk.row_ptr, "step", tl.float32)).to(tl.int64)
@@ -633,13 +651,17 @@ def critical_adam_kernel(
         decoupled_weight_decay,
         signed_factor(sign, grad_factor_ptr),
     )
-    divisor = _mean_divisor(chunk.row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS)
+    divisor = tl.full((), 1, tl.int32)
+    slot = tl.full((), -1, tl.int32)
+    rebuild = tl.full((), 0, tl.int32)
+    if HAS_BUFFER:
+        divisor = _mean_divisor(chunk.row_ptr, capacity, mean_over_capacity, CRITICAL_GRADIENTS)
+        slot = tl.load(pointer(chunk.row_ptr, "pending_slot", tl.int64)).to(tl.int32)
+        # A running sum loses a rounding with every admission: each part of a tensor is summed anew
+        # once in 4 C steps, a different part each step (see csrc/cpu/kernels/slots.h).
+        turn = step + chunk.start // REBUILT_CHUNK_SIZE
+        rebuild = ((turn % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
     s = _scalars_of(hyperparameters, step, divisor, STATE_DTYPE)
-    slot = tl.load(pointer(chunk.row_ptr, "pending_slot", tl.int64)).to(tl.int32)
-    # A running sum loses a rounding with every admission: each part of a tensor is summed anew once
-    # in 4 C steps, a different part each step (see csrc/cpu/kernels/slots.h).
-    turn = step + chunk.start // REBUILT_CHUNK_SIZE
-    rebuild = ((turn % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
     admission = _Admission(capacity, slot, rebuild)
     sq_norm_ptr = chunk_sq_norms_ptr + tl.program_id(0)
     if (chunk.count == CHUNK_SIZE) & aligned:

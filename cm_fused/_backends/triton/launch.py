@@ -92,14 +92,15 @@ def _launchers(buckets: list[Bucket]) -> list["_Launcher"]:
 def _sq_norm_of(bucket: Bucket) -> Tensor | None:
     """Return the sum over the priority scope where the kernels, which add up squares, cannot."""
     options = bucket.options
-    if bucket.sq_norm is None and options.sum_of_norms and options.priority_scope == "group":
+    in_squares = not options.sum_of_norms or options.priority_scope == "tensor"
+    if bucket.sq_norm is None and bucket.capacity and not in_squares:
         return over_scope(sq_norms(bucket, options), options)
     return bucket.sq_norm
 
 
 def _launch_(prepared: list[tuple["_Launcher", Tensor | None]]) -> None:
     for launcher, sq_norm in prepared:
-        if launcher.bucket.critical_gradients and sq_norm is None:
+        if launcher.bucket.critical_gradients and launcher.bucket.capacity and sq_norm is None:
             # The gradient is gone by the next step: its norm comes first, so that it can be stored
             # at once.
             with _device_guard(launcher.bucket.device):
@@ -162,11 +163,16 @@ def update_priorities_of_table_(
     """Update the priorities: cm_fused::update_priorities_ where its kernel is not built."""
     if not len(table):
         return
+    calls = calls or Calls()
+    if not capacity:
+        kernel = triton_norms.count_steps_kernel
+        calls.launch(kernel, len(table), (table, found_inf), (), _launch_options)
+        return
     if group_scope and sq_norm is None:
         sq_norm = chunk_sq_norms.sum()
     block = {"CAPACITY_BLOCK": triton.next_power_of_2(capacity), **triton_common.LAUNCH_OPTIONS}
     stride = 0 if sq_norm is None or sq_norm.numel() == 1 else 1
-    (calls or Calls()).launch(
+    calls.launch(
         triton_norms.update_priorities_kernel,
         len(table),
         (table, chunk_sq_norms, sq_norm, found_inf),
@@ -305,8 +311,8 @@ class _Launcher:
     def _pass_options(self, chunks: Chunks) -> dict[str, Any]:
         bucket = self.bucket
         amsgrad = bool(bucket["max_exp_avg_sq"])
-        summed_slots = 0 if bucket["critical_sum"] else self._capacity
-        stored = bucket["exp_avg"][0].dtype, bucket["critical_buffer"][0].dtype
+        summed_slots, slots = _summed_slots(bucket), bucket["critical_buffer"]
+        stored = bucket["exp_avg"][0].dtype, slots[0].dtype if slots else torch.float32
         dtypes = precision(chunks.param_dtype, *stored, self._options.low_precision_update)
         options = _dtype_options(chunks)
         if _has_register_caps(self._device):
@@ -327,14 +333,23 @@ class _Launcher:
         }
 
 
+def _summed_slots(bucket: Bucket) -> int:
+    if not bucket.capacity:
+        return int(triton_kernels.NO_BUFFER.value)
+    return 0 if bucket["critical_sum"] else bucket.capacity
+
+
 def _launch_options() -> dict[str, Any]:
     return triton_common.LAUNCH_OPTIONS
 
 
 def _dtype_options(chunks: Chunks) -> dict[str, Any]:
-    """Return the launch options, and the dtypes of a chunk's parameters and arithmetic."""
-    state_dtype = tl.float64 if chunks.param_dtype is torch.float64 else tl.float32
-    dtypes = {"PARAM_DTYPE": TRITON_DTYPES[chunks.param_dtype], "STATE_DTYPE": state_dtype}
+    """Return the launch options, and the dtypes of a chunk's tensors and arithmetic."""
+    dtypes = {
+        "PARAM_DTYPE": TRITON_DTYPES[chunks.param_dtype],
+        "GRAD_DTYPE": TRITON_DTYPES[chunks.grad_dtype],
+        "STATE_DTYPE": tl.float64 if chunks.param_dtype is torch.float64 else tl.float32,
+    }
     return triton_common.LAUNCH_OPTIONS | dtypes
 
 

@@ -57,13 +57,14 @@ def _sq_norm_of_chunk(
     l2,
     factor,
     PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     SPLIT: tl.constexpr,
     FULL: tl.constexpr,
 ):
     param_ptr = at(pointer(row_ptr, "param", PARAM_DTYPE), start, FULL)
     remainder_ptr = at(pointer(row_ptr, "master_remainder", tl.int16), start, FULL)
-    grad_ptr = at(pointer(row_ptr, "grad", PARAM_DTYPE), start, FULL)
+    grad_ptr = at(pointer(row_ptr, "grad", GRAD_DTYPE), start, FULL)
     BLOCK: tl.constexpr = FULL_BLOCK if FULL else TAIL_BLOCK
     decays = spread(l2, (BLOCK,)) != 0
     squares = tl.zeros((BLOCK if STATE_DTYPE == tl.float64 else THREADS,), dtype=tl.float64)
@@ -95,6 +96,7 @@ def sq_norm_kernel(
     l2: tl.float64,
     sign: tl.float64,
     PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
@@ -118,6 +120,7 @@ def sq_norm_kernel(
             l2,
             factor,
             PARAM_DTYPE,
+            GRAD_DTYPE,
             STATE_DTYPE,
             SPLIT,
             True,
@@ -131,6 +134,7 @@ def sq_norm_kernel(
             l2,
             factor,
             PARAM_DTYPE,
+            GRAD_DTYPE,
             STATE_DTYPE,
             SPLIT,
             False,
@@ -204,4 +208,17 @@ def update_priorities_kernel(
     tl.store(keys_ptr + slots, keys, mask=in_buffer)
     slot_ptr = pointer(row_ptr, "pending_slot", tl.int64)
     tl.store(slot_ptr, tl.where(admitted != 0, slot, -1).to(tl.int64))
+    tl.store(step_ptr, step)
+
+
+@entry
+def count_steps_kernel(table_ptr, found_inf_ptr):
+    """Count the step of one tensor without a buffer; the arguments are those of priorities."""
+    if is_set(found_inf_ptr):
+        return
+    row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * ROW
+    step_ptr = pointer(row_ptr, "step", tl.float32)
+    step = tl.load(step_ptr) + 1.0
+    # Every thread has read the step by then.
+    tl.debug_barrier()
     tl.store(step_ptr, step)

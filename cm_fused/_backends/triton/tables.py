@@ -29,16 +29,17 @@ _INT64_BYTES = 8
 
 @dataclass(frozen=True)
 class Chunks:
-    """The consecutive chunks of the parameters of one dtype."""
+    """The consecutive chunks of the parameters of one dtype, whose gradients are of one dtype."""
 
     param_dtype: torch.dtype
+    grad_dtype: torch.dtype
     chunks: Tensor  # int32 (chunks, 2) on the device: each chunk's tensor and number within it
     sq_norms: Tensor  # float64 (chunks,) on the device, for the kernels to write
     calls: Calls = field(default_factory=Calls)  # of the kernels that are launched for them
 
 
 class OutdatedTablesError(Exception):
-    """The tables were made for parameters of other dtypes."""
+    """The tables were made for parameters or gradients of other dtypes."""
 
 
 class Tables:
@@ -72,17 +73,18 @@ class Tables:
         self.changed = True
         # Whether parameters of the step overlap, to be launched one after the other.
         self.one_by_one = False
-        self._lay_out_chunks(bucket.params)
+        self._lay_out_chunks(bucket.params, bucket.grads)
         self._scratch = self._lay_out_scratch(bucket)
 
-    def _lay_out_chunks(self, params: list[Tensor]) -> None:
+    def _lay_out_chunks(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Number the chunks, dtype by dtype and parameter by parameter."""
-        dtypes = list(dict.fromkeys(param.dtype for param in params))
-        order = sorted(range(len(params)), key=lambda i: dtypes.index(params[i].dtype))
+        self._dtypes_of = [(p.dtype, g.dtype) for p, g in zip(params, grads, strict=True)]
+        dtypes = list(dict.fromkeys(self._dtypes_of))
+        order = sorted(range(len(params)), key=lambda i: dtypes.index(self._dtypes_of[i]))
         num_chunks = _on_host([-(-params[i].numel() // CHUNK_SIZE) for i in order])
         first_chunks = num_chunks.cumsum(0) - num_chunks
-        self._dtypes = _dtype_codes(params)
-        self._host[:, COLUMNS["param_dtype"]] = self._dtypes
+        self._dtypes = _dtype_codes(params, grads)
+        self._host[:, COLUMNS["dtypes"]] = self._dtypes
         self._host[order, COLUMNS["num_chunks"]] = num_chunks
         self._host[order, COLUMNS["first_chunk"]] = first_chunks
         tensors = _on_host(order).repeat_interleave(num_chunks)
@@ -94,24 +96,27 @@ class Tables:
         self._order, self._chunks = order, chunks
         self.chunk_sq_norms = torch.empty(len(chunks), dtype=torch.float64, device=self._device)
         counts = [
-            sum(-(-param.numel() // CHUNK_SIZE) for param in params if param.dtype == dtype)
-            for dtype in dtypes
+            sum(-(-params[i].numel() // CHUNK_SIZE) for i in order if self._dtypes_of[i] == both)
+            for both in dtypes
         ]
         self.launches = self._split(dtypes, counts)
 
     def launches_one_by_one(self) -> list[tuple[int, Chunks]]:
         """Return the number and the chunks of each parameter, in the order of `launches`."""
         counts = [int(self._host[i, COLUMNS["num_chunks"]]) for i in self._order]
-        dtypes = [PARAM_DTYPES[int(self._dtypes[i])] for i in self._order]
+        dtypes = [self._dtypes_of[i] for i in self._order]
         return list(zip(self._order, self._split(dtypes, counts), strict=True))
 
-    def _split(self, dtypes: list[torch.dtype], counts: list[int]) -> list[Chunks]:
-        sq_norms = torch.split(self.chunk_sq_norms, counts)
-        return list(map(Chunks, dtypes, torch.split(self._chunks, counts), sq_norms))
+    def _split(
+        self, dtypes: list[tuple[torch.dtype, torch.dtype]], counts: list[int]
+    ) -> list[Chunks]:
+        chunks, sq_norms = (torch.split(t, counts) for t in (self._chunks, self.chunk_sq_norms))
+        parts = zip(dtypes, chunks, sq_norms, strict=True)
+        return [Chunks(param, grad, part, norms) for (param, grad), part, norms in parts]
 
     def _lay_out_scratch(self, bucket: Bucket) -> Tensor | None:
         """Give critical gradients a place for this step's slots and counts of filled ones."""
-        if bucket["pending_slot"]:
+        if bucket["pending_slot"] or not bucket.capacity:
             return None
         scratch = torch.zeros((2, len(bucket.params)), dtype=torch.int64, device=self._device)
         for row, column in zip(scratch, (COLUMNS["pending_slot"], COLUMNS["filled"]), strict=True):
@@ -124,7 +129,7 @@ class Tables:
 
         None where a tensor does not lie in memory as its exp_avg does, so that a copy is to be
         passed in its place. RuntimeError where the lists do not fit each other; OutdatedTablesError
-        where a parameter has another dtype than when these tables were made.
+        where a parameter or gradient has another dtype than when these tables were made.
         """
         capturing = is_capturing(self._device)
         host = self._host.clone() if capturing else self._host
@@ -143,7 +148,7 @@ class Tables:
         return self.last
 
     def _upload_table(self, host: Tensor, capturing: bool) -> Tensor:
-        if not torch.equal(host[:, COLUMNS["param_dtype"]], self._dtypes):
+        if not torch.equal(host[:, COLUMNS["dtypes"]], self._dtypes):
             raise OutdatedTablesError
         table, uploaded_from = _upload(host, self._device)
         if capturing:
@@ -176,8 +181,12 @@ def _on_host(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
-def _dtype_codes(params: list[Tensor]) -> Tensor:
-    return _on_host([PARAM_DTYPES.index(param.dtype) for param in params])
+def _dtype_codes(params: list[Tensor], grads: list[Tensor]) -> Tensor:
+    of_params, of_grads = (
+        _on_host([PARAM_DTYPES.index(tensor.dtype) for tensor in tensors])
+        for tensors in (params, grads)
+    )
+    return of_params + len(PARAM_DTYPES) * of_grads
 
 
 def lies_as(tensor: Tensor, order: Tensor) -> bool:
@@ -211,7 +220,7 @@ def _refresh_in_python(
     for name, tensors in {"param": params, "grad": grads, **bucket.state}.items():
         if tensors:
             host[:, COLUMNS[name]] = _on_host([tensor.data_ptr() for tensor in tensors])
-    host[:, COLUMNS["param_dtype"]] = _dtype_codes(params)
+    host[:, COLUMNS["dtypes"]] = _dtype_codes(params, grads)
     host[:, COLUMNS["param_index"]] = _on_host(bucket.param_indices or range(len(params)))
     first, last = COLUMNS["shard_offset"], COLUMNS["shard_stride"]
     layouts = bucket.shard_layouts or ShardLayout()

@@ -1,7 +1,7 @@
 // Copies of a tensor's data in the update's type: of what is in half precision, or does not lie in
 // memory as the state does.
 
-// Calls visit with a value of the parameter's type.
+// Calls visit with a value of the type of a parameter or gradient.
 template <typename state_t, typename Visit>
 inline auto with_param_type(ParamDtype dtype, Visit visit) {
   if constexpr (std::is_same_v<state_t, float>) {
@@ -23,7 +23,8 @@ struct Range {
   int64_t n;
   bool copies_moments;
   bool rebuilds_sum;
-  const state_t* grad;
+  const void* grad;  // of state_t, or as grad_dtype says
+  ParamDtype grad_dtype;
   void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
   void* exp_avg_sq;
   state_t* max_exp_avg_sq;  // nullptr without amsgrad
@@ -36,6 +37,16 @@ struct Range {
   const state_t* update_g;
 };
 
+// A block of a tensor's gradient in the update's type, in `scratch` if it is not there.
+template <typename state_t>
+inline const state_t* load_grad(
+    const TensorStep& tensor, int64_t begin, int64_t n, state_t* scratch) {
+  return with_param_type<state_t>(tensor.grad_dtype, [&](auto type) {
+    return load_block(static_cast<const decltype(type)*>(tensor.grad), tensor.grad_layout.get(),
+        begin, n, scratch);
+  });
+}
+
 // Copies of at most kLargestBlock elements at a time. Once for each type of state, called from
 // where a step is inlined.
 template <typename state_t>
@@ -44,24 +55,23 @@ class Copies {
   Copies(const TensorStep& tensor, const StepOptions& options)
       : tensor_(tensor), options_(options), gradients_(options) {}
 
+  // Tiles read half-precision gradients of other parameters, unless a block's scale needs them.
   bool are_needed() const {
-    return is_half(tensor_.dtype) || tensor_.param_layout != nullptr ||
-           tensor_.grad_layout != nullptr;
+    const bool reads_blocks = options_.critical_gradients && has_scales(tensor_.slot_dtype);
+    return is_half(tensor_.dtype) || (is_half(tensor_.grad_dtype) && reads_blocks) ||
+           tensor_.param_layout != nullptr || tensor_.grad_layout != nullptr;
   }
 
   // Copies a range's parameters and gradients.
   [[gnu::noinline]] void load(Range<state_t>& range) {
     const int64_t begin = range.begin;
     const int64_t n = range.n;
-    const state_t* grad = nullptr;
     with_param_type<state_t>(tensor_.dtype, [&](auto type) {
-      using param_t = decltype(type);
-      param_ = load_block(static_cast<param_t*>(tensor_.param), tensor_.param_layout.get(), begin,
-          n, param_scratch_);
-      grad = load_block(static_cast<const param_t*>(tensor_.grad), tensor_.grad_layout.get(), begin,
-          n, grad_scratch_);
+      param_ = load_block(static_cast<decltype(type)*>(tensor_.param), tensor_.param_layout.get(),
+          begin, n, param_scratch_);
     });
     join_master(tensor_, begin, n, param_);
+    const state_t* const grad = load_grad(tensor_, begin, n, grad_scratch_);
     with_block_size(n, [&](auto size) {
       range.stored_g = gradients_.effective(grad, param_, size, grad_scratch_);
       range.update_g =

@@ -148,7 +148,11 @@ class RangeStep {
       return;
     }
     if (!is_copy()) {
-      prefetch(range_.grad + begin, kBlockSize);
+      if (is_half(range_.grad_dtype)) {
+        prefetch(static_cast<const c10::BFloat16*>(range_.grad) + begin, kBlockSize);
+      } else {
+        prefetch(static_cast<const state_t*>(range_.grad) + begin, kBlockSize);
+      }
       prefetch(range_.param + begin, kBlockSize);
     }
     if (!range_.copies_moments) {
@@ -171,7 +175,8 @@ class RangeStep {
       alignas(64) state_t scratch[kScaleBlock];
       const state_t* const item =
           is_copy() ? range_.stored_g + block
-                    : gradients_.effective(range_.grad + block, range_.param + block, n, scratch);
+                    : gradients_.effective(static_cast<const state_t*>(range_.grad) + block,
+                          range_.param + block, n, scratch);
       buffer.find_scale(kind_.slot_code, item, n);
     } else if (kind_.rounds_moments) {
       buffer.find_scale(
@@ -188,7 +193,7 @@ class RangeStep {
       update_g_ = range_.update_g + at;
     } else {
       const state_t* const param = range_.param + at;
-      stored_g_ = gradients_.effective(range_.grad + at, param, n, stored_scratch_);
+      stored_g_ = gradients_.effective(grad_at(at, n), param, n, stored_scratch_);
       update_g_ = gradients_.with_late_l2_term(stored_g_, param, n, update_scratch_);
     }
     if (!kind_.critical_gradients) {
@@ -198,6 +203,32 @@ class RangeStep {
       constexpr std::integral_constant<uint64_t, kTile / kWordsPerCounter> kCount;
       philox_.set_words(first_counter(at), kCount, words_);
     }
+  }
+
+  // A tile's gradients in the update's type.
+  CM_FUSED_INLINE const state_t* grad_at(int64_t at, auto n) {
+    if constexpr (std::is_same_v<state_t, float>) {
+      if (range_.grad_dtype == ParamDtype::kBFloat16) {
+        return load_tile<c10::BFloat16>(at, n);
+      }
+      if (range_.grad_dtype == ParamDtype::kFloat16) {
+        return load_tile<c10::Half>(at, n);
+      }
+    }
+    return static_cast<const state_t*>(range_.grad) + at;
+  }
+
+  template <typename half_t>
+  CM_FUSED_INLINE const state_t* load_tile(int64_t at, auto n) {
+    const half_t* const stored = static_cast<const half_t*>(range_.grad) + at;
+    if constexpr (std::is_same_v<decltype(n), int64_t>) {
+      convert_elements<Halved<half_t>, Unchanged<float>>(stored, n, grad_scratch_);
+    } else {
+      vector_t values[kVectors];
+      load_vectors<Halved<half_t>>(stored, values);
+      store_vectors<Unchanged<float>>(grad_scratch_, values);
+    }
+    return grad_scratch_;
   }
 
   // Of the elements from `at` on.
@@ -247,6 +278,7 @@ class RangeStep {
   // Of one tile.
   const state_t* stored_g_ = nullptr;
   const state_t* update_g_ = nullptr;
+  alignas(64) state_t grad_scratch_[kTile];
   alignas(64) state_t stored_scratch_[kTile];
   alignas(64) state_t update_scratch_[kTile];
   alignas(64) uint32_t words_[kTile];

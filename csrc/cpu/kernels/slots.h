@@ -5,7 +5,8 @@
 // roundings of 4 C admissions and costs (4 (C - 1) - 8) / (4 C) bytes an element: at most 2 % of
 // the 44 of a step.
 inline bool rebuilds_sum(const TensorStep& tensor, int64_t chunk) {
-  return (tensor.step_number + chunk) % (4 * tensor.capacity) == 0;
+  return tensor.critical_sum != nullptr &&
+         (tensor.step_number + chunk) % (4 * tensor.capacity) == 0;
 }
 
 // Calls visit with the code of a tensor's slots.
@@ -124,6 +125,13 @@ class Buffer {
   CM_FUSED_INLINE void sum(int64_t at, vector_t (&totals)[kCount]) const {
     if (!from_slots_) {
       load_vectors<Unchanged<state_t>>(sum_ + at, totals);
+      return;
+    }
+    if (capacity_ == 0) {
+      // What changes nothing that it is added to: 0 + -0 is 0.
+      for (int64_t v = 0; v < kCount; ++v) {
+        totals[v] = state_t(-0.0) - vector_t{};
+      }
       return;
     }
     load_slot<Code>(0, at, totals);

@@ -84,7 +84,9 @@ class ChunkStep {
       copies_.load(range);
     } else {
       range.param = static_cast<state_t*>(tensor_.param) + begin;
-      range.grad = static_cast<const state_t*>(tensor_.grad) + begin;
+      const int64_t bytes = is_half(tensor_.grad_dtype) ? 2 : sizeof(state_t);
+      range.grad = static_cast<const char*>(tensor_.grad) + begin * bytes;
+      range.grad_dtype = tensor_.grad_dtype;
     }
     set_moments(range);
     step_range_({tensor_, options_, scalars_, gradients_, range}, squares_);
@@ -166,20 +168,18 @@ double sq_norm_part(
   std::conditional_t<std::is_same_v<state_t, double>, CompensatedSquareSum, SquareSum> squares;
   for (; begin < end; begin += kLargestBlock) {
     const int64_t n = std::min(kLargestBlock, end - begin);
-    const state_t* g = nullptr;
+    const state_t* const g = load_grad(tensor, begin, n, grad_scratch);
     const state_t* param = nullptr;
-    with_param_type<state_t>(tensor.dtype, [&](auto type) {
-      using param_t = decltype(type);
-      g = load_block(static_cast<const param_t*>(tensor.grad), tensor.grad_layout.get(), begin, n,
-          grad_scratch);
-      if (gradients.adds_l2_term()) {
+    if (gradients.adds_l2_term()) {
+      with_param_type<state_t>(tensor.dtype, [&](auto type) {
+        using param_t = decltype(type);
         param = load_block(static_cast<const param_t*>(tensor.param), tensor.param_layout.get(),
             begin, n, param_scratch);
         if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
           join_master(tensor, begin, n, param_scratch);
         }
-      }
-    });
+      });
+    }
     squares.add(gradients.effective(g, param, n, grad_scratch), n);
   }
   return squares.total();
