@@ -27,14 +27,16 @@ class AdamCM(CriticalAdam):
     `exp_avg` and `exp_avg_sq` (its shape), `critical_buffer` ((C, \*shape)), `priorities` (float32,
     (C,), -inf where unfilled), with amsgrad `max_exp_avg_sq`, and on the fused backends
     `critical_sum`, the running sum of the slots (of float32 slots from capacity 3 on, of slots of 2
-    bytes from 6 on, of 1 byte from 10 on). A parameter without a gradient takes no part in a step.
+    bytes from 6 on, of 1 byte from 10 on, of int4 from 26 on). A parameter without a gradient takes
+    no part in a step.
 
     The fused backends copy critical momenta to their slot at the next step (`pending_slot`, -1 for
     none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`:
     call it before you change `exp_avg` in place.
 
     `buffer_dtype` and `moment_dtype` store the state in lower precision; a step computes with it in
-    float32. int8 and float8_e4m3fn have one float32 scale for each 256 elements, in memory
+    float32. int4 slots are packed, two elements a byte: uint8 (C, bytes), whatever the parameter's
+    shape. int4, int8 and float8_e4m3fn have one float32 scale for each 256 elements, in memory
     order: `critical_scales` ((C, blocks)), `exp_avg_scales` and `exp_avg_sq_scales` ((blocks,)).
     Slots are rounded to nearest, moments stochastically, so that a slow average is not stuck:
     without bias, by random bits that depend only on `seed`, parameter, step and element.
@@ -68,9 +70,9 @@ class AdamCM(CriticalAdam):
         buffer_mean: Divide the buffer's sum by "capacity", even while it fills, or by "size", the
             number of filled slots.
         eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch.
-        buffer_dtype: The slots' dtype: torch.float32, bfloat16, float16, float8_e4m3fn or int8, or
-            its name, as "int8". None is float32, float64 for float64 parameters, which like complex
-            ones take no other.
+        buffer_dtype: The slots' dtype: torch.float32, bfloat16, float16, float8_e4m3fn, int8 or
+            int4, or its name, as "int8". None is float32, float64 for float64 parameters, which
+            like complex ones take no other.
         moment_dtype: The dtype of `exp_avg` and `exp_avg_sq`: torch.float32, bfloat16 or int8, or
             its name; None likewise. `max_exp_avg_sq` stays float32.
         low_precision_update: How bfloat16 and float16 parameters are rounded: "nearest",

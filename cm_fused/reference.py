@@ -201,7 +201,12 @@ def _update_buffer_(
     smallest = priorities.index_select(0, slot)
     admitted = torch.isfinite(key) & (key > smallest)
     rounding.store_slot_(
-        bucket["critical_buffer"][i], _item(bucket["critical_scales"], i), slot, admitted, item
+        bucket["critical_buffer"][i],
+        _item(bucket["critical_scales"], i),
+        slot,
+        admitted,
+        item,
+        bucket["exp_avg"][i],
     )
     priorities.index_copy_(0, slot, torch.where(admitted, key, smallest))
     # An unfilled slot keeps its key: -inf times a decay of 0 would be NaN.
@@ -215,7 +220,9 @@ def _item(tensors: list[Tensor], i: int) -> Tensor | None:
 
 def load_buffer(bucket: Bucket, i: int) -> Tensor:
     """Return the slots of parameter i, (C, *shape)."""
-    return rounding.load_slots(bucket["critical_buffer"][i], _item(bucket["critical_scales"], i))
+    return rounding.load_slots(
+        bucket["critical_buffer"][i], _item(bucket["critical_scales"], i), bucket["exp_avg"][i]
+    )
 
 
 def _load_moments(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,15 @@
 """The definition of every rounding of low-precision state, in plain torch.
 
 Values come as float32, flat in the state's memory order; leading dimensions, such as a buffer's
-slots, are kept. int8 and float8_e4m3fn have one float32 scale for each block of `BLOCK_SIZE`
+slots, are kept. int4, int8 and float8_e4m3fn have one float32 scale for each block of `BLOCK_SIZE`
 consecutive elements, by which no value of a block is too large. The fused backends give the same
 bits.
+
+The codes of int4 are linear and rounded to nearest, which costs least to decode. Li, Chen and Zhu,
+"Memory Efficient Optimizers with 4-bit States" (NeurIPS 2023), take blocks of 128 and codes that
+are finer near zero for the first moment, which is rounded anew at every step. A slot is rounded
+once, is averaged with the others and leaves: no error of it is fed back. Blocks of 128, quadratic
+codes and stochastic rounding changed no loss by more than the seed does (bench/NOTES.md).
 
 The int8 form of moments is an 8-bit float beside a power of two that its block has in common: of m
 a sign, 4 bits of exponent and 3 of mantissa; of v, which has no sign, one more of exponent. Small
@@ -23,13 +29,18 @@ from torch import Tensor
 
 # Consecutive elements that share a scale.
 BLOCK_SIZE = 256
+# torch's stubs lack it.
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+# What slots of int4 are stored as; see NOTE: [Two elements a byte].
+PACKED = torch.uint8
 # Dtypes with scales, and the largest number they hold.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, PACKED: 7.0}
 # A block whose largest value is below is stored as zeros: the inverse of its scale would overflow.
 SMALLEST_SCALED = 2.0**-100
 # The random bits of one rounding to a half dtype, and of one to a moment's code.
 RANDOM_BITS = 16
 MOMENT_RANDOM_BITS = {torch.bfloat16: RANDOM_BITS, torch.int8: 20}
+_HALF_BLOCK = BLOCK_SIZE // 2
 _EXPONENT = 0x7F800000
 _NAN = 0x7FC00000
 _SIGN_BIT = 0x80
@@ -39,6 +50,41 @@ _MAX_FINITE = float(torch.finfo(torch.float32).max)
 def num_blocks(numel: int) -> int:
     """Return the number of scales of a tensor."""
     return -(-numel // BLOCK_SIZE)
+
+
+# NOTE: [Two elements a byte]
+# A slot of int4 is a row of bytes, whatever the parameter's shape. The element i of a block, in
+# memory order, is in the block's byte i % 128: in the lower four bits for i < 128, else in the
+# upper four, as two's complement from -7 to 7. A last block of fewer than 128 elements has as many
+# bytes. So elements that are side by side in memory are decoded alike: a thread of a GPU has four
+# elements from each half, which are the halves of the same four bytes, and a vector of a CPU's has
+# one half of as many consecutive bytes.
+
+
+def stored_numel(numel: int, dtype: torch.dtype) -> int:
+    """Return how many numbers of a dtype store a slot: fewer than the elements, if packed."""
+    if dtype is not PACKED:
+        return numel
+    return numel // BLOCK_SIZE * _HALF_BLOCK + min(numel % BLOCK_SIZE, _HALF_BLOCK)
+
+
+def _pack(blocks: Tensor, numel: int) -> Tensor:
+    """Return the bytes, (*, stored_numel), of codes by blocks."""
+    codes = blocks.to(torch.uint8)
+    lower, upper = codes[..., :_HALF_BLOCK], codes[..., _HALF_BLOCK:]
+    return _unblocked(lower & 15 | upper << 4, stored_numel(numel, PACKED))
+
+
+def unpack(stored: Tensor, numel: int) -> Tensor:
+    """Return the codes of a packed slot, int8 (*, numel); any other slot as it is."""
+    if stored.dtype is not PACKED:
+        return stored
+    size = num_blocks(numel) * _HALF_BLOCK
+    padded = torch.nn.functional.pad(stored, (0, size - stored.shape[-1]))
+    halves = padded.reshape(*stored.shape[:-1], -1, 1, _HALF_BLOCK).view(torch.int8)
+    # Shifted to the upper half and back, a code keeps its sign.
+    codes = torch.cat([halves << 4 >> 4, halves >> 4], dim=-2)
+    return codes.flatten(-3)[..., :numel]
 
 
 def as_flat(tensor: Tensor, leading: int = 0) -> Tensor:
@@ -64,7 +110,7 @@ def shaped_as(flat: Tensor, order: Tensor) -> Tensor:
 
 
 # NOTE: [Quantizing again]
-# A block's largest value L has the scale s = fl(L / n), n being 127 or 448 = 7 * 64, and is
+# A block's largest value L has the scale s = fl(L / n), n being 127, 448 = 7 * 64 or 7, and is
 # restored as L' = fl(n s). Then fl(L' / n) is s: n s is at most n / 2 last places of s from L, so
 # that L' is L where a last place of L is more than n of those; where it is not, L' / n is within a
 # third of a place of s. A moment's scale is a power of two, by which nothing is rounded; a block
@@ -78,12 +124,13 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
 
     Args:
         values: float32 (*, numel).
-        dtype: bfloat16, float16, float8_e4m3fn, int8, or float32 and float64, which store all.
+        dtype: bfloat16, float16, float8_e4m3fn, int8, `PACKED`, or float32 and float64, which store
+            all.
 
     Returns:
-        The stored values, (*, numel), and their scales, float32 (*, num_blocks) or None. A block
-        with a value that is not finite is restored as NaN. Values that `dequantize` gave are
-        stored as they were: see the NOTE below.
+        The stored values, (*, stored_numel), and their scales, float32 (*, num_blocks) or None. A
+        block with a value that is not finite is restored as NaN. Values that `dequantize` gave are
+        stored as they were: see the NOTE above.
     """
     if dtype not in LARGEST:
         return values.to(dtype), None
@@ -92,16 +139,17 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
     inverse = _inverse(LARGEST[dtype], largest)
     # Without a usable scale also what is not finite is stored as 0, and what is negative not as -0.
     scaled = torch.where(inverse == 0, 0.0, blocks * inverse)
-    if dtype is torch.int8:
-        scaled = scaled.round()
-    stored = scaled.to(dtype)
     # Divided by a number, CUDA's tensors are multiplied by its reciprocal: rounded twice.
     scales = (largest / torch.full_like(largest, LARGEST[dtype])).squeeze(-1)
-    return _unblocked(stored, values.shape[-1]), scales
+    if dtype is PACKED:
+        return _pack(scaled.round().to(torch.int8), values.shape[-1]), scales
+    if dtype is torch.int8:
+        scaled = scaled.round()
+    return _unblocked(scaled.to(dtype), values.shape[-1]), scales
 
 
 def dequantize(stored: Tensor, scales: Tensor | None) -> Tensor:
-    """Return the values of a slot: `stored` itself for the dtypes of the update, else float32."""
+    """Return the values of an unpacked slot: itself for the dtypes of the update, else float32."""
     if stored.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
         return stored
     values = stored.to(torch.float32)
@@ -269,12 +317,18 @@ def _inverse(largest_stored: float, largest: Tensor) -> Tensor:
     return torch.where(usable, torch.full_like(largest, largest_stored) / largest, 0.0)
 
 
-def load_slots(buffer: Tensor, scales: Tensor | None) -> Tensor:
+def _order_of(buffer: Tensor, exp_avg: Tensor) -> Tensor:
+    """Return a tensor of the shape and strides of a buffer's slots; packed ones have exp_avg's."""
+    return exp_avg if buffer.dtype is PACKED else buffer[0]
+
+
+def load_slots(buffer: Tensor, scales: Tensor | None, exp_avg: Tensor) -> Tensor:
     """Return the values of a buffer's slots, in their dtype or float32, (C, *shape)."""
     if scales is None:
         return dequantize(buffer, None)
-    values = dequantize(as_flat(buffer, leading=1), scales)
-    return values.as_strided(buffer.shape, buffer.stride())
+    order = _order_of(buffer, exp_avg)
+    values = dequantize(unpack(as_flat(buffer, leading=1), order.numel()), scales)
+    return values.as_strided((len(buffer), *order.shape), (order.numel(), *order.stride()))
 
 
 def load_moment(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
@@ -285,13 +339,14 @@ def load_moment(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tenso
     return shaped_as(values, stored)
 
 
-def load_slot(buffer: Tensor, scales: Tensor | None, slot: Tensor) -> Tensor:
+def load_slot(buffer: Tensor, scales: Tensor | None, slot: Tensor, exp_avg: Tensor) -> Tensor:
     """Return the values of one slot, int64 (1,), in the buffer's dtype or float32, (*shape)."""
     slots = as_flat(buffer, leading=1)
     stored = as_bytes(slots).index_select(0, slot)[0].view(buffer.dtype)
     if scales is not None:
         scales = scales.index_select(0, slot)[0]
-    return shaped_as(dequantize(stored, scales), buffer[0])
+    order = _order_of(buffer, exp_avg)
+    return shaped_as(dequantize(unpack(stored, order.numel()), scales), order)
 
 
 def sum_slots(slots: Tensor) -> Tensor:
@@ -306,18 +361,25 @@ def sum_slots(slots: Tensor) -> Tensor:
 
 
 def store_slot_(
-    buffer: Tensor, scales: Tensor | None, slot: Tensor, admitted: Tensor, item: Tensor
+    buffer: Tensor,
+    scales: Tensor | None,
+    slot: Tensor,
+    admitted: Tensor,
+    item: Tensor,
+    exp_avg: Tensor,
 ) -> None:
     """Round an item to its slot's dtype and store it, where it is admitted.
 
     Args:
-        buffer: The slots, (C, *shape). Changed.
+        buffer: The slots, (C, *shape), or (C, stored_numel) of packed ones. Changed.
         scales: Their scales, or None. Changed.
         slot: Which one, int64 (1,).
         admitted: Whether to, bool () or (1,).
         item: (*shape).
+        exp_avg: The momentum, whose memory order packed slots have.
     """
-    values = item if item.dtype == buffer.dtype else flat_as(item, buffer[0])
+    order = _order_of(buffer, exp_avg)
+    values = item if item.dtype == buffer.dtype else flat_as(item, order)
     stored, new_scales = quantize(values, buffer.dtype)
     slots = buffer if item.dtype == buffer.dtype else as_flat(buffer, leading=1)
     slots, stored = as_bytes(slots), as_bytes(stored)

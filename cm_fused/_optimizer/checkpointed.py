@@ -158,7 +158,8 @@ class CheckpointedOptimizer(Optimizer):
         self._flush()
         state = super().__getstate__()
         # With `pending_slot`: processes that share the state share what is pending.
-        slots = checkpoint.with_slots_viewed(state["state"], torch.float8_e4m3fn, torch.uint8)
+        dtypes = torch.float8_e4m3fn, torch.uint8
+        slots = checkpoint.with_slots_viewed(state["state"], state["param_groups"], *dtypes)
         return {**state, "state": slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -168,7 +169,8 @@ class CheckpointedOptimizer(Optimizer):
         for name, value in checkpoint.NEWER_OPTIONS.items():
             self.defaults.setdefault(name, value)
         self._forget_plans()
-        values = checkpoint.with_slots_viewed(self.state, torch.uint8, torch.float8_e4m3fn)
+        dtypes = torch.uint8, torch.float8_e4m3fn
+        values = checkpoint.with_slots_viewed(self.state, self.param_groups, *dtypes)
         self.state = OptimizerState(dict, values)
         for group in self.param_groups:
             for name, value in self.defaults.items():

@@ -12,8 +12,12 @@ from cm_fused._backends.select import NAMES
 from cm_fused._distributed import is_flattened, is_sharded, partitioner
 from cm_fused._state.making import refused_precision
 from cm_fused._state.table import as_dtype
+from cm_fused.rounding import INT4
 
-BUFFER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+BUFFER_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16),
+    *(torch.float8_e4m3fn, torch.int8, INT4),
+)
 # Of float32 parameters.
 LOWER_PRECISION_GRADIENTS = (torch.bfloat16, torch.float16)
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map_only
 from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
-from cm_fused._state.table import KEYS, UNSAVED_KEYS, State, as_dtype
+from cm_fused._state.table import KEYS, UNSAVED_KEYS, State, as_dtype, option_dtype
 from cm_fused._warnings import warn
+from cm_fused.rounding import PACKED
 
 # Options of the process, not of the training run: saved as these values, never loaded. They are
 # saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
@@ -35,13 +36,22 @@ _IMMUTABLE = (bool, int, float, str, type(None))
 
 
 def with_slots_viewed(
-    state: Mapping[Any, Any], stored: torch.dtype, viewed: torch.dtype
+    state: Mapping[Any, Any],
+    groups: list[dict[str, Any]],
+    stored: torch.dtype,
+    viewed: torch.dtype,
 ) -> dict[Any, Any]:
-    """Return a state whose slots of one dtype are views of another; torch pickles no float8."""
+    """Return a state whose float8 slots of one dtype are views of another; torch pickles none."""
     result = dict(state)
+    packed = {
+        param
+        for group in groups
+        if option_dtype("critical_buffer", group) is PACKED
+        for param in group["params"]
+    }
     for key, value in state.items():
         buffer = value.get("critical_buffer") if isinstance(value, dict) else None
-        if isinstance(buffer, Tensor) and buffer.dtype == stored:
+        if isinstance(buffer, Tensor) and buffer.dtype == stored and key not in packed:
             result[key] = {**value, "critical_buffer": buffer.view(viewed)}
     return result
 

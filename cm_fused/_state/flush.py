@@ -2,7 +2,7 @@
 
 from cm_fused import rounding
 from cm_fused._distributed import local_state
-from cm_fused._state.table import State
+from cm_fused._state.table import State, shape_of, shapes_of
 
 # Without these there is nothing to commit.
 COMMIT_KEYS = frozenset({"pending_slot", "critical_buffer", "exp_avg"})
@@ -18,10 +18,12 @@ def flush_(state: State) -> None:
     critical_scales, critical_sum = state.get("critical_scales"), state.get("critical_sum")
     slot = pending_slot.clamp(min=0).reshape(1)
     item = rounding.load_moment(state["exp_avg"], state.get("exp_avg_scales"), signed=True)
-    evicted = rounding.load_slot(buffer, critical_scales, slot)
-    rounding.store_slot_(buffer, critical_scales, slot, pending_slot >= 0, item)
+    exp_avg = state["exp_avg"]
+    evicted = rounding.load_slot(buffer, critical_scales, slot, exp_avg)
+    rounding.store_slot_(buffer, critical_scales, slot, pending_slot >= 0, item, exp_avg)
     if critical_sum is not None:
-        critical_sum.add_(rounding.load_slot(buffer, critical_scales, slot) - evicted)
+        stored = rounding.load_slot(buffer, critical_scales, slot, exp_avg)
+        critical_sum.add_(stored - evicted)
     pending_slot.fill_(-1)
 
 
@@ -31,5 +33,8 @@ def flush_where_it_fits_(state: State) -> None:
     The buffer may have been changed before the momentum; its slot is then for the changed one.
     """
     local = local_state(state)
-    if COMMIT_KEYS.issubset(local) and local["critical_buffer"].shape[1:] == local["exp_avg"].shape:
+    if not COMMIT_KEYS.issubset(local):
+        return
+    buffer, exp_avg = local["critical_buffer"], local["exp_avg"]
+    if buffer.shape == shapes_of(exp_avg, len(buffer))[shape_of("critical_buffer", buffer.dtype)]:
         flush_(local)

@@ -9,7 +9,16 @@ from torch import Tensor
 from cm_fused import rounding
 from cm_fused._distributed import is_sharded, local, local_as
 from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
-from cm_fused._state.table import LEADING, ROWS, SCALES, STATE, State, required_keys, shapes_of
+from cm_fused._state.table import (
+    LEADING,
+    ROWS,
+    SCALES,
+    STATE,
+    State,
+    required_keys,
+    shape_of,
+    shapes_of,
+)
 
 # Keys that are loaded where the state dict has them, whatever the options; scales come with them.
 _LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
@@ -44,7 +53,7 @@ def check_entry(entry: Entry) -> None:
         )
     shapes = shapes_of(param, group["capacity"])
     for key, value in values.items():
-        expected = shapes[ROWS[key].shape]
+        expected = shapes[shape_of(key, value.dtype)]
         dtypes = ROWS[key].param_dtypes
         if dtypes is not None and param.dtype not in dtypes:
             expected = (0,)
@@ -169,6 +178,9 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
     if saved_slots.dtype == state["critical_buffer"].dtype:
         return
     slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
+    if saved_slots.dtype is rounding.PACKED:
+        critical_sum.copy_(rounding.sum_slots(slots))
+        return
     same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
     critical_sum.copy_(torch.where(same, critical_sum, rounding.sum_slots(slots)))
 
@@ -185,12 +197,17 @@ def _loaded_in_precision(
     if value.dtype not in rounding.LARGEST and new.dtype not in rounding.LARGEST:
         return {key: new.copy_(value)}
     new_scales: Tensor | None
-    same_order = value.numel() == 0 or value.stride() == new.stride()
+    order = new[0] if leading else new
+    ordered, old_order = new, value
+    if rounding.PACKED in (value.dtype, new.dtype):
+        # Packed slots lie in the order of the momentum.
+        ordered = order = torch.empty_like(entry.param, memory_format=torch.preserve_format)
+        old_order = values["exp_avg"]
+    same_order = old_order.numel() == 0 or old_order.stride() == ordered.stride()
     if value.dtype == new.dtype and same_order:
         new.copy_(value)
         new_scales = values[scales_key]
     else:
-        order = new[0] if leading else new
         wide = dequantized(values, key).to(new.device, torch.float32)
         if leading:
             flat = torch.stack([rounding.flat_as(slot, order) for slot in wide])

@@ -19,9 +19,10 @@ from cm_fused._state.table import (
     State,
     option_dtype,
     required_keys,
+    shape_of,
     shapes_of,
 )
-from cm_fused.rounding import LARGEST
+from cm_fused.rounding import LARGEST, PACKED
 
 LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,12 +59,15 @@ def check_param(param: Tensor, state: State) -> None:
         )
     for key, leading in LEADING.items():
         # What only parameters of some dtypes have is empty of others.
-        if ROWS[key].param_dtypes or key not in state or state[key].shape[leading:] == param.shape:
+        if ROWS[key].param_dtypes or key not in state:
+            continue
+        each = shapes_of(param, 1)[shape_of(key, state[key].dtype)][leading:]
+        if state[key].shape[leading:] == each:
             continue
         slots = "C, " if leading else ""
         raise RuntimeError(
             f"the state's {key!r} must have the parameter's shape, "
-            f"({slots}{', '.join(map(str, param.shape))}), got {tuple(state[key].shape)}; change "
+            f"({slots}{', '.join(map(str, each))}), got {tuple(state[key].shape)}; change "
             "all tensors of the state as the parameter is changed, delete 'critical_buffer' from "
             "optimizer.state[param] to start with an empty buffer, or delete all of it"
         )
@@ -136,7 +140,7 @@ def placed_as(param: Tensor, state: State) -> State:
     shape = local(param).shape
     return {
         key: sharded_as(value, param, LEADING[key])
-        if key in LEADING and value.shape[LEADING[key] :] == shape
+        if key in LEADING and value.dtype is not PACKED and value.shape[LEADING[key] :] == shape
         else value
         for key, value in state.items()
     }
@@ -156,8 +160,8 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
     as the sum of its slots.
     """
     row, capacity, dtype = ROWS[key], group["capacity"], dtype_of(key, param, group)
-    if key not in LEADING:
-        size = shapes_of(param, capacity)[row.shape]
+    if key not in LEADING or dtype is PACKED:
+        size = shapes_of(param, capacity)[shape_of(key, dtype)]
         return torch.full(size, row.fill, dtype=dtype, device=param.device)
     if row.param_dtypes is not None and param.dtype not in row.param_dtypes:
         return torch.zeros(0, dtype=dtype, device=param.device)
@@ -182,12 +186,15 @@ def unscaled(state: Group) -> State:
     finds scales of another size.
     """
     values = dict(state)
+    exp_avg = state.get("exp_avg")
+    if not isinstance(exp_avg, Tensor) or not is_sharded(exp_avg):
+        return values
     for key, scales in SCALES.items():
         stored = state.get(key)
-        if scales in state and isinstance(stored, Tensor) and is_sharded(stored):
-            codes = {key: local(stored), scales: state[scales]}
-            values[key] = sharded_as(dequantized(codes, key), stored)
-            values[scales] = torch.ones((), dtype=torch.float32, device=codes[key].device)
+        if scales in state and isinstance(stored, Tensor):
+            wide = dequantized(local_state(dict(state)), key)
+            values[key] = sharded_as(wide, exp_avg, LEADING[key])
+            values[scales] = torch.ones((), dtype=torch.float32, device=wide.device)
     remainder = state.get("master_remainder")
     if isinstance(remainder, Tensor) and is_sharded(remainder):
         # Processes cannot gather int16: neither gloo nor NCCL has it.
@@ -197,11 +204,14 @@ def unscaled(state: Group) -> State:
 
 
 def dequantized(state: Group, key: str) -> Tensor:
-    """Return the values of a row of `SCALES`: the tensor itself where no cast is needed."""
+    """Return the values of a row of `SCALES`: the tensor itself where no cast is needed.
+
+    Packed slots lie in the memory order of the state's `exp_avg`.
+    """
     stored: Tensor = state[key]
     scales = state.get(SCALES[key]) if stored.dtype in LARGEST else None
     if LEADING[key]:
-        return rounding.load_slots(stored, scales)
+        return rounding.load_slots(stored, scales, state["exp_avg"])
     return rounding.load_moment(stored, scales, signed=key == "exp_avg")
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cm_fused.rounding import BLOCK_SIZE, LARGEST
+from cm_fused.rounding import INT4, LARGEST, PACKED, num_blocks, stored_numel
 
 State = dict[str, Any]
 Group = Mapping[str, Any]
@@ -22,6 +22,7 @@ class Shape(Enum):
 
     PARAM = auto()  # (*shape)
     SLOTS = auto()  # (C, *shape)
+    PACKED_SLOTS = auto()  # (C, bytes): of slots that are packed, whose row has the shape SLOTS
     SCALES = auto()  # (blocks,)
     SLOT_SCALES = auto()  # (C, blocks)
     KEYS = auto()  # (C,)
@@ -122,7 +123,9 @@ _NEEDED = tuple(row for row in STATE if row.key not in _BY_BACKEND | set(SCALES.
 # 1.92, 2.24; running sum 1.73 for each. Of 2 and of 1 byte at C = 5 (two cores of a Xeon): reading
 # 1.67 to 1.72 and 1.37 to 1.41, running sum 1.70 to 1.99 and 1.37 to 1.45. A GPU would gain 4 bytes
 # an element at C = 3 of float32 by reading; one table for all keeps the bits of all backends equal.
-RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10}
+# Of half a byte it would be 18, where the sum's own 4 bytes of state are more than the bytes that
+# it saves a step until 26: 0.5 C - 9 for 4. C = 20, which the paper uses too, reads its slots.
+RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10, 0.5: 26}
 
 
 def as_dtype(option: Any) -> Any:
@@ -136,10 +139,13 @@ def as_dtype(option: Any) -> Any:
 
 
 def option_dtype(key: str, group: Group) -> torch.dtype | None:
-    """Return the dtype that a group's options give a state key; None if the parameter decides."""
+    """Return the dtype that a group's options give a state key; None if the parameter decides.
+
+    int4 is stored as `PACKED`.
+    """
     option = ROWS[key].dtype_option
     dtype: torch.dtype | None = as_dtype(group[option]) if option is not None else None
-    return dtype
+    return PACKED if dtype is INT4 else dtype
 
 
 def required_keys(group: Group) -> tuple[str, ...]:
@@ -162,7 +168,8 @@ def fused_keys(group: Group, *, critical_gradients: bool) -> tuple[str, ...]:
     """Return the state keys that the fused backends keep besides: a running sum, a pending slot."""
     if group["capacity"] == 0:
         return ()
-    slot_bytes = (option_dtype("critical_buffer", group) or torch.float32).itemsize
+    dtype = option_dtype("critical_buffer", group) or torch.float32
+    slot_bytes = 0.5 if dtype is PACKED else dtype.itemsize
     sums = group["capacity"] >= RUNNING_SUM_MIN_CAPACITY[slot_bytes]
     running_sum = ("critical_sum",) if sums else ()
     return running_sum if critical_gradients else (*running_sum, "pending_slot")
@@ -170,15 +177,22 @@ def fused_keys(group: Group, *, critical_gradients: bool) -> tuple[str, ...]:
 
 def shapes_of(param: torch.Tensor, capacity: int) -> dict[Shape, tuple[int, ...]]:
     """Return the shapes of a parameter's state tensors."""
-    shape, blocks = tuple(param.shape), -(-param.numel() // BLOCK_SIZE)
+    shape, blocks = tuple(param.shape), num_blocks(param.numel())
     return {
         Shape.PARAM: shape,
         Shape.SLOTS: (capacity, *shape),
+        Shape.PACKED_SLOTS: (capacity, stored_numel(param.numel(), PACKED)),
         Shape.SCALES: (blocks,),
         Shape.SLOT_SCALES: (capacity, blocks),
         Shape.KEYS: (capacity,),
         Shape.SCALAR: (),
     }
+
+
+def shape_of(key: str, dtype: torch.dtype) -> Shape:
+    """Return the shape of a state key's tensor of a dtype."""
+    shape = ROWS[key].shape
+    return Shape.PACKED_SLOTS if shape is Shape.SLOTS and dtype is PACKED else shape
 
 
 def mask_of(keys: Iterable[str]) -> int:

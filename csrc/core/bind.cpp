@@ -30,7 +30,7 @@ StoredDtype stored_dtype(const char* role, size_t i, int32_t dtype, ParamDtype p
   if (param_dtype != ParamDtype::kFloat64) {
     // In the order of StoredDtype, from kBFloat16 on.
     const int32_t rounded[] = {aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
-        aoti_torch_dtype_float8_e4m3fn(), aoti_torch_dtype_int8()};
+        aoti_torch_dtype_float8_e4m3fn(), aoti_torch_dtype_int8(), aoti_torch_dtype_uint8()};
     if (const auto* const found = std::ranges::find(rounded, dtype); found != std::end(rounded)) {
       return static_cast<StoredDtype>(found - rounded + 1);
     }
@@ -49,9 +49,11 @@ bool is_used(const StateRowInfo& row, const ParamData& data) {
 
 // The number of elements that a row's tensor must have.
 int64_t numel_of(const StateRowInfo& row, const ParamData& data) {
-  const int64_t each = row.unit == StateUnit::kElement ? data.numel
-                       : row.unit == StateUnit::kBlock ? num_scales(data.numel)
-                                                       : 1;
+  const int64_t each =
+      row.unit == StateUnit::kElement
+          ? (row.each_slot ? stored_numel(data.numel, data.slot_dtype) : data.numel)
+      : row.unit == StateUnit::kBlock ? num_scales(data.numel)
+                                      : 1;
   return row.each_slot ? data.capacity * each : each;
 }
 
@@ -73,8 +75,21 @@ int32_t dtype_of(StateDtype dtype, const TensorView& order, const ParamData& dat
 }
 
 // Takes the capacity.
+void check_packed_slots(const char* role, size_t i, const TensorView& slots, ParamData& data) {
+  const int64_t size = stored_numel(data.numel, data.slot_dtype);
+  STD_TORCH_CHECK(slots.sizes.size() == 2 && slots.sizes[0] >= 1 && slots.sizes[1] == size, role,
+      "[", i, "] must have shape (capacity, ", size, "), got ", to_string(slots.sizes));
+  data.capacity = slots.sizes[0];
+  check_flat(role, i, slots, data.capacity * size);
+}
+
+// Takes the capacity.
 void check_slots(
     const char* role, size_t i, const TensorView& slots, const TensorView& order, ParamData& data) {
+  if (data.slot_dtype == StoredDtype::kInt4) {
+    check_packed_slots(role, i, slots, data);
+    return;
+  }
   STD_TORCH_CHECK(slots.sizes.size() == order.sizes.size() + 1 && slots.sizes[0] >= 1 &&
                       std::equal(order.sizes.begin(), order.sizes.end(), slots.sizes.begin() + 1),
       role, "[", i, "] must have shape (capacity, *", to_string(order.sizes), "), got ",
@@ -166,8 +181,9 @@ TensorView view_gradient(size_t i, const TensorView& param, const Tensor& grad) 
 
 StoredDtype moment_dtype(size_t i, int32_t dtype, ParamDtype param_dtype) {
   const StoredDtype stored = stored_dtype("exp_avgs", i, dtype, param_dtype);
-  STD_TORCH_CHECK(stored != StoredDtype::kFloat16 && stored != StoredDtype::kFloat8, "exp_avgs[", i,
-      "] must be float32, bfloat16 or int8, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(stored == StoredDtype::kUnchanged || stored == StoredDtype::kBFloat16 ||
+                      stored == StoredDtype::kInt8,
+      "exp_avgs[", i, "] must be float32, bfloat16 or int8, got ", dtype_name(dtype));
   return stored;
 }
 

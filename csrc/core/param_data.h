@@ -3,6 +3,7 @@
 // operator and the columns of a table come from the rows.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -76,7 +77,7 @@ inline constexpr int64_t kNumParamDtypes = 4;
 
 // How state is stored: as the update computes, or rounded (cm_fused/rounding.py). The values are in
 // tables.
-enum class StoredDtype { kUnchanged, kBFloat16, kFloat16, kFloat8, kInt8 };
+enum class StoredDtype { kUnchanged, kBFloat16, kFloat16, kFloat8, kInt8, kInt4 };
 
 inline bool is_half(ParamDtype dtype) {
   return dtype == ParamDtype::kBFloat16 || dtype == ParamDtype::kFloat16;
@@ -97,7 +98,17 @@ inline int64_t stored_bytes(StoredDtype dtype, int64_t unchanged_bytes) {
 }
 
 inline bool has_scales(StoredDtype dtype) {
-  return dtype == StoredDtype::kFloat8 || dtype == StoredDtype::kInt8;
+  return dtype == StoredDtype::kFloat8 || dtype == StoredDtype::kInt8 ||
+         dtype == StoredDtype::kInt4;
+}
+
+// What is stored of a slot: a number for each element, or a byte for two, one from each half of a
+// block (cm_fused/rounding.py).
+inline int64_t stored_numel(int64_t numel, StoredDtype dtype) {
+  constexpr int64_t kHalf = kScaleBlock / 2;
+  return dtype != StoredDtype::kInt4
+             ? numel
+             : numel / kScaleBlock * kHalf + std::min(numel % kScaleBlock, kHalf);
 }
 
 // The position of a parameter's elements in the full parameter, of which this process may have a

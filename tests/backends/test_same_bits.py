@@ -21,6 +21,7 @@ import torch
 from cm_fused import AdamCG, AdamCM, AdamWCM
 from cm_fused._backends.select import select
 from cm_fused._backends.triton.columns import CHUNK_SIZE
+from cm_fused.rounding import INT4
 from tests.support.cases import (
     CHUNK,
     device_of,
@@ -45,11 +46,15 @@ BUFFERS: tuple[Class, ...] = CLASSES[:2]
 CAPACITIES = (*range(12), 20)
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES, torch.complex64)
-BUFFER_DTYPES = (*HALVES, torch.float8_e4m3fn, torch.int8)
+BUFFER_DTYPES = (*HALVES, torch.float8_e4m3fn, torch.int8, INT4)
 MOMENT_DTYPES = (torch.bfloat16, torch.int8)
 UPDATES = ("stochastic", "kahan")
 # Capacities on either side of the one from which on a running sum is kept.
-AROUND_RUNNING_SUM = {2: (5, 6), 1: (9, 10)}
+AROUND_RUNNING_SUM = {
+    **dict.fromkeys(HALVES, (5, 6)),
+    **dict.fromkeys((torch.float8_e4m3fn, torch.int8), (9, 10)),
+    INT4: (5, 25, 26),
+}
 # One tail; one full chunk and a tail; two chunks of the C++ pass, of which the second is a tail.
 TAILS = (1, 5, 257)
 LENGTHS = (CHUNK_SIZE, CHUNK_SIZE + 3, CHUNK + 7)
@@ -87,7 +92,7 @@ def _cases() -> list[Case]:
     cases += [
         Case(AdamCM, {"buffer_dtype": dtype, "capacity": capacity}, lengths=(257,))
         for dtype in BUFFER_DTYPES
-        for capacity in AROUND_RUNNING_SUM[dtype.itemsize]
+        for capacity in AROUND_RUNNING_SUM[dtype]
     ]
     cases += [
         Case(cls, {"moment_dtype": dtype}, lengths=(257,))
@@ -146,7 +151,7 @@ def _slow_cases() -> list[Case]:
     cases += [
         Case(cls, {"buffer_dtype": slots, "moment_dtype": moments, "capacity": 10}, dtype, LENGTHS)
         for cls in BUFFERS
-        for slots, moments in zip(BUFFER_DTYPES, MOMENT_DTYPES * 2, strict=True)
+        for slots, moments in zip(BUFFER_DTYPES, itertools.cycle(MOMENT_DTYPES), strict=False)
         for dtype in (torch.float32, torch.bfloat16)
     ]
     return cases

@@ -40,6 +40,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16 slots": {"buffer_dtype": torch.bfloat16},
     "int8": {"buffer_dtype": torch.int8, "moment_dtype": torch.int8, "capacity": 12},
+    "int4": {"buffer_dtype": "int4", "moment_dtype": torch.bfloat16},
     "float8": {"buffer_dtype": torch.float8_e4m3fn, "moment_dtype": torch.bfloat16},
     "kahan": {"dtype": torch.bfloat16, "low_precision_update": "kahan"},
     "split": {"dtype": torch.bfloat16, "low_precision_update": "split"},

@@ -22,7 +22,7 @@ from cm_fused._bucket import Batch, Bucket
 from cm_fused._optimizer.checks import BUFFER_DTYPES
 from cm_fused._state.flush import flush_
 from cm_fused._state.table import KEYS
-from cm_fused.rounding import LARGEST
+from cm_fused.rounding import INT4, LARGEST
 from tests.support.cases import (
     CHUNK,
     KINDS,
@@ -116,7 +116,8 @@ class _Run:
                 "pending_slot": self.bucket["pending_slot"][i].clone(),
             }
             flush_(state if scales is None else {**state, "critical_scales": scales})
-        return rounding.load_slots(slots, scales), running_sum
+        exp_avg = self.bucket["exp_avg"][i]
+        return rounding.load_slots(slots, scales, exp_avg), running_sum
 
     def error(self) -> float:
         """Return the worst error of all tensors' chunks, as a part of the float64 sum's norm."""
@@ -130,10 +131,16 @@ class _Run:
         return max(float(wrong[chunk].norm() / exact[chunk].norm()) for chunk in chunks)
 
 
-# Of the other dtypes a buffer of five slots has no running sum.
+# Of the other dtypes a buffer of five slots has no running sum, of int4 one of 20 has none.
 @needs_cpu_backend
 @pytest.mark.parametrize(
-    ("capacity", "buffer_dtypes"), [(5, (torch.float32,)), (20, BUFFER_DTYPES)], ids=["5", "20"]
+    ("capacity", "buffer_dtypes"),
+    [
+        (5, (torch.float32,)),
+        (20, tuple(dtype for dtype in BUFFER_DTYPES if dtype is not INT4)),
+        (26, (INT4,)),
+    ],
+    ids=["5", "20", "26"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_run(kind: Kind, capacity: int, buffer_dtypes: tuple[torch.dtype, ...]) -> None:

@@ -86,6 +86,8 @@ BAD_OPTIONS = [
     BadOption("moment_dtype", "half", "moment_dtype must be .*got 'half'"),
     BadOption("buffer_dtype", torch.float64, "buffer_dtype must be one of .*float64"),
     BadOption("buffer_dtype", torch.float8_e5m2, "buffer_dtype must be one of"),
+    # What int4 is stored as.
+    BadOption("buffer_dtype", torch.uint8, r"buffer_dtype must be one of .*got torch\.uint8"),
     BadOption("moment_dtype", torch.float16, "moment_dtype must be one of .*got torch.float16"),
     BadOption("low_precision_update", "up", "low_precision_update must be one of .*got 'up'"),
     BadOption(

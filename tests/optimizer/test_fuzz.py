@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cm_fused import AdamCM
 from cm_fused._optimizer.base import CriticalAdam
+from cm_fused.rounding import INT4
 from tests.support.cases import needs_cpu_backend
 from tests.support.effort import effort, record_cases
 from tests.support.random_use import (
@@ -79,6 +80,7 @@ _PRECISIONS: dict[torch.dtype, tuple[dict[str, Any], ...]] = {
         {"buffer_dtype": torch.float16, "moment_dtype": torch.bfloat16},
         {"buffer_dtype": torch.float8_e4m3fn},
         {"buffer_dtype": torch.int8, "moment_dtype": torch.int8},
+        {"buffer_dtype": INT4, "moment_dtype": torch.bfloat16},
     ),
     torch.bfloat16: (
         {},
@@ -179,13 +181,15 @@ def test_random_use(machine: type[ApiMachine]) -> None:
     record_cases(ApiMachine.transitions - before)
 
 
-def test_float8_slots_are_pickled() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, INT4], ids=str)
+def test_slots_of_bytes_are_pickled(dtype: torch.dtype) -> None:
     """An optimizer with 8-bit float slots comes back from pickle and goes on with the same bits.
 
-    torch pickles no tensor of 8-bit floats; older tests pickled float32 state only.
+    torch pickles no tensor of 8-bit floats, which go as the bytes that int4 slots are; older tests
+    pickled float32 state only.
     """
     for pickles in (True, False):
-        optimizer = new_optimizer(AdamCM, buffer_dtype=torch.float8_e4m3fn)
+        optimizer = new_optimizer(AdamCM, buffer_dtype=dtype)
         train(optimizer, range(3))
         copied = pickle.loads(pickle.dumps(optimizer)) if pickles else copy.deepcopy(optimizer)
         for each in (optimizer, copied):

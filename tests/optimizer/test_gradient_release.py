@@ -30,7 +30,9 @@ pytestmark = pytest.mark.sampled
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("precision", [{}, {"buffer_dtype": torch.int8, "seed": 3}], ids=str)
+@pytest.mark.parametrize(
+    "precision", [{}, {"buffer_dtype": torch.int8, "seed": 3}, {"buffer_dtype": "int4"}], ids=str
+)
 @pytest.mark.parametrize("cls", [AdamCM, AdamWCM, AdamCG])
 def test_steps_are_those_after_backward(
     cls: type[CriticalAdam], precision: dict[str, Any], backend: str

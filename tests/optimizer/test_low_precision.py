@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cm_fused import AdamCG, AdamCM, AdamWCM, diagnostics
+from cm_fused import AdamCG, AdamCM, AdamWCM, diagnostics, rounding
 from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer import base
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.making import dequantized, dtype_of
 from cm_fused.philox import ShardLayout
-from cm_fused.rounding import LARGEST, dequantize_moment, num_blocks
+from cm_fused.rounding import INT4, LARGEST, dequantize_moment, num_blocks
 from tests.support.cases import (
     CHUNK,
     FUSED_BACKENDS,
@@ -34,7 +34,7 @@ from tests.support.cases import (
 from tests.support.compare import committed_copy
 
 HALVES = (torch.bfloat16, torch.float16)
-BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, INT4)
 MOMENT_DTYPES = (torch.bfloat16, torch.int8)
 UPDATES = ("nearest", "stochastic", "kahan")
 # Parts of a block of 256; one not contiguous. `_params` adds a chunk and a part of one.
@@ -109,6 +109,8 @@ def _codes_and_values(stored: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
     Scales are left out: values are parts of what a block's largest value is stored as.
     """
+    if stored.dtype is rounding.PACKED:
+        stored = torch.stack([stored.view(torch.int8) << 4 >> 4, stored.view(torch.int8) >> 4])
     bits = 8 * stored.itemsize
     raw = stored.view(torch.int8 if bits == 8 else torch.int16).to(torch.int32)
     magnitude = raw & (2 ** (bits - 1) - 1)
@@ -215,17 +217,23 @@ def test_every_code_of_a_slot_is_read(backend: str, dtype: torch.dtype) -> None:
     device = device_of(backend)
     integer = torch.int8 if dtype.itemsize == 1 else torch.int16
     codes = torch.arange(torch.iinfo(integer).min, 1 + torch.iinfo(integer).max, dtype=integer)
-    codes = torch.cat([codes, codes[1:]]).view(dtype)
+    if dtype != INT4:
+        codes = torch.cat([codes, codes[1:]]).view(dtype)
     if dtype == torch.float8_e4m3fn:
         codes = codes[~codes.isnan()]  # which is never stored
+    stored = codes
+    if dtype == INT4:
+        # Every byte, so that each half is read beside all others; and a block of 81.
+        stored = torch.cat([codes, codes[:81]]).view(torch.uint8)
+        codes = rounding.unpack(stored, 2 * len(codes) + 81)
     param = torch.zeros(len(codes), device=device)
     param.grad = torch.zeros_like(param)
     optimizer = AdamCG([param], capacity=1, betas=(0.0, 0.99), buffer_dtype=dtype, backend=backend)
     optimizer.step()  # which makes the state
     state = optimizer.state[param]
-    state["critical_buffer"][0].copy_(codes)
-    scale = torch.tensor(0.37 if dtype in LARGEST else 1.0)
-    if dtype in LARGEST:
+    state["critical_buffer"][0].copy_(stored)
+    scale = torch.tensor(0.37 if "critical_scales" in state else 1.0)
+    if "critical_scales" in state:
         state["critical_scales"].copy_(scale)
     optimizer.step()
     # The gradient is 0 and so is beta1: the first moment is what was read.
@@ -256,7 +264,7 @@ def test_commit_of_a_state_dict(dtype: torch.dtype, precision: Precision, capaci
             assert torch.equal(_bits(state[key]), _bits(value)), key
 
 
-@pytest.mark.parametrize("buffer_dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("buffer_dtype", [torch.float8_e4m3fn, torch.int8, INT4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
 def test_a_block_without_a_usable_scale(
@@ -329,17 +337,46 @@ def test_conversion(saved: Precision) -> None:
         assert {name: group[name] for name in own} == own
         for param, twin in zip(params, group["params"], strict=True):
             loaded, original = other.state[twin], optimizer.state[param]
-            for key, bound in (("exp_avg", 0.05), ("exp_avg_sq", 0.05), ("critical_buffer", 0.05)):
+            # Half a code of 7.
+            of_slots = 0.072 if own["buffer_dtype"] is INT4 else 0.05
+            bounds = {"exp_avg": 0.05, "exp_avg_sq": 0.05, "critical_buffer": of_slots}
+            for key, bound in bounds.items():
                 assert loaded[key].dtype == dtype_of(key, twin, group)
                 values = dequantized(loaded, key)
                 expected = dequantized(original, key)
                 apart = (values - expected).abs().max() / expected.abs().max()
                 assert apart <= (0 if loaded[key].dtype == original[key].dtype else bound), key
-            assert ("critical_scales" in loaded) == (own["buffer_dtype"] in LARGEST)
+            assert ("critical_scales" in loaded) == (loaded["critical_buffer"].dtype in LARGEST)
             assert ("exp_avg_scales" in loaded) == (own["moment_dtype"] in LARGEST)
     for index, state in before["state"].items():
         for key, value in state.items():
             assert torch.equal(_bits(value), _bits(state_dict["state"][index][key]))
+
+
+def test_packed_slots_lie_as_the_momentum() -> None:
+    """Loaded into another memory order they are rounded anew; bytes of another size are refused."""
+    shape = (4, 5, 9, 7)
+    optimizers = []
+    for memory_format in (torch.channels_last, torch.channels_last, torch.contiguous_format):
+        params = [torch.zeros(shape).to(memory_format=memory_format)]
+        optimizers.append(AdamCM(params, buffer_dtype="int4"))
+    first = optimizers[0]
+    for step in range(7):
+        _take_step(first, first.param_groups[0]["params"], step)
+    state_dict = first.state_dict()
+    saved = state_dict["state"][0]
+    assert saved["critical_buffer"].shape == (5, 640)
+    slots = dequantized(saved, "critical_buffer")
+    for other, bound in zip(optimizers[1:], (0.0, 0.072), strict=True):
+        other.load_state_dict(state_dict)
+        (param,) = other.param_groups[0]["params"]
+        loaded = dequantized(other.state[param], "critical_buffer")
+        assert loaded[0].stride() == param.stride()
+        assert (loaded - slots).abs().max() <= bound * slots.abs().max()
+    for wrong in (saved["critical_buffer"][:, 1:], slots.to(torch.uint8)):
+        damaged = {**state_dict, "state": {0: {**saved, "critical_buffer": wrong}}}
+        with pytest.raises(ValueError, match=r"'critical_buffer' .* must have shape \(5, 640\)"):
+            first.load_state_dict(damaged)
 
 
 def test_conversion_of_adams_moments() -> None:
@@ -376,6 +413,8 @@ BYTES = [
     (torch.int8, None, 13 + 5 / 64),
     (torch.int8, torch.bfloat16, 9 + 5 / 64),
     (torch.int8, torch.int8, 7 + 7 / 64),
+    (INT4, None, 10.5 + 5 / 64),
+    (INT4, torch.bfloat16, 6.5 + 5 / 64),
 ]
 
 

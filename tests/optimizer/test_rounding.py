@@ -13,7 +13,7 @@ from cm_fused.philox import ShardLayout, Stream, philox, random_words
 from tests.support.cases import generator
 
 HALVES = (torch.bfloat16, torch.float16)
-SCALED = (torch.int8, torch.float8_e4m3fn)
+SCALED = (torch.int8, torch.float8_e4m3fn, rounding.PACKED)
 
 
 def _words(values: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -77,10 +77,15 @@ def test_words_are_those_of_the_layout(numbers: tuple[int, ...]) -> None:
 
 def _codes(dtype: torch.dtype) -> Tensor:
     """Return every number a scaled dtype holds, ascending, as float64."""
-    if dtype is torch.int8:
-        return torch.arange(-127, 128, dtype=torch.float64)
+    if dtype in (torch.int8, rounding.PACKED):
+        largest = int(rounding.LARGEST[dtype])
+        return torch.arange(-largest, largest + 1, dtype=torch.float64)
     values = torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float64)
     return values[values.isfinite()].sort().values
+
+
+def _restored(stored: Tensor, scales: Tensor | None, numel: int) -> Tensor:
+    return rounding.dequantize(rounding.unpack(stored, numel), scales)
 
 
 @pytest.mark.parametrize("dtype", SCALED)
@@ -99,7 +104,7 @@ def test_slots_are_rounded_to_the_nearest_code(
     stored, scales = rounding.quantize(tensor, dtype)
     assert scales is not None
     assert scales.shape == (-(-len(values) // 256),)
-    restored = rounding.dequantize(stored, scales).double()
+    restored = _restored(stored, scales, len(values)).double()
     codes = _codes(dtype)
     for block, scale in enumerate(scales.double()):
         part = slice(256 * block, 256 * (block + 1))
@@ -132,10 +137,10 @@ def test_slots_are_restored_when_quantized_again(dtype: torch.dtype) -> None:
     blocks = (codes / rounding.LARGEST[dtype]).float()
     blocks = torch.nn.functional.pad(blocks, (0, rounding.BLOCK_SIZE - len(blocks)))
     stored, scales = rounding.quantize((blocks * largest[:, None]).flatten(), dtype)
-    values = rounding.dequantize(stored, scales)
+    values = _restored(stored, scales, blocks.numel() * len(largest))
     again, new_scales = rounding.quantize(values, dtype)
     assert torch.equal(_bytes(again), _bytes(stored))
-    assert torch.equal(rounding.dequantize(again, new_scales), values)
+    assert torch.equal(_restored(again, new_scales, len(values)), values)
 
 
 @pytest.mark.parametrize("dtype", SCALED)
@@ -235,10 +240,28 @@ def test_what_is_not_finite_spoils_its_block_alone(dtype: torch.dtype, bad: floa
     """It comes back as NaN, in every place of the block: a scale has no value for it."""
     values = torch.randn(700, generator=generator(0))
     values[300] = bad
-    restored = rounding.dequantize(*rounding.quantize(values, dtype))
+    restored = _restored(*rounding.quantize(values, dtype), len(values))
     assert restored[256:512].isnan().all()
     assert restored[:256].isfinite().all()
     assert restored[512:].isfinite().all()
+
+
+@pytest.mark.parametrize("numel", [0, 1, 127, 128, 129, 255, 256, 257, 384, 385, 512, 775])
+def test_two_elements_share_a_byte(numel: int) -> None:
+    """The element i of a block is in its byte i % 128: in the lower half for i < 128."""
+    codes = (torch.arange(2 * numel).reshape(2, numel) * 5 % 15 - 7).to(torch.float32)
+    # Whatever the block, its largest code is 7.
+    codes[:, ::256] = 7
+    stored, scales = rounding.quantize(codes, rounding.PACKED)
+    assert scales is not None
+    assert scales.eq(1).all()
+    assert stored.shape == (2, sum(min(numel - i, 128) for i in range(0, numel, 256)))
+    assert torch.equal(rounding.unpack(stored, numel), codes.to(torch.int8))
+    for i in range(numel):
+        block, within = divmod(i, 256)
+        byte = int(stored[1, 128 * block + within % 128])
+        bits = byte >> (4 if within >= 128 else 0) & 15
+        assert bits == int(codes[1, i]) % 16
 
 
 VALUES = torch.tensor([1.0, -1.001, 3.14159e-3, 1e-7, -2.5e-6, 65000.0, 0.0, 1.0 + 2**-9, 6e-8])

@@ -7,10 +7,11 @@ import torch
 
 from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
 from cm_fused._backends.triton.columns import CHUNK_SIZE
+from cm_fused.rounding import INT4
 from tests.support.same_bits import Case, Class
 
 _HALVES = (torch.bfloat16, torch.float16)
-_SLOTS = (None, *_HALVES, torch.float8_e4m3fn, torch.int8)
+_SLOTS = (None, *_HALVES, torch.float8_e4m3fn, torch.int8, INT4)
 _MOMENTS = (None, torch.bfloat16, torch.int8)
 _UPDATES = ("nearest", "stochastic", "kahan")
 # None, a tail, a chunk that is full, and the two together, of which no chunk is aligned.
@@ -44,6 +45,7 @@ QUICK_CASES = (
     _case(AdamCG, {}, amp=True),
     _case(AdamCM, _LOW, torch.bfloat16, shard=(5, 7, 9)),
     _case(AdamCG, _OTHER, torch.float16),
+    _case(AdamCM, _precision(INT4, torch.bfloat16, "nearest")),
     _case(AdamCG, _SPLIT, torch.bfloat16),
     *(_case(AdamCM, {}, layout=layout) for layout in ("shifted", "transposed", "gaps")),
     _case(AdamCM, {"priority_scope": "tensor"}, torch.complex64),

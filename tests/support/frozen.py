@@ -136,6 +136,11 @@ def _of_precisions() -> Iterator[Case]:
     ends = ((torch.bfloat16, 6), (torch.bfloat16, 7), (torch.int8, 10), (torch.int8, 11))
     for cls, (slots, capacity) in product(("AdamCM", "AdamCG"), ends):
         yield _stored(cls, slots, None, capacity, torch.float32)
+    for cls, moments in product(("AdamWCM", "AdamCG"), (None, torch.bfloat16)):
+        yield _stored(cls, "int4", moments, 5, torch.float32)
+    yield _stored("AdamCM", "int4", torch.bfloat16, 5, torch.bfloat16)
+    for cls in ("AdamCM", "AdamCG"):
+        yield _stored(cls, "int4", None, 26, torch.float32)
 
 
 def _stored(cls: str, slots: Any, moments: Any, capacity: int, dtype: torch.dtype) -> Case:

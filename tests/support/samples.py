@@ -186,7 +186,9 @@ def rounded_sample(
         quantized = [quantize(tensor) for tensor in case.state[key]]
         case.state[scales_key] = [scales for _, scales in quantized]
         case.state[key] = [
-            stored.contiguous().view_as(tensor)
+            stored.contiguous().view(
+                stored.shape if stored.dtype is rounding.PACKED else tensor.shape
+            )
             for (stored, _), tensor in zip(quantized, case.state[key], strict=True)
         ]
 
@@ -239,6 +241,7 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "strided": lambda: sample(strided=True),
     "strided_bfloat16": lambda: sample(torch.bfloat16, strided=True),
     "int8": lambda: rounded_sample(torch.float32, torch.int8, torch.int8),
+    "int4": lambda: rounded_sample(torch.float32, rounding.PACKED, torch.bfloat16),
     "float8": lambda: rounded_sample(torch.bfloat16, torch.float8_e4m3fn, torch.bfloat16),
     "empty": lambda: sample(shapes=((0,), (0, 3))),
 }

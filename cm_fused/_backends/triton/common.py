@@ -99,9 +99,12 @@ def at(ptr, start, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def is_aligned(row_ptr, numel, SLOT_BYTES: tl.constexpr):
-    """Return whether every chunk of every tensor of a row starts at 16 bytes."""
-    joined = numel * SLOT_BYTES  # from one slot to the next
+def is_aligned(row_ptr, slot_bytes):
+    """Return whether every chunk of every tensor of a row starts at 16 bytes.
+
+    `slot_bytes` are those from one slot to the next.
+    """
+    joined = slot_bytes
     for column in tl.static_range(_column("param"), _column("master_remainder") + 1):
         joined |= tl.load(row_ptr + column)
     return joined % 16 == 0

@@ -63,7 +63,7 @@ def launch_options(
     """
     if param_dtype == tl.float64:
         return LAUNCH_OPTIONS
-    if tl.int8 in (moment_dtype, slot_dtype) or slot_dtype == tl.uint8:
+    if moment_dtype == tl.int8 or rounding.has_scales(slot_dtype):
         return {**LAUNCH_OPTIONS, "maxnreg": 168}
     if moment_dtype != tl.float32 or slot_dtype != tl.float32:
         return {**LAUNCH_OPTIONS, "maxnreg": 96}
@@ -84,7 +84,7 @@ class _Variant:
     GRAD_DTYPE: tl.dtype
     STATE_DTYPE: tl.dtype
     MOMENT_DTYPE: tl.dtype
-    SLOT_DTYPE: tl.dtype
+    SLOT_DTYPE: tl.dtype | str
     CRITICAL_GRADIENTS: bool
     AMSGRAD: bool
     SUMMED_SLOTS: int
@@ -112,7 +112,7 @@ class _Variant:
 
     def of_chunk(self, full: bool) -> "_Variant":
         """Return the variant with its block: of a warp for each scale, if there are scales."""
-        if {self.MOMENT_DTYPE, self.SLOT_DTYPE} & {tl.int8, tl.uint8}:
+        if self.MOMENT_DTYPE == tl.int8 or rounding.has_scales(self.SLOT_DTYPE):
             warps = NUM_WARPS if not INTERPRETED else BLOCK_SIZE // SCALE_BLOCK_SIZE
             vector = 4 if full else 1
             shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
@@ -157,9 +157,9 @@ _Tensors = namedtuple(
     "exp_avg_sq_scales",
 )
 
-# A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. `slot`
-# is the one to write, or -1.
-_Buffer = namedtuple("_Buffer", "slots scales critical_sum numel capacity slot slot_ptr")
+# A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. A slot
+# has `size` numbers in memory; `slot` is the one to write, or -1.
+_Buffer = namedtuple("_Buffer", "slots scales critical_sum numel size capacity slot slot_ptr")
 
 # The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
 _Block = namedtuple("_Block", "begin count offsets mask")
@@ -223,15 +223,18 @@ def _buffer_of(chunk, admission, V: tl.constexpr):
     """Return a chunk's buffer."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    slots_ptr = at(pointer(row_ptr, "critical_buffer", V.SLOT_DTYPE), start, V.FULL)
+    slots_ptr = pointer(row_ptr, "critical_buffer", rounding.memory_dtype(V.SLOT_DTYPE))
+    slots_ptr = at(slots_ptr, rounding.slot_size(start, V.SLOT_DTYPE), V.FULL)
+    size = rounding.slot_size(chunk.numel, V.SLOT_DTYPE)
     return _Buffer(
         slots_ptr,
         pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
         at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
         chunk.numel,
+        size,
         admission.capacity,
         admission.slot,
-        at(slots_ptr, admission.slot * chunk.numel, V.FULL),
+        at(slots_ptr, admission.slot * size, V.FULL),
     )
 
 
@@ -315,19 +318,35 @@ def _second_moment(tensors, block, exp_avg_sq, V: tl.constexpr):
 
 
 @triton.jit
+def _stored(block, V: tl.constexpr):
+    """Return the block of what the slots store of a block: of bytes, where they are packed."""
+    if rounding.is_packed(V.SLOT_DTYPE):
+        byte, element = rounding.byte_offsets(V.SHAPE)
+        SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+        mask = tl.full(SHAPE, 1, dtype=tl.int1)
+        if not V.FULL:
+            mask = block.begin + element < block.count
+        return _Block(block.begin, block.count, block.begin // 2 + byte, mask)
+    else:
+        return block
+
+
+@triton.jit
 def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
     """Return the values of a slot, or those of an item where `wanted`, a scalar, is 0.
 
     An item is what a slot stores and its scales.
     """
-    slot_ptr = at(buffer.slots, slot * buffer.numel, V.FULL)
-    mask = block.mask & (tl.full(V.SHAPE, wanted, tl.int32) != 0)
-    stored = tl.load(slot_ptr + block.offsets, mask=mask, other=item[0])
+    slot_ptr = at(buffer.slots, slot * buffer.size, V.FULL)
+    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+    where = _stored(block, V)
+    mask = where.mask & (tl.full(SHAPE, wanted, tl.int32) != 0)
+    stored = tl.load(slot_ptr + where.offsets, mask=mask, other=item[0])
     scales = 0
     if rounding.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
         scales = rounding.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
-    return rounding.from_slot(stored, scales, V.STATE_DTYPE)
+    return rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
 
 
 @triton.jit
@@ -336,7 +355,7 @@ def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
     if V.CRITICAL_GRADIENTS:
         return buffer_sum + _load_slot(buffer, other, block, 1, (0, 0.0), V)
     elif rounding.has_scales(V.SLOT_DTYPE):
-        # Chosen among codes, which are four in a register.
+        # Chosen among codes, which are four in a register, or eight.
         wanted = (buffer.slot != other).to(tl.int32)
         return buffer_sum + _load_slot(buffer, other, block, wanted, item, V)
     else:
@@ -392,7 +411,7 @@ def _sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
     stored, scales = rounding.to_slot(item, V.SLOT_DTYPE)
     if V.SUMMED_SLOTS == 0:
         # What is stored is what is summed.
-        item = rounding.from_slot(stored, scales, V.STATE_DTYPE)
+        item = rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
         follows = tl.full(V.SHAPE, follow, tl.int32) != 0
         new_sum = tl.where(follows, buffer_sum + (item - evicted), buffer_sum)
         tl.store(buffer.critical_sum + block.offsets, new_sum, mask=block.mask & follows)
@@ -411,8 +430,10 @@ def _commit(buffer, stored, scales, block, V: tl.constexpr):
         admits = (buffer.slot >= 0).to(tl.int32)
         rounding.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
     # Where nothing is committed this is no slot, and it is not touched.
-    commit = spread(buffer.slot, V.SHAPE) >= 0
-    tl.store(buffer.slot_ptr + block.offsets, stored, mask=block.mask & commit)
+    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+    where = _stored(block, V)
+    commit = spread(buffer.slot, SHAPE) >= 0
+    tl.store(buffer.slot_ptr + where.offsets, stored, mask=where.mask & commit)
 
 
 # The update
@@ -602,7 +623,8 @@ def critical_adam_kernel(
     GRAD_DTYPE: tl.constexpr,  # of gradients: PARAM_DTYPE, or bfloat16 or float16 of float32
     STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state except the next two
     MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
-    SLOT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16, float16, int8, or uint8 for 8-bit floats
+    # STATE_DTYPE, bfloat16, float16, int8, uint8 for 8-bit floats, or `rounding.INT4`
+    SLOT_DTYPE: tl.constexpr,
     CRITICAL_GRADIENTS: tl.constexpr,  # the buffer holds gradients, else momenta
     AMSGRAD: tl.constexpr,  # divide by the running maximum of the second moment
     # The capacity where slots are summed, 0 where there are sums, NO_BUFFER where there are none.
@@ -633,8 +655,11 @@ def critical_adam_kernel(
     )
     chunk = _chunk_of(table_ptr, chunks_ptr)
     HAS_BUFFER: tl.constexpr = VARIANT.HAS_BUFFER
-    slot_bits: tl.constexpr = SLOT_DTYPE.primitive_bitwidth if HAS_BUFFER else 0
-    aligned = is_aligned(chunk.row_ptr, chunk.numel, slot_bits // 8)
+    slot_bytes = chunk.numel * 0
+    if HAS_BUFFER:
+        slot_bytes = rounding.slot_size(chunk.numel, SLOT_DTYPE)
+        slot_bytes *= rounding.memory_dtype(SLOT_DTYPE).primitive_bitwidth // 8
+    aligned = is_aligned(chunk.row_ptr, slot_bytes)
     # The priorities of critical momenta are updated after the pass, those of critical gradients
     # before.
     step = tl.load(pointer(chunk.row_ptr, "step", tl.float32)).to(tl.int64)

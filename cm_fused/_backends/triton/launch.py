@@ -22,10 +22,12 @@ from cm_fused._backends.overlap import have_overlap
 from cm_fused._backends.triton import common as triton_common
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import norms as triton_norms
+from cm_fused._backends.triton import rounding as triton_rounding
 from cm_fused._backends.triton.calls import Calls, Pointers
 from cm_fused._backends.triton.tables import Chunks, OutdatedTablesError, Tables, lies_as
 from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
 from cm_fused._devices import to_device
+from cm_fused.rounding import PACKED
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -33,12 +35,14 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# State that is stored otherwise than it is computed with; 8-bit floats as their bytes.
+# State that is stored otherwise than it is computed with; 8-bit floats as their bytes, int4 under
+# the name that the kernels have for it.
 STORED_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float8_e4m3fn: tl.uint8,
     torch.int8: tl.int8,
+    PACKED: triton_rounding.INT4,
 }
 
 

@@ -1,6 +1,7 @@
 """How the Triton kernels read and round state of low precision: `cm_fused.rounding`, bit by bit.
 
-8-bit floats are handled as bytes, since not every GPU converts them.
+8-bit floats are handled as bytes, since not every GPU converts them. Int4, which Triton has no
+dtype of, goes by a name of its own.
 """
 
 from collections import namedtuple
@@ -12,6 +13,7 @@ from cm_fused import philox
 from cm_fused._backends.triton.common import INTERPRETED as _INTERPRETED
 from cm_fused.rounding import BLOCK_SIZE as _SCALE_BLOCK
 
+INT4 = "int4"
 INTERPRETED = tl.constexpr(_INTERPRETED)
 SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
 MOMENTS_STREAM = tl.constexpr(int(philox.Stream.MOMENTS))
@@ -52,7 +54,31 @@ _FLOAT8_BITS = tl.constexpr(-0x78100000)
 @triton.constexpr_function
 def has_scales(dtype):
     """Return whether state of a dtype has scales; 8-bit floats come as uint8."""
-    return dtype in (tl.int8, tl.uint8)
+    return dtype in (tl.int8, tl.uint8, INT4)
+
+
+@triton.constexpr_function
+def is_packed(dtype):
+    """Return whether a slot of a dtype has two elements in each number of its memory."""
+    return dtype == INT4
+
+
+@triton.constexpr_function
+def memory_dtype(dtype):
+    """Return the dtype of a slot's memory."""
+    return tl.uint8 if dtype == INT4 else dtype
+
+
+@triton.constexpr_function
+def _packed(shape):
+    """Return the shape of a block's bytes in a packed slot."""
+    return (shape[0] // 2, *shape[1:])
+
+
+@triton.constexpr_function
+def stored_shape(dtype, shape):
+    """Return the shape of what slots of a dtype store of a block."""
+    return (shape[0] // 2, *shape[1:]) if dtype == INT4 else shape
 
 
 @triton.constexpr_function
@@ -89,6 +115,30 @@ def block_offsets(SHAPE: tl.constexpr):
         return warp * SCALE_BLOCK + (run * SHAPE[2] + lane) * SHAPE[3] + within
     else:
         return tl.arange(0, SHAPE[0])
+
+
+@triton.jit
+def byte_offsets(SHAPE: tl.constexpr):
+    """Return the place of each byte of a packed slot within a block, and of its first element.
+
+    The second half of a warp's runs is in the upper halves of the bytes that the first half is in.
+    """
+    run = tl.arange(0, SHAPE[0] // 2)[:, None, None, None]
+    warp = tl.arange(0, SHAPE[1])[None, :, None, None]
+    lane = tl.arange(0, SHAPE[2])[None, None, :, None]
+    within = tl.arange(0, SHAPE[3])[None, None, None, :]
+    byte = (run * SHAPE[2] + lane) * SHAPE[3] + within
+    return warp * (SCALE_BLOCK // 2) + byte, warp * SCALE_BLOCK + byte
+
+
+@triton.jit
+def slot_size(numel, SLOT_DTYPE: tl.constexpr):
+    """Return how many numbers a slot has in memory."""
+    if is_packed(SLOT_DTYPE):
+        half = SCALE_BLOCK // 2
+        return numel // SCALE_BLOCK * half + tl.minimum(numel % SCALE_BLOCK, half)
+    else:
+        return numel
 
 
 @triton.jit
@@ -300,6 +350,45 @@ def _from_float8(byte):
 
 
 @triton.jit
+def _pack(codes, SHAPE: tl.constexpr):
+    """Return a block of int32 codes as bytes, two elements in each.
+
+    Runs are picked out by sums over all of them, which a thread has: to reshape them would lay them
+    out anew.
+    """
+    RUNS: tl.constexpr = SHAPE[0] // 2
+    run = tl.arange(0, 2 * RUNS)[:, None, None, None]
+    halves = (codes & 15) << (run // RUNS * 4)
+    if RUNS == 1:
+        stored = tl.sum(halves, 0, keep_dims=True)
+    else:
+        packed_run = tl.arange(0, RUNS)[:, None, None, None]
+        stored = tl.zeros(_packed(SHAPE), tl.int32)
+        for i in tl.static_range(RUNS):
+            both = tl.sum(tl.where(run % RUNS == i, halves, 0), 0, keep_dims=True)
+            stored = tl.where(packed_run == i, both, stored)
+    return stored.to(tl.uint8)
+
+
+@triton.jit
+def _unpack(stored, SHAPE: tl.constexpr):
+    """Return 16 times the codes of a block of bytes, float32."""
+    RUNS: tl.constexpr = SHAPE[0] // 2
+    run = tl.arange(0, 2 * RUNS)[:, None, None, None]
+    if RUNS == 1:
+        halves = tl.broadcast_to(stored, SHAPE)
+    else:
+        packed_run = tl.arange(0, RUNS)[:, None, None, None]
+        halves = tl.zeros(SHAPE, tl.uint8)
+        for i in tl.static_range(RUNS):
+            both = tl.sum(tl.where(packed_run == i, stored.to(tl.int32), 0), 0, keep_dims=True)
+            halves = tl.where(run % RUNS == i, both.to(tl.uint8), halves)
+    # In the upper half of a byte a code has its sign: one instruction converts it.
+    upper = (halves << ((1 - run // RUNS) * 4).to(tl.uint8)) & 0xF0
+    return upper.to(tl.int8, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def to_slot(values, SLOT_DTYPE: tl.constexpr):
     """Return values as a slot stores them, and the scales of each warp; see `from_slot`."""
     if SLOT_DTYPE == tl.int8:
@@ -307,6 +396,10 @@ def to_slot(values, SLOT_DTYPE: tl.constexpr):
         scaled = tl.where(inverse == 0, 0.0, values * inverse)
         stored = (scaled + 12582912.0).to(tl.int32, bitcast=True) - _INTEGER_BITS
         return stored.to(tl.int8), scales
+    elif is_packed(SLOT_DTYPE):
+        inverse, scales = _block_scale(values, 7.0)
+        scaled = tl.where(inverse == 0, 0.0, values * inverse)
+        return _pack((scaled + 12582912.0).to(tl.int32, bitcast=True), values.shape), scales
     elif SLOT_DTYPE == tl.uint8:
         inverse, scales = _block_scale(values, 448.0)
         return _to_float8(tl.where(inverse == 0, 0.0, values * inverse)), scales
@@ -315,9 +408,14 @@ def to_slot(values, SLOT_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def from_slot(stored, scales, STATE_DTYPE: tl.constexpr):
+def from_slot(
+    stored, scales, SLOT_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, SHAPE: tl.constexpr
+):
     """Return the values of a slot; `scales` are used by the dtypes that have them."""
-    if stored.dtype == tl.int8:
+    if is_packed(SLOT_DTYPE):
+        # Exact, as a scale of what is not 0 is 2^-103 or more.
+        return _unpack(stored, SHAPE) * (scales * 0.0625)
+    elif stored.dtype == tl.int8:
         return stored.to(tl.float32) * scales
     elif stored.dtype == tl.uint8:
         return _from_float8(stored) * scales

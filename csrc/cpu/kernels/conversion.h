@@ -46,6 +46,15 @@ CM_FUSED_INLINE Vector<float> load_codes(Float8, const uint8_t* stored) {
   return _mm512_maskz_cvtph_ps(kAllLanes, halves) * 0x1p8F;
 }
 
+// A permutation looks at the last four bits of an index.
+CM_FUSED_INLINE Vector<float> load_codes(Int4, HalfBytes stored) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored.bytes));
+  const __m512i codes = _mm512_maskz_srlv_epi32(
+      kAllLanes, _mm512_maskz_cvtepu8_epi32(kAllLanes, bytes), _mm512_set1_epi32(stored.shift));
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return _mm512_maskz_permutexvar_ps(kAllLanes, codes, values);
+}
+
 CM_FUSED_INLINE Vector<float> load_codes(UnsignedFloat8, const uint8_t* stored) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored));
   return _mm512_maskz_cvtph_ps(kAllLanes, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
@@ -100,6 +109,13 @@ CM_FUSED_INLINE Vector<float> load_codes(Float8, const uint8_t* stored) {
   const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
   const __m128i halves = _mm_and_si128(shifted, _mm_set1_epi16(static_cast<int16_t>(0xBF80)));
   return _mm256_cvtph_ps(halves) * 0x1p8F;
+}
+
+CM_FUSED_INLINE Vector<float> load_codes(Int4, HalfBytes stored) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(stored.bytes));
+  const __m256i upper =
+      _mm256_sllv_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(28 - stored.shift));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 28));
 }
 
 CM_FUSED_INLINE Vector<float> load_codes(UnsignedFloat8, const uint8_t* stored) {
@@ -222,5 +238,44 @@ CM_FUSED_INLINE void store_vectors(
     for (size_t i = 0; i < std::size(elements); ++i) {
       stored[i] = Code::store(elements[i]);
     }
+  }
+}
+
+// Sets values to the codes in halves of bytes.
+template <typename Code, typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void load_vectors(HalfBytes stored, vector_t (&values)[kCount]) {
+  constexpr int64_t width = kWidth<vector_t>;
+  if constexpr (kConvertsVectors && width > 1) {
+    for (int64_t v = 0; v < kCount; ++v) {
+      values[v] = load_codes(Code{}, HalfBytes{stored.bytes + v * width, stored.shift});
+    }
+  } else {
+    Element<vector_t> elements[kCount * width];
+    for (size_t i = 0; i < std::size(elements); ++i) {
+      elements[i] = Code::load(stored.bytes[i], stored.shift);
+    }
+    for (int64_t v = 0; v < kCount; ++v) {
+      values[v] = load_vector<vector_t>(elements + v * width);
+    }
+  }
+}
+
+// Stores values in halves of bytes, whose other halves stay.
+template <typename Code, typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void store_vectors(HalfBytes stored, const vector_t (&values)[kCount]) {
+  constexpr int64_t count = kCount * kWidth<vector_t>;
+  using joined_t = std::conditional_t<count % 8 == 0, uint64_t,
+      std::conditional_t<count % 4 == 0, uint32_t, uint8_t>>;
+  constexpr auto kLowerHalves = static_cast<joined_t>(0x0F0F0F0F0F0F0F0FU);
+  int8_t codes[count];
+  store_vectors<Int8>(codes, values);
+  for (int64_t i = 0; i < count; i += sizeof(joined_t)) {
+    joined_t code;
+    joined_t old;
+    std::memcpy(&code, codes + i, sizeof(code));
+    std::memcpy(&old, stored.bytes + i, sizeof(old));
+    old &= static_cast<joined_t>(~(kLowerHalves << stored.shift));
+    old |= static_cast<joined_t>((code & kLowerHalves) << stored.shift);
+    std::memcpy(stored.bytes + i, &old, sizeof(old));
   }
 }

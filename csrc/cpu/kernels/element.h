@@ -114,6 +114,22 @@ struct Int8 {
   }
 };
 
+// Two elements a byte, one from each half of a block: which half `HalfBytes` says.
+struct Int4 {
+  using stored_t = uint8_t;
+  static constexpr bool kScaled = true;
+  static constexpr float kLargest = 7.0F;
+  static float load(uint8_t byte, int shift) {
+    return static_cast<float>(static_cast<int8_t>(byte << (4 - shift)) >> 4);
+  }
+};
+
+// The lower or the upper halves of bytes.
+struct HalfBytes {
+  uint8_t* bytes;
+  int shift;  // 0 or 4
+};
+
 // torch.float8_e4m3fn: bias 7, three bits of mantissa, no infinity.
 struct Float8 {
   using stored_t = uint8_t;

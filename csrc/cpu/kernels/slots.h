@@ -22,6 +22,8 @@ inline auto with_slot_code(StoredDtype dtype, Visit visit) {
         return visit(Float8{});
       case StoredDtype::kInt8:
         return visit(Int8{});
+      case StoredDtype::kInt4:
+        return visit(Int4{});
       case StoredDtype::kUnchanged:
         break;
     }
@@ -40,11 +42,12 @@ class Buffer {
   template <typename Code>
   CM_FUSED_INLINE Buffer(Code, const TensorStep& tensor, bool rebuilds_sum, int64_t begin)
       : dtype_(tensor.slot_dtype),
-        numel_(tensor.numel),
+        slot_size_(stored_numel(tensor.numel, tensor.slot_dtype)),
         capacity_(tensor.capacity),
         num_scales_(num_scales(tensor.numel)),
         admitted_(tensor.slot),
-        slots_(static_cast<typename Code::stored_t*>(tensor.critical_buffer) + begin),
+        slots_(static_cast<typename Code::stored_t*>(tensor.critical_buffer) +
+               stored_numel(begin, tensor.slot_dtype)),
         scales_(Code::kScaled ? tensor.critical_scales + begin / kScaleBlock : nullptr),
         sum_(tensor.critical_sum == nullptr ? nullptr
                                             : static_cast<state_t*>(tensor.critical_sum) + begin),
@@ -104,20 +107,41 @@ class Buffer {
   CM_FUSED_INLINE void prefetch_slots(Code, int64_t at) const {
     if (sum_ == nullptr) {
       for (int64_t slot = 0; slot < capacity_; ++slot) {
-        prefetch(slot_data<Code>(slot, at), kBlockSize);
+        prefetch_slot<Code>(slot, at);
       }
     } else {
       prefetch(sum_ + at, kBlockSize);
       if (admits()) {
-        prefetch(slot_data<Code>(admitted_, at), kBlockSize);
+        prefetch_slot<Code>(admitted_, at);
       }
     }
   }
 
  private:
   template <typename Code>
-  CM_FUSED_INLINE typename Code::stored_t* slot_data(int64_t slot, int64_t at) const {
-    return static_cast<typename Code::stored_t*>(slots_) + slot * numel_ + at;
+  CM_FUSED_INLINE typename Code::stored_t* first_of(int64_t slot) const {
+    return static_cast<typename Code::stored_t*>(slots_) + slot * slot_size_;
+  }
+
+  template <typename Code>
+  CM_FUSED_INLINE auto slot_data(int64_t slot, int64_t at) const {
+    if constexpr (std::is_same_v<Code, Int4>) {
+      constexpr int64_t kHalf = kScaleBlock / 2;
+      return HalfBytes{first_of<Code>(slot) + at % kHalf, at < kHalf ? 0 : 4};
+    } else {
+      return first_of<Code>(slot) + at;
+    }
+  }
+
+  // Packed slots are asked for by whole lines, 1024 bytes ahead. At 256, as many elements as of the
+  // other streams, a step took 1.3 of the time with int8 slots, at 512 1.1, at 1024 1.0.
+  template <typename Code>
+  CM_FUSED_INLINE void prefetch_slot(int64_t slot, int64_t at) const {
+    if constexpr (!std::is_same_v<Code, Int4>) {
+      prefetch(first_of<Code>(slot) + at, kBlockSize);
+    } else if (at % (2 * kBlockSize) == 0) {
+      prefetch(first_of<Code>(slot) + (at - kPrefetchDistance) / 2 + 1024, kBlockSize);
+    }
   }
 
   // The sum over the slots, in their order.
@@ -154,7 +178,7 @@ class Buffer {
   // Puts `item` in its slot; a running sum, if there is one, follows.
   template <typename Code, typename vector_t, int64_t kCount>
   CM_FUSED_INLINE void put(int64_t at, const vector_t (&item)[kCount], state_t* sum) const {
-    auto* const stored = slot_data<Code>(admitted_, at);
+    const auto stored = slot_data<Code>(admitted_, at);
     vector_t scaled[kCount];
     for (int64_t v = 0; v < kCount; ++v) {
       scaled[v] = scale_down<Code>(item[v]);
@@ -216,7 +240,7 @@ class Buffer {
   }
 
   const StoredDtype dtype_;
-  const int64_t numel_;
+  const int64_t slot_size_;
   const int64_t capacity_;
   const int64_t num_scales_;
   const int64_t admitted_;
