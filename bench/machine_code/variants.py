@@ -17,6 +17,7 @@ from bench.speed import bytes as byte_model
 from bench.speed.bytes import Bytes
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import launch as backend
+from cm_fused.rounding import INT4, PACKED
 
 WARP = 32
 _POINTERS = {
@@ -60,10 +61,11 @@ class Variant:
 
     def precision(self) -> dict[str, Any]:
         """Return those of them that say how state and parameters are stored."""
+        slots = PACKED if self.slot_dtype is INT4 else self.slot_dtype
         return backend.precision(
             self.param_dtype,
             self.moment_dtype or self.state_dtype,
-            self.slot_dtype or self.state_dtype,
+            slots or self.state_dtype,
             self.update,
         )
 
@@ -92,7 +94,7 @@ class Variant:
             grad_bytes=(self.grad_dtype or self.param_dtype).itemsize,
             state_bytes=self.state_dtype.itemsize,
             moment_bytes=(self.moment_dtype or self.state_dtype).itemsize,
-            slot_bytes=(self.slot_dtype or self.state_dtype).itemsize,
+            slot_bytes=byte_model.slot_bytes(self.slot_dtype or self.state_dtype),
             rounding_bytes=2 if self.update in ("kahan", "split") else 0,
         )
 
@@ -103,10 +105,10 @@ def _short(dtype: torch.dtype) -> str:
 
 def rounded_variants() -> list[Variant]:
     """Return variants with state of low precision at C = 5, and a running sum: every rounding."""
-    int8, half = torch.int8, torch.bfloat16
+    int4, int8, half = INT4, torch.int8, torch.bfloat16
     states: list[tuple[torch.dtype | None, torch.dtype]]
-    states = [(None, slot) for slot in (half, torch.float16, torch.float8_e4m3fn, int8)]
-    states += [(half, int8), (int8, int8)]
+    states = [(None, slot) for slot in (half, torch.float16, torch.float8_e4m3fn, int8, int4)]
+    states += [(half, int8), (half, int4), (int8, int8)]
     of_float32 = [
         Variant(torch.float32, gradients, False, slots, moment, slot)
         for gradients in (False, True)

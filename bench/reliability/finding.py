@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cm_fused import AdamCG, AdamCM
+from cm_fused.rounding import INT4
 
 Kind = type[AdamCM | AdamCG]
 # What `buffer_dtype` and `moment_dtype` may be.
@@ -15,6 +16,7 @@ BUFFER_DTYPES = (
     torch.float16,
     torch.float8_e4m3fn,
     torch.int8,
+    INT4,
 )
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 

@@ -7,7 +7,10 @@ slots. Where a step is limited by memory its time is in proportion to these byte
 
 from dataclasses import dataclass
 
+import torch
+
 from bench import internals
+from cm_fused.rounding import INT4
 
 _FLOAT = 4
 _DOUBLE = 8
@@ -27,6 +30,11 @@ class Bytes:
 
     def __add__(self, other: "Bytes") -> "Bytes":
         return Bytes(self.read + other.read, self.written + other.written)
+
+
+def slot_bytes(dtype: torch.dtype) -> float:
+    """Return the bytes of a slot's element. Scales, 1/64 of a byte, are not counted."""
+    return 0.5 if dtype is INT4 else dtype.itemsize
 
 
 def _streams(read: float, written: float) -> Bytes:
@@ -74,10 +82,10 @@ def adam_cm(capacity: int, admits: bool) -> Bytes:
     return adamw_fused() + _buffer(capacity, admits) + _rebuild(capacity, admits, False)
 
 
-def rounded(capacity: int, admits: bool, *, moment_bytes: int, slot_bytes: int) -> Bytes:
+def rounded(capacity: int, admits: bool, *, moment_bytes: int, slot_bytes: float) -> Bytes:
     """One pass of critical momenta whose state has low precision and whose slots are summed.
 
-    The slot that a momentum takes is not read. Scales, 1/64 of a byte an element, are not counted.
+    The slot that a momentum takes is not read.
 
     Args:
         capacity: C.
@@ -104,7 +112,7 @@ def triton_pass(
     grad_bytes: int,
     state_bytes: int,
     moment_bytes: int,
-    slot_bytes: int,
+    slot_bytes: float,
     rounding_bytes: int = 0,
 ) -> Bytes:
     """What the Triton pass loads and stores where it replaces a slot (_backends/triton/kernels.py).
@@ -119,7 +127,7 @@ def triton_pass(
         grad_bytes: Of an element of g.
         state_bytes: Of an element of the maximum and of the running sum.
         moment_bytes: Of an element of m and of v.
-        slot_bytes: Of an element of a slot. Scales, 1/64 of a byte an element, are not counted.
+        slot_bytes: Of an element of a slot.
         rounding_bytes: Of an element of what rounding θ leaves: compensation or master_remainder.
     """
     both_ways = (2 * moment_bytes) + (state_bytes if amsgrad else 0) + rounding_bytes

@@ -172,9 +172,8 @@ def _launches(provider: Provider, workload: Workload) -> Iterator[Launch]:
     """Return a step's launches; a graph's replay has the same ones."""
     if provider.name.startswith("AdamW"):
         return _adamw(workload)
-    state = (
-        "float32" if " C=" in provider.name else "scaled" if "int8" in provider.name else "rounded"
-    )
+    scaled = any(dtype in provider.name for dtype in ("int8", "int4"))
+    state = "float32" if " C=" in provider.name else "scaled" if scaled else "rounded"
     assert provider.bytes is not None
     return _fused(workload, provider.bytes(True), state, provider.name.startswith("AdamCG"))
 

@@ -16,6 +16,7 @@ from bench.speed import bytes as byte_model
 from bench.speed.bytes import Bytes
 from bench.speed.workloads import Shapes
 from cm_fused import AdamCG, AdamCM
+from cm_fused.rounding import INT4
 
 _DRAWN = 2**20
 _STEPS_BEFORE_CAPTURE = 3
@@ -233,6 +234,7 @@ def _rounded(
     device: str, buffer_dtype: torch.dtype, moment_dtype: torch.dtype | None = None
 ) -> Provider:
     moment_bytes = (moment_dtype or torch.float32).itemsize
+    slot_bytes = byte_model.slot_bytes(buffer_dtype)
     precision = {"buffer_dtype": buffer_dtype, "moment_dtype": moment_dtype}
     make = partial(AdamCM, buffer_dtype=buffer_dtype, moment_dtype=moment_dtype)
     words = [f"{name}={dtype}" for name, dtype in precision.items() if dtype]
@@ -241,7 +243,7 @@ def _rounded(
         f"AdamCM {' + '.join(short)}",
         f"cm_fused.AdamCM({', '.join(words)}, backend={BACKENDS[device]!r})",
         partial(_critical, make, 5, BACKENDS[device]),
-        partial(byte_model.rounded, 5, moment_bytes=moment_bytes, slot_bytes=buffer_dtype.itemsize),
+        partial(byte_model.rounded, 5, moment_bytes=moment_bytes, slot_bytes=slot_bytes),
         (REPLACING,),
         state_copies=5,
     )
@@ -324,6 +326,7 @@ def providers(device: str) -> tuple[Provider, ...]:
         _rounded(device, torch.bfloat16),
         _rounded(device, torch.int8),
         _rounded(device, torch.int8, torch.bfloat16),
+        _rounded(device, INT4, torch.bfloat16),
     )
     if device == "cpu":
         critical = (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bench.demo.data import stdlib_text
 from bench.demo.tasks import TASKS as DEMO_TASKS
 from bench.demo.tasks import Task, perplexity
+from cm_fused.rounding import INT4
 
 BASELINE = "float32"
 
@@ -37,6 +38,8 @@ PRECISIONS = {
     "int8 slots": Precision(torch.int8),
     "int8 slots, bfloat16 moments": Precision(torch.int8, torch.bfloat16),
     "int8 slots, int8 moments": Precision(torch.int8, torch.int8),
+    "int4 slots": Precision(INT4),
+    "int4 slots, bfloat16 moments": Precision(INT4, torch.bfloat16),
 }
 
 
