@@ -430,6 +430,7 @@ def test_divergence() -> None:
             lambda i: i % 32 < 27,
         ),
         ("redux.sync.max.s32 %r20, %r1, -1;", lambda i: i // 32 * 32 + 31),
+        ("redux.sync.add.s32 %r20, %r1, -1;", lambda i: i // 32 * 1024 + 496),
     ],
 )
 def test_shuffles(code: str, expected: Callable[[int], int]) -> None:

@@ -90,6 +90,8 @@ def _slow_cases() -> list[Case]:
     for cls, capacity, slots in itertools.product(classes, (4, 5, 6, 7, 9, 10, 11), _SLOTS):
         options = {"capacity": capacity, "buffer_dtype": slots}
         cases.append(_case(cls, options))
+    # More slots than a row of the priority kernel has in 16 lanes, and int4's first running sum.
+    cases += [_case(cls, {"capacity": 26, "buffer_dtype": INT4}) for cls in classes]
     for cls, (dtype, layout) in itertools.product(
         (AdamWCM, AdamWCG), itertools.product(_HALVES, ((0, 4, 8), (2, 7, 7), (3, 2, 11)))
     ):

@@ -86,7 +86,7 @@ _SHUFFLES = {how: arithmetic.shuffle(how, False) for how in ("bfly", "down", "id
 _FINDS = {how: arithmetic.shuffle(how, True) for how in _SHUFFLES}
 _INT = "[su](?:16|32|64)"
 _ANY = "[bsuf](?:16|32|64)"
-_REDUCTIONS = {name: arithmetic.reduction(_NUMPY[name]) for name in EXTREMES}
+_REDUCTIONS = {name: arithmetic.reduction(_NUMPY[name]) for name in ("add", *EXTREMES)}
 _FLOAT_REDUCTIONS = {name: arithmetic.reduction(EXTREMES[name]) for name in EXTREMES}
 # Opcodes, the result's type and its operands' by the groups of an opcode, and the function, or
 # functions by the first group.
@@ -138,7 +138,7 @@ _ROWS: tuple[tuple[str, str, Function | dict[str, Function]], ...] = (
     (r"shfl.sync.(bfly|down|idx).b32", "b32 ~b32 u32 !s32 !s32 !u32", _SHUFFLES),
     (r"shfl.sync.(bfly|down|idx).b32\|", "pred b32 u32 !s32 !s32 !u32", _FINDS),
     (r"redux.sync.(min|max).(f32)", r"\2 !\2 !s32 !u32", _FLOAT_REDUCTIONS),
-    (r"redux.sync.(min|max).([su]32)", r"\2 !\2 !s32 !u32", _REDUCTIONS),
+    (r"redux.sync.(add|min|max).([su]32)", r"\2 !\2 !s32 !u32", _REDUCTIONS),
 )
 _TABLE = tuple((re.compile(row[0].replace(".", r"\.")), *row[1:]) for row in _ROWS)
 
