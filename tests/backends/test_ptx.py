@@ -477,6 +477,15 @@ MOVED: dict[str, tuple[str, Callable[[int], int]]] = {
         "mov.b64 %rd9, {%r8, %r1};\nshr.u64 %rd9, %rd9, 32;\ncvt.u32.u64 %r20, %rd9;",
         lambda i: i,
     ),
+    "masked": (
+        "prmt.b32 %r9, %r8, %r1, 0x1054U;\nor.b32 %r9, %r9, -256;\nand.b32 %r20, %r9, 255;",
+        lambda i: i,
+    ),
+    "one of two floats": (
+        "mov.b64 %rd8, {%r8, %r1};\nmov.b32 %r9, 0f3F800000;\nmov.b64 %rd9, {%r9, %r9};\n"
+        "mul.rn.f32x2 %rd9, %rd8, %rd9;\nmov.b64 {_, %r20}, %rd9;",
+        lambda i: i,
+    ),
     "bytes not chosen": ("prmt.b32 %r20, %r1, %r8, 0x3210U;", lambda i: i),
     "not selected": (
         "selp.b32 %r8, %r8, 3, %p1;\nselp.b32 %r20, 2, %r8, %p1;",
@@ -543,6 +552,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "half not written": (
         f"mov.b64 %rd9, {{%r1, %r8}};\nmov.b64 {{_, %r20}}, %rd9;\n{STORE}",
+        "what is stored is not written",
+    ),
+    "masked in part": (
+        f"and.b32 %r20, %r8, 256;\n{STORE}",
         "what is stored is not written",
     ),
     "compared, not written": ("setp.lt.s32 %p1, %r8, %r1;", "%r8 is used where"),

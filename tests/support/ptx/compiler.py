@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.support.ptx.arithmetic import UNSIGNED, Array, from_bfloat16
 from tests.support.ptx.memory import Memory
-from tests.support.ptx.operations import Operation, dtype_of, operation_of
+from tests.support.ptx.operations import PAIRS, Operation, dtype_of, operation_of
 from tests.support.ptx.parser import Block, Instruction, Kernel, PtxError
 
 # Runs on a frame, of the threads of a mask, or of all where it is None.
@@ -296,6 +296,10 @@ def _undefined(
     operation: Operation, types: list[str], values: list[Array], bits: list[Array]
 ) -> Array:
     """Return a result's undefined bits: those that move with it, or all of them."""
+    if operation.function in (np.bitwise_and, np.bitwise_or):
+        return _undefined_logic(operation, values, bits)
+    if operation.function in PAIRS.values():
+        return _undefined_pairs(bits)
     moved, spoiled = [], np.zeros(1, bool)
     for kind, value, each in zip(types, values, bits, strict=True):
         moved.append(each if kind[0] == "~" else value)
@@ -307,6 +311,21 @@ def _undefined(
     if types[0][0] == "~":
         result = operation.compute(*moved).view(unsigned)
     return np.where(spoiled, np.full(1, -1).astype(unsigned), result)
+
+
+def _undefined_pairs(bits: list[Array]) -> Array:
+    """Return the undefined bits of two float32 results, each of its own operands."""
+    spoiled = [each.view(np.uint32).reshape(-1, 2) != 0 for each in bits]
+    result = np.where(spoiled[0] | spoiled[1], np.uint32(0xFFFFFFFF), np.uint32(0))
+    return result.reshape(-1).view(np.uint64)
+
+
+def _undefined_logic(operation: Operation, values: list[Array], bits: list[Array]) -> Array:
+    """Return the undefined bits of "and" or "or": a written 0, or 1, decides by itself."""
+    a, b = values if operation.function is np.bitwise_and else [~value for value in values]
+    of_a, of_b = bits
+    result: Array = of_a & (b | of_b) | of_b & (a | of_a)
+    return result
 
 
 def _parts(text: str, count: int) -> list[str]:

@@ -58,7 +58,7 @@ _NUMPY: dict[str, Function] = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
 }
-_PAIRS = {name: arithmetic.of_pairs(_NUMPY[name]) for name in ("add", "sub", "mul")}
+PAIRS = {name: arithmetic.of_pairs(_NUMPY[name]) for name in ("add", "sub", "mul")}
 _FLOAT_SIGNS: dict[str, Function] = {
     "neg": lambda a: a ^ arithmetic.sign_bit(a),
     "abs": lambda a: a & ~arithmetic.sign_bit(a),
@@ -93,7 +93,7 @@ _FLOAT_REDUCTIONS = {name: arithmetic.reduction(EXTREMES[name]) for name in EXTR
 _ROWS: tuple[tuple[str, str, Function | dict[str, Function]], ...] = (
     (r"(add|sub|mul)(?:.rn)?.(f32|f64)", r"\2 \2 \2", _NUMPY),
     (r"(div).rn.(f32|f64)", r"\2 \2 \2", _NUMPY),
-    (r"(add|sub|mul).rn.f32x2", "b64 b64 b64", _PAIRS),
+    (r"(add|sub|mul).rn.f32x2", "b64 b64 b64", PAIRS),
     (r"(add|sub).rn.f32.(f16|bf16)", r"f32 \2 f32", _NUMPY),
     (r"fma.rn.f32", "f32 f32 f32 f32", arithmetic.fma32),
     (r"fma.rn.f32x2", "b64 b64 b64 b64", arithmetic.of_pairs(arithmetic.fma32)),
