@@ -359,6 +359,35 @@ def test_a_model_that_is_cast(backend: str) -> None:
     assert torch.equal(param, before)
 
 
+@pytest.mark.parametrize("backend", backend_params(["eager", "cpu"]))
+@pytest.mark.parametrize("update", ["split", "kahan"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_a_model_that_is_cast(
+    saved: torch.dtype, update: str, backend: str
+) -> None:
+    """A state dict loads after a cast in either direction; what rounding left starts anew.
+
+    Loading refused it. Older tests loaded float32 state that had been saved without the option,
+    went back to float32 by the masters alone, and cast models without a checkpoint.
+    """
+    key = {"split": "master_remainder", "kahan": "compensation"}[update]
+    param = torch.linspace(-2, 2, 300).to(saved)
+    optimizer = AdamCM([param], low_precision_update=update, backend=backend)
+    _step(optimizer, param)
+    other = param.to(torch.bfloat16 if saved is torch.float32 else torch.float32)
+    resumed = AdamCM([other], backend=backend)
+    resumed.load_state_dict(optimizer.state_dict())
+    state = resumed.state[other]
+    assert state[key].shape == ((0,) if other.dtype is torch.float32 else other.shape)
+    assert not state[key].any()
+    assert torch.equal(state["critical_buffer"], optimizer.state[param]["critical_buffer"])
+    _step(resumed, other)
+    damaged = optimizer.state_dict()
+    damaged["state"][0][key] = torch.zeros(2, dtype=torch.int16)
+    with pytest.raises(ValueError, match=rf"'{key}' .* must have shape \(300,\)"):
+        resumed.load_state_dict(damaged)
+
+
 def test_float16_is_refused() -> None:
     """A float16 parameter has no part of a float32's bits; the message says what to take."""
     param = torch.zeros(3, dtype=torch.float16, requires_grad=True)
