@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -471,3 +472,28 @@ def test_what_has_no_master() -> None:
         set_master_param(optimizer, param, torch.zeros(1))
     assert torch.equal(param, _stepped()[0])
     assert before.isfinite().all()
+
+
+def test_masters_of_another_kind() -> None:
+    """Another optimizer, and a master that is no real tensor, are refused with no change.
+
+    The first raised a KeyError, an array an AttributeError after it had made the state, and
+    imaginary parts were dropped. Older tests passed tensors of real numbers to this package's
+    optimizers.
+    """
+    param = torch.ones(3, dtype=torch.bfloat16)
+    optimizer = AdamCM([param], **SPLIT)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (np.zeros(3), TypeError, "master must be a tensor, got ndarray"),
+        (torch.zeros(3, dtype=torch.complex64), ValueError, "must be real .*got torch.complex64"),
+    ]
+    for master, error, message in wrong:
+        with pytest.raises(error, match=message):
+            set_master_param(optimizer, param, master)
+    adam = torch.optim.Adam([param])
+    for wrapped in (adam, SAM(adam)):
+        with pytest.raises(TypeError, match="optimizer must be one of cm_fused's"):
+            get_master_param(wrapped, param)
+    assert torch.equal(param, torch.ones_like(param))
+    assert not optimizer.state
+    assert get_master_param(SAM(optimizer), param).dtype is torch.float32
