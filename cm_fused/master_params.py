@@ -15,7 +15,7 @@ def get_master_param(optimizer: Optimizer, param: Tensor) -> Tensor:
     """Return a copy of a parameter as `low_precision_update="split"` trains it.
 
     Args:
-        optimizer: One of this package's.
+        optimizer: One of this package's, or `SAM` around one.
         param: One of its parameters.
 
     Returns:
@@ -23,6 +23,7 @@ def get_master_param(optimizer: Optimizer, param: Tensor) -> Tensor:
         Any other parameter in its own dtype. A DTensor for a DTensor.
 
     Raises:
+        TypeError: The optimizer is not of this package.
         ValueError: The parameter is not the optimizer's, or is rounded in another way.
 
     Example:
@@ -49,15 +50,17 @@ def set_master_param(optimizer: Optimizer, param: Tensor, master: Tensor) -> Non
     """Set a parameter to a float32 master, from which `low_precision_update="split"` goes on.
 
     Args:
-        optimizer: One of this package's. The parameter's state is changed, or made if missing.
+        optimizer: One of this package's, or `SAM` around one. The parameter's state is changed, or
+            made if missing.
         param: One of its parameters. Changed: a bfloat16 one becomes the master rounded to nearest,
             ties away from zero; any other one is set to the master's values.
-        master: Of the parameter's shape, any real dtype, read as float32; a DTensor or a full
-            tensor for a DTensor.
+        master: Of the parameter's shape, any dtype that is real unless the parameter is complex;
+            for a bfloat16 one read as float32. A DTensor or a full tensor for a DTensor.
 
     Raises:
-        ValueError: The shape is not the parameter's, or as of `get_master_param`. Nothing has been
-            changed then.
+        TypeError: The master is no tensor, or as of `get_master_param`.
+        ValueError: The shape is not the parameter's, the master is complex for a real parameter, or
+            as of `get_master_param`. Nothing has been changed then.
 
     Example:
         >>> import torch
@@ -69,6 +72,10 @@ def set_master_param(optimizer: Optimizer, param: Tensor, master: Tensor) -> Non
         (1.0, tensor([1.0001]))
     """
     group = _checked_group(optimizer, param)
+    if not isinstance(master, Tensor):
+        raise TypeError(f"master must be a tensor, got {type(master).__name__}")
+    if master.is_complex() and not param.is_complex():
+        raise ValueError(f"master must be real for a {param.dtype} parameter, got {master.dtype}")
     if master.shape != param.shape:
         raise ValueError(
             f"master must have the parameter's shape {tuple(param.shape)}, got "
@@ -94,6 +101,9 @@ def _checked_group(optimizer: Optimizer, param: Tensor) -> Group:
         raise ValueError(
             f"param must be one of the optimizer's, got another of shape {tuple(param.shape)}"
         )
+    if "low_precision_update" not in group:
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer must be one of cm_fused's, or SAM around one, got {name}")
     update = group["low_precision_update"]
     if param.dtype in (torch.bfloat16, torch.float16) and update != "split":
         raise ValueError(

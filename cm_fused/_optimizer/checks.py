@@ -99,7 +99,8 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
 
 
 def check_choices(options: Mapping[str, Any]) -> None:
-    """Check the named choices that a step reads, which may have been changed by hand."""
+    """Check the capacity and named choices that a step reads, which may have changed by hand."""
+    check_capacity(options["capacity"])
     for name in _READ_BY_STEPS:
         _check_choice(name, options[name])
 

@@ -53,10 +53,9 @@ def check_entry(entry: Entry) -> None:
         )
     shapes = shapes_of(param, group["capacity"])
     for key, value in values.items():
+        if ROWS[key].param_dtypes is not None and value.shape == (0,):
+            continue  # of a parameter of another dtype
         expected = shapes[shape_of(key, value.dtype)]
-        dtypes = ROWS[key].param_dtypes
-        if dtypes is not None and param.dtype not in dtypes:
-            expected = (0,)
         if value.shape != expected and not (key == "step" and value.numel() == 1):
             raise ValueError(
                 f"{key!r} in the state of {where} must have shape {expected} (capacity "
@@ -109,7 +108,8 @@ def loaded_state_of(entry: Entry) -> State:
 
     The tensors are placed as the parameter is, which may be a DTensor; those of the entry may be
     full or placed otherwise. State keeps its own dtypes whatever the parameter's. An Adam state
-    without a buffer gets an empty one. Entries of unknown keys are returned as they are.
+    without a buffer gets an empty one. A row that parameters of some dtypes have is new if the
+    saved parameter had another dtype. Entries of unknown keys are returned as they are.
     """
     param, saved = entry.param, entry.saved
     if not saved:
@@ -163,6 +163,8 @@ def _loaded_state(entry: Entry) -> State:
         new = new_tensor(key, param, {}, group)
         if key in SCALES:
             state |= _loaded_in_precision(entry, key, values, new)
+        elif new.numel() != values[key].numel():  # saved with a parameter of another dtype
+            state[key] = new
         else:
             state[key] = new.copy_(values[key].reshape(new.shape))
     if "critical_sum" in state and "critical_buffer" in state:

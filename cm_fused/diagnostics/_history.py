@@ -22,6 +22,8 @@ _NAN = float("nan")
 class History:
     """The history of some parameters up to a step.
 
+    With ``low_precision_update="split"`` the parameters are the rounded ones, not their masters.
+
     Attributes:
         mean_age: Steps since a filled slot was admitted, mean over the slots; 0 for the last step.
         max_age: The age of the oldest slot.

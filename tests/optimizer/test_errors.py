@@ -378,6 +378,9 @@ BY_HAND = [
     BadOption("buffer_mean", "foo", "buffer_mean must be one of .*'size'.*got 'foo'"),
     BadOption("backend", "foo", "backend must be one of .*'eager'.*got 'foo'"),
     BadOption("low_precision_update", "foo", "low_precision_update must be one of .*got 'foo'"),
+    BadOption("capacity", -1, "capacity must be an int >= 0, got -1"),
+    BadOption("capacity", "5", "capacity must be an int >= 0, got '5'"),
+    BadOption("capacity", 2.5, r"capacity must be an int >= 0, got 2\.5"),
     BadOption("betas", (1.0, 0.99), r"betas\[0\] must be in \[0, 1\), got 1\.0"),
     BadOption("betas", (0.9, 1.0), r"betas\[1\] must be in \[0, 1\), got 1\.0"),
     BadOption("betas", (-0.5, 1.0), r"betas\[0\] must be in \[0, 1\), got -0\.5"),
@@ -394,7 +397,8 @@ def test_option_set_by_hand_changes_nothing(
     """A value that a step cannot have is refused; once put back, training goes on.
 
     Older tests set such values by hand only where the state does not fit them: others were taken
-    for another choice, and a beta of 1 with `adjust_lr_fn` raised ZeroDivisionError.
+    for another choice, and a beta of 1 with `adjust_lr_fn` raised ZeroDivisionError. They set no
+    capacity but other ints >= 1: what no constructor takes raised torch's TypeErrors.
     """
     optimizer = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
     twin = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -359,6 +360,35 @@ def test_a_model_that_is_cast(backend: str) -> None:
     assert torch.equal(param, before)
 
 
+@pytest.mark.parametrize("backend", backend_params(["eager", "cpu"]))
+@pytest.mark.parametrize("update", ["split", "kahan"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_a_model_that_is_cast(
+    saved: torch.dtype, update: str, backend: str
+) -> None:
+    """A state dict loads after a cast in either direction; what rounding left starts anew.
+
+    Loading refused it. Older tests loaded float32 state that had been saved without the option,
+    went back to float32 by the masters alone, and cast models without a checkpoint.
+    """
+    key = {"split": "master_remainder", "kahan": "compensation"}[update]
+    param = torch.linspace(-2, 2, 300).to(saved)
+    optimizer = AdamCM([param], low_precision_update=update, backend=backend)
+    _step(optimizer, param)
+    other = param.to(torch.bfloat16 if saved is torch.float32 else torch.float32)
+    resumed = AdamCM([other], backend=backend)
+    resumed.load_state_dict(optimizer.state_dict())
+    state = resumed.state[other]
+    assert state[key].shape == ((0,) if other.dtype is torch.float32 else other.shape)
+    assert not state[key].any()
+    assert torch.equal(state["critical_buffer"], optimizer.state[param]["critical_buffer"])
+    _step(resumed, other)
+    damaged = optimizer.state_dict()
+    damaged["state"][0][key] = torch.zeros(2, dtype=torch.int16)
+    with pytest.raises(ValueError, match=rf"'{key}' .* must have shape \(300,\)"):
+        resumed.load_state_dict(damaged)
+
+
 def test_float16_is_refused() -> None:
     """A float16 parameter has no part of a float32's bits; the message says what to take."""
     param = torch.zeros(3, dtype=torch.float16, requires_grad=True)
@@ -442,3 +472,28 @@ def test_what_has_no_master() -> None:
         set_master_param(optimizer, param, torch.zeros(1))
     assert torch.equal(param, _stepped()[0])
     assert before.isfinite().all()
+
+
+def test_masters_of_another_kind() -> None:
+    """Another optimizer, and a master that is no real tensor, are refused with no change.
+
+    The first raised a KeyError, an array an AttributeError after it had made the state, and
+    imaginary parts were dropped. Older tests passed tensors of real numbers to this package's
+    optimizers.
+    """
+    param = torch.ones(3, dtype=torch.bfloat16)
+    optimizer = AdamCM([param], **SPLIT)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (np.zeros(3), TypeError, "master must be a tensor, got ndarray"),
+        (torch.zeros(3, dtype=torch.complex64), ValueError, "must be real .*got torch.complex64"),
+    ]
+    for master, error, message in wrong:
+        with pytest.raises(error, match=message):
+            set_master_param(optimizer, param, master)
+    adam = torch.optim.Adam([param])
+    for wrapped in (adam, SAM(adam)):
+        with pytest.raises(TypeError, match="optimizer must be one of cm_fused's"):
+            get_master_param(wrapped, param)
+    assert torch.equal(param, torch.ones_like(param))
+    assert not optimizer.state
+    assert get_master_param(SAM(optimizer), param).dtype is torch.float32
