@@ -6,8 +6,6 @@ results file, the figures are written into it.
 
 import argparse
 import json
-import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,9 +57,15 @@ def _measure_here(
 
 
 def _peak_growth_on_cpu(run: Callable[[], object]) -> int:
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = _memory("VmRSS")
     run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
+    # Not `getrusage`, whose peak a process has from the one that started it.
+    return _memory("VmHWM") - resident
+
+
+def _memory(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{key}:")[2].split()[0]) * 1024
 
 
 def measure(device: str, elements: int = _ELEMENTS) -> list[dict[str, float]]:
