@@ -14,10 +14,11 @@ from tests.support.ptx.parser import Block, Instruction, Kernel, PtxError
 
 # Runs on a frame, of the threads of a mask, or of all where it is None.
 Step = Callable[[Any, "Array | None"], None]
+Arrays = list[Array]
 # Reads an operand of registers' values or undefined bits.
 Read = Callable[[dict[str, Array]], Array]
 # Writes values and, if there are any, undefined bits.
-Write = Callable[[Any, list[Array], "Array | None"], None]
+Write = Callable[[Any, Arrays, "Array | None"], None]
 # Returns an address for each thread.
 Addresses = Callable[[Any, "Array | None"], Array]
 # Logs an access, and returns the memory and the offsets of active threads.
@@ -217,7 +218,7 @@ class Compiled:
         part = f"b{8 * dtype.itemsize // len(parts)}"
         writes = [self._writer(each, part) for each in parts]
 
-        def unpack(frame: Any, results: list[Array], mask: Array | None) -> None:
+        def unpack(frame: Any, results: Arrays, mask: Array | None) -> None:
             each = [
                 np.ascontiguousarray(values).view(dtype_of(part)).reshape(-1, len(parts))
                 for values in results
@@ -292,9 +293,7 @@ class Compiled:
         return [check_whole_warps, *steps]
 
 
-def _undefined(
-    operation: Operation, types: list[str], values: list[Array], bits: list[Array]
-) -> Array:
+def _undefined(operation: Operation, types: list[str], values: Arrays, bits: Arrays) -> Array:
     """Return a result's undefined bits: those that move with it, or all of them."""
     if operation.function in (np.bitwise_and, np.bitwise_or):
         return _undefined_logic(operation, values, bits)
@@ -307,25 +306,20 @@ def _undefined(
             spoiled = spoiled | (each.view(UNSIGNED[each.itemsize]) != 0)
     dtype = dtype_of(operation.result)
     unsigned = dtype if dtype.kind == "b" else np.dtype(UNSIGNED[dtype.itemsize])
-    result = np.zeros(1, unsigned)
-    if types[0][0] == "~":
-        result = operation.compute(*moved).view(unsigned)
+    result = operation.compute(*moved).view(unsigned) if types[0][0] == "~" else unsigned.type(0)
     return np.where(spoiled, np.full(1, -1).astype(unsigned), result)
 
 
-def _undefined_pairs(bits: list[Array]) -> Array:
+def _undefined_pairs(bits: Arrays) -> Array:
     """Return the undefined bits of two float32 results, each of its own operands."""
-    spoiled = [each.view(np.uint32).reshape(-1, 2) != 0 for each in bits]
-    result = np.where(spoiled[0] | spoiled[1], np.uint32(0xFFFFFFFF), np.uint32(0))
-    return result.reshape(-1).view(np.uint64)
+    spoiled = (bits[0] | bits[1]).view(np.uint32) != 0
+    return np.where(spoiled, -1, 0).astype(np.int32).view(np.uint64)
 
 
-def _undefined_logic(operation: Operation, values: list[Array], bits: list[Array]) -> Array:
+def _undefined_logic(operation: Operation, values: Arrays, bits: Arrays) -> Array:
     """Return the undefined bits of "and" or "or": a written 0, or 1, decides by itself."""
     a, b = values if operation.function is np.bitwise_and else [~value for value in values]
-    of_a, of_b = bits
-    result: Array = of_a & (b | of_b) | of_b & (a | of_a)
-    return result
+    return np.asarray(bits[0] & (b | bits[1]) | bits[1] & (a | bits[0]))
 
 
 def _parts(text: str, count: int) -> list[str]:

@@ -23,7 +23,8 @@ _FORMATS = {"i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _BEFORE_ARGUMENTS = 9
 _SCRATCH_POINTERS = 2  # of global memory that no kernel here asks for
 # Given the kernel's name and its tensors by name, returns what it may access.
-Find = Callable[[str, dict[str, Tensor]], list[Allocation]]
+Tensors = dict[str, Tensor]
+Find = Callable[[str, Tensors], list[Allocation]]
 
 
 class Driver:
@@ -78,7 +79,7 @@ class Driver:
         if (grid_y, grid_z) != (1, 1) or metadata.global_scratch_size:
             raise PtxError("a grid of one dimension and no scratch memory are known")
         packed = b""
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
         arguments = zip(src.signature.items(), of_launch[_BEFORE_ARGUMENTS:], strict=True)
         for (argument, kind), value in arguments:
             if kind.startswith("*"):
@@ -91,9 +92,7 @@ class Driver:
         how = Launch(grid_x, 32 * metadata.num_warps, packed, metadata.shared)
         self.launch(self.program(function, metadata.name), how, metadata.name, tensors)
 
-    def launch(
-        self, compiled: Compiled, how: Launch, kernel: str, tensors: dict[str, Tensor]
-    ) -> None:
+    def launch(self, compiled: Compiled, how: Launch, kernel: str, tensors: Tensors) -> None:
         """Run a kernel on tensors and what they name."""
         launch(compiled, how, self.find(kernel, tensors))
 

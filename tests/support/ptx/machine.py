@@ -111,9 +111,8 @@ def launch(compiled: Compiled, how: Launch, allocations: list[Allocation]) -> No
         raise PtxError(f"blocks of {how.block_size} threads are not whole warps")
     if len(how.params) != compiled.kernel.param_bytes:
         raise PtxError(f"{compiled.kernel.param_bytes} bytes of parameters, got {len(how.params)}")
-    memory, units = GlobalMemory(allocations), compiled.units
+    memory, units, params = GlobalMemory(allocations), compiled.units, _params(compiled, how)
     log = memory.log = Log(memory.size, units["global"], how.block_size)
-    params = _params(compiled, how)
     for first in range(0, how.grid, _TOGETHER):
         frame = Frame(compiled, how, first, min(_TOGETHER, how.grid - first))
         shared = _shared(compiled, how, frame.blocks)
