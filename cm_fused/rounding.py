@@ -69,14 +69,14 @@ def stored_numel(numel: int, dtype: torch.dtype) -> int:
 
 
 def _pack(blocks: Tensor, numel: int) -> Tensor:
-    """Return the bytes, (*, stored_numel), of codes by blocks."""
+    """Return the bytes, (..., stored_numel), of codes by blocks."""
     codes = blocks.to(torch.uint8)
     lower, upper = codes[..., :_HALF_BLOCK], codes[..., _HALF_BLOCK:]
     return _unblocked(lower & 15 | upper << 4, stored_numel(numel, PACKED))
 
 
 def unpack(stored: Tensor, numel: int) -> Tensor:
-    """Return the codes of a packed slot, int8 (*, numel); any other slot as it is."""
+    """Return the codes of a packed slot, int8 (..., numel); any other slot as it is."""
     if stored.dtype is not PACKED:
         return stored
     size = num_blocks(numel) * _HALF_BLOCK
@@ -123,14 +123,14 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
     """Return values as a slot stores them, rounded to nearest even, and their scales.
 
     Args:
-        values: float32 (*, numel).
+        values: float32 (..., numel).
         dtype: bfloat16, float16, float8_e4m3fn, int8, `PACKED`, or float32 and float64, which store
             all.
 
     Returns:
-        The stored values, (*, stored_numel), and their scales, float32 (*, num_blocks) or None. A
-        block with a value that is not finite is restored as NaN. Values that `dequantize` gave are
-        stored as they were: see the NOTE above.
+        The stored values, (..., stored_numel), and their scales, float32 (..., num_blocks) or None.
+        A block with a value that is not finite is restored as NaN. Values that `dequantize` gave
+        are stored as they were: see the NOTE above.
     """
     if dtype not in LARGEST:
         return values.to(dtype), None
@@ -293,7 +293,7 @@ def dequantize_moment(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """Return values by blocks, (*, num_blocks, BLOCK_SIZE), the last one filled with zeros."""
+    """Return values by blocks, (..., num_blocks, BLOCK_SIZE), the last one filled with zeros."""
     missing = -values.shape[-1] % BLOCK_SIZE
     padded = torch.nn.functional.pad(values, (0, missing))
     return padded.reshape(*values.shape[:-1], num_blocks(values.shape[-1]), BLOCK_SIZE)
