@@ -18,7 +18,7 @@ BUFFER_DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16),
     *(torch.float8_e4m3fn, torch.int8, INT4),
 )
-# Of float32 parameters.
+# The dtypes of gradients that float32 parameters may have besides their own.
 LOWER_PRECISION_GRADIENTS = (torch.bfloat16, torch.float16)
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _DTYPE_OPTIONS = {"buffer_dtype", "moment_dtype"}
@@ -31,7 +31,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "low_precision_update": ("nearest", "stochastic", "kahan", "split"),
     "adjust_lr_fn": (None, "match_rms_adamw"),
 }
-# Of those, the ones that a step would take for another value. The state's own checks find a dtype
+# The choices that a step would take for another value. The state's own checks find a dtype
 # that has changed.
 _READ_BY_STEPS = (
     *("priority_scope", "buffer_mean", "backend", "low_precision_update", "adjust_lr_fn"),

@@ -131,7 +131,7 @@ class _Run:
         return max(float(wrong[chunk].norm() / exact[chunk].norm()) for chunk in chunks)
 
 
-# Of the other dtypes a buffer of five slots has no running sum, of int4 one of 20 has none.
+# Five slots of the other dtypes have no running sum, and 20 of int4 have none.
 @needs_cpu_backend
 @pytest.mark.parametrize(
     ("capacity", "buffer_dtypes"),

@@ -22,15 +22,15 @@ def symbols(library: Path, kind: str) -> set[str]:
 
 
 def main() -> None:
-    """Exit with the names of what is lacking."""
+    """Exit with the names of what is missing."""
     folder = Path(torch.__file__).parent / "lib"
     exported = set().union(
         *(symbols(folder / f"lib{n}.so", "defined") for n in ("c10", "torch_cpu"))
     )
     taken = symbols(Path(cm_fused.__file__).parent / "_C.abi3.so", "undefined")
-    lacking = {name for name in taken if "@" not in name} - exported
-    if lacking:
-        sys.exit(f"torch {torch.__version__} lacks {', '.join(sorted(lacking))}")
+    missing = {name for name in taken if "@" not in name} - exported
+    if missing:
+        sys.exit(f"torch {torch.__version__} does not have {', '.join(sorted(missing))}")
     print(f"torch {torch.__version__} has the functions that the library takes from it")
 
 

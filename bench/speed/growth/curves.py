@@ -63,7 +63,7 @@ CURVES = (
     Curve("groups of 10 tensors", "groups", (1, 3, 10, 30, 100, 300), Size(tensors=10), rounds=60),
     Curve("slots C", "capacity", (1, 2, 3, 5, 10, 20, 40, 64), Size(numel=8_000_000)),
 )
-# Of which the time with one thread is compared with that of two.
+# The sizes whose time with one thread is compared with that of two.
 THREADED = {
     "one tensor of 30 M": Size(numel=30_000_000),
     "1000 tensors of 256": Size(tensors=1000),
