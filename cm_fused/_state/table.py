@@ -123,8 +123,8 @@ _NEEDED = tuple(row for row in STATE if row.key not in _BY_BACKEND | set(SCALES.
 # 1.92, 2.24; running sum 1.73 for each. Of 2 and of 1 byte at C = 5 (two cores of a Xeon): reading
 # 1.67 to 1.72 and 1.37 to 1.41, running sum 1.70 to 1.99 and 1.37 to 1.45. A GPU would gain 4 bytes
 # an element at C = 3 of float32 by reading; one table for all keeps the bits of all backends equal.
-# int4 would have 18. There a sum saves 0.5 C - 9 bytes a step, and takes 4 bytes of state: only from
-# 26 slots on it saves as many as it takes. C = 20, which the paper uses too, reads its slots.
+# int4 would have 18. A sum saves 0.5 C - 9 bytes a step there, and takes 4 bytes of state: from 26
+# slots on it saves as many as it takes. C = 20, which the paper uses too, reads its slots.
 RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10, 0.5: 26}
 
 
