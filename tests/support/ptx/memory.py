@@ -32,7 +32,7 @@ class Log:
     def __init__(self, num_bytes: int, unit: int, block_size: int, copies: bool = False) -> None:
         self._num_units = num_bytes // unit
         self._unit, self._block_size, self._copies = unit, block_size, copies
-        # Of each access: its instruction, whether it writes, and its units, threads and phases.
+        # Each access has its instruction, whether it writes, its units, threads and phases.
         self._accesses: list[tuple[Instruction, bool, Array, Array, Array]] = []
 
     def add(
@@ -66,7 +66,7 @@ class Log:
             same = (np.full_like(units, each) for each in (writes, i))
             rows.append(np.stack([units, threads // self._block_size, phases, threads, *same]))
         table = np.concatenate(rows, axis=1)
-        # Of a unit every block but one, of a phase every thread but one, must not write.
+        # Only one block may write a unit, and in a phase only one thread.
         self._check_groups(table, [0], 1)
         self._check_groups(table, [0, 1, 2], 3)
 
@@ -100,7 +100,7 @@ class Memory:
             self.slices.append(slice(at, at + size))
             self.size = -(-(at + size) // _ALIGNMENT) * _ALIGNMENT
         self._offsets = np.array([part.start for part in self.slices], np.int64)
-        # Of the flags' bytes all bits are set or none.
+        # A flag's byte has all bits set or none.
         self.bytes, self.writable = np.zeros((2, self.size), np.uint8)
         self.readable: Array | None = None  # where it is not all
         self.log: Log | None = None
