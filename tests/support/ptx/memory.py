@@ -66,7 +66,7 @@ class Log:
             same = (np.full_like(units, each) for each in (writes, i))
             rows.append(np.stack([units, threads // self._block_size, phases, threads, *same]))
         table = np.concatenate(rows, axis=1)
-        # Only one block may write a unit, and in a phase only one thread.
+        # A unit that is written is one block's alone, and within a phase one thread's.
         self._check_groups(table, [0], 1)
         self._check_groups(table, [0, 1, 2], 3)
 
