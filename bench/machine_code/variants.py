@@ -17,6 +17,7 @@ from bench.speed import bytes as byte_model
 from bench.speed.bytes import Bytes
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import launch as backend
+from cm_fused._backends.triton.variants import launch_options
 from cm_fused.rounding import INT4, PACKED
 
 WARP = 32
@@ -162,7 +163,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         # The only pointer whose alignment launches specialize on; torch allocates at 16 and more.
         attrs={(list(signature).index("table_ptr"),): [["tt.divisibility", 16]]},
     )
-    options = triton_kernels.launch_options(
+    options = launch_options(
         backend.TRITON_DTYPES[variant.param_dtype],
         variant.precision()["MOMENT_DTYPE"],
         variant.precision()["SLOT_DTYPE"],

@@ -23,6 +23,7 @@ from cm_fused._backends.triton import common as triton_common
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import norms as triton_norms
 from cm_fused._backends.triton import rounding as triton_rounding
+from cm_fused._backends.triton import variants as triton_variants
 from cm_fused._backends.triton.calls import Calls, Pointers
 from cm_fused._backends.triton.tables import Chunks, OutdatedTablesError, Tables, lies_as
 from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
@@ -320,7 +321,7 @@ class _Launcher:
         dtypes = precision(chunks.param_dtype, *stored, self._options.low_precision_update)
         options = _dtype_options(chunks)
         if _has_register_caps(self._device):
-            options |= triton_kernels.launch_options(
+            options |= triton_variants.launch_options(
                 options["PARAM_DTYPE"],
                 dtypes["MOMENT_DTYPE"],
                 dtypes["SLOT_DTYPE"],
@@ -339,7 +340,7 @@ class _Launcher:
 
 def _summed_slots(bucket: Bucket) -> int:
     if not bucket.capacity:
-        return int(triton_kernels.NO_BUFFER.value)
+        return int(triton_variants.NO_BUFFER.value)
     return 0 if bucket["critical_sum"] else bucket.capacity
 
 
