@@ -165,7 +165,7 @@ _OF_SLOTS = ("critical_buffer", "critical_scales")
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
-@pytest.mark.parametrize("capacity", [2, 12])
+@pytest.mark.parametrize("capacity", [2, 6])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", backend_params(FUSED_BACKENDS))
 def test_lockstep(
