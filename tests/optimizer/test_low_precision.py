@@ -550,7 +550,7 @@ def test_words_far_into_a_parameter(
 ) -> None:
     """A shard's bits are those of its place, for counters of more than 32 bits too.
 
-    Several processes are in support/sharded.py; their backend is the C++ step or the reference.
+    Several processes are in support/sharded; their backend is the C++ step or the reference.
     """
     results = []
     for name in ("eager", backend):
