@@ -272,6 +272,15 @@ class CriticalAdam(CheckpointedOptimizer):
         plan = self._new_plan(plans, self.param_groups, 0, [])
         plan.batches_number = self._traced_batches.number
         self._run(plan, plans, self.param_groups)
+        # Groups with a count of skipped steps have been changed, and are written back as a whole.
+        for group, capturable in zip(self.param_groups, self._capturable(), strict=True):
+            if group["skip_nonfinite"]:
+                group["capturable"] = capturable
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _capturable(self) -> list[bool]:
+        """Return `capturable` of each group, which is always True in what torch.compile traces."""
+        return [group["capturable"] for group in self.param_groups]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _untraced_step(self) -> None:

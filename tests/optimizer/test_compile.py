@@ -127,6 +127,38 @@ def test_compiled_step_goes_on_eagerly() -> None:
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+def test_a_compiled_step_leaves_the_options(backend: str) -> None:
+    """A step that counts skipped steps changes its group in that, and in no option.
+
+    torch.compile takes `capturable` for True, and writes the whole of a group that has changed
+    back: an eager step after it raised then, and so did every step from its checkpoint. The tests
+    of compiled steps looked at parameters and state only, and the one that goes on eagerly does not
+    count.
+    """
+    groups = []
+    for compiles in (True, False):
+        model = _model()
+        options = [{"params": [p], "skip_nonfinite": p.ndim > 1} for p in model.parameters()]
+        optimizer = AdamCM(options, lr=0.02, max_grad_norm=1.0, backend=backend)
+        step: Any = optimizer.step
+        if compiles:
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for t in range(4):
+            _give_gradients(model, t)
+            step()
+            scheduler.step()
+        optimizer.step()
+        groups.append(
+            [
+                {name: (type(value), value) for name, value in group.items() if name != "params"}
+                for group in optimizer.param_groups
+            ]
+        )
+    assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 @pytest.mark.parametrize("cls", KINDS)
 def test_compiled_training_step(cls: type[CriticalAdam], backend: str) -> None:
     """Forward, backward and step in one function: its only breaks are torch's own, at backward.
