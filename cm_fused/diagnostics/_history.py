@@ -228,7 +228,8 @@ class Buffers:
             keys = [state["priorities"].detach() for _, state in pairs]
             counts = [state["step"].detach().reshape(1) for _, state in pairs]
             # A new buffer was empty, and its parameter has taken the step.
-            empty = _Followed.begin(torch.empty(0), torch.tensor(-1.0))
+            number = torch.full((), -1.0, dtype=torch.float32, device="cpu")
+            empty = _Followed.begin(number.new_empty(0), number)
             followed = [known.get(param, empty).resized(capacity) for param, _ in pairs]
             params = [param for param, _ in pairs]
             of_params = [float(decays[param]) for param in params]

@@ -335,6 +335,36 @@ def test_no_state_yet_and_complex_parameters() -> None:
     assert reading.momentum_norm == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_torchs_defaults_change_nothing(steps_before: int) -> None:
+    """What a recording makes of its own is made where it is needed, of the dtype that it needs.
+
+    A buffer that a recording had not seen was made on torch's default device. `test_contract.py`
+    and `test_compat.py` step under one, and record nothing.
+    """
+    rows = []
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.float16)):
+        params = [torch.zeros(2, requires_grad=True), torch.zeros(6, requires_grad=True)]
+        gradients = [[torch.arange(len(p)).cos() * t for p in params] for t in range(9)]
+        optimizer = AdamCM(params, capacity=2)
+        _step_each(optimizer, params, gradients[:steps_before])
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device), Recorder(optimizer, every=2) as recorder:
+                _step_each(optimizer, params, gradients[steps_before:])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        rows.append(str(recorder.last))  # in which NaN is NaN
+    assert rows[0] == rows[1]
+
+
+def _step_each(optimizer: AdamCM, params: list[Tensor], gradients: list[list[Tensor]]) -> None:
+    for grads in gradients:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+
+
 def test_combine() -> None:
     """Norms add as vectors do, the rest by elements, and what does not exist is left out."""
     small = Reading(1, 2.0, math.nan, 3.0, 0.0, 1.0)
