@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cm_fused._distributed import is_sharded
+from cm_fused._distributed import is_sharded, local
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.diagnostics._reading import flat
@@ -163,6 +163,7 @@ class Buffers:
 
     def follow(self) -> None:
         """Begin anew with the state that there is: its slots are filled now."""
+        self._optimizer._finish_step()
         self._process()
         known = self._followed()
         for param, state in self._states():
@@ -175,7 +176,11 @@ class Buffers:
         self._rebuild(known)
 
     def note(self) -> None:
-        """Note the keys after a step; nothing waits for a device, except every 256th time."""
+        """Note the keys after a step; nothing waits for a device, except every 256th time.
+
+        Keys of DTensors are known once the norms have been added up over processes.
+        """
+        self._optimizer._finish_step()
         if self._has_changed():
             self._process()
             self._rebuild(self._followed())
@@ -299,7 +304,10 @@ def _distances(params: Sequence[Tensor], others: dict[Tensor, Tensor]) -> list[f
         if other is None:
             continue
         if is_sharded(param) or param.is_complex():
-            result[i] = torch.linalg.vector_norm(flat(param - other, 0)).item()
+            difference: Any = param - other
+            if is_sharded(difference):  # whose uneven shards torch does not flatten
+                difference = difference.full_tensor()
+            result[i] = torch.linalg.vector_norm(flat(difference, 0)).item()
             continue
         indices, now, before = plain.setdefault((param.device, param.dtype), ([], [], []))
         indices.append(i)
@@ -317,10 +325,10 @@ def _distances(params: Sequence[Tensor], others: dict[Tensor, Tensor]) -> list[f
 def _in_lists(
     tensors: Sequence[Tensor], others: Sequence[Tensor]
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return pairs of lists by device and dtype, for multi-tensor kernels."""
+    """Return pairs of lists of local tensors by device and dtype, for multi-tensor kernels."""
     lists: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for tensor, other in zip(tensors, others, strict=True):
-        kind = tensor.device, tensor.dtype, is_sharded(tensor)
+        kind = tensor.device, tensor.dtype
         for each, into in zip((tensor, other), lists.setdefault(kind, ([], [])), strict=True):
-            into.append(each)
+            into.append(local(each))
     return list(lists.values())

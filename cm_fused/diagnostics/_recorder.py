@@ -23,12 +23,13 @@ class Recorder:
     It follows every step through a step hook of the optimizer, and records every ``every`` steps:
     one row for each parameter that has a buffer or whose capacity is 0, and one named "all".
 
-    A step costs one small operator more and waits for no device. Each record waits for it, and so
-    does every 256th step between two records. Parameters are copied twice, for the distance and for
-    the last update. Measured on one core of an EPYC: for a network of 4 tensors and 9,610 elements
-    a step takes 21 us, its hook 3 us and a record 0.4 ms; for 16 tensors and 33,280 elements 39 us,
-    5 us and 1.0 ms; for 4 M elements about 4 ms, too little to measure and 85 ms. By these figures
-    the steps take 20 to 45 percent longer with ``every=100``, and training as a whole less.
+    A step costs one small operator more and waits for no device; with DTensors it waits for the sum
+    of the norms over processes. Each record waits for the device, and so does every 256th step
+    between two records. Parameters are copied twice, for the distance and for the last update.
+    Measured on one core of an EPYC: for a network of 4 tensors and 9,610 elements a step takes 21
+    us, its hook 3 us and a record 0.4 ms; for 16 tensors and 33,280 elements 39 us, 5 us and 1.0
+    ms; for 4 M elements about 4 ms, too little to measure and 85 ms. By these figures the steps
+    take 20 to 45 percent longer with ``every=100``, and training as a whole less.
 
     Key ages are found by comparing keys before and after a step. Slots that were filled when the
     recording began, or when a state dict was loaded, count from then on. With
