@@ -276,16 +276,27 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 "sparse=False"
             )
         check_placement(where, param, grad)
-        for name in ("dtype", "shape", "device"):
+        lower = param.dtype is torch.float32 and grad.dtype in LOWER_PRECISION_GRADIENTS
+        if grad.dtype != param.dtype and not lower:
+            raise RuntimeError(f"{where} must have {_dtype_rule(param)}, got {grad.dtype}")
+        for name in ("shape", "device"):
             value, expected = getattr(grad, name), getattr(param, name)
-            lower = expected is torch.float32 and value in LOWER_PRECISION_GRADIENTS
-            if value != expected and not lower:
+            if value != expected:
                 raise RuntimeError(
                     f"{where} must have the {name} {_plain(expected)} of its parameter, got "
                     f"{_plain(value)}"
                 )
         if not (grad.is_floating_point() or grad.is_complex()):
             raise RuntimeError(f"{where} must be floating point or complex, got {grad.dtype}")
+
+
+def _dtype_rule(param: Tensor) -> str:
+    """Return which dtypes a parameter's gradient may have, and what to do with another."""
+    own = f"the dtype {param.dtype} of its parameter"
+    lower = " or ".join(map(str, LOWER_PRECISION_GRADIENTS))
+    if param.dtype is torch.float32:
+        return f"{own}, or {lower}; convert the gradient to one of them"
+    return f"{own}; convert the gradient to it, only those of float32 parameters may be {lower}"
 
 
 def check_placement(where: str, param: Tensor, grad: Tensor) -> None:

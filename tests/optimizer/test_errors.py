@@ -255,13 +255,14 @@ class BadGradient:
         return self.set_.__name__.removeprefix("_")
 
 
+_OF_FLOAT32 = "dtype torch.float32 of its parameter, or torch.bfloat16 or torch.float16; convert"
 BAD_GRADIENTS = [
     BadGradient(_sparse, "must be dense.*sparse_coo", foreign=False),
     BadGradient(_data_of_other_dtype, "dtype torch.float64.*got torch.float32", foreign=False),
     BadGradient(_data_of_other_shape, r"shape \(7,\).*got \(5,\)", foreign=False),
-    BadGradient(_integer, "dtype torch.float32.*got torch.int64"),
-    BadGradient(_higher_precision, "dtype torch.float32.*got torch.float64"),
-    BadGradient(_eight_bits, "dtype torch.float32.*got torch.float8_e4m3fn"),
+    BadGradient(_integer, f"{_OF_FLOAT32}.*got torch.int64"),
+    BadGradient(_higher_precision, f"{_OF_FLOAT32}.*got torch.float64"),
+    BadGradient(_eight_bits, f"{_OF_FLOAT32}.*got torch.float8_e4m3fn"),
     BadGradient(_broadcastable, r"shape \(5,\).*got \(1,\)"),
     BadGradient(_on_meta, "device cpu.*got meta"),
 ]
