@@ -138,6 +138,8 @@ def test_scalars_of_numpy() -> None:
     scheduler = LambdaLR(optimizer, lambda epoch: np.float64(0.5))
     train(optimizer, range(3))
     scheduler.step()
+    optimizer.param_groups[0].update(weight_decay=np.float32(0.25), seed=np.int64(8))
+    train(optimizer, range(3, 4))
     (group, _) = _read_back(optimizer.state_dict())["param_groups"]
     assert type(group["lr"]) is float
     optimizer.resize_buffer(np.int64(2))  # type: ignore[arg-type]
