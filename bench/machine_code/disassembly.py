@@ -80,14 +80,12 @@ class SourceLines:
     Attributes:
         full: The call for full chunks.
         tail: The call for all others.
-        loop: The loop over a chunk's elements.
         param_store: The one store of each element's parameter.
         scales: The functions that access scales, a 64th of a byte an element, negative.
     """
 
     full: range
     tail: range
-    loop: range
     param_store: range
     scales: frozenset[int]
 
@@ -107,8 +105,6 @@ def source_lines() -> SourceLines:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "_update_chunk"
     ]
     by_last = {ast.unparse(call.args[-1]): _lines_of(call) for call in calls}
-    update = functions["_update_chunk"]
-    (loop,) = [node for node in update.body if isinstance(node, ast.For)]
     (store,) = [
         node
         for node in ast.walk(functions["_store_param"])
@@ -120,19 +116,47 @@ def source_lines() -> SourceLines:
         if isinstance(node, ast.FunctionDef) and node.name in ("load_scales", "store_scales")
         for line in _lines_of(node)
     )
-    return SourceLines(by_last["True"], by_last["False"], _lines_of(loop), _lines_of(store), scales)
+    return SourceLines(by_last["True"], by_last["False"], _lines_of(store), scales)
+
+
+def places_of(code: list[Instruction]) -> dict[str, int]:
+    """Return before which instruction each label stands."""
+    return {label: place for place, line in enumerate(code) for label in line.labels}
+
+
+def loop_of(code: list[Instruction], call: range) -> range:
+    """Return where one of the two calls has its loop over the elements.
+
+    It is the smallest loop around that call's stores of the parameter. Other instructions in it may
+    be said to come from the other call.
+    """
+    places = places_of(code)
+    store = next(place for place, line in enumerate(code) if stores_param(line, call))
+    loops = (
+        range(places[line.target], place + 1)
+        for place, line in enumerate(code)
+        if line.target and places[line.target] <= place
+    )
+    return min((loop for loop in loops if store in loop), key=len)
+
+
+def stores_param(instruction: Instruction, call: range) -> bool:
+    """Return whether it stores a parameter's elements for one of the two calls."""
+    return (
+        instruction.opcode.startswith("STG")
+        and instruction.lines[0] in source_lines().param_store
+        and any(line in call for line in instruction.lines)
+    )
 
 
 def accesses(listing: str, call: range) -> list[Instruction]:
     """Return the accesses of tensors by one of the two calls, in its loop over the elements."""
-    loop, scales = source_lines().loop, source_lines().scales
+    code, scales = list(instructions(listing)), source_lines().scales
     return [
-        instruction
-        for instruction in instructions(listing)
-        if instruction.opcode.startswith(("LDG", "STG"))
-        and any(line in call for line in instruction.lines)
-        and any(line in loop for line in instruction.lines)
-        and not scales.intersection(instruction.lines)
+        code[place]
+        for place in loop_of(code, call)
+        if code[place].opcode.startswith(("LDG", "STG"))
+        and not scales.intersection(code[place].lines)
     ]
 
 

@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.machine_code.disassembly import Instruction, instructions, source_lines
+from bench.machine_code.disassembly import (
+    Instruction,
+    instructions,
+    loop_of,
+    places_of,
+    source_lines,
+    stores_param,
+)
 
 # The machine that shares of the issue slots are of: an H200 at its highest clock, moving nine
 # tenths of its 4.8 TB/s (NVIDIA's data sheet), as a copy does. An H100 SXM, 3.0 of 3.35 TB/s at
@@ -42,46 +49,25 @@ class Loop:
 
 
 def full_chunk_loop(listing: str, param_bytes: int) -> Loop:
-    """Return the loop over full chunks of what `nvdisasm -gi` printed.
-
-    It is the smallest loop around the stores of the parameter that come from the call for full
-    chunks.
-    """
-    code = list(instructions(listing))
-    places = {label: place for place, line in enumerate(code) for label in line.labels}
-    stores = [place for place, line in enumerate(code) if _stores_param(line)]
-    loops = [
-        range(places[line.target], place + 1)
-        for place, line in enumerate(code)
-        if line.target and places[line.target] <= place
-    ]
-    body = min((loop for loop in loops if stores[0] in loop), key=len)
-    issued = list(_usual_path(code, places, body))
+    """Return the loop over full chunks of what `nvdisasm -gi` printed."""
+    code, call = list(instructions(listing)), source_lines().full
+    body = loop_of(code, call)
+    issued = list(_usual_path(code, body))
+    stored = sum(code[place].width for place in body if stores_param(code[place], call))
     return Loop(
         issued=len(issued),
         barriers=sum(line.opcode.startswith("BAR") for line in issued),
-        elements=sum(code[place].width for place in stores if place in body) / 8 / param_bytes,
+        elements=stored / 8 / param_bytes,
     )
 
 
-def _stores_param(instruction: Instruction) -> bool:
-    """Return whether it stores a parameter's elements for the call for full chunks."""
-    sources = source_lines()
-    return (
-        instruction.opcode.startswith("STG")
-        and instruction.lines[0] in sources.param_store
-        and any(line in sources.full for line in instruction.lines)
-    )
-
-
-def _usual_path(
-    code: list[Instruction], places: dict[str, int], body: range
-) -> Iterator[Instruction]:
+def _usual_path(code: list[Instruction], body: range) -> Iterator[Instruction]:
     """Yield what a warp issues of a loop's body.
 
     Its guarded branches are taken as falling through, except those around the call of a quotient's
     or root's slow path: straight code, for numbers near the ends of the range.
     """
+    places = places_of(code)
     place = body.start
     while place in body:
         yield code[place]

@@ -125,13 +125,13 @@ def test_predictions_take_the_measured_times() -> None:
 @needs_triton
 def test_predictions_have_the_registers_of_launches() -> None:
     """The waves are those of the registers that the pass is compiled for."""
-    kernels = importlib.import_module("cm_fused._backends.triton.kernels")
+    variants = importlib.import_module("cm_fused._backends.triton.variants")
     tl = importlib.import_module("triton.language")
     single, half, byte = tl.float32, tl.bfloat16, tl.int8
-    options = kernels.launch_options(single, single, single, False, 0)
+    options = variants.launch_options(single, single, single, False, 0)
     assert options["maxnreg"] == predict.PASS_REGISTERS["float32"]
     for moments, slots in ((single, half), (single, byte), (half, byte)):
-        options = kernels.launch_options(single, moments, slots, False, 5)
+        options = variants.launch_options(single, moments, slots, False, 5)
         state = "scaled" if slots is byte else "rounded"
         assert options["maxnreg"] == predict.PASS_REGISTERS[state]
 

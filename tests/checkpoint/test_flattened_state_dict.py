@@ -1,4 +1,4 @@
-"""Flattened optimizer state dicts, torchtitan's form, in one process; others in support/sharded.py.
+"""Flattened optimizer state dicts, torchtitan's form, in one process; others in support/sharded.
 
 torch reads a flattened state dict by the keys of the optimizer that is to load it, of its groups
 and of its states: a key that was not saved is a KeyError of torch's, or an empty dict.

@@ -1,6 +1,6 @@
 """Training over several processes is that of one: DDP, FSDP2, tensor parallelism, ZeRO, DCP.
 
-The cases are in `tests/support/sharded.py`. Processes are started once for each number of them and
+The cases are in `tests/support/sharded`. Processes are started once for each number of them and
 run all of its cases.
 """
 

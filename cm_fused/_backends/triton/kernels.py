@@ -6,25 +6,18 @@ parameter's bits depend neither on the path its chunk takes nor on the device.
 """
 
 from collections import namedtuple
-from dataclasses import dataclass, replace
-from math import prod
-from typing import Any
 
 import triton
 import triton.language as tl
 
 from cm_fused._backends.triton import rounding
+from cm_fused._backends.triton.buffer import Admission, buffer_of, rebuild_sum, sum_and_commit
+from cm_fused._backends.triton.chunks import Chunk, block_at, tensors_of
 from cm_fused._backends.triton.common import (
-    BLOCK_SIZE,
     CHUNK_SIZE,
-    INTERPRETED,
-    LAUNCH_OPTIONS,
-    NUM_WARPS,
     REBUILT_CHUNK_SIZE,
     ROW,
-    TAIL_BLOCK_SIZE,
     THREADS,
-    at,
     cell,
     double,
     effective_gradient,
@@ -34,102 +27,10 @@ from cm_fused._backends.triton.common import (
     is_set,
     pointer,
     signed_factor,
-    spread,
     sum_squares,
 )
-from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
-
-# The SUMMED_SLOTS of a capacity of 0.
-NO_BUFFER = tl.constexpr(-1)
-
-
-def launch_options(
-    param_dtype: tl.dtype,
-    moment_dtype: tl.dtype,
-    slot_dtype: tl.dtype,
-    amsgrad: bool,
-    summed_slots: int,
-) -> dict[str, Any]:
-    """Return the launch options of the pass for CUDA devices.
-
-    Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
-    AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
-    which no variant spills, at half of a multiprocessor's warps for float32 (bench.machine_code).
-    bfloat16 and float16 slots spill 40 to 112 bytes a thread at 80 registers, none at 96. Where
-    there are scales a thread has eight elements, not four: 24 to 168 bytes are spilled at 128, none
-    at 168, which let three programs run beside each other. Those have more bytes in flight, 64 kB a
-    multiprocessor with int8 slots, than five programs of four elements a thread. On sm_100 int8
-    moments spill 16 there.
-    """
-    if param_dtype == tl.float64:
-        return LAUNCH_OPTIONS
-    if moment_dtype == tl.int8 or rounding.has_scales(slot_dtype):
-        return {**LAUNCH_OPTIONS, "maxnreg": 168}
-    if moment_dtype != tl.float32 or slot_dtype != tl.float32:
-        return {**LAUNCH_OPTIONS, "maxnreg": 96}
-    half = param_dtype != tl.float32
-    if half and summed_slots == 4:
-        return {**LAUNCH_OPTIONS, "maxnreg": 80}
-    return {**LAUNCH_OPTIONS, "maxnreg": 72 if half or amsgrad else 64}
-
-
-# What the parts of the pass hand to each other
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """The compile-time arguments of `critical_adam_kernel`, and how a chunk is walked through."""
-
-    PARAM_DTYPE: tl.dtype
-    GRAD_DTYPE: tl.dtype
-    STATE_DTYPE: tl.dtype
-    MOMENT_DTYPE: tl.dtype
-    SLOT_DTYPE: tl.dtype | str
-    CRITICAL_GRADIENTS: bool
-    AMSGRAD: bool
-    SUMMED_SLOTS: int
-    STOCHASTIC: bool
-    KAHAN: bool
-    SPLIT: bool
-    BY_FOURS: bool
-    FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
-    shape: tuple[int, ...] = ()  # of the elements that are worked on at a time
-
-    @property
-    def SHAPE(self) -> Any:  # noqa: N802
-        """Return the shape as kernels pass it on: Triton 3.6 takes a tuple for run-time numbers."""
-        return self.shape if INTERPRETED else tl.constexpr(self.shape)
-
-    @property
-    def HAS_BUFFER(self) -> bool:  # noqa: N802
-        """Return whether there are slots."""
-        return self.SUMMED_SLOTS >= 0
-
-    @property
-    def BLOCK(self) -> int:  # noqa: N802
-        """Return how many elements those are."""
-        return prod(self.shape)
-
-    def of_chunk(self, full: bool) -> "_Variant":
-        """Return the variant with its block: of a warp for each scale, if there are scales."""
-        if self.MOMENT_DTYPE == tl.int8 or rounding.has_scales(self.SLOT_DTYPE):
-            warps = NUM_WARPS if not INTERPRETED else BLOCK_SIZE // SCALE_BLOCK_SIZE
-            vector = 4 if full else 1
-            shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
-        else:
-            shape = (BLOCK_SIZE if full else TAIL_BLOCK_SIZE,)
-        return replace(self, FULL=full, shape=shape)
-
-
-@triton.constexpr_function
-def _variant(*arguments):
-    return _Variant(*arguments)
-
-
-@triton.constexpr_function
-def _of_chunk(variant, full):
-    return variant.of_chunk(full)
-
+from cm_fused._backends.triton.moments import load_moment, store_moments
+from cm_fused._backends.triton.variants import make_variant, of_chunk
 
 # The numbers of a launch, see `critical_adam_kernel`.
 _Hyperparameters = namedtuple(
@@ -143,29 +44,6 @@ _Scalars = namedtuple(
     "inverse_divisor beta1 one_minus_beta1 beta2 one_minus_beta2 inverse_bias_correction2 "
     "step_size eps_inside eps_outside decay_factor l2 late_l2 factor",
 )
-
-# The elements of one program: `count` from `start` of a tensor.
-_Chunk = namedtuple("_Chunk", "row_ptr start count numel")
-
-# The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum.
-_Admission = namedtuple("_Admission", "capacity slot rebuild")
-
-# Addresses of a chunk's first element; an option's tensor is not touched without it.
-_Tensors = namedtuple(
-    "_Tensors",
-    "param grad exp_avg exp_avg_sq max_exp_avg_sq compensation master_remainder exp_avg_scales "
-    "exp_avg_sq_scales",
-)
-
-# A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. A slot
-# has `size` numbers in memory; `slot` is the one to write, or -1.
-_Buffer = namedtuple("_Buffer", "slots scales critical_sum numel size capacity slot slot_ptr")
-
-# The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
-_Block = namedtuple("_Block", "begin count offsets mask")
-
-
-# Arithmetic
 
 
 @triton.jit
@@ -196,48 +74,6 @@ def _power(base, exponent):
     return result
 
 
-# Addresses
-
-
-@triton.jit
-def _tensors_of(chunk, V: tl.constexpr):
-    """Return the addresses of a chunk's tensors, except the buffer's."""
-    row_ptr = chunk.row_ptr
-    start = chunk.start
-    scale = start // rounding.SCALE_BLOCK
-    return _Tensors(
-        at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "grad", V.GRAD_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "exp_avg", V.MOMENT_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "exp_avg_sq", V.MOMENT_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "max_exp_avg_sq", V.STATE_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "compensation", V.PARAM_DTYPE), start, V.FULL),
-        at(pointer(row_ptr, "master_remainder", tl.int16), start, V.FULL),
-        pointer(row_ptr, "exp_avg_scales", tl.float32) + scale,
-        pointer(row_ptr, "exp_avg_sq_scales", tl.float32) + scale,
-    )
-
-
-@triton.jit
-def _buffer_of(chunk, admission, V: tl.constexpr):
-    """Return a chunk's buffer."""
-    row_ptr = chunk.row_ptr
-    start = chunk.start
-    slots_ptr = pointer(row_ptr, "critical_buffer", rounding.memory_dtype(V.SLOT_DTYPE))
-    slots_ptr = at(slots_ptr, rounding.slot_size(start, V.SLOT_DTYPE), V.FULL)
-    size = rounding.slot_size(chunk.numel, V.SLOT_DTYPE)
-    return _Buffer(
-        slots_ptr,
-        pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
-        at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
-        chunk.numel,
-        size,
-        admission.capacity,
-        admission.slot,
-        at(slots_ptr, admission.slot * size, V.FULL),
-    )
-
-
 @triton.jit
 def _counters_of(chunk, seed, step):
     """Return what a tensor's random bits are drawn from."""
@@ -252,57 +88,6 @@ def _counters_of(chunk, seed, step):
 
 
 @triton.jit
-def _block_at(begin, count, V: tl.constexpr):
-    """Return the block from `begin` on of a chunk with `count` elements."""
-    offsets = begin + rounding.block_offsets(V.SHAPE)
-    mask = tl.full(V.SHAPE, 1, dtype=tl.int1) if V.FULL else offsets < count
-    return _Block(begin, count, offsets, mask)
-
-
-# The moments
-
-
-@triton.jit
-def _load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.constexpr):
-    """Return the values of a moment."""
-    stored = tl.load(moment_ptr + block.offsets, mask=block.mask, other=0)
-    if stored.dtype == tl.int8:
-        scales = rounding.load_scales(scales_ptr, block, 1, 0.0, V.SHAPE)
-        return rounding.from_moment(stored, scales, SIGNED)
-    else:
-        return stored.to(V.STATE_DTYPE)
-
-
-@triton.jit
-def _store_moment(
-    moment_ptr, scales_ptr, block, values, bits, SIGNED: tl.constexpr, V: tl.constexpr
-):
-    """Store a moment; an element's first random bits round m, its last ones v."""
-    if V.MOMENT_DTYPE == V.STATE_DTYPE:
-        tl.store(moment_ptr + block.offsets, values, mask=block.mask)
-    else:
-        if V.MOMENT_DTYPE == tl.int8:
-            taken = bits >> 12 if SIGNED else bits & 0xFFFFF
-            codes, scales = rounding.to_moment(values, taken, SIGNED)
-            rounding.store_scales(scales_ptr, block, scales, 1, V.SHAPE)
-            tl.store(moment_ptr + block.offsets, codes, mask=block.mask)
-        else:
-            half = bits >> 16 if SIGNED else bits & 0xFFFF
-            rounded = rounding.round_to_bfloat16(values, half)
-            tl.store(moment_ptr + block.offsets, rounded, mask=block.mask)
-
-
-@triton.jit
-def _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V: tl.constexpr):
-    """Store both moments of the elements from `first` of a tensor."""
-    bits = 0
-    if V.MOMENT_DTYPE != V.STATE_DTYPE:
-        bits = rounding.random_bits(counters, first, rounding.MOMENTS_STREAM, V.BY_FOURS, V.SHAPE)
-    _store_moment(tensors.exp_avg, tensors.exp_avg_scales, block, exp_avg, bits, True, V)
-    _store_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, exp_avg_sq, bits, False, V)
-
-
-@triton.jit
 def _second_moment(tensors, block, exp_avg_sq, V: tl.constexpr):
     """Return the second moment that the step uses; with amsgrad store the largest of all steps."""
     second_moment = exp_avg_sq
@@ -314,140 +99,15 @@ def _second_moment(tensors, block, exp_avg_sq, V: tl.constexpr):
     return second_moment
 
 
-# The buffer
-
-
-@triton.jit
-def _stored(block, V: tl.constexpr):
-    """Return the block of what the slots store of a block: of bytes, where they are packed."""
-    if rounding.is_packed(V.SLOT_DTYPE):
-        byte, element = rounding.byte_offsets(V.SHAPE)
-        SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
-        mask = tl.full(SHAPE, 1, dtype=tl.int1)
-        if not V.FULL:
-            mask = block.begin + element < block.count
-        return _Block(block.begin, block.count, block.begin // 2 + byte, mask)
-    else:
-        return block
-
-
-@triton.jit
-def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
-    """Return the values of a slot, or those of an item where `wanted`, a scalar, is 0.
-
-    An item is what a slot stores and its scales.
-    """
-    slot_ptr = at(buffer.slots, slot * buffer.size, V.FULL)
-    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
-    where = _stored(block, V)
-    mask = where.mask & (tl.full(SHAPE, wanted, tl.int32) != 0)
-    stored = tl.load(slot_ptr + where.offsets, mask=mask, other=item[0])
-    scales = 0
-    if rounding.has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
-        scales = rounding.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
-    return rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
-
-
-@triton.jit
-def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
-    """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
-    if V.CRITICAL_GRADIENTS:
-        return buffer_sum + _load_slot(buffer, other, block, 1, (0, 0.0), V)
-    elif rounding.has_scales(V.SLOT_DTYPE):
-        # Chosen among codes, which are four in a register, or eight.
-        wanted = (buffer.slot != other).to(tl.int32)
-        return buffer_sum + _load_slot(buffer, other, block, wanted, item, V)
-    else:
-        # Chosen among values: the load need not wait for the item.
-        wanted = (buffer.slot != other).to(tl.int32)
-        loaded = _load_slot(buffer, other, block, wanted, (0, 0.0), V)
-        taken = spread(buffer.slot, V.SHAPE) == other
-        return buffer_sum + tl.where(taken, item[0].to(V.STATE_DTYPE), loaded)
-
-
-@triton.jit
-def _rebuild_sum(tensors, buffer, count, V: tl.constexpr):
-    """Set the running sum of a chunk to the sum of its slots, in slot order.
-
-    A pending momentum takes its slot's place; a gradient is not there yet.
-    """
-    for begin in range(0, CHUNK_SIZE if V.FULL else count, V.BLOCK):
-        block = _block_at(begin, count, V)
-        buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
-        item = (0, 0)
-        if not V.CRITICAL_GRADIENTS:
-            exp_avg = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
-            item = rounding.to_slot(exp_avg, V.SLOT_DTYPE)
-        for other in range(0, buffer.capacity):
-            buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
-        tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
-
-
-@triton.jit
-def _sum_of_slots(buffer, item, block, V: tl.constexpr):
-    """Return the sum of all slots, in their order."""
-    SUMMED_SLOTS: tl.constexpr = V.SUMMED_SLOTS
-    buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
-    for other in tl.static_range(SUMMED_SLOTS):
-        buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
-    return buffer_sum
-
-
-@triton.jit
-def _sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
-    """Return the sum of the buffer, and put an item, rounded, in its slot where one is admitted.
-
-    A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
-    comes after. `follow` is 1 where a running sum has yet to follow.
-    """
-    buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
-    evicted = buffer_sum
-    if V.SUMMED_SLOTS == 0:
-        buffer_sum = tl.load(buffer.critical_sum + block.offsets, mask=block.mask, other=0.0)
-        evicted = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), V)
-    elif V.CRITICAL_GRADIENTS:
-        buffer_sum = _sum_of_slots(buffer, (0, 0), block, V)
-    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE)
-    if V.SUMMED_SLOTS == 0:
-        # What is stored is what is summed.
-        item = rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
-        follows = tl.full(V.SHAPE, follow, tl.int32) != 0
-        new_sum = tl.where(follows, buffer_sum + (item - evicted), buffer_sum)
-        tl.store(buffer.critical_sum + block.offsets, new_sum, mask=block.mask & follows)
-        buffer_sum = buffer_sum if V.CRITICAL_GRADIENTS else new_sum
-    elif not V.CRITICAL_GRADIENTS:
-        buffer_sum = _sum_of_slots(buffer, (stored, scales), block, V)
-    _commit(buffer, stored, scales, block, V)
-    return buffer_sum
-
-
-@triton.jit
-def _commit(buffer, stored, scales, block, V: tl.constexpr):
-    """Put what is stored of an item, and its scales, in its slot where one is admitted."""
-    if rounding.has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
-        admits = (buffer.slot >= 0).to(tl.int32)
-        rounding.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
-    # Where nothing is committed this is no slot, and it is not touched.
-    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
-    where = _stored(block, V)
-    commit = spread(buffer.slot, SHAPE) >= 0
-    tl.store(buffer.slot_ptr + where.offsets, stored, mask=where.mask & commit)
-
-
-# The update
-
-
 @triton.jit
 def _load(tensors, block, V: tl.constexpr):
     """Return m, the parameter, the gradient and v of a block."""
-    exp_avg = _load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
+    exp_avg = load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
     param = rounding.load_param(
         tensors.param, tensors.master_remainder, block.offsets, block.mask, V.SPLIT, V.STATE_DTYPE
     )
     grad = tl.load(tensors.grad + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
-    exp_avg_sq = _load_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, False, V)
+    exp_avg_sq = load_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, False, V)
     return exp_avg, param, grad, exp_avg_sq
 
 
@@ -505,10 +165,10 @@ def _update_chunk(
 
     FULL: it has CHUNK_SIZE elements, and every tensor is aligned.
     """
-    V: tl.constexpr = _of_chunk(VARIANT, FULL)
+    V: tl.constexpr = of_chunk(VARIANT, FULL)
     BLOCK: tl.constexpr = V.BLOCK
-    tensors = _tensors_of(chunk, V)
-    buffer = _buffer_of(chunk, admission, V)
+    tensors = tensors_of(chunk, V)
+    buffer = buffer_of(chunk, admission, V)
     counters = _counters_of(chunk, seed, step)
     follow = (admission.slot >= 0).to(tl.int32)
     if not V.CRITICAL_GRADIENTS:
@@ -517,10 +177,10 @@ def _update_chunk(
     if V.HAS_BUFFER:  # noqa: SIM102
         if admission.rebuild:
             # The threads that write an element here read it below: both walk in the same layout.
-            _rebuild_sum(tensors, buffer, chunk.count, V)
+            rebuild_sum(tensors, buffer, chunk.count, V)
     squares = tl.zeros((THREADS,), dtype=tl.float64)
     for begin in range(0, CHUNK_SIZE if FULL else chunk.count, BLOCK):
-        block = _block_at(begin, chunk.count, V)
+        block = block_at(begin, chunk.count, V)
         exp_avg, param, grad, exp_avg_sq = _load(tensors, block, V)
         g = effective_gradient(grad, param, s.factor, s.l2)
         late_g = effective_gradient(g, param, 1.0, s.late_l2) if V.CRITICAL_GRADIENTS else g
@@ -530,14 +190,14 @@ def _update_chunk(
         buffer_sum = 0.0
         if V.HAS_BUFFER:
             item = g if V.CRITICAL_GRADIENTS else exp_avg
-            buffer_sum = _sum_and_commit(buffer, item, follow, block, V)
+            buffer_sum = sum_and_commit(buffer, item, follow, block, V)
         if not V.CRITICAL_GRADIENTS:
             squares += sum_squares(g, V.SHAPE)
         exp_avg, exp_avg_sq, numerator = _update_moments(
             s, late_g, buffer_sum, exp_avg, exp_avg_sq, V
         )
         first = chunk.start + begin
-        _store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V)
+        store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V)
         second_moment = _second_moment(tensors, block, exp_avg_sq, V)
         param = _update_param(s, param, numerator, second_moment)
         _store_param(tensors, block, first, param, counters, V)
@@ -594,7 +254,7 @@ def _chunk_of(table_ptr, chunks_ptr):
     row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
     start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK_SIZE
     numel = cell(row_ptr, "numel")
-    return _Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
+    return Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
 
 
 @entry
@@ -639,7 +299,7 @@ def critical_adam_kernel(
     """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
     if is_set(found_inf_ptr):
         return
-    VARIANT: tl.constexpr = _variant(
+    VARIANT: tl.constexpr = make_variant(
         PARAM_DTYPE,
         GRAD_DTYPE,
         STATE_DTYPE,
@@ -687,7 +347,7 @@ def critical_adam_kernel(
         turn = step + chunk.start // REBUILT_CHUNK_SIZE
         rebuild = ((turn % (4 * capacity) == 0) & (SUMMED_SLOTS == 0)).to(tl.int32)
     s = _scalars_of(hyperparameters, step, divisor, STATE_DTYPE)
-    admission = _Admission(capacity, slot, rebuild)
+    admission = Admission(capacity, slot, rebuild)
     sq_norm_ptr = chunk_sq_norms_ptr + tl.program_id(0)
     if (chunk.count == CHUNK_SIZE) & aligned:
         _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, True)

@@ -1,0 +1,157 @@
+"""The buffer within the pass: the sum of its slots, and the commit of what is admitted."""
+
+from collections import namedtuple
+
+import triton
+import triton.language as tl
+
+from cm_fused._backends.triton import rounding
+from cm_fused._backends.triton.chunks import Block, block_at
+from cm_fused._backends.triton.common import CHUNK_SIZE, at, empty_sum, pointer, spread
+from cm_fused._backends.triton.moments import load_moment
+
+# The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum.
+Admission = namedtuple("Admission", "capacity slot rebuild")
+
+# A chunk's buffer: addresses of its first element in slot 0, in its sum and of its scale. A slot
+# has `size` numbers in memory; `slot` is the one to write, or -1.
+Buffer = namedtuple("Buffer", "slots scales critical_sum numel size capacity slot slot_ptr")
+
+
+@triton.jit
+def buffer_of(chunk, admission, V: tl.constexpr):
+    """Return a chunk's buffer."""
+    row_ptr = chunk.row_ptr
+    start = chunk.start
+    slots_ptr = pointer(row_ptr, "critical_buffer", rounding.memory_dtype(V.SLOT_DTYPE))
+    slots_ptr = at(slots_ptr, rounding.slot_size(start, V.SLOT_DTYPE), V.FULL)
+    size = rounding.slot_size(chunk.numel, V.SLOT_DTYPE)
+    return Buffer(
+        slots_ptr,
+        pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
+        at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
+        chunk.numel,
+        size,
+        admission.capacity,
+        admission.slot,
+        at(slots_ptr, admission.slot * size, V.FULL),
+    )
+
+
+@triton.jit
+def _stored(block, V: tl.constexpr):
+    """Return the block of what the slots store of a block: of bytes, where they are packed."""
+    if rounding.is_packed(V.SLOT_DTYPE):
+        byte, element = rounding.byte_offsets(V.SHAPE)
+        SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+        mask = tl.full(SHAPE, 1, dtype=tl.int1)
+        if not V.FULL:
+            mask = block.begin + element < block.count
+        return Block(block.begin, block.count, block.begin // 2 + byte, mask)
+    else:
+        return block
+
+
+@triton.jit
+def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
+    """Return the values of a slot, or those of an item where `wanted`, a scalar, is 0.
+
+    An item is what a slot stores and its scales.
+    """
+    slot_ptr = at(buffer.slots, slot * buffer.size, V.FULL)
+    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+    where = _stored(block, V)
+    mask = where.mask & (tl.full(SHAPE, wanted, tl.int32) != 0)
+    stored = tl.load(slot_ptr + where.offsets, mask=mask, other=item[0])
+    scales = 0
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        scales = rounding.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
+    return rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
+
+
+@triton.jit
+def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
+    """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
+    if V.CRITICAL_GRADIENTS:
+        return buffer_sum + _load_slot(buffer, other, block, 1, (0, 0.0), V)
+    elif rounding.has_scales(V.SLOT_DTYPE):
+        # Chosen among codes, which are four in a register, or eight.
+        wanted = (buffer.slot != other).to(tl.int32)
+        return buffer_sum + _load_slot(buffer, other, block, wanted, item, V)
+    else:
+        # Chosen among values: the load need not wait for the item.
+        wanted = (buffer.slot != other).to(tl.int32)
+        loaded = _load_slot(buffer, other, block, wanted, (0, 0.0), V)
+        taken = spread(buffer.slot, V.SHAPE) == other
+        return buffer_sum + tl.where(taken, item[0].to(V.STATE_DTYPE), loaded)
+
+
+@triton.jit
+def rebuild_sum(tensors, buffer, count, V: tl.constexpr):
+    """Set the running sum of a chunk to the sum of its slots, in slot order.
+
+    A pending momentum takes its slot's place; a gradient is not there yet.
+    """
+    for begin in range(0, CHUNK_SIZE if V.FULL else count, V.BLOCK):
+        block = block_at(begin, count, V)
+        buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
+        item = (0, 0)
+        if not V.CRITICAL_GRADIENTS:
+            exp_avg = load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
+            item = rounding.to_slot(exp_avg, V.SLOT_DTYPE)
+        for other in range(0, buffer.capacity):
+            buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+        tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
+
+
+@triton.jit
+def _sum_of_slots(buffer, item, block, V: tl.constexpr):
+    """Return the sum of all slots, in their order."""
+    SUMMED_SLOTS: tl.constexpr = V.SUMMED_SLOTS
+    buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
+    for other in tl.static_range(SUMMED_SLOTS):
+        buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+    return buffer_sum
+
+
+@triton.jit
+def sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
+    """Return the sum of the buffer, and put an item, rounded, in its slot where one is admitted.
+
+    A momentum's commit is last step's and comes before the sum, a gradient's is this step's and
+    comes after. `follow` is 1 where a running sum has yet to follow.
+    """
+    buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
+    evicted = buffer_sum
+    if V.SUMMED_SLOTS == 0:
+        buffer_sum = tl.load(buffer.critical_sum + block.offsets, mask=block.mask, other=0.0)
+        evicted = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), V)
+    elif V.CRITICAL_GRADIENTS:
+        buffer_sum = _sum_of_slots(buffer, (0, 0), block, V)
+    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE)
+    if V.SUMMED_SLOTS == 0:
+        # What is stored is what is summed.
+        item = rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
+        follows = tl.full(V.SHAPE, follow, tl.int32) != 0
+        new_sum = tl.where(follows, buffer_sum + (item - evicted), buffer_sum)
+        tl.store(buffer.critical_sum + block.offsets, new_sum, mask=block.mask & follows)
+        buffer_sum = buffer_sum if V.CRITICAL_GRADIENTS else new_sum
+    elif not V.CRITICAL_GRADIENTS:
+        buffer_sum = _sum_of_slots(buffer, (stored, scales), block, V)
+    _commit(buffer, stored, scales, block, V)
+    return buffer_sum
+
+
+@triton.jit
+def _commit(buffer, stored, scales, block, V: tl.constexpr):
+    """Put what is stored of an item, and its scales, in its slot where one is admitted."""
+    if rounding.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+        admits = (buffer.slot >= 0).to(tl.int32)
+        rounding.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
+    # Where nothing is committed this is no slot, and it is not touched.
+    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+    where = _stored(block, V)
+    commit = spread(buffer.slot, SHAPE) >= 0
+    tl.store(buffer.slot_ptr + where.offsets, stored, mask=where.mask & commit)
