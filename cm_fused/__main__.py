@@ -173,7 +173,7 @@ def _examine(name: str, device: torch.device) -> _Found:
     try:
         backend = select(name, device)
     except RuntimeError as error:
-        # What is to be done is said once, as a problem.
+        # The remedy is said once, as a problem.
         reason = str(error).removesuffix(f". {_install.remedy()}")
         return _Found(name, str(device), False, reason, None)
     what = backend.describe(device)

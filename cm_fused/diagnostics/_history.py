@@ -45,7 +45,7 @@ HISTORY = tuple(field.name for field in fields(History))
 
 
 class _Followed(NamedTuple):
-    """What is known of one parameter's buffer, on the CPU."""
+    """The history of one parameter's buffer so far, on the CPU."""
 
     keys: Tensor  # float32 (C,), after the last step looked at
     step: Tensor  # float32 (), the parameter's steps until then
