@@ -120,7 +120,8 @@ def check_lrs(lrs: Iterable[object]) -> None:
         # In the order of what is fast: a scheduler changes them at every step.
         if (type(lr) is float and math.isfinite(lr)) or isinstance(lr, Tensor):
             continue
-        check_number("lr", *_python_numbers([lr]), *_FINITE)
+        (number,) = _python_numbers([lr])
+        check_number("lr", number, *_FINITE)
 
 
 def check_choices(options: Mapping[str, Any]) -> None:
