@@ -1,4 +1,4 @@
-"""What the benches take from inside the package; all else they use is public.
+"""The parts of the package's inside that the benches use; all else they use is public.
 
 The machine code's bench reads the Triton kernels' sources besides (`bench.machine_code.variants`).
 """

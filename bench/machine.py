@@ -1,4 +1,4 @@
-"""What the measurements were taken on and with. Never a path, a host's name or a user's."""
+"""The machine and versions of measurements. Never a path, a host's name or a user's."""
 
 import os
 import platform

@@ -126,7 +126,7 @@ def _diagnosis(wanted: Sequence[str]) -> _Diagnosis:
         if not any(each.available for each in found if each.backend == name)
     ]
     reason = library.unavailable_reason
-    if reason is not None and not reason.endswith(_install.NOT_WANTED):
+    if reason is not None and ("cpu" in wanted or not reason.endswith(_install.NOT_WANTED)):
         problems.append(f"{reason}. {_install.remedy()}")
     problems += [
         f"on {each.device} the slow reference takes the steps: {each.what}"
@@ -173,7 +173,9 @@ def _examine(name: str, device: torch.device) -> _Found:
     try:
         backend = select(name, device)
     except RuntimeError as error:
-        return _Found(name, str(device), False, str(error), None)
+        # The remedy is said once, as a problem.
+        reason = str(error).removesuffix(f". {_install.remedy()}")
+        return _Found(name, str(device), False, reason, None)
     what = backend.describe(device)
     if name == "eager":
         return _Found(name, str(device), True, what, None)

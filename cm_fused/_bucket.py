@@ -1,4 +1,4 @@
-"""What backends work on: buckets of tensors with their hyperparameters, in batches."""
+"""Buckets of tensors with their hyperparameters, in batches: the arguments of backends."""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class StepOptions(NamedTuple):
     l2_in_aggregate: bool = False
     # For `cm_fused.compat`: a group's key is the sum of its parameters' norms, not the norm of all.
     sum_of_norms: bool = False
-    # What every gradient is multiplied by before all else, float64 (); None for 1.
+    # The factor of every gradient, before all else, float64 (); None for 1.
     grad_factor: Tensor | None = None
     # float64 (); where it is not 0 the step changes nothing. None for 0.
     found_inf: Tensor | None = None
@@ -142,7 +142,7 @@ class Bucket:
     # This step's sum of g^2 over the priority scope, float64 () or (params,), where the bucket is
     # not all of the scope.
     sq_norm: Tensor | None = None
-    # What the reference found in its last step, float64 (params,).
+    # The sums that the reference found in its last step, float64 (params,).
     last_sq_norms: Tensor | None = None
     group: int = 0  # the index of its param group
     registered: Any = None  # what its backend prepared for all steps of these tensors

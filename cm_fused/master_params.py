@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from cm_fused._distributed import is_sharded, local, local_as, sharded_as
 from cm_fused._state.making import missing_state_of
-from cm_fused._state.table import Group, required_keys
+from cm_fused._state.table import Group, State, required_keys
 from cm_fused.rounding import join_master, split_master
 
 
@@ -36,11 +36,20 @@ def get_master_param(optimizer: Optimizer, param: Tensor) -> Tensor:
         torch.float32
     """
     _checked_group(optimizer, param)
-    if param.dtype is not torch.bfloat16:
-        return param.detach().clone()
-    remainder = optimizer.state.get(param, {}).get("master_remainder")
-    if remainder is None or remainder.shape != param.shape:  # of the model before it was cast
-        return param.detach().to(torch.float32)
+    master = master_of(param, optimizer.state.get(param, {}))
+    if master is not None:
+        return master
+    dtype = torch.float32 if param.dtype is torch.bfloat16 else param.dtype
+    return param.detach().to(dtype, copy=True)
+
+
+def master_of(param: Tensor, state: State) -> Tensor | None:
+    """Return a copy of the master whose halves are a parameter and its state, or None."""
+    remainder = state.get("master_remainder")
+    if param.dtype is not torch.bfloat16 or remainder is None:
+        return None
+    if remainder.shape != param.shape:  # of the model before it was cast
+        return None
     master = join_master(local(param.detach()), local(remainder))
     return sharded_as(master, param) if is_sharded(param) else master
 

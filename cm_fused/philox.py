@@ -24,14 +24,14 @@ WORDS = 4
 
 
 class Stream(IntEnum):
-    """What the words are for; each purpose has words of its own."""
+    """A purpose of random bits; each purpose has bits of its own."""
 
     MOMENTS = 0
     PARAM = 1
 
 
 class ShardLayout(NamedTuple):
-    """Where a parameter's local elements lie in the full parameter.
+    """The positions of a parameter's local elements in the full parameter.
 
     Both are counted in memory order: element e is the full parameter's element
     `offset + (e div length) * stride + e mod length`. The default is the full parameter.

@@ -238,7 +238,7 @@ def _load_moments(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:
 def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepOptions) -> None:
     """Round m and v of parameter i to the state's dtype, stochastically; no-op where they are it.
 
-    Of an element's word, m takes the first bits and v the last: halves, or 20 of 32.
+    m takes the first of an element's random bits and v the last: halves, or 20 of 32.
     """
     stored = bucket["exp_avg"][i], bucket["exp_avg_sq"][i]
     if m is stored[0]:

@@ -162,7 +162,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
     A value goes up with the probability of its distance from the lower neighbour, to 2^-16.
 
     Args:
-        values: float32, any shape. What is not finite stays.
+        values: float32, any shape. Values that are not finite stay.
         dtype: bfloat16 or float16.
         bits: int64 of that shape, with values in [0, 2^16).
     """

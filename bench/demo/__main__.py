@@ -88,7 +88,7 @@ def _search(seeds: int, factor: float, workers: int) -> None:
 
 
 def _compare(seeds: int, factor: float, workers: int, rounds: int, figure: Path) -> None:
-    # All runs of the longest task come first, lest one of them be left for a single worker.
+    # All runs of the longest task come first, so that none of them is left for a single worker.
     jobs = [
         Job(
             task.name,

@@ -1,4 +1,4 @@
-"""What is trained: a model, its data, and how long at which learning rate."""
+"""The tasks: a model, its data, and how long it is trained at which learning rate."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

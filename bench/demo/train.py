@@ -21,7 +21,7 @@ _REFRESH_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """What one run is made from; plain values, so that it can be sent to a worker.
+    """The settings of one run; plain values, so that it can be sent to a worker.
 
     Args:
         task: A key of ``TASKS``.
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave.
+    """The results of one run.
 
     Args:
         job: What it was made from.
@@ -133,7 +133,7 @@ def train(job: Job, on_step: Callable[[], None]) -> Run:
 
 
 class _Worker:
-    """What a worker process keeps between jobs."""
+    """The objects that a worker process keeps between jobs."""
 
     steps_done: "Synchronized[int]"
 

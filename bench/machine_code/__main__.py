@@ -1,4 +1,4 @@
-"""What the Triton pass is as machine code, without a GPU: `python -m bench.machine_code`.
+"""The Triton pass as machine code, without a GPU: `python -m bench.machine_code`.
 
 Every variant is compiled as a launch compiles it and disassembled. Its accesses of tensors are told
 apart by the source lines that the disassembler names for each instruction, its elements by their
@@ -44,7 +44,7 @@ class NoInlineInfoError(Exception):
 
 @dataclass(frozen=True)
 class Report:
-    """What one variant is on one architecture.
+    """One variant on one architecture.
 
     Attributes:
         arch: Of the compute capability, without the dot.

@@ -16,8 +16,7 @@ from bench import internals
 from bench.speed import bytes as byte_model
 from bench.speed.bytes import Bytes
 from cm_fused._backends.triton import kernels as triton_kernels
-from cm_fused._backends.triton import launch as backend
-from cm_fused._backends.triton.variants import launch_options
+from cm_fused._backends.triton.variants import TRITON_DTYPES, launch_options, precision
 from cm_fused.rounding import INT4, PACKED
 
 WARP = 32
@@ -63,7 +62,7 @@ class Variant:
     def precision(self) -> dict[str, Any]:
         """Return those of them that say how state and parameters are stored."""
         slots = PACKED if self.slot_dtype is INT4 else self.slot_dtype
-        return backend.precision(
+        return precision(
             self.param_dtype,
             self.moment_dtype or self.state_dtype,
             slots or self.state_dtype,
@@ -76,9 +75,9 @@ class Variant:
             "lr_ptr": None,
             "grad_factor_ptr": None,
             "found_inf_ptr": None,
-            "PARAM_DTYPE": backend.TRITON_DTYPES[self.param_dtype],
-            "GRAD_DTYPE": backend.TRITON_DTYPES[self.grad_dtype or self.param_dtype],
-            "STATE_DTYPE": backend.TRITON_DTYPES[self.state_dtype],
+            "PARAM_DTYPE": TRITON_DTYPES[self.param_dtype],
+            "GRAD_DTYPE": TRITON_DTYPES[self.grad_dtype or self.param_dtype],
+            "STATE_DTYPE": TRITON_DTYPES[self.state_dtype],
             **self.precision(),
             "CRITICAL_GRADIENTS": self.critical_gradients,
             "AMSGRAD": self.amsgrad,
@@ -133,7 +132,7 @@ def variants() -> list[Variant]:
     unrounded = [
         Variant(dtype, critical_gradients, amsgrad, slots)
         for dtype, critical_gradients, amsgrad in itertools.product(
-            backend.TRITON_DTYPES, (False, True), (False, True)
+            TRITON_DTYPES, (False, True), (False, True)
         )
         for slots in range(-1, internals.running_sum_min_capacity())
     ]
@@ -164,7 +163,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         attrs={(list(signature).index("table_ptr"),): [["tt.divisibility", 16]]},
     )
     options = launch_options(
-        backend.TRITON_DTYPES[variant.param_dtype],
+        TRITON_DTYPES[variant.param_dtype],
         variant.precision()["MOMENT_DTYPE"],
         variant.precision()["SLOT_DTYPE"],
         variant.amsgrad,

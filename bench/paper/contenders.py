@@ -15,7 +15,7 @@ MOMENTUM = "SGD+momentum"
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What a grid varies.
+    """The values that a grid varies.
 
     Args:
         lr: Learning rate of the first epoch, > 0.

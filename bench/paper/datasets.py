@@ -21,7 +21,7 @@ _IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png"}
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: examples by index, so that a data set need not fit into memory.
+    """The examples that a run reads, by index, so that a data set need not fit into memory.
 
     Args:
         train_size: Number of training examples.

@@ -99,7 +99,7 @@ def uniform(shape: Sequence[int], box: tuple[float, float], seed: int) -> Tensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the runs of a setting ended.
+    """The ends of the runs of a setting.
 
     Args:
         setting: The optimizer.
@@ -317,7 +317,7 @@ def lines() -> Lines:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a system's buffers had in some consecutive steps.
+    """The contents of a system's buffers in some consecutive steps.
 
     Args:
         slots: The filled ones after each step, each (N, filled, D).

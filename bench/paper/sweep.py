@@ -20,7 +20,7 @@ from bench.paper.tasks import TASKS
 
 @dataclass(frozen=True)
 class Config:
-    """What one run is made from; two runs of the same config are the same run.
+    """The settings of one run; two runs of the same config are the same run.
 
     Args:
         task: A key of ``TASKS``.

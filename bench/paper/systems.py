@@ -174,7 +174,7 @@ def _optimizer_class(setting: Setting) -> Any:
 
 @dataclass(frozen=True)
 class Run:
-    """What the runs of a setting left.
+    """The results of the runs of a setting.
 
     Args:
         losses: Before every step and at the end, (steps + 1, N).
@@ -223,7 +223,7 @@ def run(
 
 
 def _kind(setting: Setting) -> tuple[bool, bool, str]:
-    """What the settings of a batch have in common."""
+    """The part that the settings of a batch share."""
     optimizer = _optimizer_class(setting).__name__
     return setting.has_sam, setting.package_rules, optimizer
 

@@ -1,4 +1,4 @@
-"""What can be trained: a model with its data, and how long."""
+"""The tasks: a model with its data, and how long it is trained."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

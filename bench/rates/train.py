@@ -13,7 +13,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is made from.
+    """The settings of a run.
 
     Args:
         task: A key of ``TASKS``.

@@ -1,4 +1,4 @@
-"""What a campaign found, and what campaigns share."""
+"""The result of a campaign, and the parts that campaigns share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 @dataclass(frozen=True)
 class Finding:
-    """What was tried without a fault; a fault raises.
+    """The cases that were tried without a fault; a fault raises.
 
     Attributes:
         campaign: What was done.

@@ -1,1 +1,1 @@
-"""What a step takes of time and memory: `python -m bench.speed`."""
+"""The time and the memory of a step: `python -m bench.speed`."""

@@ -65,7 +65,7 @@ def _buffer(capacity: int, admits: bool) -> Bytes:
 
 
 def _rebuild(capacity: int, admits: bool, critical_gradients: bool) -> Bytes:
-    """What rebuilding S from the slots, once in 4 C steps, adds to a step on average."""
+    """Return the bytes that rebuilding S from the slots, once in 4 C steps, adds to a mean step."""
     if capacity < internals.running_sum_min_capacity():
         return _streams(0, 0)
     # A momentum is in its slot before the slots are summed, so that slot is not read; a gradient
@@ -115,7 +115,7 @@ def triton_pass(
     slot_bytes: float,
     rounding_bytes: int = 0,
 ) -> Bytes:
-    """What the Triton pass loads and stores where it replaces a slot (_backends/triton/kernels.py).
+    """Loads and stores of the Triton pass where it replaces a slot (_backends/triton/kernels.py).
 
     Where slots are summed, the load of the one that is replaced by a momentum is counted: it is
     issued, and switched off when the step runs.

@@ -1,4 +1,4 @@
-"""What is measured of a step on a GPU: the device's time, the host's, launches and memory.
+"""The measurements of a step on a GPU: the device's time, the host's, launches and memory.
 
 NOTE: [Device time]
 Two CUDA events around a step tell the device's time only if the device never waits for the host in

@@ -1,4 +1,4 @@
-"""What a step costs the host, beside torch's fused AdamW: ``python -m bench.speed.host_time``.
+"""The cost of a step for the host, beside torch's fused AdamW: ``python -m bench.speed.host_time``.
 
 Both optimizers step in turns, on one thread; a ratio is that of the medians of rounds' medians. On
 a GPU the times are CPU seconds of the thread. The device is not waited for in a step, but before
@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is stepped. `target` is the ratio aimed at, None where nothing has been measured.
+    """Parameters that are stepped. `target` is the ratio aimed at, None if none was measured.
 
     If `alternating`, every other tensor has a gradient, in turns; if `new_addresses`, each gradient
     is another tensor than in the step before.

@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and what a step needs besides: `python -m bench.speed.memory`.
+"""Memory of an optimizer's state, and what a step needs besides: `python -m bench.speed.memory`.
 
 On the CPU each figure comes from a process of its own, since a process's peak never falls. Given a
 results file, the figures are written into it.

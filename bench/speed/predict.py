@@ -83,23 +83,23 @@ class Launch:
 
     @property
     def bytes_seconds(self) -> float:
-        """Of its bytes at a copy's speed."""
+        """The seconds of its bytes at a copy's speed."""
         return self.moved / (COPY_SHARE * PEAK_BYTES_PER_SECOND)
 
     @property
     def waiting_seconds(self) -> float:
-        """Of its waves' loads that wait for each other."""
+        """The seconds of its waves' loads that wait for each other."""
         return math.ceil(self.waves) * self.loads * LOAD_SECONDS
 
     @property
     def seconds(self) -> float:
-        """Of the gap before it, and of what is longer of bytes and waiting."""
+        """The gap before it, and the longer of bytes and waiting."""
         return GAP_SECONDS + max(self.bytes_seconds, self.waiting_seconds)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a step should be."""
+    """The predicted step."""
 
     workload: str
     provider: str
@@ -107,7 +107,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of the device."""
+        """The seconds of the device."""
         return sum(launch.seconds for launch in self.launches)
 
     @property

@@ -27,7 +27,7 @@ _RIVALS_TENSORS = 200
 
 @dataclass(frozen=True)
 class Regime:
-    """What the buffers do at every timed step.
+    """The change of the buffers at every timed step.
 
     Attributes:
         name: Its name in the results.

@@ -1,4 +1,4 @@
-"""What the optimizers step over: lists of parameter shapes."""
+"""The workloads of the optimizers: lists of parameter shapes."""
 
 import math
 from dataclasses import dataclass, replace

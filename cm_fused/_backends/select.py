@@ -108,7 +108,8 @@ def select(requested: str | None, device: torch.device) -> Backend:
         if device.type != "cpu":
             raise RuntimeError(f"backend='cpu' steps parameters on the CPU, got one on {device}")
         if cpu.unavailable_reason is not None:
-            raise RuntimeError(f"backend='cpu' is not available: {cpu.unavailable_reason}")
+            reason = _with_remedy("cpu", cpu.unavailable_reason)
+            raise RuntimeError(f"backend='cpu' is not available: {reason}")
         return CPU
     backend = _fused_on(device)
     if isinstance(backend, str):
@@ -124,7 +125,8 @@ def select_for(group: Mapping[str, Any], device: torch.device) -> Backend:
         return select(requested, device)
     backend = _fused_on(device)
     if isinstance(backend, str):
-        raise RuntimeError(f"fused=True is not available for parameters on {device}: {backend}")
+        reason = _with_remedy(device.type, backend)
+        raise RuntimeError(f"fused=True is not available for parameters on {device}: {reason}")
     return backend
 
 
@@ -140,7 +142,10 @@ def _fused_on(device: torch.device) -> "Backend | str":
 @cache
 def _warn_of_fallback(device_type: str, reason: str) -> None:
     """Warn once per device type that the reference does the work of a fused backend."""
-    message = f"cm_fused steps with the slow eager backend for {device_type} parameters: {reason}"
-    if device_type == "cpu":
-        message += f". {_install.remedy()}"
-    warn(message)
+    reason = _with_remedy(device_type, reason)
+    warn(f"cm_fused steps with the slow eager backend for {device_type} parameters: {reason}")
+
+
+def _with_remedy(device_type: str, reason: str) -> str:
+    """Return why a device has no fused backend, on CPUs with the command that builds it."""
+    return f"{reason}. {_install.remedy()}" if device_type == "cpu" else reason

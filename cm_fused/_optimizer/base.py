@@ -1,4 +1,4 @@
-"""What AdamCM and AdamCG share: options, state and the dispatch of a step."""
+"""The part that AdamCM and AdamCG share: options, state and the dispatch of a step."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -116,7 +116,7 @@ class CriticalAdam(CheckpointedOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What `torch.amp.GradScaler` asks: whether a step unscales, and skips where it must."""
+        """Tell `torch.amp.GradScaler` whether a step unscales, and skips where it must."""
         amp_scaling: bool = self.defaults["amp_scaling"]
         return amp_scaling
 
@@ -168,7 +168,7 @@ class CriticalAdam(CheckpointedOptimizer):
             closure: Called once, with gradients enabled, before the step.
 
         Returns:
-            What the closure returned, or None.
+            The loss that the closure returned, or None.
 
         Raises:
             RuntimeError: A gradient is sparse, or differs from its parameter in shape, dtype
@@ -185,7 +185,7 @@ class CriticalAdam(CheckpointedOptimizer):
             with torch.no_grad():
                 self._traced_step()
             return loss
-        # What torch.no_grad does, which would cost five Python calls a step.
+        # As torch.no_grad does, which would cost five Python calls a step.
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:

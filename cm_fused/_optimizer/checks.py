@@ -37,11 +37,15 @@ _READ_BY_STEPS = (
     *("priority_scope", "buffer_mean", "backend", "low_precision_update", "adjust_lr_fn"),
 )
 _Rule = tuple[str, Callable[[float], bool]]
-_NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
+# By comparisons, which torch.compile can trace.
+_FINITE: _Rule = ("finite", lambda x: abs(x) < math.inf)
+_NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: 0 <= x < math.inf)
 _NUMBERS: dict[str, _Rule] = dict.fromkeys(("lr", "eps", "weight_decay"), _NOT_NEGATIVE)
 _NUMBERS["priority_decay"] = ("in [0, 1]", lambda x: 0 <= x <= 1)
-# A scheduler may have made these negative.
-_SCHEDULED = dict.fromkeys(("lr", "weight_decay"), ("finite", math.isfinite))
+# A scheduler may have made lr and weight decay negative.
+_IN_TRAINING = {**_NUMBERS, "lr": _FINITE, "weight_decay": _FINITE}
+# The rules of the numbers that do not change at every step, as lr does.
+_SET_BY_HAND = {name: rule for name, rule in _IN_TRAINING.items() if name != "lr"}
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,20 +86,42 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
     _require(isinstance(betas, tuple) and len(betas) == 2, "betas must be a pair of floats", betas)
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
-    for name, (rule, holds) in (_NUMBERS | _SCHEDULED if in_training else _NUMBERS).items():
-        check_number(name, options[name], rule, holds)
+    _check_numbers(options, _IN_TRAINING if in_training else _NUMBERS)
     check_capacity(options["capacity"])
     for name in _CHOICES:
         _check_choice(name, options[name])
     _check_implementation(options)
+    for name in ("skip_nonfinite", "amp_scaling"):
+        _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
+
+
+def _check_numbers(options: Mapping[str, Any], rules: Mapping[str, _Rule]) -> None:
+    """Check the numbers that have a rule, the clipping norm and the seed."""
+    for name, (rule, holds) in rules.items():
+        check_number(name, options[name], rule, holds)
     max_grad_norm = options["max_grad_norm"]
     if max_grad_norm is not None:
         rule = "None or finite and > 0"
-        check_number("max_grad_norm", max_grad_norm, rule, lambda x: math.isfinite(x) and x > 0)
-    for name in ("skip_nonfinite", "amp_scaling"):
-        _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
+        check_number("max_grad_norm", max_grad_norm, rule, lambda x: 0 < x < math.inf)
     seed = options["seed"]
     _require(_is_int(seed) and 0 <= seed < 2**63, "seed must be an int in [0, 2^63)", seed)
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Check the numbers that a step reads, except lr, which may have changed by hand."""
+    names = (*_SET_BY_HAND, "max_grad_norm", "seed")
+    values = _python_numbers([options[name] for name in names])
+    _check_numbers(dict(zip(names, values, strict=True)), _SET_BY_HAND)
+
+
+def check_lrs(lrs: Iterable[object]) -> None:
+    """Check learning rates that have changed; those in tensors may be on a device, and pass."""
+    for lr in lrs:
+        # In the order of what is fast: a scheduler changes them at every step.
+        if (type(lr) is float and math.isfinite(lr)) or isinstance(lr, Tensor):
+            continue
+        (number,) = _python_numbers([lr])
+        check_number("lr", number, *_FINITE)
 
 
 def check_choices(options: Mapping[str, Any]) -> None:
@@ -276,16 +302,27 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 "sparse=False"
             )
         check_placement(where, param, grad)
-        for name in ("dtype", "shape", "device"):
+        lower = param.dtype is torch.float32 and grad.dtype in LOWER_PRECISION_GRADIENTS
+        if grad.dtype != param.dtype and not lower:
+            raise RuntimeError(f"{where} must have {_dtype_rule(param)}, got {grad.dtype}")
+        for name in ("shape", "device"):
             value, expected = getattr(grad, name), getattr(param, name)
-            lower = expected is torch.float32 and value in LOWER_PRECISION_GRADIENTS
-            if value != expected and not lower:
+            if value != expected:
                 raise RuntimeError(
                     f"{where} must have the {name} {_plain(expected)} of its parameter, got "
                     f"{_plain(value)}"
                 )
         if not (grad.is_floating_point() or grad.is_complex()):
             raise RuntimeError(f"{where} must be floating point or complex, got {grad.dtype}")
+
+
+def _dtype_rule(param: Tensor) -> str:
+    """Return which dtypes a parameter's gradient may have, and what to do with another."""
+    own = f"the dtype {param.dtype} of its parameter"
+    lower = " or ".join(map(str, LOWER_PRECISION_GRADIENTS))
+    if param.dtype is torch.float32:
+        return f"{own}, or {lower}; convert the gradient to one of them"
+    return f"{own}; convert the gradient to it, only those of float32 parameters may be {lower}"
 
 
 def check_placement(where: str, param: Tensor, grad: Tensor) -> None:

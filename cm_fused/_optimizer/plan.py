@@ -21,7 +21,7 @@ from cm_fused._bucket import (
     step_options,
 )
 from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
-from cm_fused._optimizer.checks import check_choices
+from cm_fused._optimizer.checks import check_choices, check_lrs, check_numbers
 from cm_fused._state.tracking import OptimizerState
 
 Groups = list[dict[str, Any]]
@@ -33,10 +33,12 @@ _CHOICES = (
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
     *("priority_scope", "buffer_mean", "adjust_lr_fn"),
 )
+# The numbers that are checked when one of them changes; betas are where they are read.
+_NUMBERS = ("eps", "weight_decay", "priority_decay", "seed", "max_grad_norm")
 _options_of = itemgetter(
     *_CHOICES,
-    *("betas", "eps", "weight_decay", "priority_decay", "eps_inside_sqrt", "maximize"),
-    *("decoupled_weight_decay", "seed", "max_grad_norm", "skip_nonfinite"),
+    *_NUMBERS,
+    *("betas", "eps_inside_sqrt", "maximize", "decoupled_weight_decay", "skip_nonfinite"),
 )
 _lr_of = itemgetter("lr")
 _params_of = itemgetter("params")
@@ -158,6 +160,7 @@ class Plans:
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._values: list[tuple[Any, ...]] | None = None
         self._choices: list[tuple[Any, ...]] = []
+        self._numbers: list[tuple[Any, ...]] = []
         self._lrs: list[float | Tensor] = []
         self._state: Any = None
         self._changes = -1
@@ -189,6 +192,7 @@ class Plans:
         self.sizes = [len(group["params"]) for group in groups]
         for group in groups:
             check_choices(group)
+            check_numbers(group)
         self.options = [step_options(group) for group in groups]
         self.needs_norm = any(needs_norm(group) for group in groups)
 
@@ -300,7 +304,9 @@ class Plans:
         self._values = None
         if not is_known:  # else a scheduler has changed learning rates
             self._read_choices(groups, [each[: len(_CHOICES)] for each in values])
+            self._read_numbers(groups, [each[len(_CHOICES) :][: len(_NUMBERS)] for each in values])
             self.needs_norm = any(map(needs_norm, groups))
+        check_lrs(lrs)
         self.options, self._lrs = list(map(step_options, groups)), lrs
         # What may change in place is read at every step.
         immutable = is_known or all(_is_immutable(value) for each in values for value in each)
@@ -315,6 +321,13 @@ class Plans:
             check_choices(group)
         self._plans.clear()
         self._choices = choices
+
+    def _read_numbers(self, groups: Groups, numbers: list[tuple[Any, ...]]) -> None:
+        if numbers == self._numbers:
+            return
+        for group in groups:
+            check_numbers(group)
+        self._numbers = numbers
 
 
 def _is_immutable(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What gradient release refuses: options that need all gradients at once, and wrapped models."""
+"""Refusals of gradient release: options that need all gradients at once, and wrapped models."""
 
 import sys
 from collections.abc import Container

@@ -225,7 +225,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def resize_buffer(param: Tensor, state: State, group: Group) -> None:
     """Give a flushed state a buffer of a group's capacity.
 
-    Of too many slots those with the highest keys stay, in their order, of equal ones the first.
+    If there are too many, those with the highest keys stay, in their order, the first of equals.
     `critical_buffer`, its scales and `priorities` are replaced; the running sum is removed, to be
     made anew. Without slots nothing of the buffer is left; where there was none it is new.
     """

@@ -12,6 +12,7 @@ from cm_fused._distributed import is_sharded, local
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.diagnostics._reading import flat
+from cm_fused.master_params import master_of
 
 # Steps whose keys are noted on the device before the host looks at them.
 _MAX_NOTES = 256
@@ -22,7 +23,7 @@ _NAN = float("nan")
 class History:
     """The history of some parameters up to a step.
 
-    With ``low_precision_update="split"`` the parameters are the rounded ones, not their masters.
+    With ``low_precision_update="split"`` bfloat16 parameters are followed by their float32 masters.
 
     Attributes:
         mean_age: Steps since a filled slot was admitted, mean over the slots; 0 for the last step.
@@ -44,7 +45,7 @@ HISTORY = tuple(field.name for field in fields(History))
 
 
 class _Followed(NamedTuple):
-    """What is known of one parameter's buffer, on the CPU."""
+    """The history of one parameter's buffer so far, on the CPU."""
 
     keys: Tensor  # float32 (C,), after the last step looked at
     step: Tensor  # float32 (), the parameter's steps until then
@@ -252,9 +253,10 @@ class Buffers:
 
 
 class Moves:
-    """Follows the parameters from where they were."""
+    """Follows the parameters, or their float32 masters, from where they were."""
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: CriticalAdam) -> None:
+        self._optimizer = optimizer
         self._starts: dict[Tensor, Tensor] = {}
         self._befores: dict[Tensor, Tensor] = {}
         self._has_befores = False
@@ -263,17 +265,27 @@ class Moves:
         """Remember where the parameters are that are not followed yet."""
         for param in params:
             if param not in self._starts:
-                self._starts[param] = param.detach().clone()
+                self._starts[param] = self._value(param).clone()
 
     @torch.no_grad()
     def remember(self) -> None:
         """Copy the parameters before a step that will be recorded."""
-        params = [param for param in self._starts if param.requires_grad]
-        if any(param not in self._befores for param in params):
-            self._befores = {param: torch.empty_like(param) for param in params}
-        for targets, sources in _in_lists(list(self._befores.values()), list(self._befores)):
+        known = self._befores
+        params = [param for param in self._starts if param.requires_grad or param in known]
+        values = {param: self._value(param) for param in params}
+        # A parameter has a master from its first step on.
+        if any(param not in known or known[param].dtype != v.dtype for param, v in values.items()):
+            self._befores = {param: torch.empty_like(value) for param, value in values.items()}
+        befores = [self._befores[param] for param in values]
+        for targets, sources in _in_lists(befores, list(values.values())):
             torch._foreach_copy_(targets, sources)
         self._has_befores = True
+
+    def _value(self, param: Tensor) -> Tensor:
+        """Return a copy of a parameter's master, or the parameter itself if it has none."""
+        state: Any = self._optimizer.state
+        master = master_of(param, state.get(param, {}))
+        return param.detach() if master is None else master
 
     def forget(self) -> None:
         """Do not take what was remembered for the place before a later step."""
@@ -284,10 +296,11 @@ class Moves:
 
         That is known at the end of the step, `is_step`, if `remember` was called at its beginning.
         """
-        distances = _distances(params, self._starts)
+        values = list(map(self._value, params))
+        distances = _distances(values, list(map(self._starts.get, params)))
         lengths = [_NAN] * len(params)
         if is_step and self._has_befores:
-            lengths = _distances(params, self._befores)
+            lengths = _distances(values, list(map(self._befores.get, params)))
         return [
             (distance, length / max(param.numel(), 1) ** 0.5)
             for param, distance, length in zip(params, distances, lengths, strict=True)
@@ -295,23 +308,22 @@ class Moves:
 
 
 @torch.no_grad()
-def _distances(params: Sequence[Tensor], others: dict[Tensor, Tensor]) -> list[float]:
-    """Return parameters' L2 distances from their values in `others`, NaN where there is none."""
-    result = [_NAN] * len(params)
+def _distances(values: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[float]:
+    """Return the L2 distances of values from others, NaN where there is none."""
+    result = [_NAN] * len(values)
     plain: dict[Any, tuple[list[int], list[Tensor], list[Tensor]]] = {}
-    for i, param in enumerate(params):
-        other = others.get(param)
+    for i, (value, other) in enumerate(zip(values, others, strict=True)):
         if other is None:
             continue
-        if is_sharded(param) or param.is_complex():
-            difference: Any = param - other
+        if is_sharded(value) or value.is_complex():
+            difference: Any = value - other
             if is_sharded(difference):  # whose uneven shards torch does not flatten
                 difference = difference.full_tensor()
             result[i] = torch.linalg.vector_norm(flat(difference, 0)).item()
             continue
-        indices, now, before = plain.setdefault((param.device, param.dtype), ([], [], []))
+        indices, now, before = plain.setdefault((value.device, value.dtype), ([], [], []))
         indices.append(i)
-        now.append(param)
+        now.append(value)
         before.append(other)
     for (_, dtype), (indices, now, before) in plain.items():
         dtype = torch.promote_types(dtype, torch.float32)

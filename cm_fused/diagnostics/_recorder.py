@@ -80,7 +80,7 @@ class Recorder:
         # Open as long as the recorder is: a run is long, and may be cut off.
         self._file = None if path is None else Path(path).open("w", newline="")  # noqa: SIM115
         self._csv: Any = None  # a writer, whose type has no public name
-        self._buffers, self._moves = Buffers(self._optimizer), Moves()
+        self._buffers, self._moves = Buffers(self._optimizer), Moves(self._optimizer)
         self._follow_params()
         if every == 1:
             self._moves.remember()

@@ -252,7 +252,7 @@ def test_the_triton_step_makes_all_it_needs_before_its_first_change(
     groups: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Between and after the launches nothing is allocated: the books' operator is all there is."""
+    """Between and after the launches nothing is allocated but in the priorities' operator."""
     from cm_fused._backends.triton import launch as triton
 
     launch = triton._Launcher._launch

@@ -40,6 +40,7 @@ from cm_fused import AdamCG, AdamCM
 from cm_fused._backends.triton import launch as triton
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import norms as triton_norms
+from cm_fused._backends.triton import priorities
 
 launched = []
 KERNELS = (
@@ -63,7 +64,7 @@ def warm_up(kernel):
 for kernel in KERNELS:
     warm_up(kernel)
 triton.unavailable_reason = lambda device: None
-triton.priority_kernel = lambda device: "Triton"
+priorities.priority_kernel = lambda device: "Triton"
 # As on a CUDA device: with the caps on registers.
 triton._has_register_caps = lambda device: True
 

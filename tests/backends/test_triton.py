@@ -41,6 +41,7 @@ from tests.support.oracle import Options
 from tests.support.samples import SAMPLES
 
 triton = pytest.importorskip("cm_fused._backends.triton.launch", reason="triton is not installed")
+placed = pytest.importorskip("cm_fused._backends.triton.placed")
 tables = pytest.importorskip("cm_fused._backends.triton.tables")
 
 DEVICE = device_of("triton")
@@ -180,7 +181,7 @@ def test_tables_and_graph_capture(extension: bool, monkeypatch: pytest.MonkeyPat
     kept = before.clone()
     others = [grad.clone() for grad in bucket.grads]
     with monkeypatch.context() as capturing:
-        for module in (tables, triton):
+        for module in (tables, placed):
             capturing.setattr(module, "is_capturing", lambda device: True)
         assert made.refresh(bucket.params, bucket.grads) is before
         captured = made.refresh(bucket.params, others)
@@ -196,7 +197,7 @@ def test_tables_and_graph_capture(extension: bool, monkeypatch: pytest.MonkeyPat
     # Tables that a capture has made are not there yet for a step outside: it makes its own.
     bucket.registered = in_capture
     assert in_capture.made_in_capture
-    own = triton._tables_of(bucket)
+    own = placed.tables_of(bucket)
     assert own is not in_capture
     assert not own.made_in_capture
     assert own._replaced is in_capture

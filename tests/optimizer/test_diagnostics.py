@@ -321,6 +321,33 @@ def test_the_last_update() -> None:
                 assert math.isnan(recorder.record()[ALL]["update_rms"])
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moves_of_float32_masters(backend: str, every: int) -> None:
+    """They are those of a float32 training with the same gradients.
+
+    Older tests record float32 parameters alone: the moves were those of the rounded parameter, most
+    of them 0 at this rate.
+    """
+    last = []
+    for dtype in (torch.float32, torch.bfloat16):
+        params = [torch.ones(size, dtype=dtype, requires_grad=True) for size in (6, 40)]
+        frozen = torch.ones(2, dtype=dtype)
+        optimizer = AdamCM(
+            [*params, frozen], lr=1e-4, low_precision_update="split", backend=backend
+        )
+        with Recorder(optimizer, every=every) as recorder:
+            for gradients in zip(_gradients(4), _gradients(4, (40,)), strict=True):
+                for param, gradient in zip(params, gradients, strict=True):
+                    param.grad = gradient.to(torch.bfloat16).to(dtype)
+                optimizer.step()
+        last.append(recorder.last)
+        assert recorder.last[ALL]["update_rms"] > 0
+    for name, row in last[0].items():
+        for quantity in ("distance", "update_rms"):
+            assert last[1][name][quantity] == row[quantity], (name, quantity)
+
+
 def test_no_state_yet_and_complex_parameters() -> None:
     """Nothing to read before the first step; complex elements are pairs."""
     param = torch.zeros(3, dtype=torch.complex64, requires_grad=True)

@@ -255,13 +255,14 @@ class BadGradient:
         return self.set_.__name__.removeprefix("_")
 
 
+_OF_FLOAT32 = "dtype torch.float32 of its parameter, or torch.bfloat16 or torch.float16; convert"
 BAD_GRADIENTS = [
     BadGradient(_sparse, "must be dense.*sparse_coo", foreign=False),
     BadGradient(_data_of_other_dtype, "dtype torch.float64.*got torch.float32", foreign=False),
     BadGradient(_data_of_other_shape, r"shape \(7,\).*got \(5,\)", foreign=False),
-    BadGradient(_integer, "dtype torch.float32.*got torch.int64"),
-    BadGradient(_higher_precision, "dtype torch.float32.*got torch.float64"),
-    BadGradient(_eight_bits, "dtype torch.float32.*got torch.float8_e4m3fn"),
+    BadGradient(_integer, f"{_OF_FLOAT32}.*got torch.int64"),
+    BadGradient(_higher_precision, f"{_OF_FLOAT32}.*got torch.float64"),
+    BadGradient(_eight_bits, f"{_OF_FLOAT32}.*got torch.float8_e4m3fn"),
     BadGradient(_broadcastable, r"shape \(5,\).*got \(1,\)"),
     BadGradient(_on_meta, "device cpu.*got meta"),
 ]
@@ -384,6 +385,16 @@ BY_HAND = [
     BadOption("betas", (1.0, 0.99), r"betas\[0\] must be in \[0, 1\), got 1\.0"),
     BadOption("betas", (0.9, 1.0), r"betas\[1\] must be in \[0, 1\), got 1\.0"),
     BadOption("betas", (-0.5, 1.0), r"betas\[0\] must be in \[0, 1\), got -0\.5"),
+    BadOption("lr", INF, "lr must be finite, got inf"),
+    BadOption("lr", "fast", "lr must be finite, got 'fast'"),
+    BadOption("eps", -1e-8, "eps must be finite and >= 0, got -1e-08"),
+    BadOption("eps", None, "eps must be finite and >= 0, got None"),
+    BadOption("weight_decay", INF, "weight_decay must be finite, got inf"),
+    BadOption("weight_decay", "0.1", r"weight_decay must be finite, got '0\.1'"),
+    BadOption("priority_decay", 1.5, r"priority_decay must be in \[0, 1\], got 1\.5"),
+    BadOption("max_grad_norm", 0.0, r"max_grad_norm must be None or finite and > 0, got 0\.0"),
+    BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
+    BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1\.5"),
 ]
 
 
@@ -398,7 +409,8 @@ def test_option_set_by_hand_changes_nothing(
 
     Older tests set such values by hand only where the state does not fit them: others were taken
     for another choice, and a beta of 1 with `adjust_lr_fn` raised ZeroDivisionError. They set no
-    capacity but other ints >= 1: what no constructor takes raised torch's TypeErrors.
+    capacity but other ints >= 1: what no constructor takes raised torch's TypeErrors. Of the
+    numbers they set only betas: a step took a NaN, or a seed of 1.5 with one backend.
     """
     optimizer = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
     twin = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)

@@ -154,7 +154,7 @@ def test_a_copy_where_the_parameter_was(
             for first, second in (params, twins):
                 second.data = first.data.t()
         with monkeypatch.context() as patch:
-            patch.setattr("cm_fused._backends.triton.launch._laid_out", laid_out)
+            patch.setattr("cm_fused._backends.triton.placed.laid_out", laid_out)
             optimizer.step()
         for one in alone:
             one.step()

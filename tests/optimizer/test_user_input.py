@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from collections import UserList
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map_only, tree_map_with_path
 
-from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
+from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM, _install
 from cm_fused._backends import cpu
 from cm_fused._backends import select as _backend
 from cm_fused._optimizer.base import CriticalAdam
@@ -138,6 +139,8 @@ def test_scalars_of_numpy() -> None:
     scheduler = LambdaLR(optimizer, lambda epoch: np.float64(0.5))
     train(optimizer, range(3))
     scheduler.step()
+    optimizer.param_groups[0].update(weight_decay=np.float32(0.25), seed=np.int64(8))
+    train(optimizer, range(3, 4))
     (group, _) = _read_back(optimizer.state_dict())["param_groups"]
     assert type(group["lr"]) is float
     optimizer.resize_buffer(np.int64(2))  # type: ignore[arg-type]
@@ -218,7 +221,7 @@ def test_fused_asks_for_a_fused_backend() -> None:
     with pytest.raises(RuntimeError, match=r"fused=True is not available .*meta: this version"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, device="meta"))]})
     with mock.patch.object(cpu, "unavailable_reason", "it was not built"):
-        message = "fused=True is not available for parameters on cpu: it was not built"
+        message = f"fused=True .* on cpu: it was not built. {re.escape(_install.remedy())}"
         with pytest.raises(RuntimeError, match=message):
             AdamCM(new_params(), fused=True)
         lazily = AdamCM(new_params())

@@ -16,7 +16,7 @@ import torch
 
 from cm_fused import __main__ as diagnosis
 from cm_fused import _install
-from cm_fused._backends import library
+from cm_fused._backends import cpu, library
 from tests.support.cases import needs_cpu_backend, needs_triton
 
 
@@ -102,19 +102,36 @@ def test_a_backend_that_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("reason", "status"), [("c++ was not found", 1), ("CM_FUSED_BUILD=none", 0)]
+    ("reason", "wanted", "status"),
+    [
+        ("c++ was not found", [], 1),
+        ("c++ was not found", ["cpu"], 1),
+        ("CM_FUSED_BUILD=none", [], 0),
+        ("CM_FUSED_BUILD=none", ["cpu"], 1),
+    ],
 )
 def test_a_library_that_was_not_built(
-    reason: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reason: str,
+    wanted: list[str],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Slow steps on a CPU are a problem, unless the build was told not to have fast ones."""
+    """Slow steps on a CPU are a problem, unless the build was told not to have fast ones.
+
+    The remedy is said once. The older test named no backend: one that was left out on purpose and
+    then asked for was a problem without a remedy.
+    """
     said = f"the C++ extension was not built, because {reason}"
     monkeypatch.setattr(library, "unavailable_reason", said)
+    monkeypatch.setattr(cpu, "unavailable_reason", said)
     monkeypatch.setattr(diagnosis, "_self_test", lambda name, device: None)
-    assert diagnosis.main([]) == status
+    assert diagnosis.main(wanted) == status
     printed = capsys.readouterr().out
     assert f"C++ library: {said}\n" in printed
-    assert (f"PROBLEM: {said}. " in printed) == bool(status)
+    assert f"cpu on cpu: backend='cpu' is not available: {said}\n" in printed
+    assert (f"PROBLEM: {said}. {_install.remedy()}\n" in printed) == bool(status)
+    assert printed.count(_install.remedy()) == status
 
 
 def test_a_clone_that_hides_what_is_installed(tmp_path: Path) -> None:

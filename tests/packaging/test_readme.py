@@ -20,6 +20,7 @@ PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md
 TRAINERS = {
     **{name: name for name in ("accelerate", "hydra", "lightning", "peft", "transformers")},
     "lightning.pytorch.cli": "jsonargparse",
+    "torch.utils.tensorboard": "tensorboard",
 }
 # What tests/optimizer/test_trainers.py runs, in processes of their own.
 ELSEWHERE = re.compile(r"^from timm\b|^torch\.distributed\.init_process_group", re.MULTILINE)
@@ -42,7 +43,7 @@ def _examples() -> Iterator[Any]:
 
 
 def _marks(example: str) -> Iterator[pytest.MarkDecorator]:
-    """Yield what an example with a trainer needs: the trainer, and its warnings let pass."""
+    """Yield what an example with a trainer or a log needs: that, and its warnings let pass."""
     for name, package in TRAINERS.items():
         if re.search(rf"^(import|from) {name}\b", example, flags=re.MULTILINE):
             missing = importlib.util.find_spec(package) is None

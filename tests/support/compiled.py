@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
 from cm_fused._backends.triton import kernels, launch, tables
+from cm_fused._backends.triton import priorities as triton_priorities
 from cm_fused._state.table import KEYS
 from tests.support import frozen
 from tests.support.cases import ROOT
@@ -84,16 +85,16 @@ class Process:
             (tables.Tables, "refresh", refresh_and_register),
             (launch, "_has_register_caps", lambda device: True),
             (launch, "unavailable_reason", lambda device: None),
-            (launch, "priority_kernel", lambda device: "Triton"),
+            (triton_priorities, "priority_kernel", lambda device: "Triton"),
         )
         for owner, name, value in replaced:
             setattr(owner, name, value)
-        self.update_in_triton = launch.update_priorities_of_table_
+        self.update_in_triton = triton_priorities.update_priorities_of_table_
 
     def use_priority_kernel(self, name: str) -> None:
         """Update priorities by Triton's kernel or by the one that nvcc compiles, "CUDA"."""
         kernels = {"Triton": self.update_in_triton, "CUDA": self.update_in_cuda}
-        setattr(launch, "update_priorities_of_table_", kernels[name])  # noqa: B010
+        setattr(triton_priorities, "update_priorities_of_table_", kernels[name])  # noqa: B010
 
     def register(self, table: Tensor, named: dict[str, list[Tensor]]) -> None:
         """Let kernels access what a table names, by its columns."""

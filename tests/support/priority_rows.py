@@ -60,9 +60,9 @@ class Rows:
         )
         assert norms is not None
         if self.kernel == "triton":
-            from cm_fused._backends.triton import launch as triton
+            from cm_fused._backends.triton import priorities
 
-            triton.update_priorities_of_table_(self.table, norms, *scalars, **options)
+            priorities.update_priorities_of_table_(self.table, norms, *scalars, **options)
             return
         update: Kernel = torch.ops.cm_fused.update_priorities_
         if not isinstance(self.kernel, str):

@@ -1,4 +1,4 @@
-"""What grows, and the times of steps as it does."""
+"""The quantities that grow, and the times of steps as they do."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ TIMED = {name: precision for name, precision in PRECISIONS.items() if precision.
 
 @dataclass(frozen=True)
 class Size:
-    """What an optimizer is given: `groups` param groups of `tensors` tensors of `numel` each."""
+    """Parameters of an optimizer: `groups` param groups of `tensors` tensors of `numel` each."""
 
     groups: int = 1
     tensors: int = 1
@@ -32,7 +32,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Curve:
-    """What grows.
+    """A quantity that grows.
 
     Attributes:
         name: Of the axis.

@@ -19,7 +19,7 @@ Quartiles = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Grown:
-    """What a curve gave, by optimizer.
+    """The results of a curve, by optimizer.
 
     Attributes:
         name: Of the axis.

@@ -1,1 +1,1 @@
-"""What precision costs: state, time and held-out loss of every precision of the state."""
+"""The costs of precision: state, time and held-out loss of every precision of the state."""

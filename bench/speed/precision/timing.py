@@ -15,7 +15,7 @@ _WARM_UP = 7
 
 @dataclass
 class Cost:
-    """What a precision costs.
+    """The costs of a precision.
 
     Attributes:
         precision: A key of ``PRECISIONS``.

@@ -15,7 +15,7 @@ from cm_fused import AdamCM
 
 @dataclass
 class Run:
-    """What one run gave.
+    """The results of one run.
 
     Attributes:
         task: A key of ``TASKS``.

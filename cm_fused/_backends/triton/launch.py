@@ -12,39 +12,26 @@ from itertools import chain
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from cm_fused._backends import library
-from cm_fused._backends.capture import is_capturing
 from cm_fused._backends.overlap import have_overlap
 from cm_fused._backends.triton import common as triton_common
 from cm_fused._backends.triton import kernels as triton_kernels
 from cm_fused._backends.triton import norms as triton_norms
-from cm_fused._backends.triton import rounding as triton_rounding
-from cm_fused._backends.triton import variants as triton_variants
-from cm_fused._backends.triton.calls import Calls, Pointers
-from cm_fused._backends.triton.tables import Chunks, OutdatedTablesError, Tables, lies_as
+from cm_fused._backends.triton.calls import Pointers
+from cm_fused._backends.triton.placed import placed_tensors
+from cm_fused._backends.triton.priorities import priority_kernel, update_priorities_of_bucket_
+from cm_fused._backends.triton.tables import Chunks, Tables
+from cm_fused._backends.triton.variants import (
+    NO_BUFFER,
+    TRITON_DTYPES,
+    has_masters,
+    launch_options,
+    precision,
+)
 from cm_fused._bucket import Batch, Bucket, StepOptions, over_scope
 from cm_fused._devices import to_device
-from cm_fused.rounding import PACKED
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-# State that is stored otherwise than it is computed with; 8-bit floats as their bytes, int4 under
-# the name that the kernels have for it.
-STORED_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float8_e4m3fn: tl.uint8,
-    torch.int8: tl.int8,
-    PACKED: triton_rounding.INT4,
-}
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -54,15 +41,6 @@ def unavailable_reason(device: torch.device) -> str | None:
     if device.type not in ("cuda", "xpu"):
         return f"Triton compiles for CUDA, ROCm and XPU devices, got {device}"
     return None
-
-
-def priority_kernel(device: torch.device) -> str:
-    """Return what updates the priorities on a device: "CUDA", "C++" or "Triton"."""
-    if device.type == "cpu":
-        return "Triton" if library.unavailable_reason is not None else "C++"
-    if device.type == "cuda" and library.cuda_unavailable_reason is None:
-        return "CUDA"
-    return "Triton"
 
 
 def describe(device: torch.device) -> str:
@@ -138,7 +116,7 @@ def update_priorities_(batch: Batch) -> None:
         assert tables.last is not None
         found_inf = _on_device(bucket.options.found_inf, bucket.device)
         with _device_guard(bucket.device):
-            _update_priorities(tables, tables.last, bucket, bucket.sq_norm, found_inf)
+            update_priorities_of_bucket_(tables, tables.last, bucket, bucket.sq_norm, found_inf)
 
 
 def last_sq_norms(batch: Batch) -> list[Tensor]:
@@ -154,74 +132,6 @@ def sq_norms(bucket: Bucket, options: StepOptions) -> Tensor:
         return launcher.tensor_sq_norms()
 
 
-def update_priorities_of_table_(
-    table: Tensor,  # int64 (params, `WIDTH`); keys, slots, steps and filled slots are changed
-    chunk_sq_norms: Tensor,  # the sum of g^2 of each chunk, float64 (chunks,)
-    sq_norm: Tensor | None,  # over the scope, float64 () or (params,), if not that of these chunks
-    found_inf: Tensor | None,  # float64 (); where it is not 0 nothing is changed
-    *,
-    capacity: int,
-    priority_decay: float,
-    group_scope: bool,  # whether every key is the norm over the group, or each over its tensor
-    calls: Calls | None = None,  # of earlier launches
-) -> None:
-    """Update the priorities: cm_fused::update_priorities_ where its kernel is not built."""
-    if not len(table):
-        return
-    calls = calls or Calls()
-    if not capacity:
-        kernel = triton_norms.count_steps_kernel
-        calls.launch(kernel, len(table), (table, found_inf), (), _launch_options)
-        return
-    if group_scope and sq_norm is None:
-        sq_norm = chunk_sq_norms.sum()
-    block = {"CAPACITY_BLOCK": triton.next_power_of_2(capacity), **triton_common.LAUNCH_OPTIONS}
-    stride = 0 if sq_norm is None or sq_norm.numel() == 1 else 1
-    calls.launch(
-        triton_norms.update_priorities_kernel,
-        len(table),
-        (table, chunk_sq_norms, sq_norm, found_inf),
-        (stride, capacity, float(priority_decay)),
-        lambda: block,
-    )
-
-
-class _Placed:
-    """A bucket's tensors of one step where its table has them.
-
-    A parameter or gradient that does not lie in memory as the state does is replaced by a copy
-    that does; a parameter's copy is written back at the end.
-    """
-
-    def __init__(self, bucket: Bucket) -> None:
-        self.tables = _tables_of(bucket)
-        try:
-            self._refresh(bucket)
-        except OutdatedTablesError:
-            self.tables = _remake_tables(bucket)
-            self._refresh(bucket)
-
-    def _refresh(self, bucket: Bucket) -> None:
-        params, grads = bucket.params, bucket.grads
-        table = self.tables.refresh(params, grads)
-        if table is None:
-            params, grads = _laid_out(params, bucket), _laid_out(grads, bucket)
-            table = self.tables.refresh(params, grads)
-            assert table is not None
-        self.table = table
-        self.param_copies = [] if params is bucket.params else params
-        # The table has their addresses alone: they live until the step is over.
-        self._grads = grads
-
-
-def _placed(bucket: Bucket) -> _Placed:
-    """Return the bucket's tensors as this step's norms found them, or place them."""
-    if bucket.placed is None:
-        bucket.placed = _Placed(bucket)
-    placed: _Placed = bucket.placed
-    return placed
-
-
 class _Launcher:
     """One step's launches, for which the bucket's device must be the current one."""
 
@@ -233,7 +143,7 @@ class _Launcher:
         self._lr_ptr, self._lr = _lr(options, self._device)
         self._grad_factor = _on_device(options.grad_factor, self._device)
         self._found_inf = _on_device(options.found_inf, self._device)
-        self._placed = _placed(bucket)
+        self._placed = placed_tensors(bucket)
         self.tables = self._placed.tables
 
     def may_have_moved(self) -> bool:
@@ -298,7 +208,8 @@ class _Launcher:
 
     def update_priorities(self, sq_norm: Tensor | None) -> None:
         """Launch the priority kernel on the norms of the pass before, or on a given sum."""
-        _update_priorities(self.tables, self._placed.table, self.bucket, sq_norm, self._found_inf)
+        table = self._placed.table
+        update_priorities_of_bucket_(self.tables, table, self.bucket, sq_norm, self._found_inf)
 
     def _launch(
         self,
@@ -321,7 +232,7 @@ class _Launcher:
         dtypes = precision(chunks.param_dtype, *stored, self._options.low_precision_update)
         options = _dtype_options(chunks)
         if _has_register_caps(self._device):
-            options |= triton_variants.launch_options(
+            options |= launch_options(
                 options["PARAM_DTYPE"],
                 dtypes["MOMENT_DTYPE"],
                 dtypes["SLOT_DTYPE"],
@@ -340,7 +251,7 @@ class _Launcher:
 
 def _summed_slots(bucket: Bucket) -> int:
     if not bucket.capacity:
-        return int(triton_variants.NO_BUFFER.value)
+        return int(NO_BUFFER.value)
     return 0 if bucket["critical_sum"] else bucket.capacity
 
 
@@ -376,50 +287,9 @@ def _lr(options: StepOptions, device: torch.device) -> tuple[Tensor | None, floa
     return None, float(lr)
 
 
-def _update_priorities(
-    tables: Tables, table: Tensor, bucket: Bucket, sq_norm: Tensor | None, found_inf: Tensor | None
-) -> None:
-    in_triton = priority_kernel(bucket.device) == "Triton"
-    kernel: Any = torch.ops.cm_fused.update_priorities_
-    if in_triton:
-        kernel = partial(update_priorities_of_table_, calls=tables.calls)
-    kernel(
-        table,
-        tables.chunk_sq_norms,
-        sq_norm,
-        found_inf,
-        capacity=bucket.capacity,
-        priority_decay=bucket.options.priority_decay,
-        group_scope=bucket.options.priority_scope == "group",
-    )
-
-
 def _on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     """Return a scalar where the kernels can read it; never waits for a device."""
     return None if scalar is None else to_device(scalar, device, torch.float64)
-
-
-def precision(
-    param_dtype: torch.dtype,
-    moment_dtype: torch.dtype,
-    slot_dtype: torch.dtype,
-    low_precision_update: str,
-) -> dict[str, Any]:
-    """Return the pass's compile-time arguments of how state and parameters are stored."""
-    half = param_dtype in (torch.bfloat16, torch.float16)
-    update_dtype = tl.float64 if param_dtype == torch.float64 else tl.float32
-    return {
-        "MOMENT_DTYPE": STORED_DTYPES.get(moment_dtype, update_dtype),
-        "SLOT_DTYPE": STORED_DTYPES.get(slot_dtype, update_dtype),
-        "STOCHASTIC": half and low_precision_update == "stochastic",
-        "KAHAN": half and low_precision_update == "kahan",
-        "SPLIT": has_masters(param_dtype, low_precision_update),
-    }
-
-
-def has_masters(param_dtype: torch.dtype, low_precision_update: str) -> bool:
-    """Return whether parameters of a dtype are parts of float32 masters."""
-    return param_dtype is torch.bfloat16 and low_precision_update == "split"
 
 
 def _weight_decays(options: StepOptions) -> tuple[float, float, float]:
@@ -436,33 +306,11 @@ def _eps(options: StepOptions) -> tuple[float, float]:
     return (options.eps, 0.0) if options.eps_inside_sqrt else (0.0, options.eps)
 
 
-def _tables_of(bucket: Bucket) -> Tables:
-    """Return the bucket's tables from its handle, or make them."""
-    tables = bucket.registered
-    if isinstance(tables, Tables) and (not tables.made_in_capture or is_capturing(bucket.device)):
-        return tables
-    return _remake_tables(bucket)
-
-
-def _remake_tables(bucket: Bucket) -> Tables:
-    bucket.registered = tables = Tables(bucket)
-    return tables
-
-
 def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy what is not the target itself; without copies there is nothing to do."""
     for target, source in zip(targets, sources, strict=False):
         if target is not source:
             target.copy_(source)
-
-
-def _laid_out(tensors: list[Tensor], bucket: Bucket) -> list[Tensor]:
-    return [
-        tensor
-        if lies_as(tensor, exp_avg)
-        else torch.empty_like(exp_avg, dtype=tensor.dtype).copy_(tensor)
-        for tensor, exp_avg in zip(tensors, bucket["exp_avg"], strict=True)
-    ]
 
 
 def _device_guard(device: torch.device) -> Any:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -16,9 +17,48 @@ from cm_fused._backends.triton.common import (
     TAIL_BLOCK_SIZE,
 )
 from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
+from cm_fused.rounding import PACKED
 
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+# State that is stored otherwise than it is computed with; 8-bit floats as their bytes, int4 under
+# the name that the kernels have for it.
+STORED_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.uint8,
+    torch.int8: tl.int8,
+    PACKED: rounding.INT4,
+}
 # The SUMMED_SLOTS of a capacity of 0.
 NO_BUFFER = tl.constexpr(-1)
+
+
+def precision(
+    param_dtype: torch.dtype,
+    moment_dtype: torch.dtype,
+    slot_dtype: torch.dtype,
+    low_precision_update: str,
+) -> dict[str, Any]:
+    """Return the pass's compile-time arguments of how state and parameters are stored."""
+    half = param_dtype in (torch.bfloat16, torch.float16)
+    update_dtype = tl.float64 if param_dtype == torch.float64 else tl.float32
+    return {
+        "MOMENT_DTYPE": STORED_DTYPES.get(moment_dtype, update_dtype),
+        "SLOT_DTYPE": STORED_DTYPES.get(slot_dtype, update_dtype),
+        "STOCHASTIC": half and low_precision_update == "stochastic",
+        "KAHAN": half and low_precision_update == "kahan",
+        "SPLIT": has_masters(param_dtype, low_precision_update),
+    }
+
+
+def has_masters(param_dtype: torch.dtype, low_precision_update: str) -> bool:
+    """Return whether parameters of a dtype are parts of float32 masters."""
+    return param_dtype is torch.bfloat16 and low_precision_update == "split"
 
 
 def launch_options(
