@@ -48,8 +48,11 @@ class StepOptions(NamedTuple):
 
 def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Return the hyperparameters of a step of a group."""
-    beta1, beta2 = group["betas"]
-    beta1, beta2 = float(beta1), float(beta2)
+    try:
+        beta1, beta2 = group["betas"]
+        beta1, beta2 = float(beta1), float(beta2)
+    except (TypeError, ValueError):
+        raise ValueError(f"betas must be a pair of floats, got {group['betas']!r}") from None
     # With a beta of 1 the corrections divide by 0.
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         i, beta = (1, beta2) if 0 <= beta1 < 1 else (0, beta1)

@@ -31,11 +31,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "low_precision_update": ("nearest", "stochastic", "kahan", "split"),
     "adjust_lr_fn": (None, "match_rms_adamw"),
 }
-# The choices that a step would take for another value. The state's own checks find a dtype
-# that has changed.
-_READ_BY_STEPS = (
-    *("priority_scope", "buffer_mean", "backend", "low_precision_update", "adjust_lr_fn"),
-)
 _Rule = tuple[str, Callable[[float], bool]]
 # By comparisons, which torch.compile can trace.
 _FINITE: _Rule = ("finite", lambda x: abs(x) < math.inf)
@@ -81,8 +76,7 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
     load: `in_training` lets them pass.
     """
     lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got {tuple(lr.shape)!r}")
+    _check_one_element(lr)
     _require(isinstance(betas, tuple) and len(betas) == 2, "betas must be a pair of floats", betas)
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta, "in [0, 1)", lambda x: 0 <= x < 1)
@@ -118,17 +112,26 @@ def check_lrs(lrs: Iterable[object]) -> None:
     """Check learning rates that have changed; those in tensors may be on a device, and pass."""
     for lr in lrs:
         # In the order of what is fast: a scheduler changes them at every step.
-        if (type(lr) is float and math.isfinite(lr)) or isinstance(lr, Tensor):
+        if type(lr) is float and math.isfinite(lr):
+            continue
+        _check_one_element(lr)
+        if isinstance(lr, Tensor):
             continue
         (number,) = _python_numbers([lr])
         check_number("lr", number, *_FINITE)
 
 
+def _check_one_element(lr: object) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {tuple(lr.shape)!r}")
+
+
 def check_choices(options: Mapping[str, Any]) -> None:
     """Check the capacity and named choices that a step reads, which may have changed by hand."""
     check_capacity(options["capacity"])
-    for name in _READ_BY_STEPS:
-        _check_choice(name, options[name])
+    for name in _CHOICES:
+        value = options[name]
+        _check_choice(name, as_dtype(value) if name in _DTYPE_OPTIONS else value)
 
 
 def _check_choice(name: str, value: object) -> None:

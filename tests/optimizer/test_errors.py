@@ -385,6 +385,12 @@ BY_HAND = [
     BadOption("betas", (1.0, 0.99), r"betas\[0\] must be in \[0, 1\), got 1\.0"),
     BadOption("betas", (0.9, 1.0), r"betas\[1\] must be in \[0, 1\), got 1\.0"),
     BadOption("betas", (-0.5, 1.0), r"betas\[0\] must be in \[0, 1\), got -0\.5"),
+    BadOption("betas", (0.9,), r"betas must be a pair of floats, got \(0\.9,\)"),
+    BadOption("betas", None, "betas must be a pair of floats, got None"),
+    BadOption("buffer_dtype", "foo", "buffer_dtype must be one of .*got 'foo'"),
+    BadOption("buffer_dtype", torch.int16, r"buffer_dtype must be one of .*got torch\.int16"),
+    BadOption("moment_dtype", "float16", r"moment_dtype must be one of .*got torch\.float16"),
+    BadOption("lr", torch.ones(2), r"Tensor lr must be 1-element, got \(2,\)"),
     BadOption("lr", INF, "lr must be finite, got inf"),
     BadOption("lr", "fast", "lr must be finite, got 'fast'"),
     BadOption("eps", -1e-8, "eps must be finite and >= 0, got -1e-08"),
@@ -410,7 +416,9 @@ def test_option_set_by_hand_changes_nothing(
     Older tests set such values by hand only where the state does not fit them: others were taken
     for another choice, and a beta of 1 with `adjust_lr_fn` raised ZeroDivisionError. They set no
     capacity but other ints >= 1: what no constructor takes raised torch's TypeErrors. Of the
-    numbers they set only betas: a step took a NaN, or a seed of 1.5 with one backend.
+    numbers they set only betas: a step took a NaN, or a seed of 1.5 with one backend. They set only
+    numbers for betas, only a number for lr, and no dtype: Python's, torch's and C++ errors named
+    neither option nor rule.
     """
     optimizer = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
     twin = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
@@ -428,6 +436,23 @@ def test_option_set_by_hand_changes_nothing(
     train(optimizer, range(2, 4))
     train(twin, range(2, 4))
     assert_same(trained(optimizer), trained(twin))
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BY_HAND if "dtype" in bad.name], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtype_set_by_hand_before_the_first_step(backend: str, bad: BadOption) -> None:
+    """A dtype that state cannot have is refused before there is state, and none is made.
+
+    Slots were made of it: the reference trained with slots of int16, all of them 0. Older tests
+    change a dtype once there is state, whose own is then another one.
+    """
+    optimizer = new_optimizer(CLASSES[0], backend=backend)
+    optimizer.param_groups[-1][bad.name] = bad.value
+    give_gradients(optimizer, 0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=bad.message):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
 
 
 def test_capturable_needs_cuda() -> None:

@@ -21,7 +21,7 @@ def _refused(optimizer: Any) -> None:
     betas = optimizer.param_groups[0]["betas"]
     for _ in range(2):
         optimizer.param_groups[0]["betas"] = 0.9
-        with pytest.raises(TypeError):
+        with pytest.raises(ValueError, match=r"betas must be a pair of floats, got 0\.9"):
             optimizer.step()
     optimizer.param_groups[0]["betas"] = (betas[0], 0.5)
 
