@@ -43,7 +43,7 @@ def check_param(param: Tensor, state: State) -> None:
     """Check that a step could write a parameter and that its state, if any, fits it.
 
     RuntimeError where it is an expanded tensor, or a lazy conjugate or negative, or its shape or
-    dtype is not its state's.
+    dtype is not its state's, or something of its state is no tensor.
     """
     if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(
@@ -57,6 +57,12 @@ def check_param(param: Tensor, state: State) -> None:
             f"{'conjugate' if param.is_conj() else 'negative'}; set "
             "param.data = param.data.resolve_conj().resolve_neg()"
         )
+    for key in ROWS:
+        if not isinstance(state.get(key, param), Tensor):
+            raise RuntimeError(
+                f"the state's {key!r} must be a tensor, got {type(state[key]).__name__}; change "
+                "the values of the tensor, as by fill_()"
+            )
     for key, leading in LEADING.items():
         # What only parameters of some dtypes have is empty of others.
         if ROWS[key].param_dtypes or key not in state:

@@ -359,6 +359,29 @@ def test_surgery_that_forgets_the_buffer(
 
 
 @on_each_backend
+@pytest.mark.parametrize("key", ["step", "priorities"])
+def test_surgery_that_leaves_no_tensor(backend: str, key: str) -> None:
+    """The error says what must be a tensor and what to do, and that does help.
+
+    Situation: `optimizer.state[param]["step"] = 0`, as early torch stored it, to begin the bias
+    corrections anew. Older tests replace tensors by tensors; Python's AttributeError was raised.
+    """
+    optimizer = AdamCM(new_params()[:2], backend=backend)
+    train(optimizer, range(6))
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    kept, state[key] = state[key], 0
+    give_gradients(optimizer, 6)
+    before = snapshot(optimizer)
+    with pytest.raises(
+        RuntimeError, match=rf"parameter 1 of group 0: .*'{key}' must be a tensor, got int.*fill_"
+    ):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    state[key] = kept.fill_(0)
+    optimizer.step()
+
+
+@on_each_backend
 def test_surgery_that_is_complete(backend: str) -> None:
     """A parameter whose whole state grows with it trains on; so do all others.
 
