@@ -61,9 +61,15 @@ def sharpness(
         seed: The seed of the vector that it starts from.
 
     Raises:
+        TypeError: The loss is not a tensor.
         ValueError: There are no parameters or elements, a parameter is complex, or a number is out
             of its range.
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss must be a tensor with its graph, got {type(loss).__name__}; call a closure "
+            "before, and let it run no backward pass"
+        )
     # A parameter that two modules share counts once.
     params = list({id(param): param for param in params}.values())
     _check(params, tolerance, max_iterations)

@@ -416,7 +416,10 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def test_errors() -> None:
-    """The argument is named; nothing is hooked."""
+    """The argument is named; nothing is hooked.
+
+    Older tests give every loss as a tensor: a closure raised AttributeError.
+    """
     param = torch.zeros(2, requires_grad=True)
     with pytest.raises(TypeError, match=r"must have a critical buffer .* got Adam"):
         Recorder(SAM(torch.optim.Adam([param])))
@@ -424,6 +427,8 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="every must be an int >= 1, got 0"):
         Recorder(optimizer, every=0)
     assert not optimizer._optimizer_step_post_hooks
+    with pytest.raises(TypeError, match="loss must be a tensor .*, got builtin_function_or_method"):
+        sharpness(param.sum, [param])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="params must have at least one"):
         sharpness(param.sum(), [])
     with pytest.raises(ValueError, match="tolerance must be > 0, got 0"):
