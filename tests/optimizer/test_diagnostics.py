@@ -427,7 +427,9 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="every must be an int >= 1, got 0"):
         Recorder(optimizer, every=0)
     assert not optimizer._optimizer_step_post_hooks
-    with pytest.raises(TypeError, match="loss must be a tensor .*, got builtin_function_or_method"):
+    with pytest.raises(
+        TypeError, match=r"loss must be a tensor .*, got builtin_function_or_method"
+    ):
         sharpness(param.sum, [param])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="params must have at least one"):
         sharpness(param.sum(), [])
