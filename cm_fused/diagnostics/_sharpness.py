@@ -65,14 +65,9 @@ def sharpness(
         ValueError: There are no parameters or elements, a parameter is complex, or a number is out
             of its range.
     """
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss must be a tensor with its graph, got {type(loss).__name__}; call a closure "
-            "before, and let it run no backward pass"
-        )
     # A parameter that two modules share counts once.
     params = list({id(param): param for param in params}.values())
-    _check(params, tolerance, max_iterations)
+    _check(loss, params, tolerance, max_iterations)
     with _without_autocast([loss, *params]):
         slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
 
@@ -94,7 +89,12 @@ def sharpness(
             return _search(hessian_times, _random_unit(params, seed), tolerance, max_iterations)
 
 
-def _check(params: Sequence[Tensor], tolerance: float, max_iterations: int) -> None:
+def _check(loss: object, params: Sequence[Tensor], tolerance: float, max_iterations: int) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss must be a tensor with its graph, got {type(loss).__name__}; call a closure "
+            "before, and let it run no backward pass"
+        )
     if not params:
         raise ValueError("params must have at least one tensor, got none")
     if not any(param.numel() for param in params):
