@@ -137,6 +137,8 @@ class Tables:
         if refreshed == _NEEDS_COPIES:
             return None
         self.changed |= refreshed == _CHANGED
+        if refreshed == _CHANGED or self._table is None:
+            self._check_dtypes(host)
         if refreshed == _UNCHANGED and self._table is not None:
             self.last = self._table
             if capturing:
@@ -147,9 +149,13 @@ class Tables:
             self._follow_stream()
         return self.last
 
-    def _upload_table(self, host: Tensor, capturing: bool) -> Tensor:
+    def _check_dtypes(self, host: Tensor) -> None:
         if not torch.equal(host[:, COLUMNS["dtypes"]], self._dtypes):
+            # Where no others can be made, the next step is not to take this table for up to date.
+            self._table = None
             raise OutdatedTablesError
+
+    def _upload_table(self, host: Tensor, capturing: bool) -> Tensor:
         table, uploaded_from = _upload(host, self._device)
         if capturing:
             self._of_captures.append((table, uploaded_from))
