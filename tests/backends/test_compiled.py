@@ -36,7 +36,7 @@ ROWS: tuple[tuple[str, list[int], int], ...] = (
 NEVER_RUN = {
     r"critical_adam_kernel: _power: .*": "the number of a step is 1 or more",
     r"critical_adam_kernel: critical_adam_kernel: bra.uni rem.s64": "nor is it beyond 32 bits",
-    r"critical_adam_kernel: (_block_at _rebuild_sum: .* st\.global\.b\d+|: mov\.b\d+)": (
+    r"critical_adam_kernel: (block_at rebuild_sum: .* st\.global\.b\d+|: mov\.b\d+)": (
         "a buffer has a slot"
     ),
 }
@@ -44,7 +44,7 @@ NEVER_RUN = {
 # Mutants that compute the same, by the function in the source, and why.
 EQUIVALENT = {
     r"is_aligned: ld\..*": "where one column's address is aligned, another's is",
-    r"(_mean_divisor|_rebuild_sum): (setp\.lt\.s32|mov\.b32) \S+ (\S+ )?1; .*": (
+    r"(_mean_divisor|rebuild_sum): (setp\.lt\.s32|mov\.b32) \S+ (\S+ )?1; .*": (
         "a buffer has a slot"
     ),
     r"_power: (mul|add)\.rn\.f64 .*": "the number of a step is 1 or more",

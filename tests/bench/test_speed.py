@@ -69,6 +69,13 @@ def test_readme_has_the_committed_results() -> None:
 def test_report_says_what_was_left_out_and_missed() -> None:
     """A target that was not measured is not one that was met."""
     results = json.loads(RESULTS.read_text())
+    of_target = ("one 30 M tensor", "AdamCM C=5", "replacing")
+    (case,) = (
+        each
+        for each in results["cases"]
+        if (each["workload"], each["provider"], each["regime"]) == of_target
+    )
+    case["ratio_to_fused_adamw"]["median"] = 1.56
     text = report.markdown_report(results)
     assert "- 1000 tensors of 256, AdamCM C=5 compiled: unrolled over" in text
     target = "| time ratio, one 30 M tensor, C=5, replacing |"
