@@ -40,7 +40,7 @@ def _train(cls: type[CriticalAdam], options: dict[str, Any], *, shares: bool) ->
 @pytest.mark.parametrize(
     "options", [pytest.param({}, id="float32", marks=pytest.mark.slow), pytest.param(LOW, id="low")]
 )
-@pytest.mark.parametrize("cls", [AdamCM, AdamCG])
+@pytest.mark.parametrize("cls", [AdamCM, pytest.param(AdamCG, marks=pytest.mark.slow)])
 def test_a_step_in_a_spawned_process(cls: type[CriticalAdam], options: dict[str, Any]) -> None:
     """The parent goes on from the step that a spawned process took on its state.
 

@@ -158,8 +158,18 @@ def test_a_compiled_step_leaves_the_options(backend: str) -> None:
     assert groups[0] == groups[1]
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
-@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize(
+    ("cls", "backend"),
+    [
+        # Each class and each backend once where there is little time.
+        pytest.param(
+            cls, name, marks=() if (cls is AdamCM) == (name == "cpu") else pytest.mark.slow
+        )
+        for cls in KINDS
+        for name in BACKENDS
+        if name != "triton"
+    ],
+)
 def test_compiled_training_step(cls: type[CriticalAdam], backend: str) -> None:
     """Forward, backward and step in one function: its only breaks are torch's own, at backward.
 

@@ -337,6 +337,7 @@ class _Lookahead:
                 param.copy_(slow.lerp_(param, 0.5))
 
 
+@pytest.mark.sampled
 @on_each_backend
 @of_each_kind
 def test_lookahead_is_resumed(cls: type[CriticalAdam], backend: str) -> None:
