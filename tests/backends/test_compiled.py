@@ -52,9 +52,9 @@ EQUIVALENT = {
     r"critical_adam_kernel: (or|and)\.b64 .*": "remainders of 32 and of 64 bits are the same",
     r"critical_adam_kernel: (setp\.(ne|eq)\.b64|@!?%p\d+ bra) .*": "likewise",
     r"critical_adam_kernel: rem\.s64 .*": "not run, see above",
-    r"_load_(slot|moment): mov\.b32 .*": "where nothing is loaded nothing is used",
+    r"(_load_slot|load_moment): mov\.b32 .*": "where nothing is loaded nothing is used",
     r": mov\.b64 \S+ 0d0000000000000000; .*": "a chunk has an element",
-    r"_(update_chunk|rebuild_sum): setp\.lt\.s32 \S+ %r\d+, %r\d+; .*": "a turn more is empty",
+    r"(_update_chunk|rebuild_sum): setp\.lt\.s32 \S+ %r\d+, %r\d+; .*": "a turn more is empty",
 }
 # The quick test tries one in so many mutants of the default pass.
 SOME = 43
