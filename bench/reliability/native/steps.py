@@ -34,7 +34,7 @@ def every_kernel() -> None:
     for kind, dtype, options in itertools.product((AdamCM, AdamCG), dtypes, PRECISIONS):
         if dtype is torch.float64 and "moment_dtype" in options:
             continue
-        # Of float32 masters only bfloat16 is a half.
+        # A float16 is no half of a float32 master.
         if dtype is torch.float16 and "low_precision_update" in options:
             options = {**options, "low_precision_update": "stochastic"}
         _take(_made(kind, dtype, (CHUNK + 7, 3, 1), **options), steps=3)

@@ -37,7 +37,7 @@ def case(*worlds: int) -> Callable[[Callable[[Path], None]], Case]:
 
 # Rounding of a reduction may differ by a few last bits, which small roots enlarge.
 OPTIONS: dict[str, Any] = {"lr": 0.03, "eps": 1e-3, "capacity": 3}
-# Of a few elements more than processes, of fewer, of none to spare; a scalar's is never cut.
+# More elements than processes, fewer, or as many; a scalar is never cut.
 SHAPES = ((7, 3), (3, 2), (1,), (8,), (5, 1, 2))
 # Rows that are no multiple of the four elements of a counter, of more than a block of elements.
 CUT_ANYWHERE = ((7, 3), (30, 41), (5, 1, 2), (6, 9, 4))
