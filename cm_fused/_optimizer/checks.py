@@ -41,6 +41,8 @@ _NUMBERS["priority_decay"] = ("in [0, 1]", lambda x: 0 <= x <= 1)
 _IN_TRAINING = {**_NUMBERS, "lr": _FINITE, "weight_decay": _FINITE}
 # The rules of the numbers that do not change at every step, as lr does.
 _SET_BY_HAND = {name: rule for name, rule in _IN_TRAINING.items() if name != "lr"}
+# The numbers that `check_numbers` checks; betas are where they are read.
+CHECKED_NUMBERS = (*_SET_BY_HAND, "max_grad_norm", "seed")
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,9 +105,8 @@ def _check_numbers(options: Mapping[str, Any], rules: Mapping[str, _Rule]) -> No
 
 def check_numbers(options: Mapping[str, Any]) -> None:
     """Check the numbers that a step reads, except lr, which may have changed by hand."""
-    names = (*_SET_BY_HAND, "max_grad_norm", "seed")
-    values = _python_numbers([options[name] for name in names])
-    _check_numbers(dict(zip(names, values, strict=True)), _SET_BY_HAND)
+    values = _python_numbers([options[name] for name in CHECKED_NUMBERS])
+    _check_numbers(dict(zip(CHECKED_NUMBERS, values, strict=True)), _SET_BY_HAND)
 
 
 def check_lrs(lrs: Iterable[object]) -> None:

@@ -21,7 +21,7 @@ from cm_fused._bucket import (
     step_options,
 )
 from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
-from cm_fused._optimizer.checks import check_choices, check_lrs, check_numbers
+from cm_fused._optimizer.checks import CHECKED_NUMBERS, check_choices, check_lrs, check_numbers
 from cm_fused._state.tracking import OptimizerState
 
 Groups = list[dict[str, Any]]
@@ -33,11 +33,9 @@ _CHOICES = (
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
     *("priority_scope", "buffer_mean", "adjust_lr_fn"),
 )
-# The numbers that are checked when one of them changes; betas are where they are read.
-_NUMBERS = ("eps", "weight_decay", "priority_decay", "seed", "max_grad_norm")
 _options_of = itemgetter(
     *_CHOICES,
-    *_NUMBERS,
+    *CHECKED_NUMBERS,
     *("betas", "eps_inside_sqrt", "maximize", "decoupled_weight_decay", "skip_nonfinite"),
 )
 _lr_of = itemgetter("lr")
@@ -304,7 +302,9 @@ class Plans:
         self._values = None
         if not is_known:  # else a scheduler has changed learning rates
             self._read_choices(groups, [each[: len(_CHOICES)] for each in values])
-            self._read_numbers(groups, [each[len(_CHOICES) :][: len(_NUMBERS)] for each in values])
+            self._read_numbers(
+                groups, [each[len(_CHOICES) :][: len(CHECKED_NUMBERS)] for each in values]
+            )
             self.needs_norm = any(map(needs_norm, groups))
         check_lrs(lrs)
         self.options, self._lrs = list(map(step_options, groups)), lrs
