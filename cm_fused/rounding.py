@@ -37,6 +37,9 @@ PACKED = torch.uint8
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, PACKED: 7.0}
 # A block whose largest value is below is stored as zeros: the inverse of its scale would overflow.
 SMALLEST_SCALED = 2.0**-100
+# A slot's scale has 16 significant bits and a code at most 7: their product is exact. One instruction
+# that multiplies and adds gives a sum the same bits as two.
+SCALE_BITS = -0x100
 # The random bits of one rounding to a half dtype, and of one to a moment's code.
 RANDOM_BITS = 16
 MOMENT_RANDOM_BITS = {torch.bfloat16: RANDOM_BITS, torch.int8: 20}
@@ -44,6 +47,7 @@ _HALF_BLOCK = BLOCK_SIZE // 2
 _EXPONENT = 0x7F800000
 _NAN = 0x7FC00000
 _SIGN_BIT = 0x80
+_SMALLEST_HALF = 2.0**-14
 _MAX_FINITE = float(torch.finfo(torch.float32).max)
 
 
@@ -110,13 +114,11 @@ def shaped_as(flat: Tensor, order: Tensor) -> Tensor:
 
 
 # NOTE: [Quantizing again]
-# A block's largest value L has the scale s = fl(L / n), n being 127, 448 = 7 * 64 or 7, and is
-# restored as L' = fl(n s). Then fl(L' / n) is s: n s is at most n / 2 last places of s from L, so
-# that L' is L where a last place of L is more than n of those; where it is not, L' / n is within a
-# third of a place of s. A moment's scale is a power of two, by which nothing is rounded; a block
-# whose largest value has been rounded down to the next scale's range has codes there for all of its
-# values. So a state that was saved as values is loaded with the values it had, if its blocks are
-# the same.
+# A block's largest value L has the scale s, the first 16 bits of L / n, where n is 127, 7, or 448,
+# which is 7 * 64. It is restored as L' = n s, exactly, and L' / n is s again. A moment's scale is a
+# power of two, by which nothing is rounded; a block whose largest value has been rounded down to the
+# next scale's range has codes there for all of its values. So a state that was saved as values is
+# loaded with the values it had, if its blocks are the same.
 
 
 def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -136,11 +138,11 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
         return values.to(dtype), None
     blocks = _blocks(values)
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = _inverse(LARGEST[dtype], largest)
+    scales = _scales(largest, LARGEST[dtype])
+    inverse = _inverse(scales, largest)
     # Without a usable scale also what is not finite is stored as 0, and what is negative not as -0.
     scaled = torch.where(inverse == 0, 0.0, blocks * inverse)
-    # Divided by a number, CUDA's tensors are multiplied by its reciprocal: rounded twice.
-    scales = (largest / torch.full_like(largest, LARGEST[dtype])).squeeze(-1)
+    scales = scales.squeeze(-1)
     if dtype is PACKED:
         return _pack(scaled.round().to(torch.int8), values.shape[-1]), scales
     if dtype is torch.int8:
@@ -159,7 +161,8 @@ def dequantize(stored: Tensor, scales: Tensor | None) -> Tensor:
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Return float32 values rounded to one of a half dtype's two neighbours, as float32.
 
-    A value goes up with the probability of its distance from the lower neighbour, to 2^-16.
+    A value goes up with the probability of its distance from the lower neighbour, in spacings: to
+    2^-14 where it is subnormal in float16, else exactly.
 
     Args:
         values: float32, any shape. Values that are not finite stay.
@@ -170,12 +173,10 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
     if dtype is torch.bfloat16:
         rounded = (raw + bits.to(torch.int32)) & -0x10000
         return torch.where(values.isfinite(), rounded.view(torch.float32), values)
-    exponent = (raw & _EXPONENT).view(torch.float32).clamp(min=2.0**-14)
-    spacing = exponent * 2.0**-10
-    scaled = values.abs() / spacing  # exact: a power of two
-    lower = scaled.floor()
-    up = (scaled - lower) * 2.0**RANDOM_BITS > bits.to(torch.float32)
-    rounded = torch.copysign((lower + up) * spacing, values)
+    # Added to 2^-14, a subnormal number has its last bits where a normal one has.
+    offset = torch.where(values.abs() < _SMALLEST_HALF, _SMALLEST_HALF, 0.0)
+    carried = (values.abs() + offset).view(torch.int32) + (0x1FFF - (bits.to(torch.int32) >> 3))
+    rounded = torch.copysign((carried & -0x2000).view(torch.float32) - offset, values)
     return torch.where(values.isfinite(), rounded, values)
 
 
@@ -307,14 +308,20 @@ def _per_element(scales: Tensor, numel: int) -> Tensor:
     return scales.repeat_interleave(BLOCK_SIZE, dim=-1)[..., :numel]
 
 
-def _inverse(largest_stored: float, largest: Tensor) -> Tensor:
+def _scales(largest: Tensor, largest_stored: float) -> Tensor:
+    """Return what blocks with these largest values are restored by."""
+    # Divided by a number, CUDA's tensors are multiplied by its reciprocal: rounded twice.
+    scales = largest / torch.full_like(largest, largest_stored)
+    return (scales.view(torch.int32) & SCALE_BITS).view(torch.float32)
+
+
+def _inverse(scales: Tensor, largest: Tensor) -> Tensor:
     """Return what a block is multiplied by, 0 where its largest value is too small or not finite.
 
     The values of such a block are stored as 0, and restored as 0 or, by the scale, as NaN.
     """
     usable = (largest >= SMALLEST_SCALED) & (largest <= _MAX_FINITE)
-    # A number divided by a tensor is, in torch, the tensor's reciprocal times it: rounded twice.
-    return torch.where(usable, torch.full_like(largest, largest_stored) / largest, 0.0)
+    return torch.where(usable, torch.ones_like(scales) / scales, 0.0)
 
 
 def _order_of(buffer: Tensor, exp_avg: Tensor) -> Tensor:

@@ -210,8 +210,9 @@ def test_all_mutants(workers: Workers, arch: int) -> None:
 
 
 def test_nothing_is_contracted_or_approximated(workers: Workers, arch: int) -> None:
-    """No multiply-add is fused; no quotient, root or subnormal number is approximate."""
+    """No multiply-add is fused but of exact products; no quotient or root is approximate."""
     _run_all(workers, arch)
     opcodes = workers.ask(arch, "opcodes")
-    assert "mul.rn.f32" in opcodes
-    assert not [opcode for opcode in opcodes if re.search(r"fma|approx|ftz|full", opcode)]
+    assert "mul.rn.f32 _update_moments" in opcodes
+    assert [opcode for opcode in opcodes if "fma" in opcode] == ["fma.rn.f32 add_slot"]
+    assert not [opcode for opcode in opcodes if re.search(r"approx|ftz|full", opcode)]

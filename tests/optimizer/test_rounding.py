@@ -144,16 +144,27 @@ def test_slots_are_restored_when_quantized_again(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", SCALED)
-def test_every_scale_is_found_again(dtype: torch.dtype) -> None:
-    """Of a block's largest value as it is restored the scale is the same, for all mantissas.
+@pytest.mark.parametrize("power", [2.0**-100, 1.0, 2.0**118])
+def test_every_scale_is_found_again(dtype: torch.dtype, power: float) -> None:
+    """All scales, of 16 bits: a block whose largest value is restored by one has it again."""
+    scales = (1 + torch.arange(2**15) / 2**15) * power
+    largest = scales * rounding.LARGEST[dtype]
+    blocks = torch.nn.functional.pad(largest[:, None], (0, rounding.BLOCK_SIZE - 1)).flatten()
+    stored, found = rounding.quantize(blocks, dtype)
+    assert found is not None
+    assert torch.equal(found, scales)
+    assert torch.equal(_restored(stored, found, len(blocks)), blocks)
 
-    Not every number is: one of 129 (int8) or 9 (float8) is no quotient that this could give.
-    """
-    for power in (2.0**-100, 1.0, 2.0**126):
-        largest = (1 + torch.arange(2**23) / 2**23) * power
-        scales = largest / torch.full_like(largest, rounding.LARGEST[dtype])
-        restored = scales * rounding.LARGEST[dtype]
-        assert torch.equal(restored / torch.full_like(restored, rounding.LARGEST[dtype]), scales)
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_a_code_times_its_scale_is_exact(dtype: torch.dtype) -> None:
+    """So one instruction, which multiplies and adds, gives a sum the bits that two give it."""
+    blocks = torch.nn.functional.pad(_largest_values()[:, None], (0, rounding.BLOCK_SIZE - 1))
+    _, scales = rounding.quantize(blocks.flatten(), dtype)
+    assert scales is not None
+    usable = scales[scales >= rounding.SMALLEST_SCALED]
+    exact = _codes(dtype) * usable.double()[:, None]
+    assert torch.equal((_codes(dtype).float() * usable[:, None]).double(), exact)
 
 
 def _moment_numbers(signed: bool) -> Tensor:
@@ -269,7 +280,7 @@ VALUES = torch.tensor([1.0, -1.001, 3.14159e-3, 1e-7, -2.5e-6, 65000.0, 0.0, 1.0
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_rounding_has_no_bias(dtype: torch.dtype) -> None:
-    """Over all 2^16 random numbers the mean is the value, to 2^-16 of the spacing."""
+    """Over all 2^16 random numbers the mean is the value, to 2^-14 of a subnormal's spacing."""
     bits = torch.arange(2**16).unsqueeze(1)
     rounded = rounding.round_stochastically(
         VALUES.expand(2**16, -1).contiguous(), dtype, bits.expand(-1, len(VALUES))
@@ -277,7 +288,8 @@ def test_half_rounding_has_no_bias(dtype: torch.dtype) -> None:
     torch.testing.assert_close(rounded.to(dtype).float(), rounded, rtol=0, atol=0)
     lower, upper = rounded.amin(0).double(), rounded.amax(0).double()
     off = (rounded.double().mean(0) - VALUES.double()).abs()
-    assert (off <= 2.0**-16 * (upper - lower)).all()
+    is_subnormal = VALUES.abs() < torch.finfo(dtype).smallest_normal
+    assert (off <= torch.where(is_subnormal, 2.0**-14 * (upper - lower), 0)).all()
     # Its neighbours, no others.
     assert ((lower <= VALUES) & (upper >= VALUES)).all()
     between = torch.nextafter(lower.to(dtype), torch.tensor(torch.inf, dtype=dtype))

@@ -227,8 +227,8 @@ def _function_of(line: str) -> str:
 
 @cache
 def _functions(file: str) -> list[tuple[str, range]]:
-    source = Path(kernels.__file__).with_name(file)
-    if not file or not source.exists():
+    source = Path(kernels.__file__).parent / file
+    if not source.is_file():
         return []
     nodes = ast.walk(ast.parse(source.read_text()))
     functions = (node for node in nodes if isinstance(node, ast.FunctionDef))
@@ -256,10 +256,11 @@ def surviving_mutants(process: Process, every: int) -> tuple[int, list[str]]:
 
 
 def opcodes(process: Process) -> list[str]:
-    """Return the opcodes of all programs that were launched."""
+    """Return the opcodes of all programs that were launched, each with a function that has it."""
     kernels_run = (program.kernel for program in process.driver.programs.values())
     blocks = (block for kernel in kernels_run for block in kernel.blocks)
-    return sorted({each.opcode for block in blocks for each in block.instructions})
+    found = {(each.opcode, each.line) for block in blocks for each in block.instructions}
+    return sorted({f"{opcode} {_function_of(line)}" for opcode, line in found})
 
 
 _TASKS: dict[str, Callable[..., Any]] = {

@@ -23,9 +23,9 @@ def buffer_of(chunk, admission, V: tl.constexpr):
     """Return a chunk's buffer."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    slots_ptr = pointer(row_ptr, "critical_buffer", rounding.memory_dtype(V.SLOT_DTYPE))
-    slots_ptr = at(slots_ptr, rounding.slot_size(start, V.SLOT_DTYPE), V.FULL)
-    size = rounding.slot_size(chunk.numel, V.SLOT_DTYPE)
+    slots_ptr = pointer(row_ptr, "critical_buffer", rounding.memory_dtype(V.SLOT_DTYPE, V.SHAPE))
+    slots_ptr = at(slots_ptr, rounding.slot_size(start, V.SLOT_DTYPE, V.SHAPE), V.FULL)
+    size = rounding.slot_size(chunk.numel, V.SLOT_DTYPE, V.SHAPE)
     return Buffer(
         slots_ptr,
         pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
@@ -40,24 +40,24 @@ def buffer_of(chunk, admission, V: tl.constexpr):
 
 @triton.jit
 def _stored(block, V: tl.constexpr):
-    """Return the block of what the slots store of a block: of bytes, where they are packed."""
-    if rounding.is_packed(V.SLOT_DTYPE):
-        byte, element = rounding.byte_offsets(V.SHAPE)
+    """Return the block of what the slots store of a block: of words, where there are scales."""
+    if rounding.has_scales(V.SLOT_DTYPE):
+        word, element = rounding.word_offsets(V.SLOT_DTYPE, V.SHAPE)
         SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
         mask = tl.full(SHAPE, 1, dtype=tl.int1)
         if not V.FULL:
             mask = block.begin + element < block.count
-        return Block(block.begin, block.count, block.begin // 2 + byte, mask)
+        first = block.begin // V.SHAPE[3]
+        if rounding.is_packed(V.SLOT_DTYPE):
+            first = first // 2
+        return Block(block.begin, block.count, first + word, mask)
     else:
         return block
 
 
 @triton.jit
 def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
-    """Return the values of a slot, or those of an item where `wanted`, a scalar, is 0.
-
-    An item is what a slot stores and its scales.
-    """
+    """Return what a slot stores and its scales, or an item's where `wanted`, a scalar, is 0."""
     slot_ptr = at(buffer.slots, slot * buffer.size, V.FULL)
     SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)
@@ -67,24 +67,25 @@ def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
     if rounding.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
         scales = rounding.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
-    return rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
+    return stored, scales
 
 
 @triton.jit
 def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
     """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
     if V.CRITICAL_GRADIENTS:
-        return buffer_sum + _load_slot(buffer, other, block, 1, (0, 0.0), V)
+        stored, scales = _load_slot(buffer, other, block, 1, (0, 0.0), V)
     elif rounding.has_scales(V.SLOT_DTYPE):
         # Chosen among codes, which are four in a register, or eight.
         wanted = (buffer.slot != other).to(tl.int32)
-        return buffer_sum + _load_slot(buffer, other, block, wanted, item, V)
+        stored, scales = _load_slot(buffer, other, block, wanted, item, V)
     else:
         # Chosen among values: the load need not wait for the item.
         wanted = (buffer.slot != other).to(tl.int32)
-        loaded = _load_slot(buffer, other, block, wanted, (0, 0.0), V)
+        stored, scales = _load_slot(buffer, other, block, wanted, (0, 0.0), V)
         taken = spread(buffer.slot, V.SHAPE) == other
-        return buffer_sum + tl.where(taken, item[0].to(V.STATE_DTYPE), loaded)
+        stored = tl.where(taken, item[0].to(V.STATE_DTYPE), stored.to(V.STATE_DTYPE))
+    return rounding.add_slot(buffer_sum, stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
 
 
 @triton.jit
@@ -126,7 +127,8 @@ def sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
     evicted = buffer_sum
     if V.SUMMED_SLOTS == 0:
         buffer_sum = tl.load(buffer.critical_sum + block.offsets, mask=block.mask, other=0.0)
-        evicted = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), V)
+        old, old_scales = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), V)
+        evicted = rounding.from_slot(old, old_scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
     elif V.CRITICAL_GRADIENTS:
         buffer_sum = _sum_of_slots(buffer, (0, 0), block, V)
     stored, scales = rounding.to_slot(item, V.SLOT_DTYPE)

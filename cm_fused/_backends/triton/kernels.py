@@ -317,8 +317,7 @@ def critical_adam_kernel(
     HAS_BUFFER: tl.constexpr = VARIANT.HAS_BUFFER
     slot_bytes = chunk.numel * 0
     if HAS_BUFFER:
-        slot_bytes = rounding.slot_size(chunk.numel, SLOT_DTYPE)
-        slot_bytes *= rounding.memory_dtype(SLOT_DTYPE).primitive_bitwidth // 8
+        slot_bytes = rounding.slot_bytes(chunk.numel, SLOT_DTYPE)
     aligned = is_aligned(chunk.row_ptr, slot_bytes)
     # The priorities of critical momenta are updated after the pass, those of critical gradients
     # before.

@@ -12,6 +12,7 @@ import triton.language as tl
 from cm_fused import philox
 from cm_fused._backends.triton.common import INTERPRETED as _INTERPRETED
 from cm_fused.rounding import BLOCK_SIZE as _SCALE_BLOCK
+from cm_fused.rounding import SCALE_BITS
 
 INT4 = "int4"
 INTERPRETED = tl.constexpr(_INTERPRETED)
@@ -24,10 +25,12 @@ _WEYL0, _WEYL1 = map(tl.constexpr, philox.WEYL)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
-# The bits of 2^-14 and 2^17; those of a power of two taken from the last are those of its inverse.
-_SMALLEST_HALF = tl.constexpr(0x38800000)
-_INFINITE_HALF = tl.constexpr(0x48000000)
+_SIGN_BIT = tl.constexpr(-0x80000000)
+# The bits of a power of two taken from these are those of its inverse.
 _INVERSE_BITS = tl.constexpr(254 << 23)
+_SCALE_BITS = tl.constexpr(SCALE_BITS)
+# The upper half of each byte of a word.
+_UPPER_HALVES = tl.constexpr(-0x0F0F0F10)
 # Those of 2^-100, and the last bits of a float32, which a moment's code has not.
 _SMALLEST_SCALED = tl.constexpr(0x0D800000)
 _ROUNDED = tl.constexpr(0xFFFFF)
@@ -58,27 +61,31 @@ def has_scales(dtype):
 
 
 @triton.constexpr_function
+def _largest(dtype):
+    """Return the largest number a dtype with scales holds."""
+    return {tl.int8: 127.0, tl.uint8: 448.0, INT4: 7.0}[dtype]
+
+
+@triton.constexpr_function
 def is_packed(dtype):
     """Return whether a slot of a dtype has two elements in each number of its memory."""
     return dtype == INT4
 
 
 @triton.constexpr_function
-def memory_dtype(dtype):
-    """Return the dtype of a slot's memory."""
-    return tl.uint8 if dtype == INT4 else dtype
-
-
-@triton.constexpr_function
-def _packed(shape):
-    """Return the shape of a block's bytes in a packed slot."""
-    return (shape[0] // 2, *shape[1:])
+def memory_dtype(dtype, shape):
+    """Return the dtype by which a slot is accessed; see NOTE: [Words]."""
+    if not has_scales(dtype):
+        return dtype
+    return tl.int32 if _is_of_full_chunk(shape) else tl.uint8
 
 
 @triton.constexpr_function
 def stored_shape(dtype, shape):
     """Return the shape of what slots of a dtype store of a block."""
-    return (shape[0] // 2, *shape[1:]) if dtype == INT4 else shape
+    if not has_scales(dtype):
+        return shape
+    return (shape[0] // 2 if is_packed(dtype) else shape[0], *shape[1:3], 1)
 
 
 @triton.constexpr_function
@@ -118,25 +125,38 @@ def block_offsets(SHAPE: tl.constexpr):
 
 
 @triton.jit
-def byte_offsets(SHAPE: tl.constexpr):
-    """Return the place of each byte of a packed slot within a block, and of its first element.
+def word_offsets(SLOT_DTYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """Return the place of each word of a slot within a block, and of its first element.
 
-    The second half of a warp's runs is in the upper halves of the bytes that the first half is in.
+    The second half of a warp's runs is, if packed, in the upper halves of the bytes that the first
+    half is in.
     """
-    run = tl.arange(0, SHAPE[0] // 2)[:, None, None, None]
-    warp = tl.arange(0, SHAPE[1])[None, :, None, None]
-    lane = tl.arange(0, SHAPE[2])[None, None, :, None]
-    within = tl.arange(0, SHAPE[3])[None, None, None, :]
-    byte = (run * SHAPE[2] + lane) * SHAPE[3] + within
-    return warp * (SCALE_BLOCK // 2) + byte, warp * SCALE_BLOCK + byte
+    WORDS: tl.constexpr = stored_shape(SLOT_DTYPE, SHAPE)
+    run = tl.arange(0, WORDS[0])[:, None, None, None]
+    warp = tl.arange(0, WORDS[1])[None, :, None, None]
+    lane = tl.arange(0, WORDS[2])[None, None, :, None]
+    byte = (run * WORDS[2] + lane) * SHAPE[3]
+    # By the byte, which hides that a lane's word follows that of another: a thread would be given
+    # two that do.
+    word = (warp * (WORDS[0] * WORDS[2] * SHAPE[3]) + byte) // SHAPE[3]
+    return word, warp * SCALE_BLOCK + byte
 
 
 @triton.jit
-def slot_size(numel, SLOT_DTYPE: tl.constexpr):
-    """Return how many numbers a slot has in memory."""
+def slot_bytes(numel, SLOT_DTYPE: tl.constexpr):
+    """Return how many bytes a slot has."""
     if is_packed(SLOT_DTYPE):
         half = SCALE_BLOCK // 2
         return numel // SCALE_BLOCK * half + tl.minimum(numel % SCALE_BLOCK, half)
+    else:
+        return numel * (SLOT_DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
+def slot_size(numel, SLOT_DTYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """Return how many numbers of its `memory_dtype` a slot has."""
+    if has_scales(SLOT_DTYPE):
+        return slot_bytes(numel, SLOT_DTYPE) // SHAPE[3]
     else:
         return numel
 
@@ -233,29 +253,32 @@ def split_master(master):
 
 
 @triton.jit
+def _bits_of(value):
+    """Return the bits, int32, of the result of an operation on float32, to which 16 may be added.
+
+    Of NaN, which CUDA's operations have one of, 0x7FFFFFFF, they are another's: without a carry.
+    """
+    raw = value.to(tl.int32, bitcast=True)
+    return tl.minimum(raw, tl.zeros_like(raw) + _NAN_BITS)
+
+
+@triton.jit
 def round_to_bfloat16(value, bits):
     """Round float32 to one of bfloat16's two neighbours; `bits` uint32 in [0, 2^16)."""
-    raw = value.to(tl.uint32, bitcast=True)
-    raw += tl.where(value == value, bits, tl.zeros_like(bits))
+    raw = _bits_of(value).to(tl.uint32, bitcast=True) + bits
     return (raw >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def round_to_float16(value, bits):
     """Round float32 to one of float16's two neighbours; `bits` uint32 in [0, 2^16)."""
-    raw = value.to(tl.int32, bitcast=True)
-    magnitude = raw & _MAGNITUDE_BITS
-    exponent = tl.maximum(magnitude & _INFINITY_BITS, tl.zeros_like(raw) + _SMALLEST_HALF)
-    # From 2^17 on everything is infinite, whatever the spacing.
-    exponent = tl.minimum(exponent, _INFINITE_HALF)
-    spacing = exponent.to(tl.float32, bitcast=True) * (2.0**-10)
-    inverse = (tl.zeros_like(raw) + _INVERSE_BITS - exponent).to(tl.float32, bitcast=True)
-    scaled = magnitude.to(tl.float32, bitcast=True) * inverse * 2.0**10  # exact
-    lower = tl.floor(scaled)
-    up = (scaled - lower) * 65536.0 > bits.to(tl.int32).to(tl.float32)
-    # Infinity and NaN stay what they are.
-    rounded = (lower + tl.where(up, 1.0, 0.0)) * spacing
-    return tl.where(raw < 0, -rounded, rounded).to(tl.float16)
+    magnitude = tl.abs(value)
+    # Added to 2^-14, a subnormal number has its last bits where a normal one has.
+    offset = tl.where(magnitude < 2.0**-14, 2.0**-14, 0.0)
+    carried = _bits_of(magnitude + offset) + (0x1FFF - (bits >> 3).to(tl.int32))
+    rounded = (carried & -0x2000).to(tl.float32, bitcast=True) - offset
+    sign = value.to(tl.int32, bitcast=True) & _SIGN_BIT
+    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True).to(tl.float16)
 
 
 @triton.jit
@@ -284,9 +307,10 @@ def _block_scale(values, LARGEST: tl.constexpr):
     largest_bits = _largest_bits(values)
     largest = largest_bits.to(tl.float32, bitcast=True)
     usable = (largest >= 2.0**-100) & (largest_bits < _INFINITY_BITS)
-    highest = tl.full(largest.shape, LARGEST, tl.float32)
-    inverse = tl.where(usable, tl.div_rn(highest, tl.where(usable, largest, 1.0)), 0.0)
-    return inverse, tl.div_rn(largest, highest)
+    scales = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
+    scales = (scales.to(tl.int32, bitcast=True) & _SCALE_BITS).to(tl.float32, bitcast=True)
+    ones = tl.full(largest.shape, 1.0, tl.float32)
+    return tl.where(usable, tl.div_rn(ones, tl.where(usable, scales, ones)), 0.0), scales
 
 
 @triton.jit
@@ -331,27 +355,53 @@ def store_scales(scales_ptr, block, scales, wanted, SHAPE: tl.constexpr):
 
 @triton.jit
 def _to_float8(value):
-    """Return the byte of a float32 value of at most 448, rounded to nearest even."""
+    """Return the byte, int32, of a float32 value of at most 448, rounded to nearest even."""
     raw = value.to(tl.int32, bitcast=True)
     magnitude = raw & _MAGNITUDE_BITS
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
     sum_bits = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True)
     subnormal = sum_bits - _SUBNORMAL_BITS
     byte = tl.where(magnitude >= _SMALLEST_FLOAT8, normal, subnormal)
-    return tl.where(raw < 0, byte + 128, byte).to(tl.uint8)
+    return tl.where(raw < 0, byte + 128, byte)
 
 
 @triton.jit
 def _from_float8(byte):
-    """Return the float32 value of an 8-bit float's byte."""
+    """Return the float32 value of an 8-bit float's byte, int8."""
     # A float32 with its bits is 2^-120 times it, subnormal numbers included.
-    bits = (byte.to(tl.int8, bitcast=True).to(tl.int32) << 20) & _FLOAT8_BITS
+    bits = (byte.to(tl.int32) << 20) & _FLOAT8_BITS
     return bits.to(tl.float32, bitcast=True) * 2.0**120
+
+
+# NOTE: [Words]
+# The four bytes that a lane has of a run of a full chunk are accessed as one int32, and chosen from
+# as one: left alone, the compiler takes bytes apart and joins them again.
+
+
+@triton.jit
+def _byte_shifts(SHAPE: tl.constexpr):
+    """Return by how many bits each byte of a word is shifted."""
+    return (tl.arange(0, SHAPE[3]) * 8)[None, None, None, :]
+
+
+@triton.jit
+def _to_words(bytes, SHAPE: tl.constexpr):
+    """Return a block of words of int32 bytes from 0 to 255."""
+    if _is_of_full_chunk(SHAPE):
+        return tl.sum(bytes << _byte_shifts(SHAPE), 3, keep_dims=True)
+    else:
+        return bytes.to(tl.uint8)
+
+
+@triton.jit
+def _from_words(words, SHAPE: tl.constexpr):
+    """Return the bytes of a block of words, int8."""
+    return (words.to(tl.int32) >> _byte_shifts(SHAPE)).to(tl.int8)
 
 
 @triton.jit
 def _pack(codes, SHAPE: tl.constexpr):
-    """Return a block of int32 codes as bytes, two elements in each.
+    """Return the bytes, int32, of a block of int32 codes, two in each.
 
     Runs are picked out by sums over all of them, which a thread has: to reshape them would lay them
     out anew.
@@ -360,51 +410,60 @@ def _pack(codes, SHAPE: tl.constexpr):
     run = tl.arange(0, 2 * RUNS)[:, None, None, None]
     halves = (codes & 15) << (run // RUNS * 4)
     if RUNS == 1:
-        stored = tl.sum(halves, 0, keep_dims=True)
+        return tl.sum(halves, 0, keep_dims=True)
     else:
         packed_run = tl.arange(0, RUNS)[:, None, None, None]
-        stored = tl.zeros(_packed(SHAPE), tl.int32)
+        packed = tl.zeros((RUNS, SHAPE[1], SHAPE[2], SHAPE[3]), tl.int32)
         for i in tl.static_range(RUNS):
             both = tl.sum(tl.where(run % RUNS == i, halves, 0), 0, keep_dims=True)
-            stored = tl.where(packed_run == i, both, stored)
-    return stored.to(tl.uint8)
+            packed = tl.where(packed_run == i, both, packed)
+        return packed
 
 
 @triton.jit
 def _unpack(stored, SHAPE: tl.constexpr):
-    """Return 16 times the codes of a block of bytes, float32."""
+    """Return the words of 16 times the codes: in the upper half of a byte a code has its sign."""
+    word = stored.to(tl.int32)
+    lower, upper = (word << 4) & _UPPER_HALVES, word & _UPPER_HALVES
     RUNS: tl.constexpr = SHAPE[0] // 2
     run = tl.arange(0, 2 * RUNS)[:, None, None, None]
     if RUNS == 1:
-        halves = tl.broadcast_to(stored, SHAPE)
+        return tl.where(run == 0, lower, upper)
     else:
         packed_run = tl.arange(0, RUNS)[:, None, None, None]
-        halves = tl.zeros(SHAPE, tl.uint8)
+        words = tl.zeros((2 * RUNS, SHAPE[1], SHAPE[2], 1), tl.int32)
         for i in tl.static_range(RUNS):
-            both = tl.sum(tl.where(packed_run == i, stored.to(tl.int32), 0), 0, keep_dims=True)
-            halves = tl.where(run % RUNS == i, both.to(tl.uint8), halves)
-    # In the upper half of a byte a code has its sign: one instruction converts it.
-    upper = (halves << ((1 - run // RUNS) * 4).to(tl.uint8)) & 0xF0
-    return upper.to(tl.int8, bitcast=True).to(tl.float32)
+            first = tl.sum(tl.where(packed_run == i, lower, 0), 0, keep_dims=True)
+            second = tl.sum(tl.where(packed_run == i, upper, 0), 0, keep_dims=True)
+            words = tl.where(run == i, first, tl.where(run == RUNS + i, second, words))
+        return words
 
 
 @triton.jit
 def to_slot(values, SLOT_DTYPE: tl.constexpr):
     """Return values as a slot stores them, and the scales of each warp; see `from_slot`."""
-    if SLOT_DTYPE == tl.int8:
-        inverse, scales = _block_scale(values, 127.0)
+    if has_scales(SLOT_DTYPE):
+        inverse, scales = _block_scale(values, _largest(SLOT_DTYPE))
         scaled = tl.where(inverse == 0, 0.0, values * inverse)
-        stored = (scaled + 12582912.0).to(tl.int32, bitcast=True) - _INTEGER_BITS
-        return stored.to(tl.int8), scales
-    elif is_packed(SLOT_DTYPE):
-        inverse, scales = _block_scale(values, 7.0)
-        scaled = tl.where(inverse == 0, 0.0, values * inverse)
-        return _pack((scaled + 12582912.0).to(tl.int32, bitcast=True), values.shape), scales
-    elif SLOT_DTYPE == tl.uint8:
-        inverse, scales = _block_scale(values, 448.0)
-        return _to_float8(tl.where(inverse == 0, 0.0, values * inverse)), scales
+        if SLOT_DTYPE == tl.uint8:
+            codes = _to_float8(scaled)
+        else:
+            codes = (scaled + 12582912.0).to(tl.int32, bitcast=True)
+            codes = _pack(codes, values.shape) if is_packed(SLOT_DTYPE) else codes & 0xFF
+        return _to_words(codes, values.shape), scales
     else:
         return values.to(SLOT_DTYPE), 0
+
+
+@triton.jit
+def _decoded(stored, scales, SLOT_DTYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """Return two factors of the values of a slot with scales, whose product is exact."""
+    if is_packed(SLOT_DTYPE):
+        return _from_words(_unpack(stored, SHAPE), SHAPE).to(tl.float32), scales * 0.0625
+    elif SLOT_DTYPE == tl.int8:
+        return _from_words(stored, SHAPE).to(tl.float32), scales
+    else:
+        return _from_float8(_from_words(stored, SHAPE)), scales
 
 
 @triton.jit
@@ -412,15 +471,23 @@ def from_slot(
     stored, scales, SLOT_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Return the values of a slot; `scales` are used by the dtypes that have them."""
-    if is_packed(SLOT_DTYPE):
-        # Exact, as a scale of what is not 0 is 2^-103 or more.
-        return _unpack(stored, SHAPE) * (scales * 0.0625)
-    elif stored.dtype == tl.int8:
-        return stored.to(tl.float32) * scales
-    elif stored.dtype == tl.uint8:
-        return _from_float8(stored) * scales
+    if has_scales(SLOT_DTYPE):
+        codes, scales = _decoded(stored, scales, SLOT_DTYPE, SHAPE)
+        return codes * scales
     else:
         return stored.to(STATE_DTYPE)
+
+
+@triton.jit
+def add_slot(
+    total, stored, scales, SLOT_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Return a sum and the values of one more slot, which `from_slot` returns."""
+    if has_scales(SLOT_DTYPE):
+        codes, scales = _decoded(stored, scales, SLOT_DTYPE, SHAPE)
+        return tl.fma(codes, tl.broadcast_to(scales, codes.shape), total)
+    else:
+        return total + stored.to(STATE_DTYPE)
 
 
 @triton.jit
@@ -442,20 +509,23 @@ def to_moment(values, bits, SIGNED: tl.constexpr):
     scaled = tl.where(inverse == 0, 0.0, values * inverse)
     # A float32 with a code's exponent, subnormal numbers included.
     subnormal = scaled * (2.0**-120 if SIGNED else 2.0**-112)
-    raw = subnormal.to(tl.uint32, bitcast=True) + bits
+    raw = subnormal.to(tl.int32, bitcast=True) + bits.to(tl.int32, bitcast=True)
     if SIGNED:
-        code = (raw >> 20 & 0x7F) | (raw >> 24 & 0x80)
+        code = ((raw << 4) & _MAGNITUDE_BITS | raw & _SIGN_BIT) >> 24
     else:
         # It is divided by: what is positive stays so.
-        code = tl.maximum(raw >> 20, tl.minimum(scaled.to(tl.uint32, bitcast=True), 1))
+        code = tl.maximum(raw >> 20, tl.minimum(scaled.to(tl.int32, bitcast=True), 1))
     return code.to(tl.uint8).to(tl.int8, bitcast=True), scales
 
 
 @triton.jit
 def from_moment(codes, scales, SIGNED: tl.constexpr):
     """Return the values of a moment's int8 codes."""
-    byte = codes.to(tl.uint8, bitcast=True)
     if SIGNED:
-        return _from_float8(byte) * scales
+        return _from_float8(codes) * scales
     else:
-        return (byte.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**112 * scales
+        return (
+            (codes.to(tl.uint8, bitcast=True).to(tl.int32) << 20).to(tl.float32, bitcast=True)
+            * 2.0**112
+            * scales
+        )

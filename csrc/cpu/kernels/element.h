@@ -38,19 +38,16 @@ inline stored_t stored_bits(uint32_t bits) {
   }
 }
 
-// Rounds to one of float16's two neighbours, as a float. The quotient is exact: `spacing` is a
-// power of two.
+// Rounds to one of float16's two neighbours, as a float. Added to 2^-14, a subnormal number has its
+// last bits where a normal one has.
 inline float round_to_float16(float value, uint32_t bits) {
   const auto raw = bit_cast<uint32_t>(value);
-  const uint32_t magnitude = raw & kMagnitudeBits;
-  const uint32_t exponent = std::max(magnitude & kInfinityBits, bit_cast<uint32_t>(0x1p-14F));
-  const float spacing = bit_cast<float>(exponent) * 0x1p-10F;
-  const float scaled = bit_cast<float>(magnitude) / spacing;
-  const bool finite = magnitude < kInfinityBits;
-  const auto lower = static_cast<float>(static_cast<int32_t>(finite ? scaled : 0.0F));
-  const float up = (scaled - lower) * 65536.0F > static_cast<float>(bits) ? 1.0F : 0.0F;
-  const float rounded = (lower + up) * spacing;
-  return finite ? bit_cast<float>(bit_cast<uint32_t>(rounded) | (raw & ~kMagnitudeBits)) : value;
+  const auto magnitude = bit_cast<float>(raw & kMagnitudeBits);
+  const float offset = magnitude < 0x1p-14F ? 0x1p-14F : 0.0F;
+  const uint32_t carried = bit_cast<uint32_t>(magnitude + offset) + (0x1FFFU - (bits >> 3));
+  const float rounded = bit_cast<float>(carried & ~0x1FFFU) - offset;
+  const uint32_t sign = raw & ~kMagnitudeBits;
+  return value == value ? bit_cast<float>(bit_cast<uint32_t>(rounded) | sign) : value;
 }
 
 // How elements are stored. Rounding is to nearest even (cm_fused/rounding.py).
@@ -169,6 +166,9 @@ struct UnsignedFloat8 {
   }
 };
 
+// Those of a slot's scale: its product with a code is exact.
+constexpr uint32_t kScaleBits = 0xFFFFFF00U;
+
 // Of a block that is stored with a scale: what its values are multiplied by, and restored by.
 struct BlockScale {
   float inverse;  // 0 where the largest value is too small or not finite
@@ -206,5 +206,6 @@ inline BlockScale block_scale(const stored_t* values, int64_t n, float largest_s
   const uint32_t largest_bits = block_largest_bits(values, n);
   const auto largest = bit_cast<float>(largest_bits);
   const bool usable = largest >= 0x1p-100F && largest_bits < kInfinityBits;
-  return {usable ? largest_stored / largest : 0.0F, largest / largest_stored};
+  const auto scale = bit_cast<float>(bit_cast<uint32_t>(largest / largest_stored) & kScaleBits);
+  return {usable ? 1.0F / scale : 0.0F, scale};
 }

@@ -112,9 +112,13 @@ class SquareSum {
   // multiply-add.
   template <typename state_t>
   CM_FUSED_INLINE static Doubles add_square(Doubles sum, Doubles values) {
-#if defined(__x86_64__) && CM_FUSED_VECTOR_BYTES == 64
+#if defined(__x86_64__) && CM_FUSED_VECTOR_BYTES > 16
     if constexpr (std::is_same_v<state_t, float>) {
+#if CM_FUSED_VECTOR_BYTES == 64
       return _mm512_fmadd_pd(values, values, sum);
+#else
+      return _mm256_fmadd_pd(values, values, sum);
+#endif
     }
 #endif
     return sum + values * values;

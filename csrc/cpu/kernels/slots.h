@@ -203,9 +203,14 @@ class Buffer {
   template <typename Code, typename vector_t, int64_t kCount>
   CM_FUSED_INLINE void add_slot(int64_t slot, int64_t at, vector_t (&totals)[kCount]) const {
     vector_t values[kCount];
-    load_slot<Code>(slot, at, values);
+    load_vectors<Code>(slot_data<Code>(slot, at), values);
+    const state_t scale = Code::kScaled ? scales_[slot * num_scales_] : 1;
     for (int64_t v = 0; v < kCount; ++v) {
-      totals[v] += values[v];
+      if constexpr (Code::kScaled) {
+        totals[v] = add_exact_product(totals[v], values[v], scale);
+      } else {
+        totals[v] += values[v];
+      }
     }
   }
 

@@ -87,6 +87,22 @@ CM_FUSED_INLINE void for_each_vector(int64_t n, Visit visit) {
   }
 }
 
+// total + values * factor, where that product is exact: one instruction has the bits of two.
+template <typename vector_t>
+CM_FUSED_INLINE vector_t add_exact_product(
+    vector_t total, vector_t values, Element<vector_t> factor) {
+#if defined(__x86_64__) && CM_FUSED_VECTOR_BYTES > 16
+  if constexpr (std::is_same_v<vector_t, Vector<float>>) {
+#if CM_FUSED_VECTOR_BYTES == 64
+    return _mm512_fmadd_ps(values, _mm512_set1_ps(factor), total);
+#else
+    return _mm256_fmadd_ps(values, _mm256_set1_ps(factor), total);
+#endif
+  }
+#endif
+  return total + values * factor;
+}
+
 template <typename vector_t>
 CM_FUSED_INLINE vector_t square_root(vector_t values) {
   if constexpr (std::is_floating_point_v<vector_t>) {
