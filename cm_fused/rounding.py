@@ -37,8 +37,8 @@ PACKED = torch.uint8
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, PACKED: 7.0}
 # A block whose largest value is below is stored as zeros: the inverse of its scale would overflow.
 SMALLEST_SCALED = 2.0**-100
-# A slot's scale has 16 significant bits and a code at most 7: their product is exact. One instruction
-# that multiplies and adds gives a sum the same bits as two.
+# A slot's scale has 16 significant bits and a code at most 7: their product is exact. A sum to which
+# one instruction adds it has the bits of a product and a sum.
 SCALE_BITS = -0x100
 # The random bits of one rounding to a half dtype, and of one to a moment's code.
 RANDOM_BITS = 16
@@ -116,9 +116,9 @@ def shaped_as(flat: Tensor, order: Tensor) -> Tensor:
 # NOTE: [Quantizing again]
 # A block's largest value L has the scale s, the first 16 bits of L / n, where n is 127, 7, or 448,
 # which is 7 * 64. It is restored as L' = n s, exactly, and L' / n is s again. A moment's scale is a
-# power of two, by which nothing is rounded; a block whose largest value has been rounded down to the
-# next scale's range has codes there for all of its values. So a state that was saved as values is
-# loaded with the values it had, if its blocks are the same.
+# power of two, by which nothing is rounded; a block whose largest value has been rounded down to
+# the next scale's range has codes there for all of its values. So a state that was saved as values
+# is loaded with the values it had, if its blocks are the same.
 
 
 def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

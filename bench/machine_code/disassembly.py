@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.speed.bytes import Bytes
+from cm_fused._backends.triton import codes as triton_codes
 from cm_fused._backends.triton import kernels as triton_kernels
-from cm_fused._backends.triton import rounding as triton_rounding
 
 
 class Instruction(NamedTuple):
     """One instruction and the source lines it comes from, the innermost call's first.
 
-    Those of the roundings' file are negative, those of other files 0. `labels` stand before it, and
+    Those of the codes' file are negative, those of other files 0. `labels` stand before it, and
     a branch goes to the label `target`, always where it is not `guarded` by a predicate.
     """
 
@@ -41,7 +41,7 @@ _LABEL = re.compile(r"^(\.L\w+):")
 _TARGET = re.compile(r"(!?U?P\w+, )?`\((\.L\w+)\)")
 _SIGNS = {
     Path(inspect.getfile(module)).name: sign
-    for module, sign in ((triton_kernels, 1), (triton_rounding, -1))
+    for module, sign in ((triton_kernels, 1), (triton_codes, -1))
 }
 _LINE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 
@@ -112,7 +112,7 @@ def source_lines() -> SourceLines:
     ]
     scales = frozenset(
         -line
-        for node in ast.parse(inspect.getsource(triton_rounding)).body
+        for node in ast.parse(inspect.getsource(triton_codes)).body
         if isinstance(node, ast.FunctionDef) and node.name in ("load_scales", "store_scales")
         for line in _lines_of(node)
     )

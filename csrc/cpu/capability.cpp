@@ -30,7 +30,8 @@ const Kernels& choose() {
       {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vl")},
-      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c()},
+      {&kAvx2Kernels,
+          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c()},
 #endif
       {&kDefaultKernels, true}};
   const char* requested = std::getenv("CM_FUSED_CPU_CAPABILITY");

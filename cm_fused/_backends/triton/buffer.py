@@ -5,7 +5,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from cm_fused._backends.triton import rounding
+from cm_fused._backends.triton import codes, layout
 from cm_fused._backends.triton.chunks import Block, block_at
 from cm_fused._backends.triton.common import CHUNK_SIZE, at, empty_sum, pointer, spread
 from cm_fused._backends.triton.moments import load_moment
@@ -23,12 +23,12 @@ def buffer_of(chunk, admission, V: tl.constexpr):
     """Return a chunk's buffer."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    slots_ptr = pointer(row_ptr, "critical_buffer", rounding.memory_dtype(V.SLOT_DTYPE, V.SHAPE))
-    slots_ptr = at(slots_ptr, rounding.slot_size(start, V.SLOT_DTYPE, V.SHAPE), V.FULL)
-    size = rounding.slot_size(chunk.numel, V.SLOT_DTYPE, V.SHAPE)
+    slots_ptr = pointer(row_ptr, "critical_buffer", layout.memory_dtype(V.SLOT_DTYPE, V.SHAPE))
+    slots_ptr = at(slots_ptr, layout.slot_size(start, V.SLOT_DTYPE, V.SHAPE), V.FULL)
+    size = layout.slot_size(chunk.numel, V.SLOT_DTYPE, V.SHAPE)
     return Buffer(
         slots_ptr,
-        pointer(row_ptr, "critical_scales", tl.float32) + start // rounding.SCALE_BLOCK,
+        pointer(row_ptr, "critical_scales", tl.float32) + start // layout.SCALE_BLOCK,
         at(pointer(row_ptr, "critical_sum", V.STATE_DTYPE), start, V.FULL),
         chunk.numel,
         size,
@@ -41,14 +41,14 @@ def buffer_of(chunk, admission, V: tl.constexpr):
 @triton.jit
 def _stored(block, V: tl.constexpr):
     """Return the block of what the slots store of a block: of words, where there are scales."""
-    if rounding.has_scales(V.SLOT_DTYPE):
-        word, element = rounding.word_offsets(V.SLOT_DTYPE, V.SHAPE)
-        SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+    if layout.has_scales(V.SLOT_DTYPE):
+        word, element = layout.word_offsets(V.SLOT_DTYPE, V.SHAPE)
+        SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
         mask = tl.full(SHAPE, 1, dtype=tl.int1)
         if not V.FULL:
             mask = block.begin + element < block.count
         first = block.begin // V.SHAPE[3]
-        if rounding.is_packed(V.SLOT_DTYPE):
+        if layout.is_packed(V.SLOT_DTYPE):
             first = first // 2
         return Block(block.begin, block.count, first + word, mask)
     else:
@@ -59,14 +59,14 @@ def _stored(block, V: tl.constexpr):
 def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
     """Return what a slot stores and its scales, or an item's where `wanted`, a scalar, is 0."""
     slot_ptr = at(buffer.slots, slot * buffer.size, V.FULL)
-    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+    SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)
     mask = where.mask & (tl.full(SHAPE, wanted, tl.int32) != 0)
     stored = tl.load(slot_ptr + where.offsets, mask=mask, other=item[0])
     scales = 0
-    if rounding.has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
-        scales = rounding.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
+    if layout.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
+        scales = codes.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
     return stored, scales
 
 
@@ -75,7 +75,7 @@ def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
     """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
     if V.CRITICAL_GRADIENTS:
         stored, scales = _load_slot(buffer, other, block, 1, (0, 0.0), V)
-    elif rounding.has_scales(V.SLOT_DTYPE):
+    elif layout.has_scales(V.SLOT_DTYPE):
         # Chosen among codes, which are four in a register, or eight.
         wanted = (buffer.slot != other).to(tl.int32)
         stored, scales = _load_slot(buffer, other, block, wanted, item, V)
@@ -85,7 +85,7 @@ def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
         stored, scales = _load_slot(buffer, other, block, wanted, (0, 0.0), V)
         taken = spread(buffer.slot, V.SHAPE) == other
         stored = tl.where(taken, item[0].to(V.STATE_DTYPE), stored.to(V.STATE_DTYPE))
-    return rounding.add_slot(buffer_sum, stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
+    return codes.add_slot(buffer_sum, stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def rebuild_sum(tensors, buffer, count, V: tl.constexpr):
         item = (0, 0)
         if not V.CRITICAL_GRADIENTS:
             exp_avg = load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
-            item = rounding.to_slot(exp_avg, V.SLOT_DTYPE)
+            item = codes.to_slot(exp_avg, V.SLOT_DTYPE)
         for other in range(0, buffer.capacity):
             buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
         tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
@@ -128,13 +128,13 @@ def sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
     if V.SUMMED_SLOTS == 0:
         buffer_sum = tl.load(buffer.critical_sum + block.offsets, mask=block.mask, other=0.0)
         old, old_scales = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), V)
-        evicted = rounding.from_slot(old, old_scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
+        evicted = codes.from_slot(old, old_scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
     elif V.CRITICAL_GRADIENTS:
         buffer_sum = _sum_of_slots(buffer, (0, 0), block, V)
-    stored, scales = rounding.to_slot(item, V.SLOT_DTYPE)
+    stored, scales = codes.to_slot(item, V.SLOT_DTYPE)
     if V.SUMMED_SLOTS == 0:
         # What is stored is what is summed.
-        item = rounding.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
+        item = codes.from_slot(stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
         follows = tl.full(V.SHAPE, follow, tl.int32) != 0
         new_sum = tl.where(follows, buffer_sum + (item - evicted), buffer_sum)
         tl.store(buffer.critical_sum + block.offsets, new_sum, mask=block.mask & follows)
@@ -148,12 +148,12 @@ def sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
 @triton.jit
 def _commit(buffer, stored, scales, block, V: tl.constexpr):
     """Put what is stored of an item, and its scales, in its slot where one is admitted."""
-    if rounding.has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, rounding.SCALE_BLOCK)
+    if layout.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
         admits = (buffer.slot >= 0).to(tl.int32)
-        rounding.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
+        codes.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
     # Where nothing is committed this is no slot, and it is not touched.
-    SHAPE: tl.constexpr = rounding.stored_shape(V.SLOT_DTYPE, V.SHAPE)
+    SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)
     commit = spread(buffer.slot, SHAPE) >= 0
     tl.store(buffer.slot_ptr + where.offsets, stored, mask=where.mask & commit)

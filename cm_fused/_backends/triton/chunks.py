@@ -5,7 +5,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from cm_fused._backends.triton import rounding
+from cm_fused._backends.triton import layout
 from cm_fused._backends.triton.common import at, pointer
 
 # The elements of one program: `count` from `start` of a tensor.
@@ -27,7 +27,7 @@ def tensors_of(chunk, V: tl.constexpr):
     """Return the addresses of a chunk's tensors, except the buffer's."""
     row_ptr = chunk.row_ptr
     start = chunk.start
-    scale = start // rounding.SCALE_BLOCK
+    scale = start // layout.SCALE_BLOCK
     return Tensors(
         at(pointer(row_ptr, "param", V.PARAM_DTYPE), start, V.FULL),
         at(pointer(row_ptr, "grad", V.GRAD_DTYPE), start, V.FULL),
@@ -44,6 +44,6 @@ def tensors_of(chunk, V: tl.constexpr):
 @triton.jit
 def block_at(begin, count, V: tl.constexpr):
     """Return the block from `begin` on of a chunk with `count` elements."""
-    offsets = begin + rounding.block_offsets(V.SHAPE)
+    offsets = begin + layout.block_offsets(V.SHAPE)
     mask = tl.full(V.SHAPE, 1, dtype=tl.int1) if V.FULL else offsets < count
     return Block(begin, count, offsets, mask)

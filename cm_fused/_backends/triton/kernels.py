@@ -10,7 +10,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from cm_fused._backends.triton import rounding
+from cm_fused._backends.triton import layout, philox, rounding
 from cm_fused._backends.triton.buffer import Admission, buffer_of, rebuild_sum, sum_and_commit
 from cm_fused._backends.triton.chunks import Chunk, block_at, tensors_of
 from cm_fused._backends.triton.common import (
@@ -77,7 +77,7 @@ def _power(base, exponent):
 @triton.jit
 def _counters_of(chunk, seed, step):
     """Return what a tensor's random bits are drawn from."""
-    return rounding.Counters(
+    return philox.Counters(
         seed,
         cell(chunk.row_ptr, "param_index"),
         step,
@@ -140,7 +140,7 @@ def _update_param(s, param, numerator, second_moment):
 def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
     """Store the parameter, rounded as the variant says, of the elements from `first`."""
     if V.STOCHASTIC:
-        words = rounding.random_bits(counters, first, rounding.PARAM_STREAM, V.BY_FOURS, V.SHAPE)
+        words = philox.random_bits(counters, first, philox.PARAM_STREAM, V.BY_FOURS, V.SHAPE)
         bits = words >> 16
         if V.PARAM_DTYPE == tl.bfloat16:
             rounded = rounding.round_to_bfloat16(param, bits)
@@ -283,7 +283,7 @@ def critical_adam_kernel(
     GRAD_DTYPE: tl.constexpr,  # of gradients: PARAM_DTYPE, or bfloat16 or float16 of float32
     STATE_DTYPE: tl.constexpr,  # of the arithmetic, and of the state except the next two
     MOMENT_DTYPE: tl.constexpr,  # STATE_DTYPE, bfloat16 or int8
-    # STATE_DTYPE, bfloat16, float16, int8, uint8 for 8-bit floats, or `rounding.INT4`
+    # STATE_DTYPE, bfloat16, float16, int8, uint8 for 8-bit floats, or `layout.INT4`
     SLOT_DTYPE: tl.constexpr,
     CRITICAL_GRADIENTS: tl.constexpr,  # the buffer holds gradients, else momenta
     AMSGRAD: tl.constexpr,  # divide by the running maximum of the second moment
@@ -317,7 +317,7 @@ def critical_adam_kernel(
     HAS_BUFFER: tl.constexpr = VARIANT.HAS_BUFFER
     slot_bytes = chunk.numel * 0
     if HAS_BUFFER:
-        slot_bytes = rounding.slot_bytes(chunk.numel, SLOT_DTYPE)
+        slot_bytes = layout.slot_bytes(chunk.numel, SLOT_DTYPE)
     aligned = is_aligned(chunk.row_ptr, slot_bytes)
     # The priorities of critical momenta are updated after the pass, those of critical gradients
     # before.

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cm_fused._backends.triton import rounding
+from cm_fused._backends.triton import layout
 from cm_fused._backends.triton.common import (
     BLOCK_SIZE,
     INTERPRETED,
@@ -32,7 +32,7 @@ STORED_DTYPES = {
     torch.float16: tl.float16,
     torch.float8_e4m3fn: tl.uint8,
     torch.int8: tl.int8,
-    PACKED: rounding.INT4,
+    PACKED: layout.INT4,
 }
 # The SUMMED_SLOTS of a capacity of 0.
 NO_BUFFER = tl.constexpr(-1)
@@ -81,7 +81,7 @@ def launch_options(
     """
     if param_dtype == tl.float64:
         return LAUNCH_OPTIONS
-    if moment_dtype == tl.int8 or rounding.has_scales(slot_dtype):
+    if moment_dtype == tl.int8 or layout.has_scales(slot_dtype):
         return {**LAUNCH_OPTIONS, "maxnreg": 168}
     if moment_dtype != tl.float32 or slot_dtype != tl.float32:
         return {**LAUNCH_OPTIONS, "maxnreg": 96}
@@ -127,7 +127,7 @@ class Variant:
 
     def of_chunk(self, full: bool) -> "Variant":
         """Return the variant with its block: of a warp for each scale, if there are scales."""
-        if self.MOMENT_DTYPE == tl.int8 or rounding.has_scales(self.SLOT_DTYPE):
+        if self.MOMENT_DTYPE == tl.int8 or layout.has_scales(self.SLOT_DTYPE):
             warps = NUM_WARPS if not INTERPRETED else BLOCK_SIZE // SCALE_BLOCK_SIZE
             vector = 4 if full else 1
             shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
