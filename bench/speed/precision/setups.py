@@ -40,6 +40,7 @@ PRECISIONS = {
     "int8 slots, int8 moments": Precision(torch.int8, torch.int8),
     "int4 slots": Precision(INT4),
     "int4 slots, bfloat16 moments": Precision(INT4, torch.bfloat16),
+    "int4 slots, int8 moments": Precision(INT4, torch.int8),
 }
 
 
