@@ -1,19 +1,40 @@
 """Triton's interpreter, mended: kernels run on CPU tensors as they would on a device.
 
 Imported before the kernels are. TRITON_INTERPRET=1 has to be set then, see `tests/conftest.py`.
+
+Most of the time of an interpreted kernel is not numpy's: the interpreter makes the same types and
+shapes again for every operation. What is quicker here has the same results and the same errors.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
-from triton.language import core
+from triton.language import core, semantic
 from triton.runtime import interpreter
 
 _convert_float = interpreter._convert_float
+_get_np_dtype = interpreter._get_np_dtype
 _patch_lang = interpreter._patch_lang
 _patched: list[Any] = []
+_builtin_code = core.builtin(lambda: None).__code__
+_init_block_type = core.block_type.__init__
+_equal_dtypes = core.dtype.__eq__
+_equal_tuples = core.tuple.__eq__
+_unwrap_if_constexpr = core._unwrap_if_constexpr
+_broadcast = semantic.TritonSemantic.broadcast_impl_value
+_check_types = semantic.TritonSemantic.binary_op_type_checking_impl
+_check_overflow = semantic.TritonSemantic.binary_op_sanitize_overflow_impl
+
+_np_dtypes: dict[str, Any] = {}
+_shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+_block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+_TRUE = core.constexpr(True)
+_PLAIN = {int, float, bool, type(None), tl.dtype, tl.tensor}
+_EXACT: dict[str, Callable[..., Any]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _convert_float_as_devices_do(
@@ -45,7 +66,98 @@ def _language() -> tuple[Any, Any]:
     return tl, core
 
 
+def _patch_attr(owner: Any, name: str, member: Any, *_: Any) -> None:
+    """Let a builtin be called outside of compiled functions."""
+    function = member.__wrapped__ if member.__code__ is _builtin_code else member
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return function(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def _cached_np_dtype(dtype: Any) -> Any:
+    """Return the numpy dtype of a scalar or block type; theirs makes its table each time."""
+    name = dtype.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _get_np_dtype(dtype)
+    return _np_dtypes[name]
+
+
+def _init_tensor(self: Any, handle: Any, type: Any) -> None:
+    """Make a tensor; all of one shape share it."""
+    sizes = tuple(type.shape.values) if type.is_block() else ()
+    if sizes not in _shapes:
+        shape = core.tuple([core.constexpr(size) for size in sizes])
+        _shapes[sizes] = shape, core.constexpr(math.prod(sizes))
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[sizes]
+
+
+def _init_cached_block_type(self: Any, element_type: Any, shape: Any) -> None:
+    """Make a type of blocks, or one that is the same as an older one."""
+    space = element_type.address_space if element_type.is_ptr() else None
+    key = (element_type.name, space, *map(_unwrap, shape))
+    if key not in _block_types:
+        _init_block_type(self, element_type, shape)
+        _block_types[key] = dict(self.__dict__)
+    self.__dict__.update(_block_types[key])
+
+
+def _are_equal_dtypes(self: Any, other: Any) -> Any:
+    return self is other or _equal_dtypes(self, other)
+
+
+def _are_equal_tuples(self: Any, other: Any) -> Any:
+    if self is other:
+        return _TRUE
+    if type(other) is list and all(type(each) is int for each in other):
+        return core.constexpr(self.values == other)
+    return _equal_tuples(self, other)
+
+
+def _unwrap(value: Any) -> Any:
+    """Return the value of a constexpr, and others as they are; of lists, of each item."""
+    return value if type(value) in _PLAIN else _unwrap_if_constexpr(value)
+
+
+def _broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
+    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast(self, lhs, rhs)
+
+
+def _check_other_types(self: Any, lhs: Any, rhs: Any, *rules: Any, **more: Any) -> Any:
+    """Only broadcast operands that are numbers of one type, as most are.
+
+    The first two rules are about pointers; with others, numbers may be of another type in division.
+    """
+    if type(lhs) is type(rhs) is tl.tensor and len(rules) < 3 and not more:
+        if lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr():
+            return _broadcast_others(self, lhs, rhs)
+    return _check_types(self, lhs, rhs, *rules, **more)
+
+
+def _check_overflow_in_numpy(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+    """Leave to theirs, which takes ten operations, only what overflows."""
+    dtype = lhs.type.scalar
+    if dtype.int_bitwidth < 64:
+        exact = _EXACT[operation.__name__](*(each.handle.data.astype("i8") for each in (lhs, rhs)))
+        low, high = dtype.get_int_min_value(), dtype.get_int_max_value()
+        if exact.min() < low or exact.max() > high:
+            _check_overflow(self, lhs, rhs, operation)
+
+
 def mend() -> None:
     """Correct and speed up the interpreter of this process."""
     interpreter._convert_float = _convert_float_as_devices_do
     interpreter._patch_lang = _patch_once
+    interpreter._patch_attr = _patch_attr
+    interpreter._get_np_dtype = _cached_np_dtype
+    tl.tensor.__init__ = _init_tensor
+    core.block_type.__init__ = _init_cached_block_type
+    core.dtype.__eq__ = _are_equal_dtypes
+    core.tuple.__eq__ = _are_equal_tuples
+    core._unwrap_if_constexpr = _unwrap
+    semantic.TritonSemantic.broadcast_impl_value = _broadcast_others
+    semantic.TritonSemantic.binary_op_type_checking_impl = _check_other_types
+    semantic.TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow_in_numpy
