@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 # Modules and tests stay to the end: looking for garbage among them took a tenth of the suite's time.
+# But at exit, where nanobind names what is not freed.
 gc.disable()
+atexit.register(gc.unfreeze)
 
 # Before anything imports the kernels: without a GPU they are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
@@ -57,11 +60,6 @@ def pytest_runtestloop() -> None:
     """Collect garbage from now on, but only of what tests make."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """Let the interpreter end as any: nanobind names what it has not freed."""
-    gc.unfreeze()
 
 
 def _runs_kernels(item: Any) -> bool:

@@ -8,6 +8,7 @@ shapes again for every operation. What is quicker here has the same results and 
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ _check_types = semantic.TritonSemantic.binary_op_type_checking_impl
 _check_overflow = semantic.TritonSemantic.binary_op_sanitize_overflow_impl
 
 _np_dtypes: dict[str, Any] = {}
-_shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
 _block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+_constants: dict[tuple[Any, ...], Any] = {}
 _TRUE = core.constexpr(True)
 _PLAIN = {int, float, bool, type(None), tl.dtype, tl.tensor}
 _EXACT: dict[str, Callable[..., Any]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
@@ -87,22 +88,30 @@ def _cached_np_dtype(dtype: Any) -> Any:
 
 def _init_tensor(self: Any, handle: Any, type: Any) -> None:
     """Make a tensor; all of one shape share it."""
-    sizes = tuple(type.shape.values) if type.is_block() else ()
-    if sizes not in _shapes:
-        shape = core.tuple([core.constexpr(size) for size in sizes])
-        _shapes[sizes] = shape, core.constexpr(math.prod(sizes))
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = _shapes[sizes]
+    self.shape, self.numel = type.of_tensors if type.is_block() else _OF_SCALARS
 
 
-def _init_cached_block_type(self: Any, element_type: Any, shape: Any) -> None:
-    """Make a type of blocks, or one that is the same as an older one."""
+def _init_block_type_once(self: Any, element_type: Any, shape: Any) -> None:
+    """Make a type of blocks, or the same as an older one."""
+    sizes = tuple(map(_unwrap, shape))
     space = element_type.address_space if element_type.is_ptr() else None
-    key = (element_type.name, space, *map(_unwrap, shape))
+    key = (element_type.name, space, sizes)
     if key not in _block_types:
         _init_block_type(self, element_type, shape)
+        self.of_tensors = _of_tensors(sizes)
         _block_types[key] = dict(self.__dict__)
     self.__dict__.update(_block_types[key])
+
+
+@cache
+def _of_tensors(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return the shape of tensors and their number of elements."""
+    shape = core.tuple([core.constexpr(size) for size in sizes])
+    return shape, core.constexpr(math.prod(sizes))
+
+
+_OF_SCALARS = _of_tensors(())
 
 
 def _are_equal_dtypes(self: Any, other: Any) -> Any:
@@ -127,13 +136,24 @@ def _broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
 
 
 def _check_other_types(self: Any, lhs: Any, rhs: Any, *rules: Any, **more: Any) -> Any:
-    """Only broadcast operands that are numbers of one type, as most are.
+    """Only broadcast two operands of one type; make a tensor of a number once.
 
-    The first two rules are about pointers; with others, numbers may be of another type in division.
+    The first two rules are about pointers; by others, a quotient may be of another type.
     """
-    if type(lhs) is type(rhs) is tl.tensor and len(rules) < 3 and not more:
-        if lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr():
+    if type(lhs) is type(rhs) is tl.tensor:
+        same = lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr()
+        if same and len(rules) < 3 and not more:
             return _broadcast_others(self, lhs, rhs)
+    elif type(lhs) is tl.tensor:
+        # -0.0 is another number than 0.0, and 1 than 1.0.
+        key = (lhs.dtype.name, id(lhs.shape), type(rhs), repr(rhs), rules, *more.items())
+        if key in _constants:
+            return lhs, _constants[key]
+        checked, constant = _check_types(self, lhs, rhs, *rules, **more)
+        if checked is lhs:
+            constant.handle.data.setflags(write=False)
+            _constants[key] = constant
+        return checked, constant
     return _check_types(self, lhs, rhs, *rules, **more)
 
 
@@ -154,7 +174,7 @@ def mend() -> None:
     interpreter._patch_attr = _patch_attr
     interpreter._get_np_dtype = _cached_np_dtype
     tl.tensor.__init__ = _init_tensor
-    core.block_type.__init__ = _init_cached_block_type
+    core.block_type.__init__ = _init_block_type_once
     core.dtype.__eq__ = _are_equal_dtypes
     core.tuple.__eq__ = _are_equal_tuples
     core._unwrap_if_constexpr = _unwrap
