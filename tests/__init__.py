@@ -2,6 +2,6 @@
 
 import os
 
-# A thread of OpenMP that waits for others sleeps: by default it spins, and where the workers have all
-# cores it waits long.
+# A thread of OpenMP that waits for others sleeps. By default it spins, for long where the workers
+# of pytest-xdist have all cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-# Modules and tests stay to the end: looking for garbage among them took a tenth of the suite's time.
-# But at exit, where nanobind names what is not freed.
+# Modules and tests stay to the end: garbage is not looked for among them, which takes seconds. But
+# at exit it is, where nanobind names what is not freed.
 gc.disable()
 atexit.register(gc.unfreeze)
 
@@ -57,8 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
-    """Collect garbage from now on, but only of what tests make."""
+    """Collect garbage from now on, but only of what tests make, and seldom: tracing makes much."""
     gc.freeze()
+    gc.set_threshold(100_000)
     gc.enable()
 
 

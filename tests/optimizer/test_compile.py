@@ -4,7 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -186,7 +186,7 @@ def _frames_of_adamw() -> int:
     return _frames_of_training(torch.optim.AdamW)
 
 
-def _frames_of_training(cls: type[torch.optim.Optimizer], **options: Any) -> int:
+def _frames_of_training(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> int:
     """Return how many graphs a function that trains has after two steps, and never more."""
     torch._dynamo.reset()
     model = _model()

@@ -21,8 +21,8 @@ RUNS: tuple[tuple[Kind, str, bool], ...] = (
     ("cm", "eager", False),
 )
 
-# Prints by how many bytes the peak in some steps exceeds what the process held before them, each run
-# in a fork. The first step makes the state; its peak counts too, as a peak cannot be taken back.
+# Prints by how many bytes the peak in some steps exceeds what the process held before them, each
+# run in a fork. The first step makes the state; its peak counts too, as it cannot be taken back.
 _MEASURE = """
 import json
 import os

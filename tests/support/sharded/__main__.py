@@ -8,9 +8,9 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import functorch.compile  # noqa: F401  which torch.compile imports
 import pytest
 import torch
+import torch._dynamo.backends.debugging  # which torch.compile imports
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
