@@ -7,7 +7,7 @@ shapes again for every operation. What is quicker here has the same results and 
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -28,14 +28,12 @@ _equal_tuples = core.tuple.__eq__
 _unwrap_if_constexpr = core._unwrap_if_constexpr
 _broadcast = semantic.TritonSemantic.broadcast_impl_value
 _check_types = semantic.TritonSemantic.binary_op_type_checking_impl
-_check_overflow = semantic.TritonSemantic.binary_op_sanitize_overflow_impl
 
 _np_dtypes: dict[str, Any] = {}
 _block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
 _constants: dict[tuple[Any, ...], Any] = {}
 _TRUE = core.constexpr(True)
 _PLAIN = {int, float, bool, type(None), tl.dtype, tl.tensor}
-_EXACT: dict[str, Callable[..., Any]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _convert_float_as_devices_do(
@@ -157,16 +155,6 @@ def _check_other_types(self: Any, lhs: Any, rhs: Any, *rules: Any, **more: Any) 
     return _check_types(self, lhs, rhs, *rules, **more)
 
 
-def _check_overflow_in_numpy(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
-    """Leave to theirs, which takes ten operations, only what overflows."""
-    dtype = lhs.type.scalar
-    if dtype.int_bitwidth < 64:
-        exact = _EXACT[operation.__name__](*(each.handle.data.astype("i8") for each in (lhs, rhs)))
-        low, high = dtype.get_int_min_value(), dtype.get_int_max_value()
-        if exact.min() < low or exact.max() > high:
-            _check_overflow(self, lhs, rhs, operation)
-
-
 def mend() -> None:
     """Correct and speed up the interpreter of this process."""
     interpreter._convert_float = _convert_float_as_devices_do
@@ -180,4 +168,6 @@ def mend() -> None:
     core._unwrap_if_constexpr = _unwrap
     semantic.TritonSemantic.broadcast_impl_value = _broadcast_others
     semantic.TritonSemantic.binary_op_type_checking_impl = _check_other_types
-    semantic.TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow_in_numpy
+    # What it computes of an overflow is an assertion for debugging, which it then leaves out.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
