@@ -1,5 +1,7 @@
 """What every test starts from."""
 
+import atexit
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -8,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Modules and tests stay to the end: garbage is not looked for among them, which takes seconds. But
+# at exit it is, where nanobind names what is not freed.
+gc.disable()
+atexit.register(gc.unfreeze)
 
 # Before anything imports the kernels: without a GPU they are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
@@ -46,6 +53,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collect garbage from now on, but only of what tests make, and seldom: tracing makes much."""
+    gc.freeze()
+    gc.set_threshold(100_000)
+    gc.enable()
 
 
 def _runs_kernels(item: Any) -> bool:

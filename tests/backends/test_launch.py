@@ -1,13 +1,14 @@
 """The launches as triton's own code takes them: bound, specialized and compiled, but not run.
 
 A stand-in for the driver says that the device is an sm_90; every launch is turned into a warm-up.
-In processes of their own, where kernels are not interpreted.
+In a process of its own, where kernels are not interpreted.
 """
 
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 from tests.support.cases import ROOT, needs_cpu_backend, needs_triton
@@ -76,20 +77,6 @@ def variants():
 """
 
 
-def _run(code: str) -> Any:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", LAUNCHES + code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 CHANGES = """
 params = [torch.randn(5000), torch.randn(3)]
 optimizer = AdamCM(params, backend="triton")
@@ -114,16 +101,8 @@ print(json.dumps(counts))
 """
 
 
-def test_no_option_compiles_anew() -> None:
-    """Hyperparameters are values of a launch: a scheduler, or another capacity, compiles nothing.
-
-    The interpreter has no variants, so no test of results could tell. The pass and the kernel of
-    the books are the two there are; the latter has a block of the capacity's next power of two.
-    """
-    assert _run(CHANGES) == [2] * 7
-
-
 COUNTS = """
+launched.clear()
 totals = {}
 for kind in (AdamCM, AdamCG):
     for dtypes in ([torch.float32], [torch.float32, torch.bfloat16, torch.float16, torch.float64]):
@@ -156,9 +135,35 @@ print(json.dumps(totals))
 """
 
 
+@cache
+def _results() -> tuple[Any, Any]:
+    """Return what the two parts of the script print."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCHES + CHANGES + COUNTS],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    changes, counts = map(json.loads, result.stdout.splitlines())
+    return changes, counts
+
+
+def test_no_option_compiles_anew() -> None:
+    """Hyperparameters are values of a launch: a scheduler, or another capacity, compiles nothing.
+
+    The interpreter has no variants, so no test of results could tell. The pass and the kernel of
+    the books are the two there are; the latter has a block of the capacity's next power of two.
+    """
+    assert _results()[0] == [2] * 7
+
+
 def test_launches_of_a_step() -> None:
     """However many tensors: a pass for each dtype, one more for the norm of CG, and the books."""
-    totals = _run(COUNTS)
+    totals = _results()[1]
     update, norm, books = (
         [f"{name}_kernel", 50] for name in ("critical_adam", "sq_norm", "update_priorities")
     )

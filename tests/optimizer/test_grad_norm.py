@@ -243,11 +243,19 @@ def _fresh() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
-@pytest.mark.parametrize("cls", [AdamCM, AdamCG])
+@pytest.mark.parametrize(
+    ("cls", "backend"),
+    [
+        (AdamCM, "cpu"),
+        (AdamCG, "eager"),
+        # Each class and each backend once where there is little time.
+        pytest.param(AdamCM, "eager", marks=pytest.mark.slow),
+        pytest.param(AdamCG, "cpu", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_that_is_traced(cls: type[CriticalAdam], backend: str) -> None:
     """It leaves no norm, and not that of a step before it either."""
-    optimizer = new_optimizer(cls, backend=backend)
+    optimizer = new_optimizer(cls, shapes=((3, 4), ()), backend=backend)
     train(optimizer, range(1))
     step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
     for t in (1, 2, 3):

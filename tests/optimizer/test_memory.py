@@ -1,7 +1,9 @@
 """A step needs no memory beside the state."""
 
+import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -11,52 +13,65 @@ pytestmark = needs_cpu_backend
 
 MIB = 2**20
 
-# Prints by how many bytes the process's peak in some steps exceeds what it held before them. The
-# first step makes the state; its peak counts too, since a peak cannot be taken back.
+NUMEL = 8 * MIB
+# The kind, the backend, amsgrad.
+RUNS: tuple[tuple[Kind, str, bool], ...] = (
+    ("cm", "cpu", False),
+    ("cg", "cpu", True),
+    ("cm", "eager", False),
+)
+
+# Prints by how many bytes the peak in some steps exceeds what the process held before them, each
+# run in a fork. The first step makes the state; its peak counts too, as it cannot be taken back.
 _MEASURE = """
+import json
+import os
 import sys
 import torch
 from cm_fused import AdamCG, AdamCM
 
-kind, backend, amsgrad, numel = sys.argv[1], sys.argv[2], sys.argv[3] == "True", int(sys.argv[4])
-param = torch.empty(numel).fill_(1.0)
-param.grad = torch.empty(numel).fill_(0.1)
-optimizer = {"cm": AdamCM, "cg": AdamCG}[kind]([param], amsgrad=amsgrad, backend=backend)
-optimizer.step()
+numel, runs = json.loads(sys.argv[1])
+
 
 def status(name):
     with open("/proc/self/status") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
-before = status("VmRSS:")
-for _ in range(3):
-    param.grad.mul_(1.5)
+
+def growth(kind, backend, amsgrad):
+    param = torch.empty(numel).fill_(1.0)
+    param.grad = torch.empty(numel).fill_(0.1)
+    optimizer = {"cm": AdamCM, "cg": AdamCG}[kind]([param], amsgrad=amsgrad, backend=backend)
     optimizer.step()
-# Not getrusage: its peak is inherited from the process that started this one.
-print(status("VmHWM:") - before)
+    before = status("VmRSS:")
+    for _ in range(3):
+        param.grad.mul_(1.5)
+        optimizer.step()
+    # Not getrusage: its peak is inherited from the process that started this one.
+    return status("VmHWM:") - before
+
+
+for run in runs:
+    child = os.fork()
+    if not child:
+        print(growth(*run), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def _growth(kind: Kind, backend: str, *, amsgrad: bool, numel: int) -> int:
-    arguments = [kind, backend, str(amsgrad), str(numel)]
-    result = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(result.stdout)
-
-
-NUMEL = 8 * MIB
+@cache
+def _growths() -> dict[tuple[Kind, str, bool], int]:
+    command = [sys.executable, "-c", _MEASURE, json.dumps([NUMEL, RUNS])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(zip(RUNS, map(int, result.stdout.split()), strict=True))
 
 
 @needs_proc
 @pytest.mark.parametrize(("kind", "amsgrad"), [("cm", False), ("cg", True)])
 def test_step_takes_no_memory(kind: Kind, amsgrad: bool) -> None:
     """The peak of a step grows by less than 1 MiB and 1 % of the state."""
-    growth = _growth(kind, "cpu", amsgrad=amsgrad, numel=NUMEL)
+    growth = _growths()[kind, "cpu", amsgrad]
     # Five slots, two moments, a running sum, and amsgrad's maximum.
     state_bytes = 4 * NUMEL * (5 + 3 + amsgrad)
     assert growth < MIB + state_bytes // 100
@@ -65,4 +80,4 @@ def test_step_takes_no_memory(kind: Kind, amsgrad: bool) -> None:
 @needs_proc
 def test_the_measure_sees_a_copy() -> None:
     """The eager step, which makes temporary tensors, grows by at least one of them."""
-    assert _growth("cm", "eager", amsgrad=False, numel=NUMEL) > 4 * NUMEL
+    assert _growths()["cm", "eager", False] > 4 * NUMEL

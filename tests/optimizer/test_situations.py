@@ -134,8 +134,15 @@ def test_model_turned_to_double(
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of itself while it compiles
-@on_each_backend
-@of_each_kind
+@pytest.mark.parametrize(
+    ("cls", "backend"),
+    [
+        # Traced operator by operator, as the eager step is, a step takes long: one class of it.
+        pytest.param(cls, name, marks=[pytest.mark.slow] * (cls is not AdamCM and name == "eager"))
+        for cls in KINDS
+        for name in BACKENDS
+    ],
+)
 def test_compiled_step_of_complex_parameters(cls: type[CriticalAdam], backend: str) -> None:
     """A compiled step of complex parameters beside real ones is the plain one.
 

@@ -9,6 +9,7 @@ line: [result, error]. `tests.support.worker` is the other side.
 import argparse
 import ast
 import contextlib
+import gc
 import json
 import struct
 import subprocess
@@ -281,6 +282,9 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         sys.exit("tests.support.compiled: TRITON_INTERPRET=1 is set, so nothing is compiled")
     torch.set_num_threads(1)
+    # What is imported stays, and what is made is much: garbage is looked for seldom.
+    gc.freeze()
+    gc.set_threshold(100_000)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         result, error = None, ""
@@ -292,6 +296,8 @@ def main() -> None:
             error = traceback.format_exc()
         process.clear()
         print(json.dumps([result, error]), flush=True)
+    # At exit nanobind names what is not freed.
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

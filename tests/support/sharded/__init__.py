@@ -10,6 +10,7 @@ from tests.support.sharded import (
     low_precision,
     masters,
     models,
+    recording,
     release,
     sam,
     state_dicts,
@@ -21,7 +22,7 @@ WORLDS = (4, 2, 1)
 # Every process runs its cases in this order: what saves comes before what loads.
 FILES = (
     *(dtensors, low_precision, models, sam, fsdp1, wrappers),
-    *(checkpoints, masters, state_dicts, release),
+    *(checkpoints, masters, state_dicts, release, recording),
 )
 CASES: dict[str, Case] = {
     name: value for file in FILES for name, value in vars(file).items() if isinstance(value, Case)
@@ -29,8 +30,10 @@ CASES: dict[str, Case] = {
 
 # Four processes save what these load.
 _LOADS = ("resume", "resume_whole", "flattened_on_fewer", "flattened_on_more")
+# Products whose factors another case has.
+_PRODUCTS = ("flattened_in_ddp", "every_way_to_set_every_state_dict")
 
 
 def is_slow(name: str, world: int) -> bool:
-    """Return whether a case is left out of the quick tests: it needs four processes."""
-    return world == 4 or name in _LOADS
+    """Return whether a case is left out of the quick tests: it needs four processes, or long."""
+    return world == 4 or name in (*_LOADS, *_PRODUCTS)

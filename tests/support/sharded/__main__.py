@@ -1,5 +1,6 @@
 """Start the processes, and write what became of every case as JSON."""
 
+import gc
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.backends.debugging  # which torch.compile imports
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
@@ -43,8 +45,10 @@ def _run(rank: int, world: int, names: list[str], store: str, folder: Path, out:
 def main(folder: Path, all_worlds: bool) -> None:
     """Run the cases of all numbers of processes; four processes save what fewer load.
 
-    They are forks: this process, which has run nothing in threads, has imported everything.
+    They are forks: this process, which has run nothing in threads, has imported everything. They
+    look for garbage only among what they make.
     """
+    gc.freeze()
     for world in WORLDS:
         served = [name for name, this in CASES.items() if world in this.worlds]
         names = [name for name in served if all_worlds or not is_slow(name, world)]

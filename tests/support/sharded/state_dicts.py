@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,21 @@ def flattened(folder: Path) -> None:
 
     Older tests saved by groups alone: torch reads flattened state dicts by the loader's own keys.
     """
+    several = dist.get_world_size() > 1
+    cases = [(name, "fsdp" if several else "plain") for name in FLATTENED]
+    # DDP's is a plain one with names of its own: of one precision here, of all where there is time.
+    _check_flattened(folder, [*cases, *[("all", "ddp")] * several])
+
+
+@case(2)
+def flattened_in_ddp(folder: Path) -> None:
+    """So does one of DDP."""
+    _check_flattened(folder, [(name, "ddp") for name in FLATTENED if name != "all"])
+
+
+def _check_flattened(folder: Path, cases: Iterable[tuple[str, str]]) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
-    for name, form in itertools.product(FLATTENED, ("fsdp", "ddp") if world > 1 else ("plain",)):
+    for name, form in cases:
         dtype, path = FLATTENED[name][1], folder / f"flattened {name} {form}"
         model, optimizer = _flattenable(name, make_mesh(), form)
         train(model, optimizer, range(HALF), world, rank, dtype)
@@ -134,14 +148,31 @@ def _full_tensors_are_contiguous(mesh: DeviceMesh) -> bool:
 
 @case(2)
 def every_way_to_set_a_state_dict(_: Path) -> None:
-    """Whole, broadcast and offloaded state dicts go on with the same bits, by groups."""
+    """Whole, broadcast and offloaded state dicts go on with the same bits, by groups.
+
+    Each precision in one way; torch's ways know nothing of precisions.
+    """
+    _check_ways_to_set(zip(FLATTENED, itertools.cycle(_ways_to_set()), strict=False))
+
+
+@case(2)
+def every_way_to_set_every_state_dict(_: Path) -> None:
+    """So they do in every precision."""
+    _check_ways_to_set(itertools.product(FLATTENED, _ways_to_set()))
+
+
+def _ways_to_set() -> list[dict[str, bool]]:
     ways: list[dict[str, bool]] = [{"cpu_offload": True}, {"full_state_dict": True}]
     # What torch 2.11 gathers of slots that are cut unevenly has gaps, and it broadcasts the gaps.
     if _full_tensors_are_contiguous(make_mesh()):
         broadcast = {"full_state_dict": True, "broadcast_from_rank0": True}
         ways += [broadcast, {**broadcast, "cpu_offload": True}]
+    return ways
+
+
+def _check_ways_to_set(cases: Iterable[tuple[str, dict[str, bool]]]) -> None:
     rank = dist.get_rank()
-    for name, way in itertools.product(FLATTENED, ways):
+    for name, way in cases:
         dtype = FLATTENED[name][1]
         model, optimizer = _flattenable(name, make_mesh())
         train(model, optimizer, range(HALF), 2, rank, dtype)
