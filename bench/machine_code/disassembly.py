@@ -78,7 +78,7 @@ class SourceLines:
     """The lines of the kernels' source that decide what an access is.
 
     Attributes:
-        full: The call for full chunks.
+        full: The call for full chunks whose slots are aligned too.
         tail: The call for all others.
         param_store: The one store of each element's parameter.
         scales: The functions that access scales, a 64th of a byte an element, negative.
@@ -104,7 +104,7 @@ def source_lines() -> SourceLines:
         for node in ast.walk(functions["critical_adam_kernel"])
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "_update_chunk"
     ]
-    by_last = {ast.unparse(call.args[-1]): _lines_of(call) for call in calls}
+    by_form = {tuple(map(ast.unparse, call.args[-2:])): _lines_of(call) for call in calls}
     (store,) = [
         node
         for node in ast.walk(functions["_store_param"])
@@ -116,7 +116,8 @@ def source_lines() -> SourceLines:
         if isinstance(node, ast.FunctionDef) and node.name in ("load_scales", "store_scales")
         for line in _lines_of(node)
     )
-    return SourceLines(by_last["True"], by_last["False"], _lines_of(store), scales)
+    full, tail = by_form["True", "True"], by_form["False", "False"]
+    return SourceLines(full, tail, _lines_of(store), scales)
 
 
 def places_of(code: list[Instruction]) -> dict[str, int]:

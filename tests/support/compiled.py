@@ -264,7 +264,15 @@ def opcodes(process: Process) -> list[str]:
     return sorted({f"{opcode} {_function_of(line)}" for opcode, line in found})
 
 
+def constants(process: Process) -> list[str]:
+    """Return the names of the constants by which Triton finds the pass among what it keeps."""
+    kernel = kernels.critical_adam_kernel
+    assert kernel.cache_key  # which looks for them
+    return sorted({name for name, _ in kernel.used_global_vals})
+
+
 _TASKS: dict[str, Callable[..., Any]] = {
+    "constants": constants,
     "same bits": same_bits,
     "same as stored": same_as_stored,
     "priorities": priorities,

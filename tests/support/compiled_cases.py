@@ -14,7 +14,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _SLOTS = (None, *_HALVES, torch.float8_e4m3fn, torch.int8, INT4)
 _MOMENTS = (None, torch.bfloat16, torch.int8)
 _UPDATES = ("nearest", "stochastic", "kahan")
-# None, a tail, a chunk that is full, and the two together, of which no chunk is aligned.
+# None, a tail, a chunk that is full, and the two together, aligned but for their slots.
 _LENGTHS = (0, 257, CHUNK_SIZE, CHUNK_SIZE + 3)
 
 
@@ -53,11 +53,18 @@ QUICK_CASES = (
 
 
 # Of one kernel, the default pass: eps in and out of the root, both forms of weight decay, chunks
-# that are full and not, and some whose sums are rebuilt at another step.
+# that are full and not, or aligned but for their slots, and some whose sums are rebuilt at another
+# step; a parameter that is not aligned.
 _OUTSIDE: dict[str, Any] = {"weight_decay": 0.1, "eps_inside_sqrt": False, "eps": 1e-3}
 MUTATED_CASES = (
-    Case(AdamCM, _OUTSIDE, lengths=(130, 5 * CHUNK_SIZE), changed={"buffer_mean": "size"}),
-    Case(AdamWCM, {"weight_decay": 0.1, "eps": 1e-3}, lengths=(CHUNK_SIZE + 1, CHUNK_SIZE)),
+    Case(
+        AdamCM,
+        _OUTSIDE,
+        lengths=(130, 5 * CHUNK_SIZE, 2 * CHUNK_SIZE + 1),
+        changed={"buffer_mean": "size"},
+    ),
+    Case(AdamWCM, {"weight_decay": 0.1, "eps": 1e-3}, lengths=(2 * CHUNK_SIZE + 1, CHUNK_SIZE)),
+    Case(AdamCM, {}, lengths=(CHUNK_SIZE,), layout="shifted"),
 )
 
 

@@ -29,8 +29,8 @@ class Case:
         options: Its keywords away from their defaults.
         dtype: Of the parameters.
         lengths: Of the parameters.
-        layout: How they lie in memory: "" (whole and aligned), "shifted" by one element,
-            "transposed" or "gaps".
+        layout: How they lie in memory: "" (whole and aligned), "shifted" by one element
+            (gradients by two), "transposed" or "gaps".
         amp: Whether gradients are scaled, and steps with one that is not finite left out.
         shard: The numbers of `cm_fused.philox.ShardLayout` of every parameter, or none.
         changed: What of the options is changed once sums are rebuilt.
@@ -71,10 +71,10 @@ class Case:
         made = make_params([(length,) for length in self.lengths], self.dtype, seed=2)
         return [self._laid_out(param) for param in made]
 
-    def _laid_out(self, tensor: Tensor) -> Tensor:
+    def _laid_out(self, tensor: Tensor, shift: int = 1) -> Tensor:
         length = tensor.numel()
         if self.layout == "shifted":
-            return torch.empty(length + 4, dtype=tensor.dtype)[1 : length + 1].copy_(tensor)
+            return torch.empty(length + 4, dtype=tensor.dtype)[shift:][:length].copy_(tensor)
         if self.layout == "transposed":
             return tensor.view(-1, 1 if length % 2 else 2).t()
         if self.layout == "gaps":
@@ -101,7 +101,7 @@ class Case:
         for param, grad in zip(params, grads, strict=True):
             at = grad.to(param.device)
             grad = at * _SCALE if self.amp else at.clone()
-            grad = self._laid_out(grad.to(self.grad_dtype or grad.dtype))
+            grad = self._laid_out(grad.to(self.grad_dtype or grad.dtype), shift=2)
             set_gradient(param, grad.view_as(param))
             if step == 1:
                 # Sums are rebuilt once in 4 C steps: the run comes to the next.

@@ -24,7 +24,7 @@ def buffer_of(chunk, admission, V: tl.constexpr):
     row_ptr = chunk.row_ptr
     start = chunk.start
     slots_ptr = pointer(row_ptr, "critical_buffer", layout.memory_dtype(V.SLOT_DTYPE, V.SHAPE))
-    slots_ptr = at(slots_ptr, layout.slot_size(start, V.SLOT_DTYPE, V.SHAPE), V.FULL)
+    slots_ptr = at(slots_ptr, layout.slot_size(start, V.SLOT_DTYPE, V.SHAPE), V.ALIGNED_SLOTS)
     size = layout.slot_size(chunk.numel, V.SLOT_DTYPE, V.SHAPE)
     return Buffer(
         slots_ptr,
@@ -34,7 +34,7 @@ def buffer_of(chunk, admission, V: tl.constexpr):
         size,
         admission.capacity,
         admission.slot,
-        at(slots_ptr, admission.slot * size, V.FULL),
+        at(slots_ptr, admission.slot * size, V.ALIGNED_SLOTS),
     )
 
 
@@ -58,7 +58,7 @@ def _stored(block, V: tl.constexpr):
 @triton.jit
 def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
     """Return what a slot stores and its scales, or an item's where `wanted`, a scalar, is 0."""
-    slot_ptr = at(buffer.slots, slot * buffer.size, V.FULL)
+    slot_ptr = at(buffer.slots, slot * buffer.size, V.ALIGNED_SLOTS)
     SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)
     mask = where.mask & (tl.full(SHAPE, wanted, tl.int32) != 0)

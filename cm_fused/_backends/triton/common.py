@@ -99,12 +99,9 @@ def at(ptr, start, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def is_aligned(row_ptr, slot_bytes):
-    """Return whether every chunk of every tensor of a row starts at 16 bytes.
-
-    `slot_bytes` are those from one slot to the next.
-    """
-    joined = slot_bytes
+def is_aligned(row_ptr):
+    """Return whether every tensor of a row starts at 16 bytes, as do its chunks."""
+    joined = tl.zeros((), tl.int64)
     for column in tl.static_range(_column("param"), _column("master_remainder") + 1):
         joined |= tl.load(row_ptr + column)
     return joined % 16 == 0

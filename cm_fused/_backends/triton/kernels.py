@@ -30,7 +30,7 @@ from cm_fused._backends.triton.common import (
     sum_squares,
 )
 from cm_fused._backends.triton.moments import load_moment, store_moments
-from cm_fused._backends.triton.variants import make_variant, of_chunk
+from cm_fused._backends.triton.variants import SOURCE, make_variant, of_chunk
 
 # The numbers of a launch, see `critical_adam_kernel`.
 _Hyperparameters = namedtuple(
@@ -159,13 +159,21 @@ def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
 
 @triton.jit
 def _update_chunk(
-    chunk, chunk_sq_norm_ptr, admission, s, seed, step, VARIANT: tl.constexpr, FULL: tl.constexpr
+    chunk,
+    chunk_sq_norm_ptr,
+    admission,
+    s,
+    seed,
+    step,
+    VARIANT: tl.constexpr,
+    FULL: tl.constexpr,
+    ALIGNED_SLOTS: tl.constexpr,
 ):
     """Update a chunk, and write its sum of g^2 where that has not been taken before.
 
-    FULL: it has CHUNK_SIZE elements, and every tensor is aligned.
+    FULL: it has CHUNK_SIZE elements, and every tensor is aligned. ALIGNED_SLOTS: so is every slot.
     """
-    V: tl.constexpr = of_chunk(VARIANT, FULL)
+    V: tl.constexpr = of_chunk(VARIANT, FULL, ALIGNED_SLOTS)
     BLOCK: tl.constexpr = V.BLOCK
     tensors = tensors_of(chunk, V)
     buffer = buffer_of(chunk, admission, V)
@@ -297,6 +305,7 @@ def critical_adam_kernel(
     BY_FOURS: tl.constexpr,
 ):
     """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
+    tl.static_assert(SOURCE != "")
     if is_set(found_inf_ptr):
         return
     VARIANT: tl.constexpr = make_variant(
@@ -318,7 +327,9 @@ def critical_adam_kernel(
     slot_bytes = chunk.numel * 0
     if HAS_BUFFER:
         slot_bytes = layout.slot_bytes(chunk.numel, SLOT_DTYPE)
-    aligned = is_aligned(chunk.row_ptr, slot_bytes)
+    # Of a tensor whose slots are not aligned everything else is; only words must be.
+    full = (chunk.count == CHUNK_SIZE) & is_aligned(chunk.row_ptr)
+    aligned_slots = slot_bytes % 16 == 0
     # The priorities of critical momenta are updated after the pass, those of critical gradients
     # before.
     step = tl.load(pointer(chunk.row_ptr, "step", tl.float32)).to(tl.int64)
@@ -348,7 +359,9 @@ def critical_adam_kernel(
     s = _scalars_of(hyperparameters, step, divisor, STATE_DTYPE)
     admission = Admission(capacity, slot, rebuild)
     sq_norm_ptr = chunk_sq_norms_ptr + tl.program_id(0)
-    if (chunk.count == CHUNK_SIZE) & aligned:
-        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, True)
+    if full & aligned_slots:
+        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, True, True)
+    elif full & VARIANT.HAS_PLAIN_SLOTS:
+        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, True, False)
     else:
-        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, False)
+        _update_chunk(chunk, sq_norm_ptr, admission, s, seed, step, VARIANT, False, False)

@@ -110,9 +110,7 @@ def sq_norm_kernel(
     l2 = double(l2).to(STATE_DTYPE)
     factor = signed_factor(sign, grad_factor_ptr).to(STATE_DTYPE)
     chunk_sq_norm_ptr = chunk_sq_norms_ptr + program
-    full = (count == CHUNK_SIZE) & is_aligned(
-        row_ptr, numel * (STATE_DTYPE.primitive_bitwidth // 8)
-    )
+    full = (count == CHUNK_SIZE) & is_aligned(row_ptr)
     if full:
         _sq_norm_of_chunk(
             row_ptr,

@@ -1,7 +1,9 @@
 """What the pass is compiled for: its compile-time arguments, and the launch options of each."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import triton
 import triton.language as tl
 
 from cm_fused._backends.triton import layout
+from cm_fused._backends.triton.columns import COLUMNS
 from cm_fused._backends.triton.common import (
     BLOCK_SIZE,
     INTERPRETED,
@@ -34,6 +37,12 @@ STORED_DTYPES = {
     torch.int8: tl.int8,
     PACKED: layout.INT4,
 }
+# Triton keeps compiled kernels on disk, by the sources of what they call and the constants that
+# they name. It does not see what `Variant` and the columns of tables are made from.
+_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+SOURCE = tl.constexpr(
+    hashlib.sha256(str(COLUMNS).encode() + b"".join(map(Path.read_bytes, _SOURCES))).hexdigest()
+)
 # The SUMMED_SLOTS of a capacity of 0.
 NO_BUFFER = tl.constexpr(-1)
 
@@ -108,6 +117,7 @@ class Variant:
     SPLIT: bool
     BY_FOURS: bool
     FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
+    ALIGNED_SLOTS: bool = False  # so is every slot
     shape: tuple[int, ...] = ()  # of the elements that are worked on at a time
 
     @property
@@ -121,11 +131,16 @@ class Variant:
         return self.SUMMED_SLOTS >= 0
 
     @property
+    def HAS_PLAIN_SLOTS(self) -> bool:  # noqa: N802
+        """Return whether there are slots, and none of words, which must be aligned."""
+        return self.HAS_BUFFER and not layout.has_scales(self.SLOT_DTYPE)
+
+    @property
     def BLOCK(self) -> int:  # noqa: N802
         """Return how many elements those are."""
         return prod(self.shape)
 
-    def of_chunk(self, full: bool) -> "Variant":
+    def of_chunk(self, full: bool, aligned_slots: bool) -> "Variant":
         """Return the variant with its block: of a warp for each scale, if there are scales."""
         if self.MOMENT_DTYPE == tl.int8 or layout.has_scales(self.SLOT_DTYPE):
             warps = NUM_WARPS if not INTERPRETED else BLOCK_SIZE // SCALE_BLOCK_SIZE
@@ -133,7 +148,7 @@ class Variant:
             shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
         else:
             shape = (BLOCK_SIZE if full else TAIL_BLOCK_SIZE,)
-        return replace(self, FULL=full, shape=shape)
+        return replace(self, FULL=full, ALIGNED_SLOTS=aligned_slots, shape=shape)
 
 
 @triton.constexpr_function
@@ -143,6 +158,6 @@ def make_variant(*arguments):
 
 
 @triton.constexpr_function
-def of_chunk(variant, full):
-    """Return the variant of a chunk that is full and aligned, or of any other."""
-    return variant.of_chunk(full)
+def of_chunk(variant, full, aligned_slots):
+    """Return the variant of a chunk, by whether it is full, and aligned with its slots."""
+    return variant.of_chunk(full, aligned_slots)
