@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The oldest that is supported, and a new one, with whose headers the sources are compiled.
 OTHER_TORCHES := 2.11.0 2.14.1
+OLDEST_TRITON := 3.6.0
 
 # torchvision's build on PyPI is for CUDA. Beside another torch its import fails, and with it that of
 # lightning and transformers, which import it where they find it: these two are in a folder of their own.
@@ -39,7 +40,7 @@ help:
 	@echo "make test-all     and then what is slow"
 	@echo "make check        format, lint, types, warnings as errors"
 	@echo "make docs         build the site of README, docs and docstrings; writes build/site/"
-	@echo "make compile-others  compile with the headers of the oldest torch and of the newest"
+	@echo "make compile-others  compile with the oldest torch's headers, the newest's, the oldest triton"
 	@echo "make bench        measure throughput; writes bench/results/"
 	@echo "make bench-smoke  run every bench once on tiny sizes"
 	@echo "make paper        test the paper's claims on its toy surfaces; writes bench/paper/results/"
@@ -127,7 +128,7 @@ build/headers/%/extracted: | $(VENV)/installed
 	touch $@
 
 # What compiles with a torch's headers, and names the stable ABI of 2.11, builds with that torch.
-compile-others: $(OTHER_TORCHES:%=build/headers/%/extracted)
+compile-others: $(OTHER_TORCHES:%=build/headers/%/extracted) $(VENV)/triton-$(OLDEST_TRITON)/installed
 	@for torch in $(OTHER_TORCHES); do \
 	    headers="-isystem build/headers/$$torch/torch/include"; \
 	    for source in $(filter %.cpp,$(CPP_SOURCES)); do \
@@ -142,6 +143,12 @@ compile-others: $(OTHER_TORCHES:%=build/headers/%/extracted)
 	        $(STRICT_NVCC) $(STANDARD) $$headers $$source || exit 1; \
 	    done; \
 	done
+	@PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/python -m bench.machine_code --compile --arch 90
+
+$(VENV)/triton-$(OLDEST_TRITON)/installed: $(VENV)/installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	    "triton==$(OLDEST_TRITON)"
+	@touch $@
 
 # The optimizers of others that the steps are timed beside.
 $(VENV)/rivals: $(VENV)/installed

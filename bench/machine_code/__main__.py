@@ -164,14 +164,20 @@ def main() -> None:
         "--only", nargs="+", default=("",), help="variants whose name starts with one of these"
     )
     parser.add_argument("--json", action="store_true", help="print the reports as JSON lines")
+    parser.add_argument("--compile", action="store_true", help="compile only, and print how many")
     arguments = parser.parse_args()
     if triton_common.INTERPRETED:
         sys.exit("bench.machine_code: TRITON_INTERPRET=1 is set, so nothing is compiled; unset it")
+    chosen = [each for each in variants() if each.name.startswith(tuple(arguments.only))]
+    pairs = list(itertools.product(arguments.arch, chosen))
+    if arguments.compile:
+        for arch, variant in pairs:
+            compile_variant(variant, arch)
+        print(f"triton {triton.__version__} compiles {len(pairs)} variants of the pass")
+        return
     if not arguments.json:
         print(HEADER)
-    for arch, variant in itertools.product(arguments.arch, variants()):
-        if not variant.name.startswith(tuple(arguments.only)):
-            continue
+    for arch, variant in pairs:
         try:
             result = report(variant, arch)
         except NoInlineInfoError as error:

@@ -156,6 +156,19 @@ def _from_words(words, SHAPE: tl.constexpr):
     return (words.to(tl.int32) >> _byte_shifts(SHAPE)).to(tl.int8)
 
 
+# Shapes are made by functions: Triton 3.6 takes a tuple of sizes for run-time numbers.
+@triton.constexpr_function
+def _packed(shape):
+    """Return the shape of a block's bytes in a packed slot."""
+    return (shape[0] // 2, *shape[1:])
+
+
+@triton.constexpr_function
+def _words_of_runs(shape):
+    """Return the shape of a block's words, if each run has one."""
+    return (*shape[:3], 1)
+
+
 @triton.jit
 def _pack(codes, SHAPE: tl.constexpr):
     """Return the bytes, int32, of a block of int32 codes, two in each.
@@ -170,7 +183,7 @@ def _pack(codes, SHAPE: tl.constexpr):
         return tl.sum(halves, 0, keep_dims=True)
     else:
         packed_run = tl.arange(0, RUNS)[:, None, None, None]
-        packed = tl.zeros((RUNS, SHAPE[1], SHAPE[2], SHAPE[3]), tl.int32)
+        packed = tl.zeros(_packed(SHAPE), tl.int32)
         for i in tl.static_range(RUNS):
             both = tl.sum(tl.where(run % RUNS == i, halves, 0), 0, keep_dims=True)
             packed = tl.where(packed_run == i, both, packed)
@@ -188,7 +201,7 @@ def _unpack(stored, SHAPE: tl.constexpr):
         return tl.where(run == 0, lower, upper)
     else:
         packed_run = tl.arange(0, RUNS)[:, None, None, None]
-        words = tl.zeros((2 * RUNS, SHAPE[1], SHAPE[2], 1), tl.int32)
+        words = tl.zeros(_words_of_runs(SHAPE), tl.int32)
         for i in tl.static_range(RUNS):
             first = tl.sum(tl.where(packed_run == i, lower, 0), 0, keep_dims=True)
             second = tl.sum(tl.where(packed_run == i, upper, 0), 0, keep_dims=True)

@@ -108,7 +108,7 @@ class Variant:
     GRAD_DTYPE: tl.dtype
     STATE_DTYPE: tl.dtype
     MOMENT_DTYPE: tl.dtype
-    SLOT_DTYPE: tl.dtype | str
+    slot_dtype: tl.dtype | str
     CRITICAL_GRADIENTS: bool
     AMSGRAD: bool
     SUMMED_SLOTS: int
@@ -120,10 +120,16 @@ class Variant:
     ALIGNED_SLOTS: bool = False  # so is every slot
     shape: tuple[int, ...] = ()  # of the elements that are worked on at a time
 
+    # Kernels pass these on. Triton 3.6 takes a tuple for run-time numbers, and no name at all.
     @property
     def SHAPE(self) -> Any:  # noqa: N802
-        """Return the shape as kernels pass it on: Triton 3.6 takes a tuple for run-time numbers."""
+        """Return the shape of a block."""
         return self.shape if INTERPRETED else tl.constexpr(self.shape)
+
+    @property
+    def SLOT_DTYPE(self) -> Any:  # noqa: N802
+        """Return the dtype of the slots."""
+        return self.slot_dtype if INTERPRETED else tl.constexpr(self.slot_dtype)
 
     @property
     def HAS_BUFFER(self) -> bool:  # noqa: N802
@@ -133,7 +139,7 @@ class Variant:
     @property
     def HAS_PLAIN_SLOTS(self) -> bool:  # noqa: N802
         """Return whether there are slots, and none of words, which must be aligned."""
-        return self.HAS_BUFFER and not layout.has_scales(self.SLOT_DTYPE)
+        return self.HAS_BUFFER and not layout.has_scales(self.slot_dtype)
 
     @property
     def BLOCK(self) -> int:  # noqa: N802
@@ -142,7 +148,7 @@ class Variant:
 
     def of_chunk(self, full: bool, aligned_slots: bool) -> "Variant":
         """Return the variant with its block: of a warp for each scale, if there are scales."""
-        if self.MOMENT_DTYPE == tl.int8 or layout.has_scales(self.SLOT_DTYPE):
+        if self.MOMENT_DTYPE == tl.int8 or layout.has_scales(self.slot_dtype):
             warps = NUM_WARPS if not INTERPRETED else BLOCK_SIZE // SCALE_BLOCK_SIZE
             vector = 4 if full else 1
             shape: tuple[int, ...] = (SCALE_BLOCK_SIZE // (32 * vector), warps, 32, vector)
