@@ -80,13 +80,13 @@ def launch_options(
     """Return the launch options of the pass for CUDA devices.
 
     Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
-    AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: these are the smallest by
-    which no variant spills, at half of a multiprocessor's warps for float32 (bench.machine_code).
+    AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: with these, at half of a
+    multiprocessor's warps for float32, 11 of the 336 forms of bench.machine_code spill, 8 to 24
+    bytes a thread, 7 of them on sm_100.
     bfloat16 and float16 slots spill 40 to 112 bytes a thread at 80 registers, none at 96. Where
     there are scales a thread has eight elements, not four: 24 to 168 bytes are spilled at 128, none
     at 168, which let three programs run beside each other. Those have more bytes in flight, 64 kB a
-    multiprocessor with int8 slots, than five programs of four elements a thread. On sm_100 int8
-    moments spill 16 there.
+    multiprocessor with int8 slots, than five programs of four elements a thread.
     """
     if param_dtype == tl.float64:
         return LAUNCH_OPTIONS
