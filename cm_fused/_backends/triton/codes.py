@@ -22,8 +22,8 @@ _UPPER_HALVES = tl.constexpr(-0x0F0F0F10)
 # Those of 2^-100, and the last bits of a float32, which a moment's code has not.
 _SMALLEST_SCALED = tl.constexpr(0x0D800000)
 _ROUNDED = tl.constexpr(0xFFFFF)
-# The bits of 2^-6, and of 2^14: a number that is added to it is rounded to a multiple of 2^-9, in the
-# sum's last bits.
+# The bits of 2^-6, and of 2^14: a number that is added to it is rounded to a multiple of 2^-9, in
+# the sum's last bits.
 _SMALLEST_FLOAT8 = tl.constexpr(0x3C800000)
 _SUBNORMAL_BITS = tl.constexpr(0x46800000)
 # The sign, exponent and mantissa of an 8-bit float, moved to their places in float32.

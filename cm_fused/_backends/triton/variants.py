@@ -76,8 +76,9 @@ def launch_options(
     bfloat16 and float16 slots spill 40 to 112 bytes a thread at 80 registers, none at 96. Where
     there are scales a thread has eight elements, not four: 24 to 168 bytes are spilled at 128, none
     at 168, which let three programs run beside each other. Those have more bytes in flight, 64 kB a
-    multiprocessor with int8 slots, than five programs of four elements a thread. On sm_100 int8
-    moments spill 16 there.
+    multiprocessor with int8 slots, than five programs of four elements a thread. Even so 24
+    bytes are spilled with bfloat16 moments and a running sum of int4 slots on sm_100, and 184 with
+    20 int4 slots that are summed on sm_90.
     """
     if param_dtype == tl.float64:
         return LAUNCH_OPTIONS
