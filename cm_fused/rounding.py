@@ -37,10 +37,11 @@ PACKED = torch.uint8
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, PACKED: 7.0}
 # A block whose largest value is below is stored as zeros: the inverse of its scale would overflow.
 SMALLEST_SCALED = 2.0**-100
-# A slot has scales of 16 significant bits and codes of at most 7: their product is exact. A sum to
-# which one instruction adds it has the bits of a product and a sum.
+# Scales of slots have 16 significant bits and codes at most 7, so that their product is exact: an
+# instruction that multiplies and adds gives the bits that a product and a sum give.
 SCALE_BITS = -0x100
-# The random bits of one rounding to a half dtype, and of one to a moment's code.
+# The random bits of one rounding to a half dtype (float16 takes the first 13), and of one to a
+# moment's code.
 RANDOM_BITS = 16
 MOMENT_RANDOM_BITS = {torch.bfloat16: RANDOM_BITS, torch.int8: 20}
 _HALF_BLOCK = BLOCK_SIZE // 2

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
 from cm_fused._backends.triton import kernels, launch, tables
+from cm_fused._backends.triton import norms as triton_norms
 from cm_fused._backends.triton import priorities as triton_priorities
 from cm_fused._state.table import KEYS
 from tests.support import frozen
@@ -264,11 +265,14 @@ def opcodes(process: Process) -> list[str]:
     return sorted({f"{opcode} {_function_of(line)}" for opcode, line in found})
 
 
-def constants(process: Process) -> list[str]:
-    """Return the names of the constants by which Triton finds the pass among what it keeps."""
-    kernel = kernels.critical_adam_kernel
-    assert kernel.cache_key  # which looks for them
-    return sorted({name for name, _ in kernel.used_global_vals})
+def constants(process: Process) -> dict[str, list[str]]:
+    """Return the names of the constants by which Triton finds each kernel among what it keeps."""
+    found = {}
+    for name, kernel in {**vars(kernels), **vars(triton_norms)}.items():
+        if name.endswith("_kernel"):
+            assert kernel.cache_key  # which looks for them
+            found[name] = sorted({constant for constant, _ in kernel.used_global_vals})
+    return found
 
 
 _TASKS: dict[str, Callable[..., Any]] = {

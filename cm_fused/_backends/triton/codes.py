@@ -22,10 +22,9 @@ _UPPER_HALVES = tl.constexpr(-0x0F0F0F10)
 # Those of 2^-100, and the last bits of a float32, which a moment's code has not.
 _SMALLEST_SCALED = tl.constexpr(0x0D800000)
 _ROUNDED = tl.constexpr(0xFFFFF)
-# The bits of 2^-6, and of 1.5 * 2^23 and 2^14, by whose sum a number is rounded to an
-# integer or to a multiple of 2^-9 in its last bits.
+# The bits of 2^-6, and of 2^14: a number that is added to it is rounded to a multiple of 2^-9, in
+# the sum's last bits.
 _SMALLEST_FLOAT8 = tl.constexpr(0x3C800000)
-_INTEGER_BITS = tl.constexpr(0x4B400000)
 _SUBNORMAL_BITS = tl.constexpr(0x46800000)
 # The sign, exponent and mantissa of an 8-bit float, moved to their places in float32.
 _FLOAT8_BITS = tl.constexpr(-0x78100000)
@@ -218,6 +217,7 @@ def to_slot(values, SLOT_DTYPE: tl.constexpr):
         if SLOT_DTYPE == tl.uint8:
             codes = _to_float8(scaled)
         else:
+            # Added to 1.5 * 2^23, a number is rounded to an integer, in the sum's last bits.
             codes = (scaled + 12582912.0).to(tl.int32, bitcast=True)
             codes = _pack(codes, values.shape) if layout.is_packed(SLOT_DTYPE) else codes & 0xFF
         return _to_words(codes, values.shape), scales
@@ -252,7 +252,7 @@ def from_slot(
 def add_slot(
     total, stored, scales, SLOT_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """Return a sum and the values of one more slot, which `from_slot` returns."""
+    """Return a sum to which the values of one more slot are added; see `from_slot`."""
     if layout.has_scales(SLOT_DTYPE):
         codes, scales = _decoded(stored, scales, SLOT_DTYPE, SHAPE)
         return tl.fma(codes, tl.broadcast_to(scales, codes.shape), total)

@@ -3,6 +3,8 @@
 Hyperparameters are float64 run-time values, rounded once to the state's dtype as in the C++ step.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -29,6 +31,12 @@ TAIL_BLOCK = tl.constexpr(TAIL_BLOCK_SIZE)
 THREADS = tl.constexpr(NUM_THREADS)
 _COLUMNS = columns.COLUMNS
 ROW = tl.constexpr(columns.WIDTH)
+# Triton keeps compiled kernels on disk, by the sources of what they call and the constants that
+# they name. It does not see what `Variant` and the columns of tables are made from.
+_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+SOURCE = tl.constexpr(
+    hashlib.sha256(str(_COLUMNS).encode() + b"".join(map(Path.read_bytes, _SOURCES))).hexdigest()
+)
 
 
 # One variant for all values of the options. A later dtype's chunks start anywhere in the lists of
@@ -81,6 +89,8 @@ def _column(name):
 @triton.jit
 def cell(row_ptr, NAME: tl.constexpr):
     """Return what a row has in a column of the table."""
+    # Every kernel reads a cell, and so names the sources.
+    tl.static_assert(SOURCE != "")
     return tl.load(row_ptr + _column(NAME))
 
 

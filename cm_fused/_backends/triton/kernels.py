@@ -30,7 +30,7 @@ from cm_fused._backends.triton.common import (
     sum_squares,
 )
 from cm_fused._backends.triton.moments import load_moment, store_moments
-from cm_fused._backends.triton.variants import SOURCE, make_variant, of_chunk
+from cm_fused._backends.triton.variants import make_variant, of_chunk
 
 # The numbers of a launch, see `critical_adam_kernel`.
 _Hyperparameters = namedtuple(
@@ -305,7 +305,6 @@ def critical_adam_kernel(
     BY_FOURS: tl.constexpr,
 ):
     """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
-    tl.static_assert(SOURCE != "")
     if is_set(found_inf_ptr):
         return
     VARIANT: tl.constexpr = make_variant(

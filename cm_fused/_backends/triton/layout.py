@@ -23,8 +23,8 @@ SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
 # A warp's first lane loads a scale, spreads it, and stores the new one: no other thread accesses
 # it, so that no barrier is needed in between.
 #
-# The four bytes that a lane has of a run of a full chunk are accessed as one int32, and chosen from
-# as one: left alone, the compiler takes bytes apart and joins them again.
+# A lane accesses its four bytes of a run of a full chunk as one int32, and chooses between two such
+# words: left alone, the compiler takes bytes apart and joins them again.
 
 
 @triton.constexpr_function
@@ -82,16 +82,16 @@ def block_offsets(SHAPE: tl.constexpr):
 def word_offsets(SLOT_DTYPE: tl.constexpr, SHAPE: tl.constexpr):
     """Return the place of each word of a slot within a block, and of its first element.
 
-    The second half of a warp's runs is, if packed, in the upper halves of the bytes that the first
-    half is in.
+    If slots are packed, the second half of a warp's runs is in the upper halves of the bytes that
+    have the first half.
     """
     WORDS: tl.constexpr = stored_shape(SLOT_DTYPE, SHAPE)
     run = tl.arange(0, WORDS[0])[:, None, None, None]
     warp = tl.arange(0, WORDS[1])[None, :, None, None]
     lane = tl.arange(0, WORDS[2])[None, None, :, None]
     byte = (run * WORDS[2] + lane) * SHAPE[3]
-    # By the byte, which hides that a lane's word follows that of another: a thread would be given
-    # two that do.
+    # Divided, so that the compiler does not see that the words of two lanes are consecutive: it
+    # would give both of them to one thread.
     word = (warp * (WORDS[0] * WORDS[2] * SHAPE[3]) + byte) // SHAPE[3]
     return word, warp * SCALE_BLOCK + byte
 

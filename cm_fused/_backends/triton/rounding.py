@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from cm_fused._backends.triton.common import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _SIGN_BIT = tl.constexpr(-0x80000000)
 
@@ -34,11 +37,14 @@ def split_master(master):
 
 @triton.jit
 def _bits_of(value):
-    """Return the bits, int32, of the result of an operation on float32, to which 16 may be added.
+    """Return the bits, int32, of the result of a float32 operation; adding 16 bits keeps a NaN one.
 
-    Of NaN, which CUDA's operations have one of, 0x7FFFFFFF, they are another's: without a carry.
+    CUDA's operations return one NaN, 0x7FFFFFFF. It is replaced by one that has no carry.
     """
     raw = value.to(tl.int32, bitcast=True)
+    if INTERPRETED:
+        # A CPU's operations return the NaN they are given: 32 ones would become 0.
+        raw = tl.where(value == value, raw, raw & -0x10000)
     return tl.minimum(raw, tl.zeros_like(raw) + _NAN_BITS)
 
 

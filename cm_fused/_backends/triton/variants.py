@@ -1,9 +1,7 @@
 """What the pass is compiled for: its compile-time arguments, and the launch options of each."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +9,6 @@ import triton
 import triton.language as tl
 
 from cm_fused._backends.triton import layout
-from cm_fused._backends.triton.columns import COLUMNS
 from cm_fused._backends.triton.common import (
     BLOCK_SIZE,
     INTERPRETED,
@@ -37,12 +34,6 @@ STORED_DTYPES = {
     torch.int8: tl.int8,
     PACKED: layout.INT4,
 }
-# Triton keeps compiled kernels on disk, by the sources of what they call and the constants that
-# they name. It does not see what `Variant` and the columns of tables are made from.
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-SOURCE = tl.constexpr(
-    hashlib.sha256(str(COLUMNS).encode() + b"".join(map(Path.read_bytes, _SOURCES))).hexdigest()
-)
 # The SUMMED_SLOTS of a capacity of 0.
 NO_BUFFER = tl.constexpr(-1)
 

@@ -166,7 +166,7 @@ struct UnsignedFloat8 {
   }
 };
 
-// Those of a slot's scale: its product with a code is exact.
+// The bits that a slot's scale may have, so that its product with a code is exact.
 constexpr uint32_t kScaleBits = 0xFFFFFF00U;
 
 // Of a block that is stored with a scale: what its values are multiplied by, and restored by.
