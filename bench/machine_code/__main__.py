@@ -53,6 +53,7 @@ class Report:
         local_bytes: What a thread needs of local memory: stack and spills.
         occupancy: Of a multiprocessor's warps, the part that its registers let run at a time.
         full_widths: Accesses of full chunks' tensors by width in bits.
+        unaligned_slots_widths: The same where the slots alone are not aligned.
         tail_widths: The same where elements are not aligned or not all there.
         read: Bytes an element on full chunks where a slot is replaced.
         written: Likewise.
@@ -72,6 +73,7 @@ class Report:
     local_bytes: int
     occupancy: float
     full_widths: dict[int, int]
+    unaligned_slots_widths: dict[int, int]
     tail_widths: dict[int, int]
     read: float
     written: float
@@ -132,7 +134,8 @@ def report(variant: Variant, arch: int) -> Report:
     if not any(len(instruction.lines) > 1 for instruction in instructions(listing)):
         raise NoInlineInfoError
     lines = source_lines()
-    full, tail = (accesses(listing, call) for call in (lines.full, lines.tail))
+    calls = (lines.full, lines.unaligned_slots, lines.tail)
+    full, unaligned_slots, tail = (accesses(listing, call) for call in calls)
     counted = bytes_per_element(full, variant.param_dtype.itemsize)
     loop = full_chunk_loop(listing, variant.param_dtype.itemsize)
     model = variant.model()
@@ -143,6 +146,7 @@ def report(variant: Variant, arch: int) -> Report:
         local_bytes=used["STACK"] + used["LOCAL"],
         occupancy=occupancy(used["REG"]),
         full_widths=dict(Counter(access.width for access in full)),
+        unaligned_slots_widths=dict(Counter(access.width for access in unaligned_slots)),
         tail_widths=dict(Counter(access.width for access in tail)),
         read=counted.read,
         written=counted.written,

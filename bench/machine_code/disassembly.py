@@ -79,12 +79,14 @@ class SourceLines:
 
     Attributes:
         full: The call for full chunks whose slots are aligned too.
+        unaligned_slots: The call for full chunks whose slots alone are not.
         tail: The call for all others.
         param_store: The one store of each element's parameter.
         scales: The functions that access scales, a 64th of a byte an element, negative.
     """
 
     full: range
+    unaligned_slots: range
     tail: range
     param_store: range
     scales: frozenset[int]
@@ -116,8 +118,8 @@ def source_lines() -> SourceLines:
         if isinstance(node, ast.FunctionDef) and node.name in ("load_scales", "store_scales")
         for line in _lines_of(node)
     )
-    full, tail = by_form["True", "True"], by_form["False", "False"]
-    return SourceLines(full, tail, _lines_of(store), scales)
+    calls_of = (by_form[form] for form in (("True", "True"), ("True", "False"), ("False", "False")))
+    return SourceLines(*calls_of, _lines_of(store), scales)
 
 
 def places_of(code: list[Instruction]) -> dict[str, int]:
@@ -126,10 +128,10 @@ def places_of(code: list[Instruction]) -> dict[str, int]:
 
 
 def loop_of(code: list[Instruction], call: range) -> range:
-    """Return where one of the two calls has its loop over the elements.
+    """Return where one of the calls has its loop over the elements.
 
     It is the smallest loop around that call's stores of the parameter. Other instructions in it may
-    be said to come from the other call.
+    be said to come from another call.
     """
     places = places_of(code)
     store = next(place for place, line in enumerate(code) if stores_param(line, call))
@@ -151,8 +153,13 @@ def stores_param(instruction: Instruction, call: range) -> bool:
 
 
 def accesses(listing: str, call: range) -> list[Instruction]:
-    """Return the accesses of tensors by one of the two calls, in its loop over the elements."""
+    """Return the accesses of tensors by one of the calls, in its loop over the elements.
+
+    There are none where the variant does without the call.
+    """
     code, scales = list(instructions(listing)), source_lines().scales
+    if not any(stores_param(line, call) for line in code):
+        return []
     return [
         code[place]
         for place in loop_of(code, call)
