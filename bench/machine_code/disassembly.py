@@ -118,8 +118,13 @@ def source_lines() -> SourceLines:
         if isinstance(node, ast.FunctionDef) and node.name in ("load_scales", "store_scales")
         for line in _lines_of(node)
     )
-    calls_of = (by_form[form] for form in (("True", "True"), ("True", "False"), ("False", "False")))
-    return SourceLines(*calls_of, _lines_of(store), scales)
+    return SourceLines(
+        full=by_form["True", "True"],
+        unaligned_slots=by_form["True", "False"],
+        tail=by_form["False", "False"],
+        param_store=_lines_of(store),
+        scales=scales,
+    )
 
 
 def places_of(code: list[Instruction]) -> dict[str, int]:
