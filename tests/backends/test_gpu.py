@@ -503,7 +503,7 @@ def test_launches(kind: Kind, launches: int, num_tensors: int) -> None:
 
 
 def test_repr_names_the_priority_kernel() -> None:
-    """The repr says which kernel keeps the books."""
+    """The repr says which kernel updates the priorities."""
     kernel = "CUDA" if library.cuda_unavailable_reason is None else "Triton"
     optimizer = _optimizer(_cuda_params(), Options())
     assert f"triton on cuda with the {kernel} priority kernel" in repr(optimizer)

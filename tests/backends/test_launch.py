@@ -155,14 +155,14 @@ def _results() -> tuple[Any, Any]:
 def test_no_option_compiles_anew() -> None:
     """Hyperparameters are values of a launch: a scheduler, or another capacity, compiles nothing.
 
-    The interpreter has no variants, so no test of results could tell. The pass and the kernel of
-    the books are the two there are; the latter has a block of the capacity's next power of two.
+    The interpreter has no variants, so no test of results could tell. There are two: the pass and
+    the kernel of priorities, whose block has the next power of two of the capacity.
     """
     assert _results()[0] == [2] * 7
 
 
 def test_launches_of_a_step() -> None:
-    """However many tensors: a pass for each dtype, one more for the norm of CG, and the books."""
+    """However many tensors: a pass for each dtype, one for the norm of CG, one for priorities."""
     totals = _results()[1]
     update, norm, books = (
         [f"{name}_kernel", 50] for name in ("critical_adam", "sq_norm", "update_priorities")

@@ -1,4 +1,4 @@
-"""The "triton" backend where parity does not look: its bits, tables, offsets, kernels of the books.
+"""The "triton" backend where parity does not look: bits, tables, offsets, kernels of priorities.
 
 Kernels run on a GPU where there is one, else under the interpreter.
 """
@@ -155,7 +155,7 @@ def test_table_without_the_extension(name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 def test_without_the_extension(kind: Kind, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing was built, triton's own kernel keeps the books, and repr says so."""
+    """Where nothing was built, triton's own kernel updates priorities, and repr says so."""
     monkeypatch.setattr(library, "unavailable_reason", "not built")
     monkeypatch.setattr(library, "cuda_unavailable_reason", "not built")
     options = Options(kind, lr=0.05, capacity=3, priority_scope=scope)  # type: ignore[arg-type]

@@ -326,7 +326,8 @@ def critical_adam_kernel(
     slot_bytes = chunk.numel * 0
     if HAS_BUFFER:
         slot_bytes = layout.slot_bytes(chunk.numel, SLOT_DTYPE)
-    # Of a tensor whose slots are not aligned everything else is; only words must be.
+    # Slots are aligned where the number of bytes of each is a multiple of 16. Where they are not,
+    # the other tensors may be, and a full chunk still is one unless its slots are read as words.
     full = (chunk.count == CHUNK_SIZE) & is_aligned(chunk.row_ptr)
     aligned_slots = slot_bytes % 16 == 0
     # The priorities of critical momenta are updated after the pass, those of critical gradients
