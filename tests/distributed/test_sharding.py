@@ -27,7 +27,7 @@ def results(
     command = [sys.executable, "-m", "tests.support.sharded", str(folder), which]
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.returncode == 0, run.stderr
     return {
         (name, world): text
         for world in WORLDS

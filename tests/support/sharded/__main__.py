@@ -1,5 +1,6 @@
 """Start the processes, and write what became of every case as JSON."""
 
+import faulthandler
 import gc
 import json
 import os
@@ -16,8 +17,18 @@ from torch.multiprocessing.spawn import start_processes
 
 from tests.support.sharded import CASES, WORLDS, is_slow
 
-# A hang is a failure within this time.
+# A hang is a failure within this time; before that, every process that hangs says where.
 TIMEOUT = timedelta(seconds=60)
+STACKS_SECONDS = 45
+
+
+def _failures_of_all(name: str, failure: str) -> str:
+    failures: list[str] = [""] * dist.get_world_size()
+    try:
+        dist.all_gather_object(failures, failure)
+    except RuntimeError as error:
+        raise RuntimeError(f"{name} hung in another process; in this one: {failure}") from error
+    return "\n".join(filter(None, failures))
 
 
 def _run(rank: int, world: int, names: list[str], store: str, folder: Path, out: Path) -> None:
@@ -28,15 +39,15 @@ def _run(rank: int, world: int, names: list[str], store: str, folder: Path, out:
     )
     results = {}
     for name in names:
+        faulthandler.dump_traceback_later(STACKS_SECONDS)
         try:
             torch.manual_seed(0)
             CASES[name].function(folder)
             failure = ""
         except (Exception, pytest.fail.Exception):
             failure = traceback.format_exc()
-        failures: list[str] = [""] * world
-        dist.all_gather_object(failures, failure)
-        results[name] = "\n".join(filter(None, failures))
+        results[name] = _failures_of_all(name, failure)
+    faulthandler.cancel_dump_traceback_later()
     if rank == 0:
         out.write_text(json.dumps(results))
     dist.destroy_process_group()
