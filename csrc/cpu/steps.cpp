@@ -144,6 +144,16 @@ int64_t Steps::num_moves() const {
   return moves;
 }
 
+int64_t Steps::numel() const {
+  int64_t numel = 0;
+  for (const auto& part : parts_) {
+    for (const auto& tensor : *part.bucket) {
+      numel += tensor.numel;
+    }
+  }
+  return numel;
+}
+
 bool Steps::find_overlap() const {
   std::vector<std::pair<const char*, const char*>> extents;
   for (const auto& part : parts_) {
@@ -161,6 +171,7 @@ bool Steps::find_overlap() const {
 
 void Steps::take_(double* local_sq_norms, bool one_by_one) {
   const Kernels& chosen = kernels();
+  const bool past_cache = numel() >= kNumelPastCache;
   Pass momenta;
   Pass norms;  // the gradient is gone by the next step: to be stored now, its norm comes first
   Pass gradients;
@@ -172,6 +183,7 @@ void Steps::take_(double* local_sq_norms, bool one_by_one) {
     if (part.scalars.is_skipped) {
       continue;
     }
+    part.scalars.options.past_cache = past_cache;
     if (!part.scalars.options.critical_gradients) {
       part.first_chunk = momenta.add(*part.bucket, part.scalars.options);
       continue;

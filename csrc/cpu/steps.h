@@ -81,6 +81,9 @@ class Steps {
   // How often the parameters have moved: more each time that one has.
   [[nodiscard]] int64_t num_moves() const;
 
+  // The elements of all parameters.
+  [[nodiscard]] int64_t numel() const;
+
   // Looks whether two parameters have memory in common, or lie between each other's elements.
   [[nodiscard]] bool find_overlap() const;
 

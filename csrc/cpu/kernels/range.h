@@ -81,7 +81,8 @@ class RangeStep {
 
  private:
   CM_FUSED_INLINE void step_block(int64_t block, int64_t n, SquareSum& squares) {
-    SlotBuffer buffer(kind_.slot_code, tensor_, range_.rebuilds_sum, range_.begin + block);
+    SlotBuffer buffer(kind_.slot_code, tensor_, range_.rebuilds_sum, inputs_.options.past_cache,
+        range_.begin + block);
     const bool finds_scale = kIsScaled && buffer.admits();
     if (finds_scale) {
       find_scale(buffer, block, n);

@@ -40,7 +40,8 @@ template <typename state_t>
 class Buffer {
  public:
   template <typename Code>
-  CM_FUSED_INLINE Buffer(Code, const TensorStep& tensor, bool rebuilds_sum, int64_t begin)
+  CM_FUSED_INLINE Buffer(
+      Code, const TensorStep& tensor, bool rebuilds_sum, bool past_cache, int64_t begin)
       : dtype_(tensor.slot_dtype),
         slot_size_(stored_numel(tensor.numel, tensor.slot_dtype)),
         capacity_(tensor.capacity),
@@ -51,7 +52,9 @@ class Buffer {
         scales_(Code::kScaled ? tensor.critical_scales + begin / kScaleBlock : nullptr),
         sum_(tensor.critical_sum == nullptr ? nullptr
                                             : static_cast<state_t*>(tensor.critical_sum) + begin),
-        from_slots_(sum_ == nullptr || rebuilds_sum) {}
+        from_slots_(sum_ == nullptr || rebuilds_sum),
+        past_cache_(past_cache && kStoresPastCache && sum_ == nullptr && admits() &&
+                    reinterpret_cast<uintptr_t>(first_of<Code>(admitted_)) % kLineBytes == 0) {}
 
   CM_FUSED_INLINE bool admits() const {
     return admitted_ != kNoSlot;
@@ -81,6 +84,12 @@ class Buffer {
   template <typename Code, typename vector_t, int64_t kCount>
   CM_FUSED_INLINE void exchange(Code, auto critical_gradients, int64_t at,
       const vector_t (&item)[kCount], vector_t (&totals)[kCount]) const {
+    if constexpr (kFillsLines<Code, vector_t, kCount>) {
+      if (!critical_gradients && past_cache_) {
+        put_past_cache<Code>(at, item, totals);
+        return;
+      }
+    }
     if (!critical_gradients && admits()) {
       put<Code>(at, item, from_slots_ ? nullptr : sum_);
     }
@@ -102,12 +111,14 @@ class Buffer {
     put<Code>(at, item, sum_);
   }
 
-  // Asks for kBlockSize elements of what a step reads.
+  // Asks for kBlockSize elements of what a step reads; what it stores past the caches it does not.
   template <typename Code>
   CM_FUSED_INLINE void prefetch_slots(Code, int64_t at) const {
     if (sum_ == nullptr) {
       for (int64_t slot = 0; slot < capacity_; ++slot) {
-        prefetch_slot<Code>(slot, at);
+        if (!past_cache_ || slot != admitted_) {
+          prefetch_slot<Code>(slot, at);
+        }
       }
     } else {
       prefetch(sum_ + at, kBlockSize);
@@ -118,6 +129,12 @@ class Buffer {
   }
 
  private:
+  // Whether kCount vectors are whole cache lines of a slot.
+  template <typename Code, typename vector_t, int64_t kCount>
+  static constexpr bool kFillsLines =
+      !std::is_same_v<Code, Int4> &&
+      kCount * kWidth<vector_t> * sizeof(typename Code::stored_t) % kLineBytes == 0;
+
   template <typename Code>
   CM_FUSED_INLINE typename Code::stored_t* first_of(int64_t slot) const {
     return static_cast<typename Code::stored_t*>(slots_) + slot * slot_size_;
@@ -158,40 +175,68 @@ class Buffer {
       }
       return;
     }
-    load_slot<Code>(0, at, totals);
-    // The default without a loop's overhead, which with int8 slots is 4 % of a step's instructions.
-    if (capacity_ == 5) {
-      add_slot<Code>(1, at, totals);
-      add_slot<Code>(2, at, totals);
-      add_slot<Code>(3, at, totals);
-      add_slot<Code>(4, at, totals);
-    } else {
-      for (int64_t slot = 1; slot < capacity_; ++slot) {
-        add_slot<Code>(slot, at, totals);
-      }
-    }
+    sum_slots<Code>([&](int64_t slot) { return slot_data<Code>(slot, at); }, totals);
     if (sum_ != nullptr) {
       store_vectors<Unchanged<state_t>>(sum_ + at, totals);
     }
+  }
+
+  // The sum of the slots' elements, those of each from data_of(slot) on.
+  template <typename Code, typename vector_t, int64_t kCount>
+  CM_FUSED_INLINE void sum_slots(auto data_of, vector_t (&totals)[kCount]) const {
+    load_slot<Code>(0, data_of(0), totals);
+    // The default without a loop's overhead, which with int8 slots is 4 % of a step's instructions.
+    if (capacity_ == 5) {
+      add_slot<Code>(1, data_of(1), totals);
+      add_slot<Code>(2, data_of(2), totals);
+      add_slot<Code>(3, data_of(3), totals);
+      add_slot<Code>(4, data_of(4), totals);
+    } else {
+      for (int64_t slot = 1; slot < capacity_; ++slot) {
+        add_slot<Code>(slot, data_of(slot), totals);
+      }
+    }
+  }
+
+  // As `exchange`, of critical momenta without a running sum: whole lines of the slot are stored
+  // without reading them, and the sum takes a copy.
+  template <typename Code, typename vector_t, int64_t kCount>
+  CM_FUSED_INLINE void put_past_cache(
+      int64_t at, const vector_t (&item)[kCount], vector_t (&totals)[kCount]) const {
+    using stored_t = typename Code::stored_t;
+    constexpr int64_t kNumel = kCount * kWidth<vector_t>;
+    alignas(kLineBytes) stored_t copy[kNumel];
+    put_in<Code>(copy, item);
+    store_past_cache<kNumel * sizeof(stored_t)>(first_of<Code>(admitted_) + at, copy);
+    sum_slots<Code>(
+        [&](int64_t slot) -> const stored_t* {
+          return slot == admitted_ ? copy : first_of<Code>(slot) + at;
+        },
+        totals);
+  }
+
+  template <typename Code, typename vector_t, int64_t kCount>
+  CM_FUSED_INLINE void put_in(auto stored, const vector_t (&item)[kCount]) const {
+    vector_t scaled[kCount];
+    for (int64_t v = 0; v < kCount; ++v) {
+      scaled[v] = scale_down<Code>(item[v]);
+    }
+    store_vectors<Code>(stored, scaled);
   }
 
   // Puts `item` in its slot; a running sum, if there is one, follows.
   template <typename Code, typename vector_t, int64_t kCount>
   CM_FUSED_INLINE void put(int64_t at, const vector_t (&item)[kCount], state_t* sum) const {
     const auto stored = slot_data<Code>(admitted_, at);
-    vector_t scaled[kCount];
-    for (int64_t v = 0; v < kCount; ++v) {
-      scaled[v] = scale_down<Code>(item[v]);
-    }
     if (sum == nullptr) {
-      store_vectors<Code>(stored, scaled);
+      put_in<Code>(stored, item);
       return;
     }
     vector_t totals[kCount];
     vector_t replaced[kCount];
     vector_t restored[kCount];
     load_vectors<Code>(stored, replaced);
-    store_vectors<Code>(stored, scaled);
+    put_in<Code>(stored, item);
     load_vectors<Code>(stored, restored);
     load_vectors<Unchanged<state_t>>(sum + at, totals);
     for (int64_t v = 0; v < kCount; ++v) {
@@ -201,9 +246,9 @@ class Buffer {
   }
 
   template <typename Code, typename vector_t, int64_t kCount>
-  CM_FUSED_INLINE void add_slot(int64_t slot, int64_t at, vector_t (&totals)[kCount]) const {
+  CM_FUSED_INLINE void add_slot(int64_t slot, auto data, vector_t (&totals)[kCount]) const {
     vector_t values[kCount];
-    load_vectors<Code>(slot_data<Code>(slot, at), values);
+    load_vectors<Code>(data, values);
     const state_t scale = Code::kScaled ? scales_[slot * num_scales_] : 1;
     for (int64_t v = 0; v < kCount; ++v) {
       if constexpr (Code::kScaled) {
@@ -215,8 +260,8 @@ class Buffer {
   }
 
   template <typename Code, typename vector_t, int64_t kCount>
-  CM_FUSED_INLINE void load_slot(int64_t slot, int64_t at, vector_t (&values)[kCount]) const {
-    load_vectors<Code>(slot_data<Code>(slot, at), values);
+  CM_FUSED_INLINE void load_slot(int64_t slot, auto data, vector_t (&values)[kCount]) const {
+    load_vectors<Code>(data, values);
     if constexpr (Code::kScaled) {
       const state_t scale = scales_[slot * num_scales_];
       for (int64_t v = 0; v < kCount; ++v) {
@@ -253,6 +298,7 @@ class Buffer {
   float* const scales_;  // nullptr where there are none
   state_t* const sum_;   // nullptr: no running sum
   const bool from_slots_;
+  const bool past_cache_;
   state_t inverse_ = 1;
   state_t old_scale_ = 1;
   state_t new_scale_ = 1;

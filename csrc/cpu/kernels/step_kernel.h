@@ -60,6 +60,9 @@ class ChunkStep {
     for (int64_t begin = chunk_ * kChunkSize; begin < end; begin += size) {
       step(begin, std::min(size, end - begin));
     }
+    if (options_.past_cache) {
+      order_stores_past_cache();
+    }
     return {squares_.total()};
   }
 
@@ -223,7 +226,7 @@ CompensatedSum<double> commit_chunk(const TensorStep& tensor, int64_t chunk) {
     const int64_t n = std::min(kLargestBlock, chunk_end - begin);
     const state_t* const item = exp_avg_block(tensor, begin, n, scratch);
     with_slot_code<state_t>(tensor.slot_dtype, [&](auto slot_code) {
-      Buffer<state_t> buffer(slot_code, tensor, rebuilds_sum(tensor, chunk), begin);
+      Buffer<state_t> buffer(slot_code, tensor, rebuilds_sum(tensor, chunk), false, begin);
       buffer.find_scale(slot_code, item, n);
       buffer.set_scale();
       int64_t at = 0;

@@ -75,6 +75,33 @@ CM_FUSED_INLINE void store_vector(Element<vector_t>* data, vector_t values) {
   }
 }
 
+constexpr int64_t kLineBytes = 64;
+
+// Copies whole cache lines to memory that is not read before: an ordinary store reads the line into
+// the cache first. Both are aligned to a line.
+#if defined(__x86_64__)
+constexpr bool kStoresPastCache = true;
+template <int64_t kBytes>
+CM_FUSED_INLINE void store_past_cache(void* to, const void* from) {
+  static_assert(kBytes % kLineBytes == 0);
+  auto* const pieces = static_cast<__m128i*>(to);
+  for (int64_t i = 0; i < kBytes / 16; ++i) {
+    _mm_stream_si128(pieces + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+  }
+}
+// Other threads see what was stored that way before what is stored from here on.
+CM_FUSED_INLINE void order_stores_past_cache() {
+  _mm_sfence();
+}
+#else
+constexpr bool kStoresPastCache = false;
+template <int64_t kBytes>
+CM_FUSED_INLINE void store_past_cache(void* to, const void* from) {
+  std::memcpy(to, from, kBytes);
+}
+CM_FUSED_INLINE void order_stores_past_cache() {}
+#endif
+
 // Calls visit(vector_t{}, at) for each whole vector of n elements, then for each element left.
 template <typename Visit>
 CM_FUSED_INLINE void for_each_vector(int64_t n, Visit visit) {
