@@ -285,8 +285,14 @@ def _memory_targets(results: Results) -> Iterable[Target]:
         yield f"peak growth of memory in a step, MiB, C={capacity}", growth, allowed
 
 
-def update_readme(results: Results, readme: Path) -> None:
+def update_readme(results: Results, readme: Path, section: str) -> None:
     """Replace a page's table: the summary if it has that one's markers, otherwise the whole.
+
+    Args:
+        results: Of a run.
+        readme: The page.
+        section: Name of the whole table's markers: the results file's, of which a page may have
+            several.
 
     Raises:
         ValueError: The file does not have the table's markers, or the run was a smoke run.
@@ -296,7 +302,7 @@ def update_readme(results: Results, readme: Path) -> None:
     if "<!-- summary:begin -->" in readme.read_text():
         markdown.replace_section(readme, "summary", summary_table(results))
     else:
-        markdown.replace_section(readme, "bench", main_table(results))
+        markdown.replace_section(readme, section, main_table(results))
 
 
 def main() -> None:
@@ -318,7 +324,7 @@ def main() -> None:
         return
     print(markdown_report(results))
     for page in arguments.readme:
-        update_readme(results, page)
+        update_readme(results, page, arguments.results.stem)
 
 
 if __name__ == "__main__":
