@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM, AdamWCM, diagnostics, rounding
 from cm_fused._backends.triton.columns import CHUNK_SIZE
-from cm_fused._optimizer import base
+from cm_fused._optimizer import planned
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.making import dequantized, dtype_of
 from cm_fused.philox import ShardLayout
@@ -573,7 +573,7 @@ def test_words_far_into_a_parameter(
         options: Precision = {"moment_dtype": torch.bfloat16, "low_precision_update": "stochastic"}
         optimizer = cls([param], backend=name, **options)
         param.grad = normal_like(param.cpu(), 1.0, generator(0)).to(param.device)
-        with mock.patch.object(base, "_shard_layouts", return_value=[*layout]):
+        with mock.patch.object(planned, "_shard_layouts", return_value=[*layout]):
             optimizer.step()
         moments = [optimizer.state[param][key].cpu() for key in ("exp_avg", "exp_avg_sq")]
         results.append([param.cpu(), *moments])

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from cm_fused._optimizer import base
+from cm_fused._optimizer import planned
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.cases import copy_of, device_of, make_params, normal_like, real
 from tests.support.training import set_gradient
@@ -162,7 +162,7 @@ def _sharded(case: Case) -> Any:
     if not case.shard:
         return contextlib.nullcontext()
     layouts = list(case.shard) * len(case.lengths)
-    return mock.patch.object(base, "_shard_layouts", return_value=layouts)
+    return mock.patch.object(planned, "_shard_layouts", return_value=layouts)
 
 
 def run(case: Case) -> None:
