@@ -83,6 +83,7 @@ class Variant:
             "AMSGRAD": self.amsgrad,
             "SUMMED_SLOTS": self.summed_slots,
             "BY_FOURS": True,
+            "PTX": True,
         }
 
     def model(self) -> Bytes:

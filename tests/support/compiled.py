@@ -85,7 +85,7 @@ class Process:
 
         replaced: tuple[tuple[Any, str, Any], ...] = (
             (tables.Tables, "refresh", refresh_and_register),
-            (launch, "_has_register_caps", lambda device: True),
+            (launch, "_compiles_ptx", lambda device: True),
             (launch, "unavailable_reason", lambda device: None),
             (triton_priorities, "priority_kernel", lambda device: "Triton"),
         )

@@ -56,7 +56,7 @@ def _stored(block, V: tl.constexpr):
 
 
 @triton.jit
-def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
+def _load_slot(buffer, slot, block, wanted, item, LASTING: tl.constexpr, V: tl.constexpr):
     """Return what a slot stores and its scales, or an item's where `wanted`, a scalar, is 0."""
     slot_ptr = at(buffer.slots, slot * buffer.size, V.ALIGNED_SLOTS)
     SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
@@ -66,7 +66,10 @@ def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
     scales = 0
     if layout.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
-        scales = codes.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
+        if LASTING:
+            scales = codes.load_lasting_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
+        else:
+            scales = codes.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
     return stored, scales
 
 
@@ -74,15 +77,15 @@ def _load_slot(buffer, slot, block, wanted, item, V: tl.constexpr):
 def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
     """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
     if V.CRITICAL_GRADIENTS:
-        stored, scales = _load_slot(buffer, other, block, 1, (0, 0.0), V)
+        stored, scales = _load_slot(buffer, other, block, 1, (0, 0.0), False, V)
     elif layout.has_scales(V.SLOT_DTYPE):
         # Chosen among codes, which are four in a register, or eight.
         wanted = (buffer.slot != other).to(tl.int32)
-        stored, scales = _load_slot(buffer, other, block, wanted, item, V)
+        stored, scales = _load_slot(buffer, other, block, wanted, item, True, V)
     else:
         # Chosen among values: the load need not wait for the item.
         wanted = (buffer.slot != other).to(tl.int32)
-        stored, scales = _load_slot(buffer, other, block, wanted, (0, 0.0), V)
+        stored, scales = _load_slot(buffer, other, block, wanted, (0, 0.0), True, V)
         taken = spread(buffer.slot, V.SHAPE) == other
         stored = tl.where(taken, item[0].to(V.STATE_DTYPE), stored.to(V.STATE_DTYPE))
     return codes.add_slot(buffer_sum, stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
@@ -127,7 +130,9 @@ def sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
     evicted = buffer_sum
     if V.SUMMED_SLOTS == 0:
         buffer_sum = tl.load(buffer.critical_sum + block.offsets, mask=block.mask, other=0.0)
-        old, old_scales = _load_slot(buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), V)
+        old, old_scales = _load_slot(
+            buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), False, V
+        )
         evicted = codes.from_slot(old, old_scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
     elif V.CRITICAL_GRADIENTS:
         buffer_sum = _sum_of_slots(buffer, (0, 0), block, V)

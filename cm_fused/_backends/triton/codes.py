@@ -42,6 +42,12 @@ def _scales(shape):
     return (1, shape[1], shape[2], 1)
 
 
+@triton.constexpr_function
+def _scales_of_warps(shape):
+    """Return the shape of a block's scales, one for each warp."""
+    return (1, shape[1], 1, 1)
+
+
 @triton.jit
 def _larger(a, b):
     """Return the larger of two numbers, NaN where one is NaN."""
@@ -103,6 +109,18 @@ def load_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
     bits = tl.max(loaded.to(tl.uint32, bitcast=True), 2, keep_dims=True)
     scales = bits.to(tl.float32, bitcast=True)
     return tl.where(tl.full(scales.shape, wanted, tl.int32) != 0, scales, other)
+
+
+@triton.jit
+def load_lasting_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
+    """Return what `load_scales` does, of scales that no thread stores: every lane loads them."""
+    SCALES: tl.constexpr = _scales_of_warps(SHAPE)
+    warp = tl.arange(0, SCALES[1])[None, :, None, None] * layout.SCALE_BLOCK
+    elements = block.begin + warp
+    mask = tl.full(SCALES, wanted, tl.int32) != 0
+    if not layout.is_of_full_chunk(SHAPE):
+        mask = mask & (elements < block.count)
+    return tl.load(scales_ptr + elements // layout.SCALE_BLOCK, mask=mask, other=other)
 
 
 @triton.jit

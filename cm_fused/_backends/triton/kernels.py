@@ -1,8 +1,8 @@
 """The Triton kernel of the step: one pass over all chunks of all tensors.
 
-It finds its tensors through a table (`cm_fused._backends.triton.columns`). Nothing is contracted to
-a fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correctly rounded, so a
-parameter's bits depend neither on the path its chunk takes nor on the device.
+It finds its tensors through a table (`cm_fused._backends.triton.columns`). The compiler contracts
+nothing to a fused multiply-add (see `LAUNCH_OPTIONS`), and quotients and roots are correctly
+rounded, so a parameter's bits depend neither on the path its chunk takes nor on the device.
 """
 
 from collections import namedtuple
@@ -30,6 +30,7 @@ from cm_fused._backends.triton.common import (
     sum_squares,
 )
 from cm_fused._backends.triton.moments import load_moment, store_moments
+from cm_fused._backends.triton.quotient import divide_by_root
 from cm_fused._backends.triton.variants import make_variant, of_chunk
 
 # The numbers of a launch, see `critical_adam_kernel`.
@@ -44,22 +45,6 @@ _Scalars = namedtuple(
     "inverse_divisor beta1 one_minus_beta1 beta2 one_minus_beta2 inverse_bias_correction2 "
     "step_size eps_inside eps_outside decay_factor l2 late_l2 factor",
 )
-
-
-@triton.jit
-def _divide(x, y):
-    """Return x / y, correctly rounded."""
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    return x / y
-
-
-@triton.jit
-def _sqrt(x):
-    """Return the root of x, correctly rounded."""
-    if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
-    return tl.sqrt(x)
 
 
 @triton.jit
@@ -129,11 +114,11 @@ def _update_moments(s, g, buffer_sum, exp_avg, exp_avg_sq, V: tl.constexpr):
 
 
 @triton.jit
-def _update_param(s, param, numerator, second_moment):
+def _update_param(s, param, numerator, second_moment, V: tl.constexpr):
     """Return the parameter after the step, Eq. (7)."""
     corrected = s.inverse_bias_correction2 * second_moment
-    denominator = _sqrt(corrected + s.eps_inside) + s.eps_outside
-    return s.decay_factor * param - s.step_size * _divide(numerator, denominator)
+    ratio = divide_by_root(numerator, corrected + s.eps_inside, s.eps_outside, V)
+    return s.decay_factor * param - s.step_size * ratio
 
 
 @triton.jit
@@ -207,7 +192,7 @@ def _update_chunk(
         first = chunk.start + begin
         store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V)
         second_moment = _second_moment(tensors, block, exp_avg_sq, V)
-        param = _update_param(s, param, numerator, second_moment)
+        param = _update_param(s, param, numerator, second_moment, V)
         _store_param(tensors, block, first, param, counters, V)
     if not V.CRITICAL_GRADIENTS:
         tl.store(chunk_sq_norm_ptr, tl.sum(squares))
@@ -303,6 +288,7 @@ def critical_adam_kernel(
     # Each four consecutive elements, from the first on, are four of the whole parameter's that
     # share a counter of random bits.
     BY_FOURS: tl.constexpr,
+    PTX: tl.constexpr,  # PTX may be written inline: it is compiled for CUDA
 ):
     """One step of one chunk: pending commit, aggregate, moments, parameter, and the norm's part."""
     if is_set(found_inf_ptr):
@@ -320,6 +306,7 @@ def critical_adam_kernel(
         KAHAN,
         SPLIT,
         BY_FOURS,
+        PTX,
     )
     chunk = _chunk_of(table_ptr, chunks_ptr)
     HAS_BUFFER: tl.constexpr = VARIANT.HAS_BUFFER

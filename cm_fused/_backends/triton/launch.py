@@ -231,7 +231,8 @@ class _Launcher:
         stored = bucket["exp_avg"][0].dtype, slots[0].dtype if slots else torch.float32
         dtypes = precision(chunks.param_dtype, *stored, self._options.low_precision_update)
         options = _dtype_options(chunks)
-        if _has_register_caps(self._device):
+        compiles_ptx = _compiles_ptx(self._device)
+        if compiles_ptx:
             options |= launch_options(
                 options["PARAM_DTYPE"],
                 dtypes["MOMENT_DTYPE"],
@@ -246,6 +247,7 @@ class _Launcher:
             "AMSGRAD": amsgrad,
             "SUMMED_SLOTS": summed_slots,
             "BY_FOURS": self.tables.by_fours,
+            "PTX": compiles_ptx,
         }
 
 
@@ -269,8 +271,8 @@ def _dtype_options(chunks: Chunks) -> dict[str, Any]:
     return triton_common.LAUNCH_OPTIONS | dtypes
 
 
-def _has_register_caps(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
+def _compiles_ptx(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and not triton_common.INTERPRETED
 
 
 def _sign(options: StepOptions) -> float:

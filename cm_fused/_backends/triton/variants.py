@@ -107,6 +107,7 @@ class Variant:
     KAHAN: bool
     SPLIT: bool
     BY_FOURS: bool
+    PTX: bool
     FULL: bool = False  # the chunk has CHUNK_SIZE elements, and every tensor is aligned
     ALIGNED_SLOTS: bool = False  # so is every slot
     shape: tuple[int, ...] = ()  # of the elements that are worked on at a time

@@ -78,6 +78,10 @@ _COMPARISONS: dict[str, Function] = {
     "nan": _NAN,
     "num": lambda a, b: ~_NAN(a, b),
 }
+APPROXIMATE: dict[str, Function] = {
+    "rcp": lambda a: 1 / a.astype(np.float64),
+    "rsqrt": lambda a: 1 / np.sqrt(a.astype(np.float64)),
+}
 _HALVES = {
     "bf16": arithmetic.to_halves(arithmetic.to_bfloat16),
     "f16": arithmetic.to_halves(arithmetic.to_float16),
@@ -101,7 +105,8 @@ _ROWS: tuple[tuple[str, str, Function | dict[str, Function]], ...] = (
     (r"sqrt.rn.(f32|f64)", r"\1 \1", np.sqrt),
     (r"(min|max).(f32|f64)", r"\2 \2 \2*", EXTREMES),
     (r"(min|max).NaN.(f32)", r"\2 \2 \2*", EXTREMES_OR_NAN),
-    # Exact where it may be off by two last places: who uses it has to make up for them.
+    # Rounded correctly where they may be off in the last place: who uses them makes up for that.
+    (r"(rcp|rsqrt).approx.ftz.f32", "f32 f32", APPROXIMATE),
     (r"cvt.rmi.ftz.f32.f32", "f32 f32", arithmetic.floor),
     (r"(neg|abs).f(32|64)", r"b\2 b\2", _FLOAT_SIGNS),
     (r"(neg|abs).(s16|s32|s64)", r"\2 \2", _NUMPY),
