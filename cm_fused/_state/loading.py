@@ -24,6 +24,13 @@ from cm_fused._state.table import (
 _LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _BUFFER_KEYS = ("critical_buffer", "priorities")
+# The integers and 8-bit floats that a key is saved in. DTensors' remainders are saved as int32.
+_CODED = {
+    "exp_avg": (torch.int8,),
+    "exp_avg_sq": (torch.int8,),
+    "critical_buffer": tuple(rounding.LARGEST),
+    "master_remainder": (torch.int16, torch.int32),
+}
 
 
 class Entry(NamedTuple):
@@ -38,7 +45,8 @@ class Entry(NamedTuple):
 def check_entry(entry: Entry) -> None:
     """Check that an entry fits its parameter and its group's options; makes no state.
 
-    ValueError where a tensor is missing or does not fit the parameter or the capacity.
+    ValueError where a tensor is missing, does not fit the parameter or the capacity, or has a dtype
+    or keys that no optimizer saves.
     """
     where, param, saved, group = entry
     if not saved:
@@ -61,17 +69,44 @@ def check_entry(entry: Entry) -> None:
                 f"{key!r} in the state of {where} must have shape {expected} (capacity "
                 f"{group['capacity']}), got {tuple(value.shape)}"
             )
+        _check_dtype(entry, key, value)
     try:
         # With no state and no keys it only checks the parameter and its options.
         missing_state(local(param), {}, (), group)
     except RuntimeError as error:
         raise ValueError(f"the state of {where} does not fit it: {error}") from error
     try:
-        count = float(values["step"])
-    except RuntimeError:  # a tensor without values, of an estimate of a run's memory
+        _check_numbers(where, values)
+    except RuntimeError:  # tensors without values, of an estimate of a run's memory
         return
+
+
+def _check_dtype(entry: Entry, key: str, value: Tensor) -> None:
+    dtypes = [str(dtype) for dtype in _CODED.get(key, ())]
+    if key == "step" or str(value.dtype) in dtypes:  # a number of any dtype may stand for a step
+        return
+    is_complex = key in LEADING and entry.param.is_complex()
+    if key != "master_remainder":
+        dtypes.insert(0, "complex" if is_complex else "float")
+        is_wide = value.is_complex() if is_complex else value.is_floating_point()
+        if is_wide and value.dtype not in rounding.LARGEST:
+            return
+    raise ValueError(
+        f"{key!r} in the state of {entry.where} must have the dtype {' or '.join(dtypes)}, got "
+        f"{value.dtype}"
+    )
+
+
+def _check_numbers(where: str, values: Mapping[str, Tensor]) -> None:
+    count = float(values["step"])
     if not 0 <= count < torch.inf:
         raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
+    for priority in values["priorities"].tolist() if "priorities" in values else ():
+        if not (0 <= priority < torch.inf or priority == -torch.inf):
+            raise ValueError(
+                f"'priorities' in the state of {where} must be finite and >= 0, or -inf for an "
+                f"unfilled slot, got {priority}"
+            )
 
 
 def _loaded_values(entry: Entry) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Bad input: a clear error that names the argument or the parameter, and nothing changed."""
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -526,6 +527,22 @@ def _broadcastable_moment(state_dict: StateDict) -> None:
     state_dict["state"][4]["exp_avg"] = torch.ones(1)
 
 
+def _of_dtype(key: str, dtype: torch.dtype) -> Callable[[StateDict], None]:
+    def convert(state_dict: StateDict) -> None:
+        state_dict["state"][4][key] = state_dict["state"][4][key].to(dtype)
+
+    convert.__name__ = f"{key}_of_{str(dtype).removeprefix('torch.')}"
+    return convert
+
+
+def _with_key(priority: float) -> Callable[[StateDict], None]:
+    def replace(state_dict: StateDict) -> None:
+        state_dict["state"][4]["priorities"][1] = priority
+
+    replace.__name__ = f"key_{priority}"
+    return replace
+
+
 def _bad_option(state_dict: StateDict) -> None:
     state_dict["param_groups"][-1]["priority_decay"] = 2.0
 
@@ -551,6 +568,15 @@ BAD_STATE_DICTS: list[tuple[Callable[[StateDict], None], str]] = [
     (_misshapen("critical_buffer"), r"'critical_buffer'.*parameter 4.*shape \(3, 5\).*got \(30,\)"),
     (_transposed, r"'exp_avg_sq'.*parameter 0.*shape \(3, 4\).*got \(4, 3\)"),
     (_broadcastable_moment, r"'exp_avg'.*parameter 4.*shape \(5,\).*got \(1,\)"),
+    (_of_dtype("exp_avg", torch.int64), "'exp_avg'.*parameter 4.*float or torch.int8, got .*int64"),
+    (_of_dtype("exp_avg_sq", torch.bool), "'exp_avg_sq'.*4.*float or torch.int8, got torch.bool"),
+    (_of_dtype("exp_avg_sq", torch.complex64), "'exp_avg_sq'.*4.*float or .*, got .*complex64"),
+    (_of_dtype("max_exp_avg_sq", torch.int8), "'max_exp_avg_sq'.*4.*dtype float, got torch.int8"),
+    (_of_dtype("critical_buffer", torch.int32), "'critical_buffer'.*4.*float or .*, got .*int32"),
+    (_of_dtype("priorities", torch.complex64), "'priorities'.*4.*dtype float, got .*complex64"),
+    (_with_key(math.nan), "'priorities'.*parameter 4.*finite and >= 0, or -inf .*, got nan"),
+    (_with_key(math.inf), "'priorities'.*parameter 4.*finite and >= 0, or -inf .*, got inf"),
+    (_with_key(-1.0), r"'priorities'.*parameter 4.*finite and >= 0, or -inf .*, got -1\.0"),
     (_bad_option, r"priority_decay must be in \[0, 1\], got 2\.0"),
 ]
 
@@ -570,7 +596,11 @@ def test_bad_state_dict_changes_nothing(
     message: str,
     fresh: bool,
 ) -> None:
-    """A state dict that does not fit is a ValueError, and the optimizer is as it was before."""
+    """A state dict that does not fit is a ValueError, and the optimizer is as it was before.
+
+    Dtypes and keys were not damaged in earlier versions of this test, and so they loaded: integers
+    without a moment's fractions, NaN as the key of a slot.
+    """
     source = new_optimizer(cls, capacity=3, amsgrad=True, backend=backend)
     train(source, range(5))
     state_dict = copy.deepcopy(source.state_dict())
