@@ -30,8 +30,8 @@ class AdamCM(CriticalAdam):
     bytes from 6 on, of 1 byte from 10 on, of int4 from 26 on). A parameter without a gradient takes
     no part in a step.
 
-    The fused backends copy critical momenta to their slot at the next step (`pending_slot`, -1 for
-    none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`:
+    The fused backends copy critical momenta to their slot at the next step (`pending_slot`, int64
+    (), -1 for none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`:
     call it before you change `exp_avg` in place.
 
     `buffer_dtype` and `moment_dtype` store the state in lower precision; a step computes with it in

@@ -49,12 +49,13 @@ class CheckpointedOptimizer(Optimizer):
         """Return the state as `torch.optim.Optimizer.state_dict`, flushed.
 
         The tensors are references, not copies: the next step changes them, as it does those of
-        torch's optimizers. Loading does not change them. Once a step was captured in a CUDA graph,
+        torch's optimizers. A state dict that is taken once may be saved after any later step.
+        Loading does not change them. Once a step was captured in a CUDA graph,
         for which loading writes into the state, they are copies. Groups have every key that the
         optimizer's groups have: options of the process (`backend`, `fused`, `foreach`,
         `amp_scaling`) are saved as None and False and never loaded, and dtypes are saved by name.
 
-        DTensors' state with scales is the exception: its scales belong to blocks of the local
+        DTensors' state with scales is the exception: take it anew each time it is saved. Its scales belong to blocks of the local
         tensor, which differs between meshes. It is saved as float32 DTensors of the values, new
         tensors of 4 bytes an element (for int8 slots and moments 4 C + 8 instead of C + 2), each
         with a scale of 1 instead of its scales. A `torch.distributed.checkpoint` of it loads into
@@ -157,7 +158,6 @@ class CheckpointedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._flush()
         state = super().__getstate__()
-        # With `pending_slot`: processes that share the state share what is pending.
         dtypes = torch.float8_e4m3fn, torch.uint8
         slots = checkpoint.with_slots_viewed(state["state"], state["param_groups"], *dtypes)
         return {**state, "state": slots}

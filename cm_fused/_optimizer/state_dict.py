@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
-from cm_fused._state.table import KEYS, UNSAVED_KEYS, State, as_dtype, option_dtype
+from cm_fused._state.table import KEYS, State, as_dtype, option_dtype
 from cm_fused._warnings import warn
 from cm_fused.rounding import PACKED
 
@@ -61,9 +61,7 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> 
     saved = {
         **state_dict,
         "state": {
-            key: unscaled({name: state[name] for name in state if name not in UNSAVED_KEYS})
-            if isinstance(state, dict)
-            else state
+            key: unscaled(dict(state)) if isinstance(state, dict) else state
             for key, state in state_dict["state"].items()
         },
         "param_groups": [_saved_group(group) for group in state_dict["param_groups"]],

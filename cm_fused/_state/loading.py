@@ -21,7 +21,7 @@ from cm_fused._state.table import (
 )
 
 # Keys that are loaded where the state dict has them, whatever the options; scales come with them.
-_LOADED = {row.key for row in STATE if row.is_saved and row.key not in SCALES.values()}
+_LOADED = {row.key for row in STATE if row.key not in SCALES.values()}
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _BUFFER_KEYS = ("critical_buffer", "priorities")
 # The integers and 8-bit floats that a key is saved in. DTensors' remainders are saved as int32.
@@ -76,14 +76,15 @@ def check_entry(entry: Entry) -> None:
     except RuntimeError as error:
         raise ValueError(f"the state of {where} does not fit it: {error}") from error
     try:
-        _check_numbers(where, values)
+        _check_numbers(where, values, group["capacity"])
     except RuntimeError:  # tensors without values, of an estimate of a run's memory
         return
 
 
 def _check_dtype(entry: Entry, key: str, value: Tensor) -> None:
     dtypes = [str(dtype) for dtype in _CODED.get(key, ())]
-    if key == "step" or str(value.dtype) in dtypes:  # a number of any dtype may stand for a step
+    # A number of any dtype may stand for these two.
+    if key in ("step", "pending_slot") or str(value.dtype) in dtypes:
         return
     is_complex = key in LEADING and entry.param.is_complex()
     if key != "master_remainder":
@@ -97,7 +98,7 @@ def _check_dtype(entry: Entry, key: str, value: Tensor) -> None:
     )
 
 
-def _check_numbers(where: str, values: Mapping[str, Tensor]) -> None:
+def _check_numbers(where: str, values: Mapping[str, Tensor], capacity: int) -> None:
     count = float(values["step"])
     if not 0 <= count < torch.inf:
         raise ValueError(f"'step' in the state of {where} must be finite and >= 0, got {count}")
@@ -107,6 +108,12 @@ def _check_numbers(where: str, values: Mapping[str, Tensor]) -> None:
                 f"'priorities' in the state of {where} must be finite and >= 0, or -inf for an "
                 f"unfilled slot, got {priority}"
             )
+    pending = values["pending_slot"].item() if "pending_slot" in values else -1
+    if pending not in range(-1, capacity):
+        raise ValueError(
+            f"'pending_slot' in the state of {where} must be -1 or one of {capacity} slots, got "
+            f"{pending}"
+        )
 
 
 def _loaded_values(entry: Entry) -> dict[str, Tensor]:

@@ -46,7 +46,6 @@ class Row(NamedTuple):
     # It follows from the other rows: only some backends or options keep it, and it goes stale when
     # a step of others is taken.
     is_derived: bool = False
-    is_saved: bool = True  # whether state dicts have it
 
 
 # In the order of the C++ operators' arguments and of the address table's columns.
@@ -94,7 +93,6 @@ STATE = (
         fill=-1,
         in_buffer=True,
         is_derived=True,
-        is_saved=False,
     ),
     Row("step", Shape.SCALAR, torch.float32),
 )
@@ -103,7 +101,6 @@ KEYS = tuple(ROWS)
 SCALES = {row.key: row.scales for row in STATE if row.scales is not None}
 BUFFER_KEYS = tuple(row.key for row in STATE if row.in_buffer)
 DERIVED_KEYS = tuple(row.key for row in STATE if row.is_derived)
-UNSAVED_KEYS = tuple(row.key for row in STATE if not row.is_saved)
 # The dimensions in front of the parameter's, of the rows that have its shape.
 LEADING = {
     row.key: int(row.shape is Shape.SLOTS)

@@ -138,6 +138,31 @@ def test_half_precision_checkpoint_of_another_backend(
             torch.testing.assert_close(got["state"][i][key], state[key], **ROUNDING)
 
 
+@of_each_pair_of_backends
+@of_each_kind
+@of_each_capacity
+def test_a_state_dict_is_saved_after_later_steps(
+    cls: type[CriticalAdam], capacity: int, backend: str, other: str
+) -> None:
+    """One that is taken once and saved again and again resumes from the step it is saved at.
+
+    It refers to the state's tensors, as torch's do. What was pending then was not in it, so that a
+    slot did not belong to its key. Older tests saved each state dict as soon as they had it.
+    """
+    optimizer = new_optimizer(cls, capacity=capacity, backend=backend)
+    train(optimizer, range(3))
+    state_dict = optimizer.state_dict()
+    for save_at in range(4, TOTAL - 1):
+        train(optimizer, [save_at - 1])
+        saved, uninterrupted = _through_file(state_dict), copy.deepcopy(optimizer)
+        fresh = new_optimizer(cls, capacity=capacity, backend=other)
+        resumed = _resumed(uninterrupted, fresh, lambda _, saved=saved: saved)
+        for each in (resumed, uninterrupted):
+            train(each, range(save_at, save_at + 2))
+        compare = assert_same if other == backend else assert_close
+        compare(trained(resumed), trained(uninterrupted))
+
+
 # What a state dict holds
 
 
@@ -149,7 +174,7 @@ def test_half_precision_checkpoint_of_another_backend(
 def test_state_dict_holds_what_is_specified(
     cls: type[CriticalAdam], backend: str, capacity: int, amsgrad: bool, dtype: torch.dtype
 ) -> None:
-    """Keys, shapes and dtypes are the specification's, a fused backend's running sum beside.
+    """Keys, shapes and dtypes are the specification's, a fused backend's sum and slot beside.
 
     No tensor has more memory than it needs.
     """
@@ -160,9 +185,11 @@ def test_state_dict_holds_what_is_specified(
     shaped = {"exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
     if backend != "eager" and capacity >= RUNNING_SUM_MIN_CAPACITY[4]:
         shaped.add("critical_sum")
+    defers = backend != "eager" and cls is AdamCM
     assert list(state_dict["state"]) == list(range(len(SHAPES)))
     for i, shape in enumerate(SHAPES):
         state = state_dict["state"][i]
+        assert state.pop("pending_slot", None) == (-1 if defers else None)
         assert set(state) == {"step", "critical_buffer", "priorities", *shaped}
         for key in shaped:
             assert (state[key].shape, state[key].dtype) == (shape, state_dtype), key

@@ -137,7 +137,9 @@ def assert_same(got: object, expected: object, where: str = "") -> None:
 
 
 def assert_close(
-    got: Mapping[str, Any], expected: Mapping[str, Any], derived: Iterable[str] = ("critical_sum",)
+    got: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    derived: Iterable[str] = ("critical_sum", "pending_slot"),
 ) -> None:
     """Check that two `trained` agree to rounding, and exactly in the steps.
 
