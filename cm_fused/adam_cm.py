@@ -31,8 +31,8 @@ class AdamCM(CriticalAdam):
     no part in a step.
 
     The fused backends copy critical momenta to their slot at the next step (`pending_slot`, int64
-    (), -1 for none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does `state_dict()`:
-    call it before you change `exp_avg` in place.
+    (), -1 for none). Replacing `exp_avg` in `optimizer.state` makes that copy first. So does
+    `state_dict()`: call it before you change `exp_avg` in place, or the slots.
 
     `buffer_dtype` and `moment_dtype` store the state in lower precision; a step computes with it in
     float32. int4 slots are packed, two elements a byte: uint8 (C, bytes), whatever the parameter's

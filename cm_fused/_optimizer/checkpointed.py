@@ -3,7 +3,7 @@
 import copy
 from abc import abstractmethod
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class CheckpointedOptimizer(Optimizer):
     _release: Release | None = None
     # Captured graphs go on using the tensors that a load writes to.
     _captured_plans: list[Plan]
+    _critical_gradients: ClassVar[bool]  # whether the slots are gradients
 
     @abstractmethod
     def _finish_step(self) -> None:
@@ -55,13 +56,13 @@ class CheckpointedOptimizer(Optimizer):
         optimizer's groups have: options of the process (`backend`, `fused`, `foreach`,
         `amp_scaling`) are saved as None and False and never loaded, and dtypes are saved by name.
 
-        DTensors' state with scales is the exception: take it anew each time it is saved. Its scales belong to blocks of the local
-        tensor, which differs between meshes. It is saved as float32 DTensors of the values, new
-        tensors of 4 bytes an element (for int8 slots and moments 4 C + 8 instead of C + 2), each
-        with a scale of 1 instead of its scales. A `torch.distributed.checkpoint` of it loads into
-        such an optimizer on any mesh; for plain parameters gather it
-        (`StateDictOptions(full_state_dict=True)`). DTensors' `master_remainder` is saved as int32,
-        since processes cannot gather int16.
+        DTensors' state with scales is the exception: take it anew each time it is saved. Its scales
+        belong to blocks of the local tensor, which differs between meshes. It is saved as float32
+        DTensors of the values, new tensors of 4 bytes an element (for int8 slots and moments
+        4 C + 8 instead of C + 2), each with a scale of 1 instead of its scales. A
+        `torch.distributed.checkpoint` of it loads into such an optimizer on any mesh; for plain
+        parameters gather it (`StateDictOptions(full_state_dict=True)`). DTensors'
+        `master_remainder` is saved as int32, since processes cannot gather int16.
         """
         self._flush()
         # The first of the hooks, so that all others see what the caller gets.
@@ -117,6 +118,7 @@ class CheckpointedOptimizer(Optimizer):
             release_checks.check_options(groups)
         entries = checkpoint.checked_entries(groups, state_dict)
         checkpoint.warn_of_conversion(groups, saved_groups)
+        checkpoint.warn_of_other_slots(self._critical_gradients, saved_groups)
         checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
         self._finish_step()
         captured = self._captured_plans

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ from cm_fused._state.table import State, fused_keys, option_dtype, required_keys
 
 class PlannedOptimizer(CheckpointedOptimizer):
     """An optimizer that can prepare a step, and undo that; it takes none."""
-
-    _critical_gradients: ClassVar[bool]
 
     def _check(self, groups: Groups, cached: Plan | None) -> None:
         """Check all gradients, and parameters against the state of a cached plan."""

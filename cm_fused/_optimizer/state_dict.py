@@ -21,6 +21,8 @@ from cm_fused.rounding import PACKED
 # Options of the process, not of the training run: saved as these values, never loaded. They are
 # saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
 LOCAL_OPTIONS = {"backend": None, "fused": None, "foreach": None, "amp_scaling": False}
+# In a saved group: whether the slots are gradients.
+KIND = "critical_gradients"
 # What pickles of earlier versions lack, as those versions stepped.
 NEWER_OPTIONS = {"adjust_lr_fn": None, "fused": None, "foreach": None}
 # Options that stay the optimizer's own; the state is converted to them.
@@ -58,18 +60,19 @@ def with_slots_viewed(
 
 def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
     """Return a flushed optimizer's state dict as it is saved; a state dict post hook."""
+    kind = {KIND: optimizer._critical_gradients}  # type: ignore[attr-defined]
     saved = {
         **state_dict,
         "state": {
             key: unscaled(dict(state)) if isinstance(state, dict) else state
             for key, state in state_dict["state"].items()
         },
-        "param_groups": [_saved_group(group) for group in state_dict["param_groups"]],
+        "param_groups": [_saved_group(group, kind) for group in state_dict["param_groups"]],
     }
     return tree_map_only(Tensor, torch.clone, saved) if copies else saved
 
 
-def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
+def _saved_group(group: Mapping[str, Any], kind: Mapping[str, Any]) -> dict[str, Any]:
     """Return a param group as it is saved: with every key that any optimizer's group can have."""
     named = {
         # torch.distributed.checkpoint cannot gather dtypes.
@@ -78,7 +81,7 @@ def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
     }
     # A group has it from its first step with `skip_nonfinite` on.
     count = torch.zeros((), dtype=torch.int64, device="cpu")
-    return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
+    return {"skipped_steps": count, **named, **LOCAL_OPTIONS, **kind}
 
 
 def check_form(state_dict: Any) -> None:
@@ -122,7 +125,7 @@ def loaded_groups(
         options = {
             name: value if type(value) in _IMMUTABLE else copied(value, group["params"])
             for name, value in saved.items()
-            if name not in ("params", *LOCAL_OPTIONS, *PRECISION_OPTIONS)
+            if name not in ("params", KIND, *LOCAL_OPTIONS, *PRECISION_OPTIONS)
         }
         merged = plain_options({**group, **options})
         if merged["capacity"] != group["capacity"]:
@@ -252,6 +255,22 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
                     f"the state of group {i} was saved with {name}={other} and is converted to "
                     f"this optimizer's {name}={own}"
                 )
+
+
+def warn_of_other_slots(critical_gradients: bool, saved_groups: list[dict[str, Any]]) -> None:
+    """Warn of slots that were saved by the other kind of optimizer."""
+    stored, wanted = "critical gradients", "critical momenta"
+    if critical_gradients:
+        stored, wanted = wanted, stored
+    saved_kinds = {
+        group[KIND] for group in saved_groups if KIND in group and group.get("capacity") != 0
+    }
+    if saved_kinds - {critical_gradients}:
+        warn(
+            f"the state dict has slots of {stored}, and this optimizer takes them for {wanted}. To "
+            "begin with an empty buffer, delete 'critical_buffer' and 'priorities' from each "
+            "parameter's entry of state_dict['state'] before it is loaded"
+        )
 
 
 def warn_of_another_kind(

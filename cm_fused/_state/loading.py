@@ -61,6 +61,7 @@ def check_entry(entry: Entry) -> None:
         )
     shapes = shapes_of(param, group["capacity"])
     for key, value in values.items():
+        _check_form(entry, key, value)
         if ROWS[key].param_dtypes is not None and value.shape == (0,):
             continue  # of a parameter of another dtype
         expected = shapes[shape_of(key, value.dtype)]
@@ -79,6 +80,18 @@ def check_entry(entry: Entry) -> None:
         _check_numbers(where, values, group["capacity"])
     except RuntimeError:  # tensors without values, of an estimate of a run's memory
         return
+
+
+def _check_form(entry: Entry, key: str, value: Tensor) -> None:
+    """Check that a tensor can be copied: that it is dense, and has values if the parameter has."""
+    form = str(value.layout)
+    if local(value).is_meta and not local(entry.param).is_meta:
+        form = "the meta device"
+    if form != str(torch.strided):
+        raise ValueError(
+            f"{key!r} in the state of {entry.where} must be a dense tensor with values, got one of "
+            f"{form}"
+        )
 
 
 def _check_dtype(entry: Entry, key: str, value: Tensor) -> None:

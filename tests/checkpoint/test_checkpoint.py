@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cm_fused import AdamCM
+from cm_fused import AdamCG, AdamCM
 from cm_fused._optimizer import state_dict as checkpoint
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.table import RUNNING_SUM_MIN_CAPACITY
@@ -149,18 +149,44 @@ def test_a_state_dict_is_saved_after_later_steps(
     It refers to the state's tensors, as torch's do. What was pending then was not in it, so that a
     slot did not belong to its key. Older tests saved each state dict as soon as they had it.
     """
+
+    def resume(uninterrupted: CriticalAdam, saved: Any) -> CriticalAdam:
+        fresh = new_optimizer(cls, capacity=capacity, backend=other)
+        return _resumed(uninterrupted, fresh, lambda _: saved)
+
     optimizer = new_optimizer(cls, capacity=capacity, backend=backend)
     train(optimizer, range(3))
     state_dict = optimizer.state_dict()
     for save_at in range(4, TOTAL - 1):
         train(optimizer, [save_at - 1])
         saved, uninterrupted = _through_file(state_dict), copy.deepcopy(optimizer)
-        fresh = new_optimizer(cls, capacity=capacity, backend=other)
-        resumed = _resumed(uninterrupted, fresh, lambda _, saved=saved: saved)
+        resumed = resume(uninterrupted, saved)
         for each in (resumed, uninterrupted):
             train(each, range(save_at, save_at + 2))
         compare = assert_same if other == backend else assert_close
         compare(trained(resumed), trained(uninterrupted))
+
+
+@on_each_backend
+@of_each_kind
+def test_slots_of_the_other_kind(cls: type[CriticalAdam], backend: str) -> None:
+    """Momenta that are taken for gradients, or the reverse, are warned of; so a mix-up is seen.
+
+    Older tests loaded into the class that saved.
+    """
+    other = AdamCG if cls is AdamCM else AdamCM
+    optimizer = new_optimizer(cls, backend=backend)
+    train(optimizer, range(6))
+    state_dict = optimizer.state_dict()
+    slots = "momenta" if cls is AdamCM else "gradients"
+    with pytest.warns(UserWarning, match=f"has slots of critical {slots}, and .*'priorities'"):
+        new_optimizer(other, backend=backend).load_state_dict(state_dict)
+    for state in state_dict["state"].values():
+        del state["critical_buffer"], state["priorities"]
+    with pytest.warns(UserWarning, match="has slots of critical"):
+        _resumed(optimizer, new_optimizer(other, backend=backend), lambda _: state_dict)
+    empty = new_optimizer(cls, backend=backend, capacity=0)
+    new_optimizer(other, backend=backend, capacity=0).load_state_dict(empty.state_dict())
 
 
 # What a state dict holds
@@ -201,7 +227,7 @@ def test_state_dict_holds_what_is_specified(
         assert (keys > -torch.inf).tolist() == [slot < 2 for slot in range(capacity)]
         assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
     for group in state_dict["param_groups"]:
-        assert set(group) == {*optimizer.param_groups[0], "skipped_steps"}
+        assert set(group) == {*optimizer.param_groups[0], "skipped_steps", "critical_gradients"}
         assert (group["backend"], group["amp_scaling"]) == (None, False)
     assert [group["params"] for group in state_dict["param_groups"]] == [[0, 1, 2], [3, 4]]
 

@@ -535,6 +535,15 @@ def _of_dtype(key: str, dtype: torch.dtype) -> Callable[[StateDict], None]:
     return convert
 
 
+def _of_form(key: str, form: str) -> Callable[[StateDict], None]:
+    def convert(state_dict: StateDict) -> None:
+        state = state_dict["state"][4]
+        state[key] = state[key].to("meta") if form == "meta" else state[key].to_sparse()
+
+    convert.__name__ = f"{form}_{key}"
+    return convert
+
+
 def _with_key(priority: float) -> Callable[[StateDict], None]:
     def replace(state_dict: StateDict) -> None:
         state_dict["state"][4]["priorities"][1] = priority
@@ -574,6 +583,9 @@ BAD_STATE_DICTS: list[tuple[Callable[[StateDict], None], str]] = [
     (_of_dtype("max_exp_avg_sq", torch.int8), "'max_exp_avg_sq'.*4.*dtype float, got torch.int8"),
     (_of_dtype("critical_buffer", torch.int32), "'critical_buffer'.*4.*float or .*, got .*int32"),
     (_of_dtype("priorities", torch.complex64), "'priorities'.*4.*dtype float, got .*complex64"),
+    (_of_form("exp_avg", "meta"), "'exp_avg'.*parameter 4.*dense .*, got one of the meta device"),
+    (_of_form("step", "meta"), "'step'.*parameter 4.*dense .*, got one of the meta device"),
+    (_of_form("exp_avg_sq", "sparse"), "'exp_avg_sq'.*4.*dense .*, got one of torch.sparse_coo"),
     (_with_key(math.nan), "'priorities'.*parameter 4.*finite and >= 0, or -inf .*, got nan"),
     (_with_key(math.inf), "'priorities'.*parameter 4.*finite and >= 0, or -inf .*, got inf"),
     (_with_key(-1.0), r"'priorities'.*parameter 4.*finite and >= 0, or -inf .*, got -1\.0"),
@@ -599,7 +611,8 @@ def test_bad_state_dict_changes_nothing(
     """A state dict that does not fit is a ValueError, and the optimizer is as it was before.
 
     Dtypes and keys were not damaged in earlier versions of this test, and so they loaded: integers
-    without a moment's fractions, NaN as the key of a slot.
+    without a moment's fractions, NaN as the key of a slot. Nor did a tensor fail to be copied: half
+    of the parameters then had the loaded state.
     """
     source = new_optimizer(cls, capacity=3, amsgrad=True, backend=backend)
     train(source, range(5))
