@@ -33,13 +33,16 @@ namespace cm_fused {
 
 #define CM_FUSED_COLUMN_NAME(Name, ...) k##Name##Column,
 enum TableColumn : int64_t {
-  CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN_NAME) kNumRefreshedColumns,
-  kLastRefreshedColumn = kNumRefreshedColumns - 1,
-  CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN_NAME)
+  CM_FUSED_REFRESHED_COLUMNS(CM_FUSED_COLUMN_NAME) CM_FUSED_CALLERS_COLUMNS(CM_FUSED_COLUMN_NAME)
+      kNumColumns
 };
+// The caller's follow them.
+inline constexpr int64_t kNumRefreshedColumns = kFirstChunkColumn;
 
 // In int64: 192 bytes, three cache lines of a CPU and whole sectors of a GPU's.
 inline constexpr int64_t kTableWidth = 24;
+// A column behind the row's end would be one of the next parameter's.
+static_assert(kNumColumns <= kTableWidth, "raise kTableWidth, and WIDTH in columns.py");
 
 template <typename column_t>
 CM_FUSED_HOST_DEVICE inline column_t* row_of(column_t* table, int64_t i) {

@@ -1,12 +1,15 @@
 """`refresh_table_`: the host's copy of a bucket's table follows the tensors."""
 
+import runpy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from cm_fused._backends.triton.columns import PARAM_DTYPES, WIDTH
+from cm_fused._backends.triton import columns
+from cm_fused._backends.triton.columns import COLUMNS, PARAM_DTYPES, WIDTH
+from cm_fused._state.table import KEYS as KEYS_OF_STATE
 from cm_fused.philox import ShardLayout
 from tests.support.cases import needs_cpu_backend
 from tests.support.rows import REFUSED, Refused
@@ -231,6 +234,18 @@ def test_bad_table_is_refused(name: str) -> None:
     table.rows = change(table.rows)
     with pytest.raises(RuntimeError, match=message):
         table.refresh()
+
+
+def test_columns_must_fit_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state tensor too many is an error at import.
+
+    The older tests compare the two lists of columns and the two widths, never columns with a width:
+    a 25th column lay in the next parameter's row.
+    """
+    more = tuple(f"another_{i}" for i in range(WIDTH - len(COLUMNS) + 1))
+    monkeypatch.setattr("cm_fused._state.table.KEYS", (*KEYS_OF_STATE, *more))
+    with pytest.raises(RuntimeError, match=rf"room for {WIDTH + 1} columns, got {WIDTH}; raise"):
+        runpy.run_path(columns.__file__)
 
 
 def test_unknown_state_is_refused() -> None:

@@ -42,3 +42,9 @@ PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # A row fills whole cache lines.
 WIDTH = 24
+if len(COLUMNS) > WIDTH:
+    # Kernels would take the next parameter's first columns for a row's last ones.
+    raise RuntimeError(
+        f"a row of the address table must have room for {len(COLUMNS)} columns, got {WIDTH}; raise "
+        "WIDTH and csrc/priority/table.h's kTableWidth"
+    )
