@@ -87,8 +87,12 @@ def is_adjusted_on_device(group: Mapping[str, Any]) -> bool:
     return group["adjust_lr_fn"] is not None and isinstance(group["lr"], Tensor)
 
 
-# The fields that are options of a group by the same name: "eps" to "seed".
-_OF_GROUP = StepOptions._fields[3:13]
+# The fields that are options of a group by the same name.
+_OF_GROUP = tuple(
+    name
+    for name in StepOptions._fields
+    if name not in ("lr", "beta1", "beta2", *StepOptions._field_defaults)
+)
 
 
 def hyperparameters(options: StepOptions, *, critical_gradients: bool) -> dict[str, float]:
@@ -112,13 +116,10 @@ def hyperparameters(options: StepOptions, *, critical_gradients: bool) -> dict[s
     }
 
 
+# Only the names are taken: any values will do.
+_ANY_VALUES: dict[str, Any] = dict.fromkeys(StepOptions._fields, 0)
 # csrc/cpu/step.h has the same ones; loading the library compares them.
-HYPERPARAMETERS = tuple(
-    hyperparameters(
-        StepOptions(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", "", False, False, False, "", 0),
-        critical_gradients=False,
-    )
-)
+HYPERPARAMETERS = tuple(hyperparameters(StepOptions(**_ANY_VALUES), critical_gradients=False))
 
 
 @dataclass(slots=True, eq=False)
