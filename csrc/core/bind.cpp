@@ -1,3 +1,4 @@
+// What state.h declares of binding: bind_state and bind_param, with their checks.
 #include <algorithm>
 #include <array>
 #include <iterator>

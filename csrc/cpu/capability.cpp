@@ -1,3 +1,4 @@
+// The kernels() that step.h declares: which instruction set is used.
 #include <cstdlib>
 #include <string_view>
 

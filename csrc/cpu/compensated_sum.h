@@ -1,5 +1,6 @@
-// A sum that does not depend on the order of what is added, but where it lies, to twice the digits
-// of a double, half way between two doubles.
+// A sum to twice the digits of a double, which is then rounded to one. The result depends on the
+// order of what is added only where the exact sum lies, to all those digits, half way between two
+// doubles.
 #pragma once
 
 #include <cmath>

@@ -1,3 +1,4 @@
+// The Pass that steps.h declares: its chunks, dealt out to threads.
 #include <algorithm>
 
 #include <torch/csrc/stable/ops.h>

@@ -1,7 +1,8 @@
 // The priority buffer of one parameter tensor: which slot a step's item takes.
 //
-// Keys are float32, one per slot, -inf where the slot is unfilled. Written once for every
-// backend: the CPU step calls it from a loop over tensors, a CUDA kernel from a thread per tensor.
+// Keys are float32, one per slot, -inf where the slot is unfilled. Written once for C++: the CPU
+// step calls it from a loop over tensors, a CUDA kernel from a thread per tensor. The definition is
+// admit_ of cm_fused/reference.py, and Triton's copy is in cm_fused/_backends/triton/norms.py.
 #pragma once
 
 #include <cmath>

@@ -2,8 +2,8 @@
 
 // A running sum loses a rounding with every admission. Each chunk is therefore summed anew from
 // its slots once in 4 C steps, a different chunk each step, which bounds the error by the
-// roundings of 4 C admissions and costs (4 (C - 1) - 8) / (4 C) bytes an element: at most 2 % of
-// the 44 of a step.
+// roundings of 4 C admissions and costs (4 (C - 1) - 8) / (4 C) bytes an element: less than one
+// byte, 2.3 % of the 44 of a step.
 inline bool rebuilds_sum(const TensorStep& tensor, int64_t chunk) {
   return tensor.critical_sum != nullptr &&
          (tensor.step_number + chunk) % (4 * tensor.capacity) == 0;
