@@ -77,8 +77,8 @@ class Plan:
     dtypes: list[torch.dtype] | None = None
     # Complex tensors with their views as pairs of reals, which do not follow a replaced `.data`.
     views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    # By group, what `take_options` gave the buckets; None where `norms.scale_` has replaced it.
     batches_number: int = -1  # of the optimizer's `traced.Batches`
+    # By group, what `take_options` gave the buckets; None where `norms.scale_` has replaced it.
     options: list[StepOptions] | None = None
     # This step's factor of the gradients and mark of a skipped step, by group.
     scalars: list[tuple[Tensor | None, Tensor | None]] | None = None
