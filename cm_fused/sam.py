@@ -26,8 +26,9 @@ class SAM(Optimizer):
         \epsilon = \rho \, \theta^2 g / \lVert \theta g \rVert \text{ if adaptive},
 
     where the norm is over all gradients of all param groups. The parameters get back every bit
-    before the wrapped optimizer steps. Nothing waits for a device, with two exceptions: parameters
-    on several devices, and a closure that does not set the gradients to None.
+    before the wrapped optimizer steps. Nothing waits for a device, with three exceptions:
+    parameters on several devices, a closure that does not set the gradients to None, and `step`
+    without a closure, which reads whether all gradients are zero.
 
     Parameters may be DTensors (FSDP2, tensor parallelism), and plain tensors beside them: the norm
     is that of the full tensors, by one sum of a float64 over the processes.
