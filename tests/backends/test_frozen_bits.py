@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.cases import BACKENDS
 from tests.support.frozen import (
-    BACKENDS,
     CASES,
     PARTS,
     Case,

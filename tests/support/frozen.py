@@ -32,7 +32,6 @@ from cm_fused import SAM, AdamCG, AdamCM, AdamWCG, AdamWCM
 from cm_fused.compat.cmoptimizer import Adam_C, Adam_CM
 
 STORED = Path(__file__).parents[1] / "data" / "frozen_bits.json"
-BACKENDS = ("eager", "cpu", "triton")
 CAPABILITIES = ("default", "avx2", "avx512")
 CLASSES: dict[str, Any] = {
     "AdamCM": AdamCM,
@@ -424,7 +423,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.support.frozen")
     parser.add_argument("--write", action="store_true", help="store the hashes anew")
     parser.add_argument("--compare", action="store_true", help="compare cpu and triton")
-    parser.add_argument("--run", choices=BACKENDS, help="print a backend's hashes as JSON")
+    parser.add_argument("--run", metavar="BACKEND", help="print a backend's hashes as JSON")
     arguments = parser.parse_args()
     if arguments.run:
         print(json.dumps(_run_all(arguments.run)))
