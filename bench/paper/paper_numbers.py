@@ -32,21 +32,6 @@ class Best(NamedTuple):
     rho: float | None = None
 
 
-class DataSet(NamedTuple):
-    """Examples (PTB: words) in each part; of CIFAR both parts are training images."""
-
-    train: int
-    validation: int
-
-
-class Schedule(NamedTuple):
-    """Training of section 5; the learning rate is divided by 10 every ``drop`` epochs."""
-
-    epochs: int | None
-    drop: int
-    seeds: int
-
-
 # The table inside Fig. 5: C = 20, λ = 0.99.
 FIGURE_5 = {
     ("Goldstein-Price", "Adam"): LossSharpness(0.86, 1.49),
@@ -95,22 +80,6 @@ TABLE_1 = {
     for column, accuracy in zip(_COLUMNS, accuracies, strict=True)
 }
 
-TABLE_3 = {
-    "PTB": DataSet(890_000, 70_000),
-    "CIFAR-10": DataSet(40_000, 10_000),
-    "CIFAR-100": DataSet(40_000, 10_000),
-    "ImageNet": DataSet(1_281_000, 50_000),
-}
-
-# Parameters. 20 K cannot hold a word embedding of PTB. WRN-2, with 11 M and 45 M in two rows, has
-# no results.
-TABLE_4 = {
-    "LSTM": 20_000,
-    "ResNet34": 22_000_000,
-    "WRN-1": 500_000,
-    "EfficientNet-B0": 5_300_000,
-}
-
 # The grid.
 TABLE_5: dict[str, tuple[float, ...]] = {
     "lr": (0.1, 0.01, 0.001, 0.0001),
@@ -148,16 +117,4 @@ TABLES_6_TO_8 = {
     ("CIFAR-100", "WRN-1", "Adam+SAM"): Best(0.001, 0.9, 0.999, rho=0.05),
     ("CIFAR-100", "WRN-1", "Adam+CM"): Best(0.001, 0.9, 0.9999, 5, 0.7),
     ("CIFAR-100", "WRN-1", "Adam+SAM+CM"): Best(0.001, 0.9, 0.99, 5, 0.7, 0.1),
-}
-
-# What is not searched: β2 is 0.999 on CIFAR.
-DEFAULTS = Best(lr=0.001, beta1=0.9, beta2=0.99, capacity=5, priority_decay=0.7, rho=0.05)
-
-# PTB: the paper says 50 and 40 epochs in adjacent sentences. ImageNet: the number is not given, lr
-# is 1e-4 and the decoupled weight decay 1e-4.
-SCHEDULES = {
-    "PTB": Schedule(50, 25, 3),
-    "CIFAR-10": Schedule(100, 50, 3),
-    "CIFAR-100": Schedule(100, 50, 3),
-    "ImageNet": Schedule(None, 30, 3),
 }
