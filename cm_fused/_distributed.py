@@ -43,6 +43,21 @@ def local(tensor: Tensor) -> Tensor:
     return result
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Return whether a tensor, or its local tensor, holds its values in tensors of its own.
+
+    An operator on such a subclass is one on each tensor inside: a fused step of it would be two
+    steps, with one count.
+    """
+    if type(tensor) in _PLAIN:
+        return False
+    # As `is_traceable_wrapper_subclass`, which torch.compile takes for False.
+    kind = type(local(tensor))
+    has_parts = hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
+    # A collective's result, which a DTensor may hold, is waited for and then is a plain tensor.
+    return has_parts and not hasattr(kind, "trigger_wait")
+
+
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
     """Return a state with the local tensors of its DTensors."""
     if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):

@@ -72,7 +72,8 @@ class AdamCM(CriticalAdam):
         eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch.
         buffer_dtype: The slots' dtype: torch.float32, bfloat16, float16, float8_e4m3fn, int8 or
             int4, or its name, as "int8". None is float32, float64 for float64 parameters, which
-            like complex ones take no other.
+            like complex ones take no other. Tensors that wrap others take none with scales:
+            neither float8_e4m3fn, int8 nor int4.
         moment_dtype: The dtype of `exp_avg` and `exp_avg_sq`: torch.float32, bfloat16 or int8, or
             its name; None likewise. `max_exp_avg_sq` stays float32.
         low_precision_update: How bfloat16 and float16 parameters are rounded: "nearest",
@@ -104,7 +105,9 @@ class AdamCM(CriticalAdam):
             root mean square is then AdamW's where gradients are noise, so that AdamW's learning
             rate and weight decay carry over. It follows a changed beta1.
         backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
-            on each parameter's device. Never loaded from checkpoints; `repr` shows what is active.
+            on each parameter's device. Tensors that wrap others (`__tensor_flatten__`, except
+            DTensors) are stepped by the reference. Never loaded from checkpoints; `repr` shows what
+            is active.
         fused: As of torch's optimizers: True asks for a fused backend, and raises where there is
             none; None takes the best, which may be the reference. Never loaded from checkpoints.
         foreach: None or False; for code that passes it to every optimizer.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cm_fused import rounding
 from cm_fused._bucket import Bucket, StepOptions, over_scope
+from cm_fused._distributed import is_wrapper
 from cm_fused.philox import Stream, random_words
 
 
@@ -145,6 +146,9 @@ def effective_gradient(bucket: Bucket, i: int, options: StepOptions) -> Tensor:
 def _sq_norm(g: Tensor) -> Tensor:
     # In float64 a float32 gradient's square neither overflows nor underflows.
     norm: Tensor = torch.linalg.vector_norm(g, dtype=torch.float64)
+    if is_wrapper(norm):
+        # Other parameters' steps, which may be fused ones, take it as their key or factor.
+        norm = torch.zeros((), dtype=torch.float64, device=norm.device).copy_(norm)
     return norm.square()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from cm_fused import _install, reference
 from cm_fused._backends import cpu, eager, library
 from cm_fused._bucket import Batch, Bucket, StepOptions
+from cm_fused._distributed import is_wrapper, local
 from cm_fused._warnings import warn
 
 
@@ -118,8 +119,18 @@ def select(requested: str | None, device: torch.device) -> Backend:
     return backend
 
 
-def select_for(group: Mapping[str, Any], device: torch.device) -> Backend:
-    """Return the backend that a group's options ask for; RuntimeError says why there is none."""
+def select_for(group: Mapping[str, Any], param: Tensor) -> Backend:
+    """Return the backend that a group's options ask for; RuntimeError says why there is none.
+
+    Wrapper subclasses get the reference: `checks.check_wrappers` refuses groups that ask for
+    another backend.
+    """
+    if is_wrapper(param):
+        if group["backend"] is None:
+            reason = "the fused backends step plain tensors; backend='eager' takes the same steps"
+            _warn_of_fallback(type(local(param)).__name__, reason)
+        return EAGER
+    device = param.device
     requested: str | None = group["backend"]
     if requested is not None or not group["fused"]:
         return select(requested, device)
@@ -140,10 +151,13 @@ def _fused_on(device: torch.device) -> "Backend | str":
 
 
 @cache
-def _warn_of_fallback(device_type: str, reason: str) -> None:
-    """Warn once per device type that the reference does the work of a fused backend."""
-    reason = _with_remedy(device_type, reason)
-    warn(f"cm_fused steps with the slow eager backend for {device_type} parameters: {reason}")
+def _warn_of_fallback(kind: str, reason: str) -> None:
+    """Warn once per kind of parameters that the reference does the work of a fused backend.
+
+    The kind is a device type, or the name of a wrapper subclass.
+    """
+    reason = _with_remedy(kind, reason)
+    warn(f"cm_fused steps with the slow eager backend for {kind} parameters: {reason}")
 
 
 def _with_remedy(device_type: str, reason: str) -> str:

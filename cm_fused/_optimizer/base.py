@@ -122,7 +122,8 @@ class CriticalAdam(PlannedOptimizer):
 
         Raises:
             ValueError: An option is out of its range, or asks for low-precision state of float64 or
-                complex parameters, or a parameter is a shard of FSDP1; nothing is added.
+                complex parameters, or for scales of tensors that wrap others, or a parameter is a
+                shard of FSDP1; nothing is added.
             RuntimeError: The requested backend, or gradient release, cannot serve the parameters;
                 nothing is added.
         """
@@ -140,9 +141,10 @@ class CriticalAdam(PlannedOptimizer):
         try:
             checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
             checks.check_low_precision(group)
-            for device in {param.device for param in group["params"]}:
-                if group["backend"] is not None or group["fused"]:
-                    select_for(group, device)
+            checks.check_wrappers(len(self.param_groups) - 1, group)
+            if group["backend"] is not None or group["fused"]:
+                for param in {param.device: param for param in group["params"]}.values():
+                    select_for(group, param)
             if self._release is not None:
                 self._release._follow_groups()
         except BaseException:
@@ -358,7 +360,7 @@ class CriticalAdam(PlannedOptimizer):
     def __repr__(self) -> str:
         active = ", ".join(
             dict.fromkeys(
-                _active_backend(group, param.device)
+                _active_backend(group, param)
                 for group in self.param_groups
                 for param in group["params"]
             )
@@ -366,9 +368,9 @@ class CriticalAdam(PlannedOptimizer):
         return f"{super().__repr__()[:-1]}Active backends: {active}\n)"
 
 
-def _active_backend(group: dict[str, Any], device: torch.device) -> str:
+def _active_backend(group: dict[str, Any], param: Tensor) -> str:
     try:
-        return select_for(group, device).describe(device)
+        return select_for(group, param).describe(param.device)
     except RuntimeError:
         requested = "fused=True" if group["backend"] is None else repr(group["backend"])
-        return f"none on {device.type}, where {requested} cannot serve"
+        return f"none on {param.device.type}, where {requested} cannot serve"

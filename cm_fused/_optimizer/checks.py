@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cm_fused._backends.select import NAMES
-from cm_fused._distributed import is_flattened, is_sharded, partitioner
+from cm_fused._distributed import is_flattened, is_sharded, is_wrapper, local, partitioner
 from cm_fused._state.making import refused_precision
 from cm_fused._state.table import as_dtype
 from cm_fused.rounding import INT4
@@ -212,12 +212,25 @@ def check_not_flattened(
     """Check that no parameter of a group is a shard of FSDP1, whose norm is not the parameter's."""
     for i, param in enumerate(group["params"]):
         if is_flattened(param):
-            name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
             raise error(
-                f"{name} of group {index} must be a whole parameter or a DTensor, got one of "
+                f"{_name_of(index, group, i)} must be a whole parameter or a DTensor, got one of "
                 f"FullyShardedDataParallel (FSDP1) of shape {tuple(param.shape)}: norms over its "
                 "shards would be those of one process; use fully_shard (FSDP2), or "
                 "DistributedDataParallel in place of NO_SHARD"
+            )
+
+
+def check_wrappers(index: int, group: Mapping[str, Any]) -> None:
+    """Check that a group that asks for a fused backend has no wrapper subclass as a parameter."""
+    if group["backend"] in (None, "eager") and not group["fused"]:
+        return
+    for i, param in enumerate(group["params"]):
+        if is_wrapper(param):
+            asked = "fused=True" if group["backend"] is None else f"backend={group['backend']!r}"
+            raise RuntimeError(
+                f"{_name_of(index, group, i)} must be a plain tensor for {asked}, got a "
+                f"{type(local(param)).__name__}, which holds its values in tensors of its own; use "
+                "backend=None or backend='eager'"
             )
 
 
@@ -252,6 +265,11 @@ def check_low_precision(group: Mapping[str, Any]) -> None:
                 f"{name} must be {rule}; put them into a group of their own: params[{i}] is "
                 f"{param.dtype}, got {group[name]!r}"
             )
+
+
+def _name_of(index: int, group: Mapping[str, Any], i: int) -> str:
+    name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+    return f"{name} of group {index}"
 
 
 def _require(condition: bool, rule: str, value: object) -> None:

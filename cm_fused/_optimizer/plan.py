@@ -20,7 +20,7 @@ from cm_fused._bucket import (
     is_adjusted_on_device,
     step_options,
 )
-from cm_fused._distributed import Processes, is_sharded, local, local_grad, processes
+from cm_fused._distributed import Processes, is_sharded, is_wrapper, local, local_grad, processes
 from cm_fused._optimizer.checks import CHECKED_NUMBERS, check_choices, check_lrs, check_numbers
 from cm_fused._state.tracking import OptimizerState
 
@@ -51,7 +51,7 @@ def needs_norm(group: Mapping[str, Any]) -> bool:
 
 
 class Member(NamedTuple):
-    """The parameters of one group and device that take part in a step."""
+    """The parameters of one group, device and backend that take part in a step."""
 
     group: int  # the index of the group
     backend: Backend  # the one that steps them
@@ -219,7 +219,7 @@ class Plans:
                     batch.split_gradients()
 
     def members(self, groups: Groups, first: int) -> list[Member]:
-        """Return the parameters that take part, by group and device.
+        """Return the parameters that take part, by group, device and backend.
 
         `first` is the index of the groups' first parameter among the optimizer's.
         """
@@ -228,9 +228,10 @@ class Plans:
         for index, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
             present = [i for i in range(start, start + size) if self.grads[i] is not None]
             start += size
-            for device in dict.fromkeys([params[i].device for i in present]):
-                chosen = [i for i in present if params[i].device == device]
-                backend, indices = select_for(group, device), [first + i for i in chosen]
+            kinds = {i: (params[i].device, is_wrapper(params[i])) for i in present}
+            for kind in dict.fromkeys(kinds.values()):
+                chosen = [i for i in present if kinds[i] == kind]
+                backend, indices = select_for(group, params[chosen[0]]), [first + i for i in chosen]
                 members.append(Member(index, backend, [params[i] for i in chosen], indices))
         return members
 

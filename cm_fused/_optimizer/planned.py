@@ -29,6 +29,8 @@ class PlannedOptimizer(CheckpointedOptimizer):
             # FSDP1 may have wrapped the model since the group was added.
             checks.check_not_flattened(i, group)
             checks.check_gradients(i, group["params"])
+            if cached is None:
+                checks.check_wrappers(i, group)
             if cached is None and group["capturable"]:
                 checks.check_capturable([p for p in group["params"] if p.grad is not None])
         if cached is None:

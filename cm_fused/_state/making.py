@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cm_fused import rounding
-from cm_fused._distributed import is_sharded, local, local_state, sharded_as
+from cm_fused._distributed import is_sharded, is_wrapper, local, local_state, sharded_as
 from cm_fused._state.table import (
     BUFFER_KEYS,
     LEADING,
@@ -22,8 +22,9 @@ from cm_fused._state.table import (
     shape_of,
     shapes_of,
 )
-from cm_fused.rounding import LARGEST, PACKED
+from cm_fused.rounding import INT4, LARGEST, PACKED
 
+_SCALED = (torch.int8, torch.float8_e4m3fn, INT4)
 LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,6 +33,12 @@ def refused_precision(param: Tensor, group: Group) -> tuple[str, str] | None:
     if param.dtype is torch.float16 and group["low_precision_update"] == "split":
         rule = "'nearest', 'stochastic' or 'kahan' for float16 parameters, no part of a float32"
         return "low_precision_update", rule
+    if is_wrapper(param):
+        # Scales are plain tensors, and those of the tensors inside may differ.
+        scaled = (name for name in ("buffer_dtype", "moment_dtype") if group[name] in _SCALED)
+        name = next(scaled, None)
+        if name is not None:
+            return name, "a dtype without scales for tensors that wrap others, or None"
     if param.dtype in LOW_PRECISION_PARAM_DTYPES:
         return None
     asked = (name for name in ("buffer_dtype", "moment_dtype") if group[name] is not None)
@@ -173,6 +180,8 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
         return torch.zeros(0, dtype=dtype, device=param.device)
     like = state.get("exp_avg", param)
     if key == "critical_buffer":
+        if is_wrapper(like):  # whose values have no strides of their own
+            return torch.zeros_like(like).new_zeros((capacity, *like.shape), dtype=dtype)
         slot = torch.empty_like(like, memory_format=torch.preserve_format, device="meta")
         size, strides = (capacity, *slot.shape), (like.numel(), *slot.stride())
         return torch.empty_strided(size, strides, dtype=dtype, device=like.device).zero_()

@@ -233,7 +233,7 @@ class _ResearchAdam(CriticalAdam):
         self, group: dict[str, Any], param: Tensor, options: StepOptions, key: Tensor, made: _Made
     ) -> None:
         """Take a parameter's first step: its gradient goes into the buffer."""
-        member = Member(0, select_for(group, param.device), [param], [0])
+        member = Member(0, select_for(group, param), [param], [0])
         made += self._make_state([member], [group])
         bucket = self._bucket(member, group)
         view_as_real_([bucket])
