@@ -31,6 +31,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "low_precision_update": ("nearest", "stochastic", "kahan", "split"),
     "adjust_lr_fn": (None, "match_rms_adamw"),
 }
+# Unlike `skip_nonfinite` and `amp_scaling` they may also be 0 or 1.
+FLAGS = ("amsgrad", "capturable", "eps_inside_sqrt", "maximize", "decoupled_weight_decay")
 _Rule = tuple[str, Callable[[float], bool]]
 # By comparisons, which torch.compile can trace.
 _FINITE: _Rule = ("finite", lambda x: abs(x) < math.inf)
@@ -87,8 +89,11 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
     for name in _CHOICES:
         _check_choice(name, options[name])
     _check_implementation(options)
+    for name in FLAGS:
+        _check_flag(name, options[name])
     for name in ("skip_nonfinite", "amp_scaling"):
         _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
+    _check_skipped_steps(options.get("skipped_steps", 0))
 
 
 def _check_numbers(options: Mapping[str, Any], rules: Mapping[str, _Rule]) -> None:
@@ -128,8 +133,10 @@ def _check_one_element(lr: object) -> None:
 
 
 def check_choices(options: Mapping[str, Any]) -> None:
-    """Check the capacity and named choices that a step reads, which may have changed by hand."""
+    """Check the capacity, flags and named choices of a step, which may have changed by hand."""
     check_capacity(options["capacity"])
+    for name, value in zip(FLAGS, _python_numbers([options[name] for name in FLAGS]), strict=True):
+        _check_flag(name, value)
     for name in _CHOICES:
         value = options[name]
         _check_choice(name, as_dtype(value) if name in _DTYPE_OPTIONS else value)
@@ -141,6 +148,20 @@ def _check_choice(name: str, value: object) -> None:
         names = ", ".join(map(repr, choices))
         also = ", or a name such as 'bfloat16'" if name in _DTYPE_OPTIONS else ""
         raise ValueError(f"{name} must be one of {names}{also}, got {value!r}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    is_flag = isinstance(value, int) and value in (0, 1)
+    _require(is_flag, f"{name} must be True or False", value)
+
+
+def _check_skipped_steps(count: object) -> None:
+    """Check the count that a saved group has: an int, or a tensor that may be on a device."""
+    if isinstance(count, Tensor):
+        is_count = count.numel() == 1 and count.dtype in (torch.int64, torch.int32)
+    else:
+        is_count = _is_int(count) and count >= 0
+    _require(is_count, "skipped_steps must be an int >= 0 or a tensor of one", count)
 
 
 def _check_implementation(options: Mapping[str, Any]) -> None:

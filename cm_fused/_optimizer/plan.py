@@ -21,7 +21,13 @@ from cm_fused._bucket import (
     step_options,
 )
 from cm_fused._distributed import Processes, is_sharded, is_wrapper, local, local_grad, processes
-from cm_fused._optimizer.checks import CHECKED_NUMBERS, check_choices, check_lrs, check_numbers
+from cm_fused._optimizer.checks import (
+    CHECKED_NUMBERS,
+    FLAGS,
+    check_choices,
+    check_lrs,
+    check_numbers,
+)
 from cm_fused._state.tracking import OptimizerState
 
 Groups = list[dict[str, Any]]
@@ -29,14 +35,15 @@ Groups = list[dict[str, Any]]
 # ones with few values. They come first in `_options_of`: when one of them changes, they are checked
 # and all plans are made anew.
 _CHOICES = (
-    *("amsgrad", "capacity", "backend", "fused", "capturable"),
+    *FLAGS,
+    *("capacity", "backend", "fused"),
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
     *("priority_scope", "buffer_mean", "adjust_lr_fn"),
 )
 _options_of = itemgetter(
     *_CHOICES,
     *CHECKED_NUMBERS,
-    *("betas", "eps_inside_sqrt", "maximize", "decoupled_weight_decay", "skip_nonfinite"),
+    *("betas", "skip_nonfinite"),
 )
 _lr_of = itemgetter("lr")
 _params_of = itemgetter("params")

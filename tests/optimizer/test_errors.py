@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cm_fused._backends import select as _backend
+from cm_fused._optimizer import checks
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.training import (
     BACKENDS,
@@ -103,6 +105,18 @@ BAD_OPTIONS = [
     BadOption("foreach", torch.ones(2), "foreach must be None or False: .*got tensor"),
     BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
     BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1.5"),
+    # Older rows have no flags: 'True' was False for amsgrad, and others raised at the first step.
+    BadOption("amsgrad", "True", "amsgrad must be True or False, got 'True'"),
+    BadOption("amsgrad", None, "amsgrad must be True or False, got None"),
+    BadOption("amsgrad", 2, "amsgrad must be True or False, got 2"),
+    BadOption("capturable", "False", "capturable must be True or False, got 'False'"),
+    BadOption("eps_inside_sqrt", "False", "eps_inside_sqrt must be True or False, got 'False'"),
+    BadOption("maximize", "False", "maximize must be True or False, got 'False'"),
+    BadOption("maximize", torch.tensor(True), r"maximize must be True or False, got tensor\("),
+    BadOption(
+        "decoupled_weight_decay", "no", "decoupled_weight_decay must be True or False, got 'no'"
+    ),
+    BadOption("skip_nonfinite", "False", "skip_nonfinite must be a bool, got 'False'"),
 ]
 
 bad_options = pytest.mark.parametrize("bad", BAD_OPTIONS, ids=str)
@@ -129,6 +143,44 @@ def test_add_param_group_refuses(bad: BadOption) -> None:
     with pytest.raises(ValueError, match=bad.message):
         optimizer.add_param_group({"params": [extra], bad.name: bad.value})
     assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("name", checks.FLAGS)
+@pytest.mark.parametrize("flag", [0, 1, np.False_, np.True_], ids=repr)
+def test_flags_that_are_no_bools(name: str, flag: Any) -> None:
+    """0, 1 and NumPy's bools are taken for flags, as they were when flags were not checked."""
+    optimizer = new_optimizer(CLASSES[0], **{name: flag})
+    assert optimizer.param_groups[0][name] == bool(flag)
+    assert type(optimizer.param_groups[0][name]) in (int, bool)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], name: flag})
+    optimizer.load_state_dict(optimizer.state_dict())
+    if name != "capturable":
+        optimizer.param_groups[0][name] = flag
+        train(optimizer, range(2))
+
+
+@pytest.mark.parametrize("name", [*checks.FLAGS, "skipped_steps"])
+@pytest.mark.parametrize("value", ["abc", None, -1, 1.5, torch.tensor([1, 1])], ids=str)
+def test_a_loaded_group_with_a_bad_flag_or_count(name: str, value: Any) -> None:
+    """It is refused and nothing changes. Older state dicts had only numbers out of their range."""
+    optimizer = new_optimizer(CLASSES[0])
+    train(optimizer, range(2))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["param_groups"][1][name] = value
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"{name} must be .*, got "):
+        optimizer.load_state_dict(state_dict)
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("count", [3, torch.tensor(3), torch.tensor([3], dtype=torch.int32)])
+def test_loaded_counts_of_skipped_steps(count: Any) -> None:
+    """What a group may have as its count still loads. Only state dicts of `state_dict` did."""
+    optimizer = new_optimizer(CLASSES[0])
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["skipped_steps"] = count
+    optimizer.load_state_dict(state_dict)
+    assert int(optimizer.param_groups[0]["skipped_steps"]) == 3
 
 
 # Backends
@@ -402,6 +454,10 @@ BY_HAND = [
     BadOption("max_grad_norm", 0.0, r"max_grad_norm must be None or finite and > 0, got 0\.0"),
     BadOption("seed", -1, r"seed must be an int in \[0, 2\^63\), got -1"),
     BadOption("seed", 1.5, r"seed must be an int in \[0, 2\^63\), got 1\.5"),
+    BadOption("amsgrad", "True", "amsgrad must be True or False, got 'True'"),
+    BadOption("eps_inside_sqrt", "False", "eps_inside_sqrt must be True or False, got 'False'"),
+    BadOption("maximize", None, "maximize must be True or False, got None"),
+    BadOption("decoupled_weight_decay", 2, "decoupled_weight_decay must be True or False, got 2"),
 ]
 
 
@@ -419,7 +475,7 @@ def test_option_set_by_hand_changes_nothing(
     capacity but other ints >= 1: what no constructor takes raised torch's TypeErrors. Of the
     numbers they set only betas: a step took a NaN, or a seed of 1.5 with one backend. They set only
     numbers for betas, only a number for lr, and no dtype: Python's, torch's and C++ errors named
-    neither option nor rule.
+    neither option nor rule. They set no flags: a text was taken for True or False.
     """
     optimizer = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
     twin = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
