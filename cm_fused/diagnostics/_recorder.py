@@ -40,13 +40,14 @@ class Recorder:
             change.
         path: The CSV file to write, or None.
         every: Steps between records, >= 1.
-        names: The parameters with their names, as `model.named_parameters()` yields them. Others
-            are numbered.
+        names: The parameters with their names, as `model.named_parameters()` yields them. No two
+            parameters have one name, and none is named "all". Others are numbered.
         tensorboard: Folder for TensorBoard, or None.
 
     Raises:
         TypeError: The optimizer has no critical buffer.
-        ValueError: ``every`` is not an int >= 1.
+        ValueError: ``every`` is not an int >= 1, or two of the ``names`` are the same or one is
+            "all".
         ModuleNotFoundError: TensorBoard is asked for and not installed.
 
     Example:
@@ -75,7 +76,7 @@ class Recorder:
             raise ValueError(f"every must be an int >= 1, got {every!r}")
         self._optimizer = critical(optimizer)
         self._every = every
-        self._names = {param: name for name, param in names}
+        self._names = _names_of(names)
         self._writer = None if tensorboard is None else _summary_writer(tensorboard)
         # Open as long as the recorder is: a run is long, and may be cut off.
         self._file = None if path is None else Path(path).open("w", newline="")  # noqa: SIM115
@@ -166,6 +167,22 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _names_of(pairs: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
+    """Return the names of parameters, each of which is that of a row."""
+    params: dict[str, Tensor] = {}
+    names: dict[Tensor, str] = {}
+    for name, param in pairs:
+        if name == ALL:
+            raise ValueError(f"names must not have {ALL!r}, the row of all parameters together")
+        if params.setdefault(name, param) is not param:
+            raise ValueError(
+                f"names must differ, got {name!r} for two parameters; of several models, use "
+                "model.named_parameters(prefix=...)"
+            )
+        names[param] = name
+    return names
 
 
 def _summary_writer(folder: str | Path) -> Any:

@@ -186,6 +186,28 @@ def test_groups_that_come_and_go() -> None:
         assert [*recorder.last] == ["1", "2", "all"]
 
 
+def test_names_that_are_not_of_one_row(tmp_path: Path) -> None:
+    """Two parameters with one name, or one named "all", are refused before anything is opened.
+
+    Older tests name the parameters of one model: a row took another's place, and the step raised
+    after it was taken. A parameter that is given twice has one row.
+    """
+    models = nn.Linear(2, 1), nn.Linear(2, 1)
+    pairs = [pair for model in models for pair in model.named_parameters()]
+    optimizer = AdamCM([param for _, param in pairs])
+    path = tmp_path / "buffer.csv"
+    with pytest.raises(ValueError, match="names must differ, got 'weight' for two parameters"):
+        Recorder(optimizer, path, names=pairs)
+    with pytest.raises(ValueError, match="names must not have 'all'"):
+        Recorder(optimizer, path, names=[("all", models[0].weight)])
+    assert not path.exists()
+    own = pairs[:2]
+    with Recorder(optimizer, names=[*own, *own]) as recorder:
+        models[0](torch.ones(2)).sum().backward()
+        optimizer.step()
+    assert [*recorder.last] == ["weight", "bias", "all"]
+
+
 def test_a_state_dict_loaded_while_recording() -> None:
     """What a state dict brings is no admission, and counts its age from then on.
 
