@@ -55,15 +55,15 @@ def sharpness(
 
     Args:
         loss: A scalar with its graph, which is not freed; not changed.
-        params: Real tensors that the loss depends on; not changed.
+        params: Real tensors that require grad and that the loss depends on; not changed.
         tolerance: The tolerance of the residual, relative to the largest product, > 0.
         max_iterations: The largest number of Hessian-vector products, >= 1.
         seed: The seed of the vector that it starts from.
 
     Raises:
         TypeError: The loss is not a tensor.
-        ValueError: There are no parameters or elements, a parameter is complex, or a number is out
-            of its range.
+        ValueError: There are no parameters or elements, a parameter is complex or does not require
+            grad, or a number is out of its range.
     """
     # A parameter that two modules share counts once.
     params = list({id(param): param for param in params}.values())
@@ -104,6 +104,11 @@ def _check(loss: object, params: Sequence[Tensor], tolerance: float, max_iterati
             raise ValueError(
                 f"params must be real, got {param.dtype} for params[{i}]; compute the loss of "
                 "torch.view_as_real of it and pass that"
+            )
+        if not param.requires_grad:
+            raise ValueError(
+                f"params must require grad, got params[{i}] that does not (a frozen one?); pass "
+                "[p for p in model.parameters() if p.requires_grad]"
             )
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance!r}")

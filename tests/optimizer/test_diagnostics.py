@@ -440,7 +440,8 @@ def test_tensorboard(tmp_path: Path) -> None:
 def test_errors() -> None:
     """The argument is named; nothing is hooked.
 
-    Older tests give every loss as a tensor: a closure raised AttributeError.
+    Older tests give every loss as a tensor: a closure raised AttributeError. They give no frozen
+    parameter, for which autograd raised.
     """
     param = torch.zeros(2, requires_grad=True)
     with pytest.raises(TypeError, match=r"must have a critical buffer .* got Adam"):
@@ -464,6 +465,10 @@ def test_errors() -> None:
     complex_param = torch.ones(2, dtype=torch.complex64, requires_grad=True)
     with pytest.raises(ValueError, match=r"must be real, got torch.complex64 for params\[1\]"):
         sharpness(complex_param.abs().sum(), [param, complex_param])
+    frozen = torch.zeros(2)
+    message = r"params must require grad, got params\[1\] that does not .*if p.requires_grad"
+    with pytest.raises(ValueError, match=message):
+        sharpness((param * frozen).sum(), [param, frozen])
 
 
 def test_sharpness_of_a_model() -> None:
