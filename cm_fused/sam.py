@@ -1,5 +1,7 @@
 """Sharpness-aware minimization around any optimizer."""
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -9,7 +11,12 @@ from torch.optim import Optimizer
 
 from cm_fused._distributed import local, local_grad
 from cm_fused._optimizer.ascent import Sums, ascend_, count_nonzero
-from cm_fused._optimizer.checks import check_not_flattened, check_placement
+from cm_fused._optimizer.checks import (
+    check_not_flattened,
+    check_number,
+    check_placement,
+    plain_options,
+)
 from cm_fused._optimizer.closures import TwoCalls
 
 # The attributes of a copy; between the half-steps `_originals` has the unperturbed parameters.
@@ -56,8 +63,9 @@ class SAM(Optimizer):
         adaptive: Likewise.
 
     Raises:
-        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
-        ValueError: `rho` is negative or not finite, or a parameter is a shard of FSDP1.
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`, or its step needs a closure, as
+            that of `torch.optim.LBFGS` does.
+        ValueError: `rho` is negative, not finite or no number, or a parameter is a shard of FSDP1.
         RuntimeError: Gradient release is enabled for `optimizer`; steps raise it too.
 
     Example:
@@ -81,8 +89,9 @@ class SAM(Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
-        if not 0.0 <= rho < float("inf"):
-            raise ValueError(f"rho must be finite and >= 0, got {rho}")
+        _check_takes_no_closure(optimizer)
+        rho = plain_options({"rho": rho})["rho"]
+        check_number("rho", rho, "finite and >= 0", lambda x: 0 <= x < math.inf)
         _check_not_released(optimizer)
         for i, group in enumerate(optimizer.param_groups):
             check_not_flattened(i, group, ValueError)
@@ -286,6 +295,16 @@ class SAM(Optimizer):
 
     def __repr__(self) -> str:
         return f"SAM(rho={self.rho}, adaptive={self.adaptive}) of {self.optimizer!r}"
+
+
+def _check_takes_no_closure(optimizer: Optimizer) -> None:
+    """Check that the wrapped optimizer steps without a closure, as `second_step` calls it."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            "optimizer must step without a closure, with the gradients there are, got "
+            f"{type(optimizer).__name__}, whose step(closure) computes more of them"
+        )
 
 
 def _check_not_released(optimizer: Optimizer) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from cm_fused import SAM, AdamCM
 from tests.support.oracle import Array
@@ -320,6 +321,37 @@ def test_passes_for_an_optimizer() -> None:
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert len(base.param_groups) == 2
     assert "SAM(rho=0.05, adaptive=False) of Adam" in repr(optimizer)
+
+
+@pytest.mark.parametrize("rho", ["0.05", None, True, (0.1,)], ids=repr)
+def test_rho_that_is_no_number(rho: Any) -> None:
+    """It is a ValueError as others are. Older tests gave only numbers: these were TypeErrors."""
+    with pytest.raises(
+        ValueError, match=f"rho must be finite and >= 0, got {re.escape(repr(rho))}"
+    ):
+        SAM(Adam(_model().parameters()), rho=rho)
+
+
+@pytest.mark.parametrize("rho", [0, 1, np.float32(0.5), np.int64(1)], ids=repr)
+def test_rho_of_other_numbers(rho: Any) -> None:
+    """Ints and NumPy's numbers are taken, as they were before `rho` was checked as options are."""
+    model = _model()
+    optimizer = SAM(Adam(model.parameters()), rho=rho)
+    assert optimizer.rho == rho
+    optimizer.step(_closure(model, optimizer))
+
+
+@pytest.mark.parametrize("has_scheduler", [False, True])
+def test_an_optimizer_whose_step_needs_a_closure(has_scheduler: bool) -> None:
+    """The constructor refuses it; older tests wrap optimizers that step without one.
+
+    A scheduler wraps the optimizer's `step`.
+    """
+    base = LBFGS(_model().parameters())
+    if has_scheduler:
+        lr_scheduler.ConstantLR(base)
+    with pytest.raises(TypeError, match=r"optimizer must step without a closure.* got LBFGS"):
+        SAM(base)
 
 
 def test_errors() -> None:
