@@ -128,6 +128,8 @@ class GradientRelease:
             group = self._optimizer.param_groups[indices[0]]
             release_checks.check_options([group], indices[0])
             self._optimizer._step_one(*indices)
+            # By which a scheduler knows that it comes after the first step: nobody calls `step`.
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
         finally:
             param.grad = None
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,6 +52,25 @@ def test_steps_are_those_after_backward(
             scheduler.step()
 
     assert_steps_are_those_after_backward(make, train)
+
+
+def test_a_scheduler_after_backward_does_not_warn() -> None:
+    """It warns only where no backward pass has stepped before it, as it does without release.
+
+    Older tests with a scheduler call `optimizer.step()`, which does nothing then.
+    """
+    model = new_model()
+    optimizer = AdamCM(model.parameters(), priority_scope="tensor")
+    handle = enable_gradient_release(model, optimizer)
+    early = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step"):
+        early.step()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    backward(model, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    handle.remove()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
