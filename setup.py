@@ -232,6 +232,18 @@ def torch_headers() -> list[str]:
     return [flag for path in include_paths() for flag in ("-isystem", path)]
 
 
+def relative_paths() -> list[str]:
+    """Return the flags for relative paths in errors, where this build's say nothing to a user."""
+    from torch.utils.cpp_extension import include_paths
+
+    roots = [kept_objects() or Path.cwd(), *include_paths()]
+    flags = [f"-fmacro-prefix-map={root}/=" for root in roots]
+    compiler = os.environ.get("CXX", "c++").split()
+    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    knows = subprocess.run(command, input="", capture_output=True, text=True).returncode == 0
+    return flags if knows else []
+
+
 def cpu_extension() -> Extension:
     """Return the CPU library, which also has the schemas."""
     from torch.utils.cpp_extension import CppExtension
@@ -243,6 +255,7 @@ def cpu_extension() -> Extension:
         extra_compile_args=[
             *COMPILE_ARGS,
             *torch_headers(),
+            *relative_paths(),
             *os.environ.get("CM_FUSED_CXXFLAGS", "").split(),
         ],
         depends=glob.glob("csrc/**/*.h", recursive=True),
@@ -257,11 +270,13 @@ def cuda_extension() -> Extension:
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         architectures = default_architectures(output_of(f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"))
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    # It is the host compiler that replaces macros.
+    host_flags = [arg for flag in relative_paths() for arg in ("-Xcompiler", flag)]
     return CUDAExtension(  # type: ignore[no-untyped-call]
         "cm_fused._C_cuda",
         CUDA_SOURCES,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args={"nvcc": [*CUDA_COMPILE_ARGS, *torch_headers()]},
+        extra_compile_args={"nvcc": [*CUDA_COMPILE_ARGS, *torch_headers(), *host_flags]},
         depends=glob.glob("csrc/**/*.h", recursive=True),
         py_limited_api=True,
     )
