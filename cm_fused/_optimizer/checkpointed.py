@@ -55,6 +55,7 @@ class CheckpointedOptimizer(Optimizer):
         for which loading writes into the state, they are copies. Groups have every key that the
         optimizer's groups have: options of the process (`backend`, `fused`, `foreach`,
         `amp_scaling`) are saved as None and False and never loaded, and dtypes are saved by name.
+        Besides, `critical_gradients` says whether the slots are gradients.
 
         DTensors' state with scales is the exception: take it anew each time it is saved. Its scales
         belong to blocks of the local tensor, which differs between meshes. It is saved as float32

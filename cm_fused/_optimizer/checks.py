@@ -133,13 +133,17 @@ def _check_one_element(lr: object) -> None:
 
 
 def check_choices(options: Mapping[str, Any]) -> None:
-    """Check the capacity, flags and named choices of a step, which may have changed by hand."""
+    """Check the capacity and named choices that a step reads, which may have changed by hand."""
     check_capacity(options["capacity"])
-    for name, value in zip(FLAGS, _python_numbers([options[name] for name in FLAGS]), strict=True):
-        _check_flag(name, value)
     for name in _CHOICES:
         value = options[name]
         _check_choice(name, as_dtype(value) if name in _DTYPE_OPTIONS else value)
+
+
+def check_flags(options: Mapping[str, Any]) -> None:
+    """Check that `FLAGS` are, as NumPy's are too."""
+    for name, value in zip(FLAGS, _python_numbers([options[name] for name in FLAGS]), strict=True):
+        _check_flag(name, value)
 
 
 def _check_choice(name: str, value: object) -> None:

@@ -23,8 +23,8 @@ from cm_fused._bucket import (
 from cm_fused._distributed import Processes, is_sharded, is_wrapper, local, local_grad, processes
 from cm_fused._optimizer.checks import (
     CHECKED_NUMBERS,
-    FLAGS,
     check_choices,
+    check_flags,
     check_lrs,
     check_numbers,
 )
@@ -35,16 +35,13 @@ Groups = list[dict[str, Any]]
 # ones with few values. They come first in `_options_of`: when one of them changes, they are checked
 # and all plans are made anew.
 _CHOICES = (
-    *FLAGS,
-    *("capacity", "backend", "fused"),
+    *("amsgrad", "capacity", "backend", "fused", "capturable"),
     *("buffer_dtype", "moment_dtype", "low_precision_update"),
     *("priority_scope", "buffer_mean", "adjust_lr_fn"),
 )
-_options_of = itemgetter(
-    *_CHOICES,
-    *CHECKED_NUMBERS,
-    *("betas", "skip_nonfinite"),
-)
+# When one of these changes they are checked, and the plans stay.
+_CHECKED = (*CHECKED_NUMBERS, "eps_inside_sqrt", "maximize", "decoupled_weight_decay")
+_options_of = itemgetter(*_CHOICES, *_CHECKED, "betas", "skip_nonfinite")
 _lr_of = itemgetter("lr")
 _params_of = itemgetter("params")
 # How many plans are cached, one for each set of parameters with gradients. It is enough for the
@@ -165,7 +162,7 @@ class Plans:
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._values: list[tuple[Any, ...]] | None = None
         self._choices: list[tuple[Any, ...]] = []
-        self._numbers: list[tuple[Any, ...]] = []
+        self._checked: list[tuple[Any, ...]] = []
         self._lrs: list[float | Tensor] = []
         self._state: Any = None
         self._changes = -1
@@ -198,6 +195,7 @@ class Plans:
         for group in groups:
             check_choices(group)
             check_numbers(group)
+            check_flags(group)
         self.options = [step_options(group) for group in groups]
         self.needs_norm = any(needs_norm(group) for group in groups)
 
@@ -310,9 +308,7 @@ class Plans:
         self._values = None
         if not is_known:  # else a scheduler has changed learning rates
             self._read_choices(groups, [each[: len(_CHOICES)] for each in values])
-            self._read_numbers(
-                groups, [each[len(_CHOICES) :][: len(CHECKED_NUMBERS)] for each in values]
-            )
+            self._read_checked(groups, [each[len(_CHOICES) :][: len(_CHECKED)] for each in values])
             self.needs_norm = any(map(needs_norm, groups))
         check_lrs(lrs)
         self.options, self._lrs = list(map(step_options, groups)), lrs
@@ -327,15 +323,17 @@ class Plans:
             return
         for group in groups:
             check_choices(group)
+            check_flags(group)
         self._plans.clear()
         self._choices = choices
 
-    def _read_numbers(self, groups: Groups, numbers: list[tuple[Any, ...]]) -> None:
-        if numbers == self._numbers:
+    def _read_checked(self, groups: Groups, checked: list[tuple[Any, ...]]) -> None:
+        if checked == self._checked:
             return
         for group in groups:
             check_numbers(group)
-        self._numbers = numbers
+            check_flags(group)
+        self._checked = checked
 
 
 def _is_immutable(value: Any) -> bool:

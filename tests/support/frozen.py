@@ -262,7 +262,8 @@ class Run:
         state: list[tuple[str, Any]] = []
         sums: list[tuple[str, Any]] = []
         for i, values in sorted(saved["state"].items()):
-            for key in sorted(values):
+            # Always -1 in a state dict that is new.
+            for key in sorted(values.keys() - {"pending_slot"}):
                 (sums if key == "critical_sum" else state).append((f"{i}.{key}", values[key]))
         state += [(f"group {i}", group) for i, group in enumerate(self._counts(saved))]
         return [_hash(part) for part in (params, state, sums)]
