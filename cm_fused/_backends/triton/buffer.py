@@ -57,7 +57,10 @@ def _stored(block, V: tl.constexpr):
 
 @triton.jit
 def _load_slot(buffer, slot, block, wanted, item, LASTING: tl.constexpr, V: tl.constexpr):
-    """Return what a slot stores and its scales, or an item's where `wanted`, a scalar, is 0."""
+    """Return what a slot stores and its scales, or an item's where `wanted`, a scalar, is 0.
+
+    LASTING: the pass stores no scale of this slot.
+    """
     slot_ptr = at(buffer.slots, slot * buffer.size, V.ALIGNED_SLOTS)
     SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)

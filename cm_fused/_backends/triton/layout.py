@@ -21,7 +21,8 @@ SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
 # gives every tensor, whatever its dtype, the layout they name, and lays out nothing anew.
 #
 # A warp's first lane loads a scale, spreads it, and stores the new one: no other thread accesses
-# it, so that no barrier is needed in between.
+# it, so that no barrier is needed in between. Scales that the pass does not store, those of momenta
+# that are summed, are loaded by every lane.
 #
 # A lane accesses its four bytes of a run of a full chunk as one int32, and chooses between two such
 # words: left alone, the compiler takes bytes apart and joins them again.

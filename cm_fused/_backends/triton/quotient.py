@@ -43,8 +43,8 @@ def divide_by_root(numerator, square, eps, V: tl.constexpr):
 # What sqrt.rn and div.rn become are 11 instructions that compute, and 9 that look for numbers near
 # the ends of the range and go around a subroutine for them. Here one look serves four elements.
 # Their numerators and squares are all within [2^-100, 2^28), or they go the long way: of the upper
-# half of a float32 less that of 2^-100 the second bit is set if, and only if, it is not. The
-# quotient is then within the range too, unless eps is above 2^20.
+# half of a float32 less that of 2^-100 the second bit is set if, and only if, it is not. What is
+# computed from them is then far from the ends of the range too, unless eps is above 2^20.
 #
 # `SHORT` is what ptxas makes of the two in that range (tests/backends/test_quotient.py compares
 # them), so that it is rounded as they are.
