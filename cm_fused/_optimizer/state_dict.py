@@ -64,12 +64,23 @@ def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> 
     saved = {
         **state_dict,
         "state": {
-            key: unscaled(dict(state)) if isinstance(state, dict) else state
+            key: _saved_state(state, kind[KIND]) if isinstance(state, dict) else state
             for key, state in state_dict["state"].items()
         },
         "param_groups": [_saved_group(group, kind) for group in state_dict["param_groups"]],
     }
     return tree_map_only(Tensor, torch.clone, saved) if copies else saved
+
+
+def _saved_state(state: Mapping[str, Any], critical_gradients: bool) -> State:
+    """Return a parameter's state as it is saved, with a pending slot whatever the backend.
+
+    torch.distributed.checkpoint looks for all keys of the optimizer that loads.
+    """
+    saved = unscaled(dict(state))
+    if "critical_buffer" in saved and not critical_gradients:
+        saved.setdefault("pending_slot", torch.tensor(-1, device="cpu"))
+    return saved
 
 
 def _saved_group(group: Mapping[str, Any], kind: Mapping[str, Any]) -> dict[str, Any]:
