@@ -64,7 +64,8 @@ class Report:
         barriers: Waits for the program's other warps in an iteration over full chunks.
         shared_bytes: Of shared memory, a program's.
         conversions: Layout conversions in the compiler's intermediate form.
-        fused_multiply_adds: Of float32, written as such in the PTX: contracted.
+        fused_multiply_adds: Of float32, written as such in the PTX by the compiler: contracted, or
+            `tl.fma`.
     """
 
     arch: int
@@ -156,8 +157,13 @@ def report(variant: Variant, arch: int) -> Report:
         barriers=loop.barriers,
         shared_bytes=compiled.metadata.shared,
         conversions=compiled.asm["ttgir"].count("convert_layout"),
-        fused_multiply_adds=len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", compiled.asm["ptx"])),
+        fused_multiply_adds=_fused_multiply_adds(compiled.asm["ptx"]),
     )
+
+
+def _fused_multiply_adds(ptx: str) -> int:
+    compiled = re.sub(r"// begin inline asm.*?// end inline asm", "", ptx, flags=re.DOTALL)
+    return len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", compiled))
 
 
 def main() -> None:

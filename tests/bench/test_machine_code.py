@@ -93,7 +93,7 @@ def test_a_thread_owns_its_elements(
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_is_contracted(reports: dict[tuple[int, str], dict[str, Any]], arch: int) -> None:
-    """Every float32 product is rounded before it is added, as in the C++ step."""
+    """Every float32 product is rounded before it is added, as in the C++ step, by the compiler."""
     assert reports[arch, DEFAULT]["fused_multiply_adds"] == 0
 
 
