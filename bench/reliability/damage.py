@@ -22,8 +22,11 @@ from cm_fused import AdamCG, AdamCM
 Damage = tuple[str, dict[str, Any]]
 Stepped = tuple[list[Tensor], AdamCM | AdamCG]
 SHAPES = ((3, 5), (7,))
-# Without these a checkpoint is another backend's, or one without amsgrad.
-OPTIONAL_KEYS = ("max_exp_avg_sq", "critical_sum", "compensation", "master_remainder")
+# Without these a checkpoint is another backend's, one without amsgrad, or an earlier version's.
+OPTIONAL_KEYS = (
+    *("max_exp_avg_sq", "critical_sum", "compensation", "master_remainder"),
+    "pending_slot",
+)
 
 
 def run(quick: bool) -> Finding:
