@@ -119,7 +119,7 @@ class CheckpointedOptimizer(Optimizer):
             release_checks.check_options(groups)
         entries = checkpoint.checked_entries(groups, state_dict)
         checkpoint.warn_of_conversion(groups, saved_groups)
-        checkpoint.warn_of_other_slots(self._critical_gradients, saved_groups)
+        checkpoint.warn_of_other_slots(self._critical_gradients, state_dict)
         checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
         self._finish_step()
         captured = self._captured_plans

@@ -60,14 +60,17 @@ def with_slots_viewed(
 
 def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
     """Return a flushed optimizer's state dict as it is saved; a state dict post hook."""
-    kind = {KIND: optimizer._critical_gradients}  # type: ignore[attr-defined]
+    critical_gradients: bool = optimizer._critical_gradients  # type: ignore[attr-defined]
     saved = {
         **state_dict,
         "state": {
-            key: _saved_state(state, kind[KIND]) if isinstance(state, dict) else state
+            key: _saved_state(state, critical_gradients) if isinstance(state, dict) else state
             for key, state in state_dict["state"].items()
         },
-        "param_groups": [_saved_group(group, kind) for group in state_dict["param_groups"]],
+        "param_groups": [
+            {**_saved_group(group), KIND: critical_gradients}
+            for group in state_dict["param_groups"]
+        ],
     }
     return tree_map_only(Tensor, torch.clone, saved) if copies else saved
 
@@ -83,7 +86,7 @@ def _saved_state(state: Mapping[str, Any], critical_gradients: bool) -> State:
     return saved
 
 
-def _saved_group(group: Mapping[str, Any], kind: Mapping[str, Any]) -> dict[str, Any]:
+def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a param group as it is saved: with every key that any optimizer's group can have."""
     named = {
         # torch.distributed.checkpoint cannot gather dtypes.
@@ -92,7 +95,7 @@ def _saved_group(group: Mapping[str, Any], kind: Mapping[str, Any]) -> dict[str,
     }
     # A group has it from its first step with `skip_nonfinite` on.
     count = torch.zeros((), dtype=torch.int64, device="cpu")
-    return {"skipped_steps": count, **named, **LOCAL_OPTIONS, **kind}
+    return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
 
 
 def check_form(state_dict: Any) -> None:
@@ -268,20 +271,24 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
                 )
 
 
-def warn_of_other_slots(critical_gradients: bool, saved_groups: list[dict[str, Any]]) -> None:
+def warn_of_other_slots(critical_gradients: bool, state_dict: Mapping[str, Any]) -> None:
     """Warn of slots that were saved by the other kind of optimizer."""
     stored, wanted = "critical gradients", "critical momenta"
     if critical_gradients:
         stored, wanted = wanted, stored
-    saved_kinds = {
-        group[KIND] for group in saved_groups if KIND in group and group.get("capacity") != 0
-    }
-    if saved_kinds - {critical_gradients}:
-        warn(
-            f"the state dict has slots of {stored}, and this optimizer takes them for {wanted}. To "
-            "begin with an empty buffer, delete 'critical_buffer' and 'priorities' from each "
-            "parameter's entry of state_dict['state'] before it is loaded"
-        )
+    kinds = {group.get(KIND, critical_gradients) for group in state_dict["param_groups"]}
+    if kinds == {critical_gradients} or not _has_slots(state_dict):
+        return
+    warn(
+        f"the state dict has slots of {stored}, and this optimizer takes them for {wanted}. To "
+        "begin with an empty buffer, delete 'critical_buffer' and 'priorities' from each "
+        "parameter's entry of state_dict['state'] before it is loaded"
+    )
+
+
+def _has_slots(state_dict: Mapping[str, Any]) -> bool:
+    states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))
+    return any("critical_buffer" in state for state in states)
 
 
 def warn_of_another_kind(
@@ -293,10 +300,7 @@ def warn_of_another_kind(
     options of the state dict.
     """
     saved_groups = state_dict["param_groups"]
-    states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))
-    if any("capacity" in saved for saved in saved_groups):
-        return
-    if any("critical_buffer" in state for state in states):
+    if any("capacity" in saved for saved in saved_groups) or _has_slots(state_dict):
         return
     taken = [
         f"group {i}: {changes}"
