@@ -138,9 +138,7 @@ def quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
     if dtype not in LARGEST:
         return values.to(dtype), None
     blocks = _blocks(values)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    scales = _scales(largest, LARGEST[dtype])
-    inverse = _inverse(scales, largest)
+    inverse, scales = _block_scale(blocks, LARGEST[dtype])
     # Without a usable scale also what is not finite is stored as 0, and what is negative not as -0.
     scaled = torch.where(inverse == 0, 0.0, blocks * inverse)
     scales = scales.squeeze(-1)
@@ -309,20 +307,19 @@ def _per_element(scales: Tensor, numel: int) -> Tensor:
     return scales.repeat_interleave(BLOCK_SIZE, dim=-1)[..., :numel]
 
 
-def _scales(largest: Tensor, largest_stored: float) -> Tensor:
-    """Return what blocks with these largest values are restored by."""
+def _block_scale(blocks: Tensor, largest_stored: float) -> tuple[Tensor, Tensor]:
+    """Return what blocks are multiplied by, and restored by.
+
+    The first is 0 where a block's largest value is too small or not finite. The values of such a
+    block are stored as 0, and restored as 0 or, by the largest one, as NaN.
+    """
+    largest = blocks.abs().amax(-1, keepdim=True)
+    usable = (largest >= SMALLEST_SCALED) & (largest <= _MAX_FINITE)
     # Divided by a number, CUDA's tensors are multiplied by its reciprocal: rounded twice.
     scales = largest / torch.full_like(largest, largest_stored)
-    return (scales.view(torch.int32) & SCALE_BITS).view(torch.float32)
-
-
-def _inverse(scales: Tensor, largest: Tensor) -> Tensor:
-    """Return what a block is multiplied by, 0 where its largest value is too small or not finite.
-
-    The values of such a block are stored as 0, and restored as 0 or, by the scale, as NaN.
-    """
-    usable = (largest >= SMALLEST_SCALED) & (largest <= _MAX_FINITE)
-    return torch.where(usable, torch.ones_like(scales) / scales, 0.0)
+    scales = (scales.view(torch.int32) & SCALE_BITS).view(torch.float32)
+    inverse = torch.where(usable, torch.ones_like(scales) / scales, 0.0)
+    return inverse, torch.where(usable, scales, largest)
 
 
 def _order_of(buffer: Tensor, exp_avg: Tensor) -> Tensor:

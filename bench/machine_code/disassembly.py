@@ -34,7 +34,7 @@ class Instruction(NamedTuple):
         return suffixes[0] if suffixes else _NARROW.get(self.opcode.split(".")[-1], 32)
 
 
-_OF_SCALES = ("load_scales", "load_lasting_scales", "store_scales")
+_OF_SCALES = ("load_scales", "load_scales_of_slots", "store_scales")
 _NARROW = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
 _LABEL = re.compile(r"^(\.L\w+):")

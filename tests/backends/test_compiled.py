@@ -222,12 +222,15 @@ def test_a_kernel_of_other_sources_is_not_taken(workers: Workers, arch: int) -> 
 def test_nothing_is_contracted_or_approximated(workers: Workers, arch: int) -> None:
     """No multiply-add is fused but of exact products; no quotient or root is approximate.
 
-    Those of Eq. (7) are made from approximate ones, and rounded correctly (test_quotient.py).
+    Those of Eq. (7) and of scales are made from approximate ones and rounded correctly, see
+    test_quotient.py and test_scales.py.
     """
     _run_all(workers, arch)
     opcodes = workers.ask(arch, "opcodes")
     assert "mul.rn.f32 _update_moments" in opcodes
-    others = [opcode for opcode in opcodes if not opcode.endswith(" divide_by_root")]
-    assert [opcode for opcode in others if "fma" in opcode] == ["fma.rn.f32 add_slot"]
+    corrected = (" divide_by_root", " _quotient", " _inverse")
+    others = [opcode for opcode in opcodes if not opcode.endswith(corrected)]
+    fused = ["fma.rn.f32 add_slot", "fma.rn.f64 _sum_squares_of_fours"]
+    assert [opcode for opcode in others if "fma" in opcode] == fused
     assert not [opcode for opcode in others if re.search(r"approx|ftz|full", opcode)]
-    assert "rcp.approx.ftz.f32 divide_by_root" in opcodes
+    assert {"rcp.approx.ftz.f32 divide_by_root", "rsqrt.approx.ftz.f32 _inverse"} <= set(opcodes)

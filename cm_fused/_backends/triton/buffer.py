@@ -56,41 +56,45 @@ def _stored(block, V: tl.constexpr):
 
 
 @triton.jit
-def _load_slot(buffer, slot, block, wanted, item, LASTING: tl.constexpr, V: tl.constexpr):
-    """Return what a slot stores and its scales, or an item's where `wanted`, a scalar, is 0.
-
-    LASTING: the pass stores no scale of this slot.
-    """
+def _load_slot(buffer, slot, block, wanted, other, V: tl.constexpr):
+    """Return what a slot stores, or `other` where `wanted`, a scalar, is 0."""
     slot_ptr = at(buffer.slots, slot * buffer.size, V.ALIGNED_SLOTS)
     SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)
     mask = where.mask & (tl.full(SHAPE, wanted, tl.int32) != 0)
-    stored = tl.load(slot_ptr + where.offsets, mask=mask, other=item[0])
-    scales = 0
-    if layout.has_scales(V.SLOT_DTYPE):
-        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
-        if LASTING:
-            scales = codes.load_lasting_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
-        else:
-            scales = codes.load_scales(scales_ptr, block, wanted, item[1], V.SHAPE)
-    return stored, scales
+    return tl.load(slot_ptr + where.offsets, mask=mask, other=other)
 
 
 @triton.jit
-def _add_slot(buffer_sum, buffer, other, item, block, V: tl.constexpr):
-    """Return a sum and one more slot; a momentum to be committed takes its slot's place."""
+def _load_scales(buffer, slot, block, wanted, other, V: tl.constexpr):
+    """Return a slot's scales, if there are any, or `other` where `wanted`, a scalar, is 0."""
+    if layout.has_scales(V.SLOT_DTYPE):
+        scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
+        return codes.load_scales(scales_ptr, block, wanted, other, V.SHAPE)
+    else:
+        return 0
+
+
+@triton.jit
+def _is_taken(buffer, other, V: tl.constexpr):
+    """Return whether a momentum to be committed takes a slot's place, int32."""
     if V.CRITICAL_GRADIENTS:
-        stored, scales = _load_slot(buffer, other, block, 1, (0, 0.0), False, V)
-    elif layout.has_scales(V.SLOT_DTYPE):
+        return tl.full((), 0, tl.int32)
+    else:
+        return (buffer.slot == other).to(tl.int32)
+
+
+@triton.jit
+def _add_slot(buffer_sum, buffer, other, scales, taken, item, block, V: tl.constexpr):
+    """Return a sum and one more slot, or an item where that is `taken`, a scalar, by it."""
+    if layout.has_scales(V.SLOT_DTYPE):
         # Chosen among codes, which are four in a register, or eight.
-        wanted = (buffer.slot != other).to(tl.int32)
-        stored, scales = _load_slot(buffer, other, block, wanted, item, True, V)
+        stored = _load_slot(buffer, other, block, 1 - taken, item, V)
     else:
         # Chosen among values: the load need not wait for the item.
-        wanted = (buffer.slot != other).to(tl.int32)
-        stored, scales = _load_slot(buffer, other, block, wanted, (0, 0.0), True, V)
-        taken = spread(buffer.slot, V.SHAPE) == other
-        stored = tl.where(taken, item[0].to(V.STATE_DTYPE), stored.to(V.STATE_DTYPE))
+        stored = _load_slot(buffer, other, block, 1 - taken, 0.0, V).to(V.STATE_DTYPE)
+        if not V.CRITICAL_GRADIENTS:
+            stored = tl.where(spread(taken, V.SHAPE) != 0, item.to(V.STATE_DTYPE), stored)
     return codes.add_slot(buffer_sum, stored, scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
 
 
@@ -108,7 +112,9 @@ def rebuild_sum(tensors, buffer, count, V: tl.constexpr):
             exp_avg = load_moment(tensors.exp_avg, tensors.exp_avg_scales, block, True, V)
             item = codes.to_slot(exp_avg, V.SLOT_DTYPE)
         for other in range(0, buffer.capacity):
-            buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+            taken = _is_taken(buffer, other, V)
+            scales = _load_scales(buffer, other, block, 1 - taken, item[1], V)
+            buffer_sum = _add_slot(buffer_sum, buffer, other, scales, taken, item[0], block, V)
         tl.store(buffer.critical_sum + block.offsets, buffer_sum, mask=block.mask)
 
 
@@ -117,8 +123,18 @@ def _sum_of_slots(buffer, item, block, V: tl.constexpr):
     """Return the sum of all slots, in their order."""
     SUMMED_SLOTS: tl.constexpr = V.SUMMED_SLOTS
     buffer_sum = empty_sum(V.STATE_DTYPE, V.SHAPE)
+    scales = 0
+    if layout.has_scales(V.SLOT_DTYPE):
+        slot = -1 if V.CRITICAL_GRADIENTS else buffer.slot
+        stride = tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
+        all_scales = codes.load_scales_of_slots(
+            buffer.scales, stride, block, slot, item[1], SUMMED_SLOTS, V.SHAPE
+        )
     for other in tl.static_range(SUMMED_SLOTS):
-        buffer_sum = _add_slot(buffer_sum, buffer, other, item, block, V)
+        if layout.has_scales(V.SLOT_DTYPE):
+            scales = codes.scales_of_slot(all_scales, other)
+        taken = _is_taken(buffer, other, V)
+        buffer_sum = _add_slot(buffer_sum, buffer, other, scales, taken, item[0], block, V)
     return buffer_sum
 
 
@@ -133,12 +149,13 @@ def sum_and_commit(buffer, item, follow, block, V: tl.constexpr):
     evicted = buffer_sum
     if V.SUMMED_SLOTS == 0:
         buffer_sum = tl.load(buffer.critical_sum + block.offsets, mask=block.mask, other=0.0)
-        old, old_scales = _load_slot(
-            buffer, tl.maximum(buffer.slot, 0), block, follow, (0, 0.0), False, V
-        )
+        slot = tl.maximum(buffer.slot, 0)
+        old = _load_slot(buffer, slot, block, follow, 0, V)
+        old_scales = _load_scales(buffer, slot, block, follow, 0.0, V)
         evicted = codes.from_slot(old, old_scales, V.SLOT_DTYPE, V.STATE_DTYPE, V.SHAPE)
     elif V.CRITICAL_GRADIENTS:
-        buffer_sum = _sum_of_slots(buffer, (0, 0), block, V)
+        no_scales = tl.zeros((1, 1, 1, 1), tl.float32)
+        buffer_sum = _sum_of_slots(buffer, (0, no_scales), block, V)
     stored, scales = codes.to_slot(item, V.SLOT_DTYPE)
     if V.SUMMED_SLOTS == 0:
         # What is stored is what is summed.
@@ -159,7 +176,9 @@ def _commit(buffer, stored, scales, block, V: tl.constexpr):
     if layout.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + buffer.slot * tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
         admits = (buffer.slot >= 0).to(tl.int32)
-        codes.store_scales(scales_ptr, block, scales, admits, V.SHAPE)
+        # The lane that has loaded them, in `_sum_of_slots` or `_load_scales`.
+        by = buffer.slot if V.SUMMED_SLOTS > 0 else 0
+        codes.store_scales(scales_ptr, block, scales, admits, by, V.SHAPE)
     # Where nothing is committed this is no slot, and it is not touched.
     SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)

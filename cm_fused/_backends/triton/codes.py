@@ -19,6 +19,9 @@ _INVERSE_BITS = tl.constexpr(254 << 23)
 _SCALE_BITS = tl.constexpr(SCALE_BITS)
 # The upper half of each byte of a word.
 _UPPER_HALVES = tl.constexpr(-0x0F0F0F10)
+# The sign of each byte of a word, and the sum of the bits of 1.5 * 2^23, shifted to each byte.
+_SIGNS = tl.constexpr(-0x7F7F7F80)
+_ROUNDING_BITS = tl.constexpr(-0x74C00000)
 # Those of 2^-100, and the last bits of a float32, which a moment's code has not.
 _SMALLEST_SCALED = tl.constexpr(0x0D800000)
 _ROUNDED = tl.constexpr(0xFFFFF)
@@ -42,12 +45,6 @@ def _scales(shape):
     return (1, shape[1], shape[2], 1)
 
 
-@triton.constexpr_function
-def _scales_of_warps(shape):
-    """Return the shape of a block's scales, one for each warp."""
-    return (1, shape[1], 1, 1)
-
-
 @triton.jit
 def _larger(a, b):
     """Return the larger of two numbers, NaN where one is NaN."""
@@ -69,27 +66,50 @@ def _largest_bits(values):
 
 
 @triton.jit
+def _quotient(x, DIVISOR: tl.constexpr):
+    """Return x >= 2^-100 divided by a number, correctly rounded."""
+    if INTERPRETED:
+        return tl.div_rn(x, tl.full(x.shape, DIVISOR, tl.float32))
+    else:
+        # By its inverse, with one correction (Markstein): div_rn looks for the ends of the range.
+        divisor = tl.full(x.shape, DIVISOR, tl.float32)
+        inverse = tl.full(x.shape, 1.0 / DIVISOR, tl.float32)
+        quotient = x * inverse
+        return tl.fma(tl.fma(-divisor, quotient, x), inverse, quotient)
+
+
+@triton.jit
+def _inverse(scales):
+    """Return 1 over scales, which have 16 bits, correctly rounded."""
+    ones = tl.full(scales.shape, 1.0, tl.float32)
+    if INTERPRETED:
+        return tl.div_rn(ones, scales)
+    else:
+        root = tl.rsqrt(scales)
+        inverse = root * root
+        return tl.fma(tl.fma(-scales, inverse, ones), inverse, inverse)
+
+
+@triton.jit
 def _block_scale(values, LARGEST: tl.constexpr):
     """Return what each warp's values are multiplied by, and restored by."""
     largest_bits = _largest_bits(values)
     largest = largest_bits.to(tl.float32, bitcast=True)
     usable = (largest >= 2.0**-100) & (largest_bits < _INFINITY_BITS)
-    scales = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
-    scales = (scales.to(tl.int32, bitcast=True) & _SCALE_BITS).to(tl.float32, bitcast=True)
-    ones = tl.full(largest.shape, 1.0, tl.float32)
-    return tl.where(usable, tl.div_rn(ones, tl.where(usable, scales, ones)), 0.0), scales
+    scales = _quotient(largest, LARGEST).to(tl.int32, bitcast=True) & _SCALE_BITS
+    scales = tl.where(usable, scales.to(tl.float32, bitcast=True), largest)
+    return tl.where(usable, _inverse(scales), 0.0), scales
 
 
 @triton.jit
-def _scale_offsets(begin, SHAPE: tl.constexpr):
-    """Return an element whose scale each lane uses, and whether it is the one to access it."""
+def _lanes(begin, SHAPE: tl.constexpr):
+    """Return an element whose scale each lane uses, and the lane's number in its warp."""
     SCALES: tl.constexpr = _scales(SHAPE)
     # By the element, which hides that a warp's scale follows that of another: lanes would be laid
     # out along them.
     warp = tl.arange(0, SCALES[1])[None, :, None, None] * layout.SCALE_BLOCK
     lane = tl.arange(0, SCALES[2])[None, None, :, None]
-    first_element = begin + warp + 0 * lane
-    return first_element, lane + 0 * warp == 0
+    return begin + warp + 0 * lane, lane + 0 * warp
 
 
 @triton.jit
@@ -102,8 +122,8 @@ def _are_wanted(elements, block, wanted, SHAPE: tl.constexpr):
 @triton.jit
 def load_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
     """Load the scales of a block of a chunk, or return `other` where `wanted`, a scalar, is 0."""
-    elements, is_first = _scale_offsets(block.begin, SHAPE)
-    mask = is_first & _are_wanted(elements, block, wanted, SHAPE)
+    elements, lane = _lanes(block.begin, SHAPE)
+    mask = (lane == 0) & _are_wanted(elements, block, wanted, SHAPE)
     loaded = tl.load(scales_ptr + elements // layout.SCALE_BLOCK, mask=mask, other=0.0)
     # The other lanes have 0. Integers are reduced by one instruction.
     bits = tl.max(loaded.to(tl.uint32, bitcast=True), 2, keep_dims=True)
@@ -112,22 +132,33 @@ def load_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def load_lasting_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
-    """Return what `load_scales` does, of scales that no thread stores: every lane loads them."""
-    SCALES: tl.constexpr = _scales_of_warps(SHAPE)
-    warp = tl.arange(0, SCALES[1])[None, :, None, None] * layout.SCALE_BLOCK
-    elements = block.begin + warp
-    mask = tl.full(SCALES, wanted, tl.int32) != 0
+def load_scales_of_slots(
+    scales_ptr, stride, block, slot, other, C: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Return the scales of C slots, each lane those of the slot with its number.
+
+    `other`, those of an item, are in the place of the scalar `slot`'s, or of none's where it is -1.
+    """
+    tl.static_assert(C <= SHAPE[2])
+    elements, lane = _lanes(block.begin, SHAPE)
+    mask = (lane < C) & (lane != tl.full(lane.shape, slot, tl.int32))
     if not layout.is_of_full_chunk(SHAPE):
         mask = mask & (elements < block.count)
-    return tl.load(scales_ptr + elements // layout.SCALE_BLOCK, mask=mask, other=other)
+    ptrs = scales_ptr + lane * stride + elements // layout.SCALE_BLOCK
+    return tl.load(ptrs, mask=mask, other=tl.broadcast_to(other, lane.shape))
 
 
 @triton.jit
-def store_scales(scales_ptr, block, scales, wanted, SHAPE: tl.constexpr):
-    """Store the scales of a block where `wanted`, a scalar, is not 0."""
-    elements, is_first = _scale_offsets(block.begin, SHAPE)
-    mask = is_first & _are_wanted(elements, block, wanted, SHAPE)
+def scales_of_slot(scales, slot: tl.constexpr):
+    """Return a slot's scales of those that `load_scales_of_slots` returned."""
+    return tl.gather(scales, tl.full(scales.shape, slot, tl.int32), 2)
+
+
+@triton.jit
+def store_scales(scales_ptr, block, scales, wanted, by, SHAPE: tl.constexpr):
+    """Store the scales of a block where `wanted`, a scalar, is not 0, by the lane of a number."""
+    elements, lane = _lanes(block.begin, SHAPE)
+    mask = (lane == by) & _are_wanted(elements, block, wanted, SHAPE)
     scales = tl.broadcast_to(scales, _scales(SHAPE))
     tl.store(scales_ptr + elements // layout.SCALE_BLOCK, scales, mask=mask)
 
@@ -165,6 +196,16 @@ def _to_words(bytes, SHAPE: tl.constexpr):
         return tl.sum(bytes << _byte_shifts(SHAPE), 3, keep_dims=True)
     else:
         return bytes.to(tl.uint8)
+
+
+@triton.jit
+def _to_signed_words(codes, SHAPE: tl.constexpr):
+    """Return a block of words of int8 codes, which have 128 more, and the bits of 1.5 * 2^23."""
+    if layout.is_of_full_chunk(SHAPE):
+        words = tl.sum(codes << _byte_shifts(SHAPE), 3, keep_dims=True)
+        return (words - _ROUNDING_BITS) ^ _SIGNS
+    else:
+        return (codes ^ 128).to(tl.uint8)
 
 
 @triton.jit
@@ -235,9 +276,13 @@ def to_slot(values, SLOT_DTYPE: tl.constexpr):
         if SLOT_DTYPE == tl.uint8:
             codes = _to_float8(scaled)
         else:
-            # Added to 1.5 * 2^23, a number is rounded to an integer, in the sum's last bits.
-            codes = (scaled + 12582912.0).to(tl.int32, bitcast=True)
-            codes = _pack(codes, values.shape) if layout.is_packed(SLOT_DTYPE) else codes & 0xFF
+            # Added to 1.5 * 2^23, a number is rounded to an integer, in the sum's last bits. By 128
+            # more all codes are positive.
+            codes = (scaled + 12583040.0).to(tl.int32, bitcast=True)
+            if layout.is_packed(SLOT_DTYPE):
+                codes = _pack(codes, values.shape)
+            else:
+                return _to_signed_words(codes, values.shape), scales
         return _to_words(codes, values.shape), scales
     else:
         return values.to(SLOT_DTYPE), 0
@@ -290,20 +335,63 @@ def _moment_scale(values, TOP: tl.constexpr):
     return inverse.to(tl.float32, bitcast=True), scales.to(tl.float32, bitcast=True)
 
 
+def _one_line(assembly: str) -> tl.constexpr:
+    """Return code in one line: the compiler takes each line for another one of this file."""
+    return tl.constexpr(" ".join(assembly.split()))
+
+
+# The codes of four elements as a word, 0 where the inverse of their scale is: the last byte of
+# each, or, from the bits of a float32, the 7 bits from the 21st on and the sign.
+_PACK = _one_line("""{
+    .reg .b32 a, b;
+    .reg .pred unusable;
+    prmt.b32 a, $1, $2, 0x0040;
+    prmt.b32 b, $3, $4, 0x0040;
+    prmt.b32 a, a, b, 0x5410;
+    setp.eq.f32 unusable, $5, 0f00000000;
+    selp.b32 $0, 0, a, unusable;
+}""")
+_PACK_SIGNED = _one_line("""{
+    .reg .b32 a, b, signs;
+    .reg .pred unusable;
+    prmt.b32 a, $1, $2, 0x7632;
+    prmt.b32 b, $3, $4, 0x7632;
+    prmt.b32 signs, a, b, 0x7531;
+    shr.u32 a, a, 4;
+    shr.u32 b, b, 4;
+    prmt.b32 a, a, b, 0x6420;
+    and.b32 signs, signs, 0x80808080;
+    or.b32 a, a, signs;
+    setp.eq.f32 unusable, $5, 0f00000000;
+    selp.b32 $0, 0, a, unusable;
+}""")
+
+
 @triton.jit
-def to_moment(values, bits, SIGNED: tl.constexpr):
+def to_moment(values, bits, SIGNED: tl.constexpr, V: tl.constexpr):
     """Return a moment's int8 codes and the scales of each warp; `bits` uint32 in [0, 2^20)."""
     inverse, scales = _moment_scale(values, 8 if SIGNED else 15)
-    scaled = tl.where(inverse == 0, 0.0, values * inverse)
+    scaled = values * inverse
     # A float32 with a code's exponent, subnormal numbers included.
     subnormal = scaled * (2.0**-120 if SIGNED else 2.0**-112)
-    raw = subnormal.to(tl.int32, bitcast=True) + bits.to(tl.int32, bitcast=True)
-    if SIGNED:
-        code = ((raw << 4) & _MAGNITUDE_BITS | raw & _SIGN_BIT) >> 24
-    else:
+    codes = subnormal.to(tl.int32, bitcast=True) + bits.to(tl.int32, bitcast=True)
+    if not SIGNED:
         # It is divided by: what is positive stays so.
-        code = tl.maximum(raw >> 20, tl.minimum(scaled.to(tl.int32, bitcast=True), 1))
-    return code.to(tl.uint8).to(tl.int8, bitcast=True), scales
+        codes = tl.maximum(codes >> 20, tl.minimum(scaled.to(tl.int32, bitcast=True), 1))
+    if V.PTX and V.FULL:
+        codes = tl.inline_asm_elementwise(
+            _PACK_SIGNED if SIGNED else _PACK,
+            "=r,r,r,r,r,f,f,f,f",
+            [codes, tl.broadcast_to(inverse, codes.shape)],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        if SIGNED:
+            codes = ((codes << 4) & _MAGNITUDE_BITS | codes & _SIGN_BIT) >> 24
+        codes = tl.where(inverse == 0, 0, codes).to(tl.uint8).to(tl.int8, bitcast=True)
+    return codes, scales
 
 
 @triton.jit

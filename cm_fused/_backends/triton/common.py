@@ -133,14 +133,35 @@ def effective_gradient(grad, param, factor, l2):
     return tl.where(l2 != 0, g + l2 * param, g)
 
 
+@triton.constexpr_function
+def _is_by_fours(shape):
+    """Return whether each thread has its elements of a block by four consecutive ones."""
+    return shape[-1] % (4 * NUM_THREADS if len(shape) == 1 else 4) == 0
+
+
+@triton.constexpr_function
+def _pairs(shape):
+    """Return the shape of a block whose four consecutive elements are two pairs."""
+    return (*shape[:-1], shape[-1] // 4, 2, 2)
+
+
+@triton.jit
+def _sum_squares_of_fours(wide, SHAPE: tl.constexpr):
+    """Return the sum of the squares of each four elements, by fused multiply-adds."""
+    even, odd = tl.split(tl.reshape(wide, _pairs(SHAPE)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    squares = tl.fma(second, second, first * first)
+    return tl.fma(fourth, fourth, tl.fma(third, third, squares))
+
+
 @triton.jit
 def sum_squares(g, SHAPE: tl.constexpr):
     """Return one partial sum of g^2 in float64 for each thread of a block."""
-    # A float32 gradient's square neither overflows nor underflows.
-    squares = g.to(tl.float64) * g.to(tl.float64)
+    # A float32 gradient's square neither overflows nor underflows, and is exact.
+    wide = g.to(tl.float64)
     # A thread's own elements first: it keeps one partial sum, not one for each.
+    squares = _sum_squares_of_fours(wide, SHAPE) if _is_by_fours(SHAPE) else wide * wide
     if len(SHAPE) == 4:
         squares = tl.sum(tl.sum(squares, 3), 0)
-        return tl.sum(tl.reshape(squares, (THREADS, SHAPE[1] * SHAPE[2] // THREADS)), 1)
-    else:
-        return tl.sum(tl.reshape(squares, (THREADS, SHAPE[0] // THREADS)), 1)
+    return tl.sum(tl.reshape(squares, (THREADS, squares.numel // THREADS)), 1)

@@ -27,8 +27,8 @@ def _store_moment(
     else:
         if V.MOMENT_DTYPE == tl.int8:
             taken = bits >> 12 if SIGNED else bits & 0xFFFFF
-            stored, scales = codes.to_moment(values, taken, SIGNED)
-            codes.store_scales(scales_ptr, block, scales, 1, V.SHAPE)
+            stored, scales = codes.to_moment(values, taken, SIGNED, V)
+            codes.store_scales(scales_ptr, block, scales, 1, 0, V.SHAPE)
             tl.store(moment_ptr + block.offsets, stored, mask=block.mask)
         else:
             half = bits >> 16 if SIGNED else bits & 0xFFFF

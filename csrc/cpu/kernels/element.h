@@ -206,6 +206,9 @@ inline BlockScale block_scale(const stored_t* values, int64_t n, float largest_s
   const uint32_t largest_bits = block_largest_bits(values, n);
   const auto largest = bit_cast<float>(largest_bits);
   const bool usable = largest >= 0x1p-100F && largest_bits < kInfinityBits;
+  if (!usable) {
+    return {0.0F, largest};
+  }
   const auto scale = bit_cast<float>(bit_cast<uint32_t>(largest / largest_stored) & kScaleBits);
-  return {usable ? 1.0F / scale : 0.0F, scale};
+  return {1.0F / scale, scale};
 }

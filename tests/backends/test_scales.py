@@ -1,0 +1,72 @@
+"""Scales on GPUs: quotients and inverses, rounded as IEEE's, without a look at the range's ends."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from cm_fused._backends.triton import codes
+from cm_fused.rounding import SCALE_BITS
+from tests.support.cases import needs_triton
+
+pytestmark = [
+    needs_triton,
+    # Older interpreters round a fused multiply-add twice.
+    pytest.mark.skipif(
+        not codes.INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+        reason="the interpreter has to round fused multiply-adds once",
+    ),
+]
+SIZE = 2**18
+
+
+@triton.jit
+def _quotients(x_ptr, quotients_ptr, divisor: tl.constexpr, n: tl.constexpr):
+    places = tl.program_id(0) * n + tl.arange(0, n)
+    tl.store(quotients_ptr + places, codes._quotient(tl.load(x_ptr + places), divisor))
+
+
+@triton.jit
+def _inverses(scales_ptr, inverses_ptr, n: tl.constexpr):
+    places = tl.program_id(0) * n + tl.arange(0, n)
+    tl.store(inverses_ptr + places, codes._inverse(tl.load(scales_ptr + places)))
+
+
+@pytest.fixture(autouse=True)
+def _as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "INTERPRETED", tl.constexpr(False))
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("divisor", [7.0, 127.0, 448.0])
+@pytest.mark.parametrize("exponent", [27, 127, 254])
+def test_quotients_are_rounded_correctly(divisor: float, exponent: int) -> None:
+    """So they are for every number of a power of two, and all such powers are alike."""
+    largest = _floats(torch.arange(2**23) | exponent << 23)
+    quotients = torch.empty_like(largest)
+    _quotients[(2**23 // SIZE,)](largest, quotients, divisor, SIZE)
+    assert torch.equal(quotients, largest / torch.full_like(largest, divisor))
+
+
+@pytest.mark.parametrize("error", [-2, -1, 0, 1, 2])
+def test_inverses_are_rounded_correctly(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So they are for every scale there is, if the inverse root is off by two last places."""
+
+    def inverse_root(_: object, arg: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        roots = (1 / np.sqrt(arg.data.astype(np.float64))).astype(np.float32)
+        return interpreter.TensorHandle((roots.view(np.int32) + error).view(np.float32), arg.dtype)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_rsqrt", inverse_root)
+    # Of 2^-100 / 448 and of the largest number / 7.
+    exponents = torch.arange(18, 252).unsqueeze(1) << 23
+    scales = _floats(exponents | torch.arange(0, 2**23, -SCALE_BITS)).flatten()
+    scales = torch.nn.functional.pad(scales, (0, -len(scales) % SIZE), value=1.0)
+    inverses = torch.empty_like(scales)
+    _inverses[(len(scales) // SIZE,)](scales, inverses, SIZE)
+    assert torch.equal(inverses, 1 / scales)
