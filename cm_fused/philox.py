@@ -7,7 +7,6 @@ the interruptions of a run.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -21,13 +20,6 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 # The words of one counter, which serve as many consecutive elements.
 WORDS = 4
-
-
-class Stream(IntEnum):
-    """A purpose of random bits; each purpose has bits of its own."""
-
-    MOMENTS = 0
-    PARAM = 1
 
 
 class ShardLayout(NamedTuple):
@@ -82,20 +74,18 @@ def random_words(
     param_index: int,
     step: Tensor,
     numel: int,
-    stream: Stream,
     layout: ShardLayout = FULL,
 ) -> Tensor:
     """Return one word for each element of a parameter, in the state's memory order.
 
     Element p of the whole parameter has word p mod 4 of the counter (p div 4, param_index, step)
-    under the key `seed`. The counter's first 63 bits count, the 64th is the stream.
+    under the key `seed`.
 
     Args:
         seed: In [0, 2^63).
         param_index: The parameter's place among the optimizer's, in [0, 2^32).
         step: The step, counted from 1; any dtype, ().
         numel: Elements of the parameter that this process holds.
-        stream: What the words are for.
         layout: Where they lie in the whole parameter.
 
     Returns:
@@ -106,19 +96,19 @@ def random_words(
         runs = torch.div(elements, layout.length, rounding_mode="floor")
         whole = elements + (layout.offset + runs * (layout.stride - layout.length))
         quads = torch.div(whole, WORDS, rounding_mode="floor")
-        words = _words_of(seed, param_index, step, quads, stream)
+        words = _words_of(seed, param_index, step, quads)
         return words.gather(1, (whole % WORDS).unsqueeze(1)).squeeze(1)
     first, skipped = divmod(layout.offset, WORDS)
     quads = torch.arange(-(-(skipped + numel) // WORDS), dtype=torch.int64, device=step.device)
-    words = _words_of(seed, param_index, step, first + quads, stream)
+    words = _words_of(seed, param_index, step, first + quads)
     return words.flatten()[skipped : skipped + numel]
 
 
-def _words_of(seed: int, param_index: int, step: Tensor, quads: Tensor, stream: Stream) -> Tensor:
+def _words_of(seed: int, param_index: int, step: Tensor, quads: Tensor) -> Tensor:
     """Return the words of each four elements, int64 (quads, 4)."""
     counter = (
         quads & _WORD,
-        (quads >> 32) | (int(stream) << 31),
+        quads >> 32,
         torch.full_like(quads, param_index),
         (step.to(torch.int64) & _WORD).expand_as(quads),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from cm_fused import rounding
 from cm_fused._bucket import Bucket, StepOptions, over_scope
 from cm_fused._distributed import is_wrapper
-from cm_fused.philox import Stream, random_words
+from cm_fused.philox import random_words
 
 
 def adam_cm_(bucket: Bucket, options: StepOptions, sq_norm: Tensor | None = None) -> Tensor:
@@ -247,7 +247,7 @@ def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepO
     stored = bucket["exp_avg"][i], bucket["exp_avg_sq"][i]
     if m is stored[0]:
         return
-    words = _words(bucket, i, Stream.MOMENTS, options)
+    words = _words(bucket, i, options)
     taken = rounding.MOMENT_RANDOM_BITS[stored[0].dtype]
     all_bits = words >> (32 - taken), words & (2**taken - 1)
     all_scales = _item(bucket["exp_avg_scales"], i), _item(bucket["exp_avg_sq_scales"], i)
@@ -263,10 +263,10 @@ def _store_moments_(bucket: Bucket, i: int, m: Tensor, v: Tensor, options: StepO
         rounding.as_flat(state).copy_(flat)
 
 
-def _words(bucket: Bucket, i: int, stream: Stream, options: StepOptions) -> Tensor:
+def _words(bucket: Bucket, i: int, options: StepOptions) -> Tensor:
     index, step = (bucket.param_indices or range(len(bucket.params)))[i], bucket["step"][i] + 1
     numel = bucket.params[i].numel()
-    return random_words(options.seed, index, step, numel, stream, bucket.shard_layout(i))
+    return random_words(options.seed, index, step, numel, bucket.shard_layout(i))
 
 
 def _update_(
@@ -306,8 +306,8 @@ def _update_(
     step_size = (lr / bias_correction1).to(v.dtype)
     theta = theta - step_size * (numerator / denominator)  # Eq. (7)
     if half and options.low_precision_update == "stochastic":
-        words = rounding.shaped_as(_words(bucket, i, Stream.PARAM, options), bucket["exp_avg"][i])
-        theta = rounding.round_stochastically(theta, param.dtype, words >> rounding.RANDOM_BITS)
+        words = rounding.shaped_as(_words(bucket, i, options), bucket["exp_avg"][i])
+        theta = rounding.round_stochastically(theta, param.dtype, rounding.param_bits(words))
     if bucket["master_remainder"] and param.dtype is torch.bfloat16:
         theta, remainder = rounding.split_master(theta)
         bucket["master_remainder"][i].copy_(remainder)

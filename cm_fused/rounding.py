@@ -157,6 +157,21 @@ def dequantize(stored: Tensor, scales: Tensor | None) -> Tensor:
     return values if scales is None else values * _per_element(scales, values.shape[-1])
 
 
+def param_bits(words: Tensor) -> Tensor:
+    """Return the bits that round parameters, of words whose halves round the moments.
+
+    They are the exclusive or of the halves, and so independent of either.
+
+    Args:
+        words: int64, any shape, with values in [0, 2^32).
+
+    Returns:
+        int64 of that shape, with values in [0, 2^16).
+    """
+    bits: Tensor = (words >> RANDOM_BITS) ^ (words & (2**RANDOM_BITS - 1))
+    return bits
+
+
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Return float32 values rounded to one of a half dtype's two neighbours, as float32.
 
@@ -174,7 +189,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
         return torch.where(values.isfinite(), rounded.view(torch.float32), values)
     # Added to 2^-14, a subnormal number has its last bits where a normal one has.
     offset = torch.where(values.abs() < _SMALLEST_HALF, _SMALLEST_HALF, 0.0)
-    carried = (values.abs() + offset).view(torch.int32) + (0x1FFF - (bits.to(torch.int32) >> 3))
+    carried = (values.abs() + offset).view(torch.int32) + (bits.to(torch.int32) & 0x1FFF)
     rounded = torch.copysign((carried & -0x2000).view(torch.float32) - offset, values)
     return torch.where(values.isfinite(), rounded, values)
 

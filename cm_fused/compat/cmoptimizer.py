@@ -40,7 +40,7 @@ from cm_fused._optimizer.norms import sq_norms_of_buckets
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans, view_as_real_
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint, translated
-from cm_fused.philox import Stream, random_words
+from cm_fused.philox import random_words
 
 __all__ = ["Adam_C", "Adam_CM", "convert_state_dict", "read_checkpoint"]
 
@@ -221,7 +221,7 @@ class _ResearchAdam(CriticalAdam):
             undo.keep(keys)
             undo.keep(smallest)
             # No moment is rounded here, so that this stream is free.
-            bits = random_words(options.seed, index, bucket["step"][i], 1, Stream.MOMENTS)[0]
+            bits = random_words(options.seed, index, bucket["step"][i], 1)[0]
             chosen = bits.to(torch.float64) < chance * 2.0**32
             full = (keys > -torch.inf).all()
             smallest.copy_(torch.where(full & ~chosen, keys.argmin(), smallest))

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as npst
 from torch import Tensor
 
 from cm_fused import rounding
-from cm_fused.philox import ShardLayout, Stream, philox, random_words
+from cm_fused.philox import ShardLayout, philox, random_words
 from tests.support.cases import generator
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -45,20 +45,18 @@ def test_known_answers(
 
 
 def test_words_have_keys_of_their_own() -> None:
-    """Another seed, parameter, step or stream gives other words; the same ones give the same."""
+    """Another seed, parameter or step gives other words; the same ones give the same."""
 
-    def words(
-        seed: int = 2**62, index: int = 3, step: int = 7, stream: Stream = Stream.PARAM
-    ) -> list[int]:
-        values: list[int] = random_words(seed, index, torch.tensor(step), 9, stream).tolist()
+    def words(seed: int = 2**62, index: int = 3, step: int = 7) -> list[int]:
+        values: list[int] = random_words(seed, index, torch.tensor(step), 9).tolist()
         return values
 
-    others = [words(seed=0), words(index=4), words(step=8), words(stream=Stream.MOMENTS)]
+    others = [words(seed=0), words(index=4), words(step=8)]
     assert words() == words()
-    assert len({tuple(some) for some in [words(), *others]}) == 5
+    assert len({tuple(some) for some in [words(), *others]}) == 4
     # A tensor's words are those of its elements, however many there are.
-    assert random_words(5, 1, torch.tensor(2.0), 4, Stream.PARAM).tolist() == (
-        random_words(5, 1, torch.tensor(2.0), 11, Stream.PARAM)[:4].tolist()
+    assert random_words(5, 1, torch.tensor(2.0), 4).tolist() == (
+        random_words(5, 1, torch.tensor(2.0), 11)[:4].tolist()
     )
 
 
@@ -66,13 +64,21 @@ def test_words_have_keys_of_their_own() -> None:
 def test_words_are_those_of_the_layout(numbers: tuple[int, ...]) -> None:
     """An element that lies somewhere in a larger parameter has the word of that place."""
     layout = ShardLayout(*numbers)
-    words = random_words(5, 1, torch.tensor(2.0), 25, Stream.PARAM, layout).tolist()
+    words = random_words(5, 1, torch.tensor(2.0), 25, layout).tolist()
     for element, word in enumerate(words):
         run, within = divmod(element, layout.length)
         place = layout.offset + run * layout.stride + within
         quad, part = divmod(place, 4)
-        counter = _words((quad % 2**32, (quad // 2**32) + 2**31, 1, 2))
+        counter = _words((quad % 2**32, quad // 2**32, 1, 2))
         assert word == int(philox(counter, (5, 0))[part])
+
+
+@pytest.mark.parametrize("half", [0, 1, 0x8000, 0xABCD, 0xFFFF])
+def test_bits_of_parameters_are_independent_of_those_of_either_moment(half: int) -> None:
+    """Whatever one half of a word is, the other one gives each of the 2^16 bits once."""
+    others = torch.arange(2**16)
+    for words in (others << 16 | half, half << 16 | others):
+        assert torch.equal(rounding.param_bits(words).sort().values, others)
 
 
 def _codes(dtype: torch.dtype) -> Tensor:

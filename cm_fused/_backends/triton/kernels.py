@@ -91,9 +91,9 @@ def _load(tensors, block, V: tl.constexpr):
     param = rounding.load_param(
         tensors.param, tensors.master_remainder, block.offsets, block.mask, V.SPLIT, V.STATE_DTYPE
     )
-    grad = tl.load(tensors.grad + block.offsets, mask=block.mask, other=0.0).to(V.STATE_DTYPE)
+    grad = tl.load(tensors.grad + block.offsets, mask=block.mask, other=0.0)
     exp_avg_sq = load_moment(tensors.exp_avg_sq, tensors.exp_avg_sq_scales, block, False, V)
-    return exp_avg, param, grad, exp_avg_sq
+    return exp_avg, param, rounding.widen(grad, V), exp_avg_sq
 
 
 @triton.jit
@@ -122,11 +122,11 @@ def _update_param(s, param, numerator, second_moment, V: tl.constexpr):
 
 
 @triton.jit
-def _store_param(tensors, block, first, param, counters, V: tl.constexpr):
-    """Store the parameter, rounded as the variant says, of the elements from `first`."""
+def _store_param(tensors, block, param, words, V: tl.constexpr):
+    """Store the parameter, rounded as the variant says; `words` are random, if stochastically."""
     if V.STOCHASTIC:
-        words = philox.random_bits(counters, first, philox.PARAM_STREAM, V.BY_FOURS, V.SHAPE)
-        bits = words >> 16
+        # Independent of either half, which round the moments.
+        bits = (words >> 16) ^ (words & 0xFFFF)
         if V.PARAM_DTYPE == tl.bfloat16:
             rounded = rounding.round_to_bfloat16(param, bits)
         else:
@@ -189,11 +189,13 @@ def _update_chunk(
         exp_avg, exp_avg_sq, numerator = _update_moments(
             s, late_g, buffer_sum, exp_avg, exp_avg_sq, V
         )
-        first = chunk.start + begin
-        store_moments(tensors, block, first, exp_avg, exp_avg_sq, counters, V)
+        words = 0
+        if V.STOCHASTIC or V.MOMENT_DTYPE != V.STATE_DTYPE:
+            words = philox.random_words(counters, chunk.start + begin, V.BY_FOURS, V.SHAPE)
+        store_moments(tensors, block, exp_avg, exp_avg_sq, words, V)
         second_moment = _second_moment(tensors, block, exp_avg_sq, V)
         param = _update_param(s, param, numerator, second_moment, V)
-        _store_param(tensors, block, first, param, counters, V)
+        _store_param(tensors, block, param, words, V)
     if not V.CRITICAL_GRADIENTS:
         tl.store(chunk_sq_norm_ptr, tl.sum(squares))
 

@@ -6,11 +6,9 @@ import triton
 import triton.language as tl
 
 from cm_fused._backends.triton import layout
-from cm_fused.philox import MULTIPLIERS, WEYL, Stream
+from cm_fused.philox import MULTIPLIERS, WEYL
 from cm_fused.philox import ROUNDS as _ROUNDS
 
-MOMENTS_STREAM = tl.constexpr(int(Stream.MOMENTS))
-PARAM_STREAM = tl.constexpr(int(Stream.PARAM))
 ROUNDS = tl.constexpr(_ROUNDS)
 _MULTIPLIER0, _MULTIPLIER1 = map(tl.constexpr, MULTIPLIERS)
 _WEYL0, _WEYL1 = map(tl.constexpr, WEYL)
@@ -49,10 +47,10 @@ def _products(x, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def _philox(counters, quads, STREAM: tl.constexpr):
+def _philox(counters, quads):
     """Return the random bits of each four elements, four uint32."""
     zeros = tl.zeros_like(quads)
-    c0, c1 = quads.to(tl.uint32), ((quads >> 32) | (STREAM << 31)).to(tl.uint32)
+    c0, c1 = quads.to(tl.uint32), (quads >> 32).to(tl.uint32)
     c2 = (zeros + counters.param_index).to(tl.uint32)
     c3 = (zeros + counters.step).to(tl.uint32)
     seed = tl.full((), counters.seed, tl.int64)
@@ -69,22 +67,22 @@ def _philox(counters, quads, STREAM: tl.constexpr):
 
 
 @triton.jit
-def random_bits(counters, first, STREAM: tl.constexpr, BY_FOURS: tl.constexpr, SHAPE: tl.constexpr):
-    """Return 32 random bits for each of a block's elements from `first`, uint32.
+def random_words(counters, first, BY_FOURS: tl.constexpr, SHAPE: tl.constexpr):
+    """Return a random word for each of a block's elements from `first`, uint32.
 
     BY_FOURS: each four consecutive elements are also four of the whole parameter's; else every
     element takes its bits from a counter of its own.
     """
     if BY_FOURS:
         quads = (counters.offset + first) // 4 + _four_offsets(SHAPE)
-        bits0, bits1, bits2, bits3 = _philox(counters, quads, STREAM)
+        bits0, bits1, bits2, bits3 = _philox(counters, quads)
         bits = tl.join(tl.join(bits0, bits2), tl.join(bits1, bits3))
         return tl.reshape(bits, SHAPE)
     else:
         elements = first + layout.block_offsets(SHAPE)
         skipped = elements // counters.length * (counters.stride - counters.length)
         positions = counters.offset + elements + skipped
-        bits0, bits1, bits2, bits3 = _philox(counters, positions // 4, STREAM)
+        bits0, bits1, bits2, bits3 = _philox(counters, positions // 4)
         even = tl.where(positions % 4 == 0, bits0, bits2)
         odd = tl.where(positions % 4 == 1, bits1, bits3)
         return tl.where(positions % 2 == 0, even, odd)

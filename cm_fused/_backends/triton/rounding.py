@@ -7,7 +7,23 @@ from cm_fused._backends.triton.common import INTERPRETED as _INTERPRETED
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
 _NAN_BITS = tl.constexpr(0x7FC00000)
-_SIGN_BIT = tl.constexpr(-0x80000000)
+
+
+@triton.jit
+def widen(values, V: tl.constexpr):
+    """Return loaded values in the state's dtype."""
+    if V.PTX and V.FULL and values.dtype == tl.bfloat16:
+        # Two from a register by an instruction each; the compiler takes three.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
+            "=f,=f,r",
+            [values],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return values.to(V.STATE_DTYPE)
 
 
 @triton.jit
@@ -58,10 +74,6 @@ def round_to_bfloat16(value, bits):
 @triton.jit
 def round_to_float16(value, bits):
     """Round float32 to one of float16's two neighbours; `bits` uint32 in [0, 2^16)."""
-    magnitude = tl.abs(value)
-    # Added to 2^-14, a subnormal number has its last bits where a normal one has.
-    offset = tl.where(magnitude < 2.0**-14, 2.0**-14, 0.0)
-    carried = _bits_of(magnitude + offset) + (0x1FFF - (bits >> 3).to(tl.int32))
-    rounded = (carried & -0x2000).to(tl.float32, bitcast=True) - offset
-    sign = value.to(tl.int32, bitcast=True) & _SIGN_BIT
-    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True).to(tl.float16)
+    # A float32 with float16's exponent, subnormal numbers included: the last bits are at one place.
+    raw = _bits_of(value * 2.0**-112) + (bits & 0x1FFF).to(tl.int32)
+    return ((raw & -0x2000).to(tl.float32, bitcast=True) * 2.0**112).to(tl.float16)

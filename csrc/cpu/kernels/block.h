@@ -205,15 +205,17 @@ template <typename state_t>
   }
 }
 
-// Rounds a block to values of param_t, so that storing them loses nothing more.
+// Rounds a block to values of param_t, so that storing them loses nothing more. The halves of a
+// word round the moments: by their exclusive or, parameters are rounded independently of either.
 template <typename state_t, typename param_t>
 [[gnu::noinline]] void round_stochastically(const uint32_t* words, int64_t n, state_t* param) {
   with_block_size(n, [&](auto size) {
     for (int64_t i = 0; i < size; ++i) {
+      const uint32_t random = words[i] >> 16 ^ (words[i] & 0xFFFFU);
       if constexpr (std::is_same_v<param_t, c10::BFloat16>) {
-        param[i] = bit_cast<float>(bfloat16_bits(param[i], words[i] >> 16) & 0xFFFF0000U);
+        param[i] = bit_cast<float>(bfloat16_bits(param[i], random) & 0xFFFF0000U);
       } else {
-        param[i] = round_to_float16(param[i], words[i] >> 16);
+        param[i] = round_to_float16(param[i], random);
       }
     }
   });

@@ -62,6 +62,10 @@ class Copies {
            tensor_.param_layout != nullptr || tensor_.grad_layout != nullptr;
   }
 
+  bool rounds_stochastically() const {
+    return options_.stochastic_update && is_half(tensor_.dtype);
+  }
+
   // Copies a range's parameters and gradients.
   [[gnu::noinline]] void load(Range<state_t>& range) {
     const int64_t begin = range.begin;
@@ -82,20 +86,18 @@ class Copies {
     range.param = param_;
   }
 
-  // Writes the parameters back.
-  [[gnu::noinline]] void store(int64_t begin, int64_t n) {
+  // Writes the parameters back. `words` are random, if they are rounded stochastically.
+  [[gnu::noinline]] void store(int64_t begin, int64_t n, const uint32_t* words) {
     with_param_type<state_t>(
-        tensor_.dtype, [&](auto param) { store_data<decltype(param)>(begin, n); });
+        tensor_.dtype, [&](auto param) { store_data<decltype(param)>(begin, n, words); });
   }
 
  private:
   template <typename param_t>
-  CM_FUSED_INLINE void store_data(int64_t begin, int64_t n) {
+  CM_FUSED_INLINE void store_data(int64_t begin, int64_t n, const uint32_t* words) {
     constexpr bool kRounds = !std::is_same_v<state_t, param_t>;
     if constexpr (kRounds) {
       if (options_.stochastic_update) {
-        alignas(64) uint32_t words[kLargestBlock];
-        random_words(tensor_, options_, begin, Stream::kParam, words);
         round_stochastically<state_t, param_t>(words, n, param_);
       } else if (tensor_.master_remainder != nullptr) {
         split_master(tensor_, begin, n, param_);

@@ -44,7 +44,7 @@ inline float round_to_float16(float value, uint32_t bits) {
   const auto raw = bit_cast<uint32_t>(value);
   const auto magnitude = bit_cast<float>(raw & kMagnitudeBits);
   const float offset = magnitude < 0x1p-14F ? 0x1p-14F : 0.0F;
-  const uint32_t carried = bit_cast<uint32_t>(magnitude + offset) + (0x1FFFU - (bits >> 3));
+  const uint32_t carried = bit_cast<uint32_t>(magnitude + offset) + (bits & 0x1FFFU);
   const float rounded = bit_cast<float>(carried & ~0x1FFFU) - offset;
   const uint32_t sign = raw & ~kMagnitudeBits;
   return value == value ? bit_cast<float>(bit_cast<uint32_t>(rounded) | sign) : value;

@@ -10,8 +10,6 @@ constexpr int64_t kElementsThatShare = int64_t{kWordsPerCounter} << 32;
 constexpr uint64_t kMultiplier0 = 0xD2511F53U;
 constexpr uint64_t kMultiplier1 = 0xCD9E8D57U;
 
-enum class Stream : uint32_t { kMoments, kParam };
-
 // Words of some counters in the lower halves of 64-bit lanes; what is in the upper ones is ignored.
 using Lanes = Vector<uint64_t>;
 using Words = Vector<uint32_t>;
@@ -65,18 +63,17 @@ inline Lanes interleave(Lanes a, Lanes b, std::index_sequence<kItems...>) {
   return __builtin_shufflevector(a, b, kItems / 2 * 2 + kSecond + (kItems % 2) * kNumLanes...);
 }
 
-// The words of one stream of a tensor's step, of counters that share all but their first 32 bits.
+// The words of a tensor's step, of counters that share all but their first 32 bits.
 class Philox {
  public:
-  CM_FUSED_INLINE Philox(
-      const TensorStep& tensor, const StepOptions& options, Stream stream, uint64_t counter) {
+  CM_FUSED_INLINE Philox(const TensorStep& tensor, const StepOptions& options, uint64_t counter) {
     const auto seed = static_cast<uint64_t>(options.seed);
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
       keys0_[round] = spread(static_cast<uint32_t>(seed) + round * 0x9E3779B9U);
       keys1_[round] = spread(static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85U);
     }
     // What the first rounds make of the words that all counters share, as part of the keys.
-    const Lanes c1 = spread((counter >> 32) | static_cast<uint64_t>(stream) << 31);
+    const Lanes c1 = spread(counter >> 32);
     const Lanes c2 = spread(static_cast<uint64_t>(tensor.param_index));
     const Lanes c3 = spread(static_cast<uint64_t>(tensor.step_number));
     const Lanes product1 = multiply(c2, kMultiplier1);
@@ -160,8 +157,8 @@ inline bool has_own_counters(const ShardLayout& layout, int64_t begin, int64_t n
 
 // As random_words, of elements that are part of a larger tensor: run by run of those that are
 // consecutive there and share all but the first 32 bits of their counters.
-[[gnu::noinline]] inline void random_words_of_runs(const TensorStep& tensor,
-    const StepOptions& options, int64_t begin, Stream stream, uint32_t* words) {
+[[gnu::noinline]] inline void random_words_of_runs(
+    const TensorStep& tensor, const StepOptions& options, int64_t begin, uint32_t* words) {
   const ShardLayout& layout = tensor.shard_layout;
   alignas(64) uint32_t run_words[kLargestBlock + kWordsPerCounter * (1 + kCountersOfGroup)];
   for (int64_t at = 0; at < kLargestBlock;) {
@@ -176,7 +173,7 @@ inline bool has_own_counters(const ShardLayout& layout, int64_t begin, int64_t n
     const auto first = static_cast<uint64_t>(place / kWordsPerCounter);
     const auto count =
         static_cast<uint64_t>((skipped + n + kWordsPerCounter - 1) / kWordsPerCounter);
-    Philox(tensor, options, stream, first).set_words(first, count, run_words);
+    Philox(tensor, options, first).set_words(first, count, run_words);
     std::memcpy(words + at, run_words + skipped, static_cast<size_t>(n) * sizeof(uint32_t));
     at += n;
   }
@@ -184,14 +181,14 @@ inline bool has_own_counters(const ShardLayout& layout, int64_t begin, int64_t n
 
 // Sets the words of the elements [begin, begin + kLargestBlock) of a tensor; begin is a multiple of
 // kLargestBlock.
-[[gnu::noinline]] inline void random_words(const TensorStep& tensor, const StepOptions& options,
-    int64_t begin, Stream stream, uint32_t* words) {
+[[gnu::noinline]] inline void random_words(
+    const TensorStep& tensor, const StepOptions& options, int64_t begin, uint32_t* words) {
   const ShardLayout& layout = tensor.shard_layout;
   if (has_own_counters(layout, begin, kLargestBlock)) {
     const auto first = static_cast<uint64_t>((layout.offset + begin) / kWordsPerCounter);
-    Philox(tensor, options, stream, first)
+    Philox(tensor, options, first)
         .set_words(first, std::integral_constant<uint64_t, kCounters>{}, words);
   } else {
-    random_words_of_runs(tensor, options, begin, stream, words);
+    random_words_of_runs(tensor, options, begin, words);
   }
 }

@@ -52,7 +52,7 @@ class RangeStep {
         gradients_(inputs.gradients),
         range_(inputs.range),
         kind_(kind),
-        philox_(tensor_, inputs.options, Stream::kMoments, first_counter(0)) {}
+        philox_(tensor_, inputs.options, first_counter(0)) {}
 
   // Adds the sum of g^2, of critical momenta, to `squares`.
   CM_FUSED_INLINE void run(SquareSum& squares) {

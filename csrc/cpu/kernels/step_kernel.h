@@ -53,8 +53,7 @@ class ChunkStep {
   // Returns the sum of g^2, of critical momenta.
   CompensatedSum<double> run() {
     // A block at a time of what is copied, or has its words made elsewhere.
-    const bool rounds_moments = tensor_.moment_dtype != StoredDtype::kUnchanged;
-    const bool by_blocks = copies_.are_needed() || (rounds_moments && !makes_words_by_tiles());
+    const bool by_blocks = copies_.are_needed() || makes_words();
     const int64_t size = by_blocks ? kLargestBlock : kChunkSize;
     const int64_t end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
     for (int64_t begin = chunk_ * kChunkSize; begin < end; begin += size) {
@@ -73,9 +72,13 @@ class ChunkStep {
     return tensor_.moment_dtype == StoredDtype::kInt8;
   }
 
-  bool makes_words_by_tiles() const {
-    return !has_int8_moments() &&
-           has_own_counters(tensor_.shard_layout, chunk_ * kChunkSize, kChunkSize);
+  // Whether words are made for a whole range. Else tiles make those that round to bfloat16.
+  bool makes_words() const {
+    if (has_int8_moments() || copies_.rounds_stochastically()) {
+      return true;
+    }
+    return tensor_.moment_dtype == StoredDtype::kBFloat16 &&
+           !has_own_counters(tensor_.shard_layout, chunk_ * kChunkSize, kChunkSize);
   }
 
   void step(int64_t begin, int64_t n) {
@@ -91,13 +94,17 @@ class ChunkStep {
       range.grad = static_cast<const char*>(tensor_.grad) + begin * bytes;
       range.grad_dtype = tensor_.grad_dtype;
     }
+    if (makes_words()) {
+      random_words(tensor_, options_, begin, words_);
+      range.words = words_;
+    }
     set_moments(range);
     step_range_({tensor_, options_, scalars_, gradients_, range}, squares_);
     if (has_int8_moments()) {
       store_int8_moments(range);
     }
     if (copies_.are_needed()) {
-      copies_.store(begin, n);
+      copies_.store(begin, n, words_);
     }
   }
 
@@ -115,7 +122,7 @@ class ChunkStep {
     });
   }
 
-  // Sets the moments, and the words for them that tiles don't make.
+  // Sets the moments.
   void set_moments(Range<state_t>& range) {
     if (tensor_.max_exp_avg_sq != nullptr) {
       range.max_exp_avg_sq = static_cast<state_t*>(tensor_.max_exp_avg_sq) + range.begin;
@@ -133,15 +140,10 @@ class ChunkStep {
     const int64_t offset = range.begin * stored_bytes(tensor_.moment_dtype, sizeof(state_t));
     range.exp_avg = static_cast<char*>(tensor_.exp_avg) + offset;
     range.exp_avg_sq = static_cast<char*>(tensor_.exp_avg_sq) + offset;
-    if (tensor_.moment_dtype == StoredDtype::kBFloat16 && !makes_words_by_tiles()) {
-      random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
-      range.words = words_;
-    }
   }
 
   void store_int8_moments(const Range<state_t>& range) {
     if constexpr (std::is_same_v<state_t, float>) {
-      random_words(tensor_, options_, range.begin, Stream::kMoments, words_);
       store_moment<true>(tensor_, range.begin, range.n, exp_avg_scratch_, words_);
       store_moment<false>(tensor_, range.begin, range.n, exp_avg_sq_scratch_, words_);
     }
