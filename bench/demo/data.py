@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 WINDOW = 64
@@ -41,6 +40,9 @@ def digits() -> Split:
     Every fifth image of each class is held out, so the split is stratified and the same
     for every seed.
     """
+    # Not at the top: machines that train on text alone, or are lent for a GPU, may lack it.
+    from sklearn.datasets import load_digits
+
     pixels, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().div_(16).view(-1, 1, 8, 8)
     labels = torch.from_numpy(classes).long()

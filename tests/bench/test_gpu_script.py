@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -77,6 +78,28 @@ def _ends(process: str) -> bool:
     while not _has_ended(process) and time.monotonic() < end:
         time.sleep(0.05)
     return _has_ended(process)
+
+
+BENCHES = (
+    "bench.speed.__main__",
+    "bench.speed.host_time",
+    "bench.speed.report",
+    "bench.reliability.parity",
+    "bench.reliability.sanitize",
+)
+# A machine with a GPU is only known to have torch, triton, numpy, pytest and its benchmark.
+LACKED = "hypothesis", "matplotlib", "mlxtend", "rich", "scipy", "sklearn", "timm", "tqdm"
+
+
+def test_benches_import_what_is_there() -> None:
+    """Without the packages that only CPU benches need; `bench.speed` needed scikit-learn.
+
+    No test saw it, as every machine that ran one had all of them.
+    """
+    lacked = f"import sys; sys.modules.update(dict.fromkeys({LACKED!r}))"
+    script = f"{lacked}; import {', '.join(BENCHES)}"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_builds_are_asked_for_and_fail(tmp_path: Path) -> None:
