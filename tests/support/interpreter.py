@@ -67,7 +67,8 @@ def _language() -> tuple[Any, Any]:
 
 def _patch_attr(owner: Any, name: str, member: Any, *_: Any) -> None:
     """Let a builtin be called outside of compiled functions."""
-    function = member.__wrapped__ if member.__code__ is _builtin_code else member
+    is_builtin = getattr(member, "__code__", None) is _builtin_code
+    function = member.__wrapped__ if is_builtin else member
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kwargs["_semantic"] = interpreter.interpreter_semantic
