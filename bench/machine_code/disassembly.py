@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.speed.bytes import Bytes
-from cm_fused._backends.triton import codes as triton_codes
 from cm_fused._backends.triton import kernels as triton_kernels
+from cm_fused._backends.triton import scales as triton_scales
 
 
 class Instruction(NamedTuple):
@@ -42,7 +42,7 @@ _LABEL = re.compile(r"^(\.L\w+):")
 _TARGET = re.compile(r"(!?U?P\w+, )?`\((\.L\w+)\)")
 _SIGNS = {
     Path(inspect.getfile(module)).name: sign
-    for module, sign in ((triton_kernels, 1), (triton_codes, -1))
+    for module, sign in ((triton_kernels, 1), (triton_scales, -1))
 }
 _LINE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 
@@ -115,7 +115,7 @@ def source_lines() -> SourceLines:
     ]
     scales = frozenset(
         -line
-        for node in ast.parse(inspect.getsource(triton_codes)).body
+        for node in ast.parse(inspect.getsource(triton_scales)).body
         if isinstance(node, ast.FunctionDef) and node.name in _OF_SCALES
         for line in _lines_of(node)
     )

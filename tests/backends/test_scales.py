@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from cm_fused._backends.triton import codes
+from cm_fused._backends.triton import scales
 from cm_fused.rounding import SCALE_BITS
 from tests.support.cases import needs_triton
 
@@ -16,7 +16,7 @@ pytestmark = [
     needs_triton,
     # Older interpreters round a fused multiply-add twice.
     pytest.mark.skipif(
-        not codes.INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+        not scales.INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
         reason="the interpreter has to round fused multiply-adds once",
     ),
 ]
@@ -26,18 +26,18 @@ SIZE = 2**18
 @triton.jit
 def _quotients(x_ptr, quotients_ptr, divisor: tl.constexpr, n: tl.constexpr):
     places = tl.program_id(0) * n + tl.arange(0, n)
-    tl.store(quotients_ptr + places, codes._quotient(tl.load(x_ptr + places), divisor))
+    tl.store(quotients_ptr + places, scales._quotient(tl.load(x_ptr + places), divisor))
 
 
 @triton.jit
-def _inverses(scales_ptr, inverses_ptr, n: tl.constexpr):
+def _inverses(x_ptr, inverses_ptr, n: tl.constexpr):
     places = tl.program_id(0) * n + tl.arange(0, n)
-    tl.store(inverses_ptr + places, codes._inverse(tl.load(scales_ptr + places)))
+    tl.store(inverses_ptr + places, scales._inverse(tl.load(x_ptr + places)))
 
 
 @pytest.fixture(autouse=True)
 def _as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(scales, "INTERPRETED", tl.constexpr(False))
 
 
 def _floats(bits: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def test_inverses_are_rounded_correctly(error: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_rsqrt", inverse_root)
     # Of 2^-100 / 448 and of the largest number / 7.
     exponents = torch.arange(18, 252).unsqueeze(1) << 23
-    scales = _floats(exponents | torch.arange(0, 2**23, -SCALE_BITS)).flatten()
-    scales = torch.nn.functional.pad(scales, (0, -len(scales) % SIZE), value=1.0)
-    inverses = torch.empty_like(scales)
-    _inverses[(len(scales) // SIZE,)](scales, inverses, SIZE)
-    assert torch.equal(inverses, 1 / scales)
+    given = _floats(exponents | torch.arange(0, 2**23, -SCALE_BITS)).flatten()
+    given = torch.nn.functional.pad(given, (0, -len(given) % SIZE), value=1.0)
+    inverses = torch.empty_like(given)
+    _inverses[(len(given) // SIZE,)](given, inverses, SIZE)
+    assert torch.equal(inverses, 1 / given)

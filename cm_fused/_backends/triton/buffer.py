@@ -9,6 +9,12 @@ from cm_fused._backends.triton import codes, layout
 from cm_fused._backends.triton.chunks import Block, block_at
 from cm_fused._backends.triton.common import CHUNK_SIZE, at, empty_sum, pointer, spread
 from cm_fused._backends.triton.moments import load_moment
+from cm_fused._backends.triton.scales import (
+    load_scales,
+    load_scales_of_slots,
+    scales_of_slot,
+    store_scales,
+)
 
 # The change of a chunk's buffer: the slot to write or -1, and whether to rebuild the sum.
 Admission = namedtuple("Admission", "capacity slot rebuild")
@@ -70,7 +76,7 @@ def _load_scales(buffer, slot, block, wanted, other, V: tl.constexpr):
     """Return a slot's scales, if there are any, or `other` where `wanted`, a scalar, is 0."""
     if layout.has_scales(V.SLOT_DTYPE):
         scales_ptr = buffer.scales + slot * tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
-        return codes.load_scales(scales_ptr, block, wanted, other, V.SHAPE)
+        return load_scales(scales_ptr, block, wanted, other, V.SHAPE)
     else:
         return 0
 
@@ -127,12 +133,12 @@ def _sum_of_slots(buffer, item, block, V: tl.constexpr):
     if layout.has_scales(V.SLOT_DTYPE):
         slot = -1 if V.CRITICAL_GRADIENTS else buffer.slot
         stride = tl.cdiv(buffer.numel, layout.SCALE_BLOCK)
-        all_scales = codes.load_scales_of_slots(
+        all_scales = load_scales_of_slots(
             buffer.scales, stride, block, slot, item[1], SUMMED_SLOTS, V.SHAPE
         )
     for other in tl.static_range(SUMMED_SLOTS):
         if layout.has_scales(V.SLOT_DTYPE):
-            scales = codes.scales_of_slot(all_scales, other)
+            scales = scales_of_slot(all_scales, other)
         taken = _is_taken(buffer, other, V)
         buffer_sum = _add_slot(buffer_sum, buffer, other, scales, taken, item[0], block, V)
     return buffer_sum
@@ -178,7 +184,7 @@ def _commit(buffer, stored, scales, block, V: tl.constexpr):
         admits = (buffer.slot >= 0).to(tl.int32)
         # The lane that has loaded them, in `_sum_of_slots` or `_load_scales`.
         by = buffer.slot if V.SUMMED_SLOTS > 0 else 0
-        codes.store_scales(scales_ptr, block, scales, admits, by, V.SHAPE)
+        store_scales(scales_ptr, block, scales, admits, by, V.SHAPE)
     # Where nothing is committed this is no slot, and it is not touched.
     SHAPE: tl.constexpr = layout.stored_shape(V.SLOT_DTYPE, V.SHAPE)
     where = _stored(block, V)

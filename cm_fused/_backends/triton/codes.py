@@ -7,24 +7,15 @@ import triton
 import triton.language as tl
 
 from cm_fused._backends.triton import layout
-from cm_fused._backends.triton.common import INTERPRETED as _INTERPRETED
-from cm_fused.rounding import SCALE_BITS
+from cm_fused._backends.triton.scales import block_scale, moment_scale
 
-INTERPRETED = tl.constexpr(_INTERPRETED)
-_INFINITY_BITS = tl.constexpr(0x7F800000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 _SIGN_BIT = tl.constexpr(-0x80000000)
-# The bits of a power of two taken from these are those of its inverse.
-_INVERSE_BITS = tl.constexpr(254 << 23)
-_SCALE_BITS = tl.constexpr(SCALE_BITS)
 # The upper half of each byte of a word.
 _UPPER_HALVES = tl.constexpr(-0x0F0F0F10)
 # The sign of each byte of a word, and the sum of the bits of 1.5 * 2^23, shifted to each byte.
 _SIGNS = tl.constexpr(-0x7F7F7F80)
 _ROUNDING_BITS = tl.constexpr(-0x74C00000)
-# Those of 2^-100, and the last bits of a float32, which a moment's code has not.
-_SMALLEST_SCALED = tl.constexpr(0x0D800000)
-_ROUNDED = tl.constexpr(0xFFFFF)
 # The bits of 2^-6, and of 2^14: a number that is added to it is rounded to a multiple of 2^-9, in
 # the sum's last bits.
 _SMALLEST_FLOAT8 = tl.constexpr(0x3C800000)
@@ -37,130 +28,6 @@ _FLOAT8_BITS = tl.constexpr(-0x78100000)
 def _largest(dtype):
     """Return the largest number a dtype with scales holds."""
     return {tl.int8: 127.0, tl.uint8: 448.0, layout.INT4: 7.0}[dtype]
-
-
-@triton.constexpr_function
-def _scales(shape):
-    """Return the shape in which a block's scales are loaded and stored, one for each lane."""
-    return (1, shape[1], shape[2], 1)
-
-
-@triton.jit
-def _larger(a, b):
-    """Return the larger of two numbers, NaN where one is NaN."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _largest_bits(values):
-    """Return the bits of each warp's largest magnitude, in which NaN is above infinity."""
-    if INTERPRETED:
-        bits = values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
-        bits = tl.max(tl.max(bits, 3, keep_dims=True), 0, keep_dims=True)
-    else:
-        # A lane's own elements first, in one instruction each.
-        largest = tl.reduce(tl.abs(values), 3, _larger, keep_dims=True)
-        largest = tl.reduce(largest, 0, _larger, keep_dims=True)
-        bits = largest.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
-    return tl.max(bits, 2, keep_dims=True)
-
-
-@triton.jit
-def _quotient(x, DIVISOR: tl.constexpr):
-    """Return x >= 2^-100 divided by a number, correctly rounded."""
-    if INTERPRETED:
-        return tl.div_rn(x, tl.full(x.shape, DIVISOR, tl.float32))
-    else:
-        # By its inverse, with one correction (Markstein): div_rn looks for the ends of the range.
-        divisor = tl.full(x.shape, DIVISOR, tl.float32)
-        inverse = tl.full(x.shape, 1.0 / DIVISOR, tl.float32)
-        quotient = x * inverse
-        return tl.fma(tl.fma(-divisor, quotient, x), inverse, quotient)
-
-
-@triton.jit
-def _inverse(scales):
-    """Return 1 over scales, which have 16 bits, correctly rounded."""
-    ones = tl.full(scales.shape, 1.0, tl.float32)
-    if INTERPRETED:
-        return tl.div_rn(ones, scales)
-    else:
-        root = tl.rsqrt(scales)
-        inverse = root * root
-        return tl.fma(tl.fma(-scales, inverse, ones), inverse, inverse)
-
-
-@triton.jit
-def _block_scale(values, LARGEST: tl.constexpr):
-    """Return what each warp's values are multiplied by, and restored by."""
-    largest_bits = _largest_bits(values)
-    largest = largest_bits.to(tl.float32, bitcast=True)
-    usable = (largest >= 2.0**-100) & (largest_bits < _INFINITY_BITS)
-    scales = _quotient(largest, LARGEST).to(tl.int32, bitcast=True) & _SCALE_BITS
-    scales = tl.where(usable, scales.to(tl.float32, bitcast=True), largest)
-    return tl.where(usable, _inverse(scales), 0.0), scales
-
-
-@triton.jit
-def _lanes(begin, SHAPE: tl.constexpr):
-    """Return an element whose scale each lane uses, and the lane's number in its warp."""
-    SCALES: tl.constexpr = _scales(SHAPE)
-    # By the element, which hides that a warp's scale follows that of another: lanes would be laid
-    # out along them.
-    warp = tl.arange(0, SCALES[1])[None, :, None, None] * layout.SCALE_BLOCK
-    lane = tl.arange(0, SCALES[2])[None, None, :, None]
-    return begin + warp + 0 * lane, lane + 0 * warp
-
-
-@triton.jit
-def _are_wanted(elements, block, wanted, SHAPE: tl.constexpr):
-    """Return the mask of scales that are wanted and those of elements of the chunk."""
-    mask = tl.full(_scales(SHAPE), wanted, tl.int32) != 0
-    return mask if layout.is_of_full_chunk(SHAPE) else mask & (elements < block.count)
-
-
-@triton.jit
-def load_scales(scales_ptr, block, wanted, other, SHAPE: tl.constexpr):
-    """Load the scales of a block of a chunk, or return `other` where `wanted`, a scalar, is 0."""
-    elements, lane = _lanes(block.begin, SHAPE)
-    mask = (lane == 0) & _are_wanted(elements, block, wanted, SHAPE)
-    loaded = tl.load(scales_ptr + elements // layout.SCALE_BLOCK, mask=mask, other=0.0)
-    # The other lanes have 0. Integers are reduced by one instruction.
-    bits = tl.max(loaded.to(tl.uint32, bitcast=True), 2, keep_dims=True)
-    scales = bits.to(tl.float32, bitcast=True)
-    return tl.where(tl.full(scales.shape, wanted, tl.int32) != 0, scales, other)
-
-
-@triton.jit
-def load_scales_of_slots(
-    scales_ptr, stride, block, slot, other, C: tl.constexpr, SHAPE: tl.constexpr
-):
-    """Return the scales of C slots, each lane those of the slot with its number.
-
-    `other`, those of an item, are in the place of the scalar `slot`'s, or of none's where it is -1.
-    """
-    tl.static_assert(C <= SHAPE[2])
-    elements, lane = _lanes(block.begin, SHAPE)
-    mask = (lane < C) & (lane != tl.full(lane.shape, slot, tl.int32))
-    if not layout.is_of_full_chunk(SHAPE):
-        mask = mask & (elements < block.count)
-    ptrs = scales_ptr + lane * stride + elements // layout.SCALE_BLOCK
-    return tl.load(ptrs, mask=mask, other=tl.broadcast_to(other, lane.shape))
-
-
-@triton.jit
-def scales_of_slot(scales, slot: tl.constexpr):
-    """Return a slot's scales of those that `load_scales_of_slots` returned."""
-    return tl.gather(scales, tl.full(scales.shape, slot, tl.int32), 2)
-
-
-@triton.jit
-def store_scales(scales_ptr, block, scales, wanted, by, SHAPE: tl.constexpr):
-    """Store the scales of a block where `wanted`, a scalar, is not 0, by the lane of a number."""
-    elements, lane = _lanes(block.begin, SHAPE)
-    mask = (lane == by) & _are_wanted(elements, block, wanted, SHAPE)
-    scales = tl.broadcast_to(scales, _scales(SHAPE))
-    tl.store(scales_ptr + elements // layout.SCALE_BLOCK, scales, mask=mask)
 
 
 @triton.jit
@@ -271,19 +138,19 @@ def _unpack(stored, SHAPE: tl.constexpr):
 def to_slot(values, SLOT_DTYPE: tl.constexpr):
     """Return values as a slot stores them, and the scales of each warp; see `from_slot`."""
     if layout.has_scales(SLOT_DTYPE):
-        inverse, scales = _block_scale(values, _largest(SLOT_DTYPE))
+        inverse, scales = block_scale(values, _largest(SLOT_DTYPE))
         scaled = tl.where(inverse == 0, 0.0, values * inverse)
         if SLOT_DTYPE == tl.uint8:
-            codes = _to_float8(scaled)
+            words = _to_words(_to_float8(scaled), values.shape)
         else:
             # Added to 1.5 * 2^23, a number is rounded to an integer, in the sum's last bits. By 128
             # more all codes are positive.
             codes = (scaled + 12583040.0).to(tl.int32, bitcast=True)
             if layout.is_packed(SLOT_DTYPE):
-                codes = _pack(codes, values.shape)
+                words = _to_words(_pack(codes, values.shape), values.shape)
             else:
-                return _to_signed_words(codes, values.shape), scales
-        return _to_words(codes, values.shape), scales
+                words = _to_signed_words(codes, values.shape)
+        return words, scales
     else:
         return values.to(SLOT_DTYPE), 0
 
@@ -323,18 +190,6 @@ def add_slot(
         return total + stored.to(STATE_DTYPE)
 
 
-@triton.jit
-def _moment_scale(values, TOP: tl.constexpr):
-    """Return what each warp's values are multiplied by, and restored by: powers of two."""
-    largest = tl.minimum(_largest_bits(values), _INFINITY_BITS)
-    # The next power of two where the largest value is above the largest number with its own.
-    power = (largest + _ROUNDED) & _INFINITY_BITS
-    usable = (largest >= _SMALLEST_SCALED) & (power < _INFINITY_BITS)
-    inverse = tl.where(usable, _INVERSE_BITS - power + (TOP << 23), 0)
-    scales = tl.where(usable, power - (TOP << 23), power)
-    return inverse.to(tl.float32, bitcast=True), scales.to(tl.float32, bitcast=True)
-
-
 def _one_line(assembly: str) -> tl.constexpr:
     """Return code in one line: the compiler takes each line for another one of this file."""
     return tl.constexpr(" ".join(assembly.split()))
@@ -370,7 +225,7 @@ _PACK_SIGNED = _one_line("""{
 @triton.jit
 def to_moment(values, bits, SIGNED: tl.constexpr, V: tl.constexpr):
     """Return a moment's int8 codes and the scales of each warp; `bits` uint32 in [0, 2^20)."""
-    inverse, scales = _moment_scale(values, 8 if SIGNED else 15)
+    inverse, scales = moment_scale(values, 8 if SIGNED else 15)
     scaled = values * inverse
     # A float32 with a code's exponent, subnormal numbers included.
     subnormal = scaled * (2.0**-120 if SIGNED else 2.0**-112)

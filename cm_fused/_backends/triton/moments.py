@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from cm_fused._backends.triton import codes, rounding
+from cm_fused._backends.triton.scales import load_scales, store_scales
 
 
 @triton.jit
@@ -11,7 +12,7 @@ def load_moment(moment_ptr, scales_ptr, block, SIGNED: tl.constexpr, V: tl.const
     """Return the values of a moment."""
     stored = tl.load(moment_ptr + block.offsets, mask=block.mask, other=0)
     if stored.dtype == tl.int8:
-        scales = codes.load_scales(scales_ptr, block, 1, 0.0, V.SHAPE)
+        scales = load_scales(scales_ptr, block, 1, 0.0, V.SHAPE)
         return codes.from_moment(stored, scales, SIGNED)
     else:
         return rounding.widen(stored, V)
@@ -28,7 +29,7 @@ def _store_moment(
         if V.MOMENT_DTYPE == tl.int8:
             taken = words >> 12 if SIGNED else words & 0xFFFFF
             stored, scales = codes.to_moment(values, taken, SIGNED, V)
-            codes.store_scales(scales_ptr, block, scales, 1, 0, V.SHAPE)
+            store_scales(scales_ptr, block, scales, 1, 0, V.SHAPE)
             tl.store(moment_ptr + block.offsets, stored, mask=block.mask)
         else:
             half = words >> 16 if SIGNED else words & 0xFFFF
