@@ -72,8 +72,8 @@ def launch_options(
 
     Left alone ptxas takes 48 to 64 registers and spills some in the variant most used (triton 3.6,
     AdamCM in float32 on sm_90 and sm_100). Given a number it uses them: with these, at half of a
-    multiprocessor's warps for float32, 5 of the 224 forms of bench.machine_code for sm_80 and sm_90
-    spill, 8 to 24 bytes a thread.
+    multiprocessor's warps for float32, none of the 224 forms of bench.machine_code for sm_80 and
+    sm_90 spills.
     bfloat16 and float16 slots spill 40 to 112 bytes a thread at 80 registers, none at 96. Where
     there are scales a thread has eight elements, not four: 24 to 168 bytes are spilled at 128, none
     at 168, which let three programs run beside each other. Those have more bytes in flight, 64 kB a
