@@ -40,7 +40,7 @@ SMALLEST_SCALED = 2.0**-100
 # Scales of slots have 16 significant bits and codes at most 7, so that their product is exact: an
 # instruction that multiplies and adds gives the bits that a product and a sum give.
 SCALE_BITS = -0x100
-# The random bits of one rounding to a half dtype (float16 takes the first 13), and of one to a
+# The random bits of one rounding to a half dtype (float16 takes the last 13), and of one to a
 # moment's code.
 RANDOM_BITS = 16
 MOMENT_RANDOM_BITS = {torch.bfloat16: RANDOM_BITS, torch.int8: 20}
@@ -158,9 +158,11 @@ def dequantize(stored: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def param_bits(words: Tensor) -> Tensor:
-    """Return the bits that round parameters, of words whose halves round the moments.
+    """Return the bits that round parameters, of the words that round the moments.
 
-    They are the exclusive or of the halves, and so independent of either.
+    They are the exclusive or of a word's halves, and independent of each half. A bfloat16 moment is
+    rounded by one half. An int8 moment takes four bits of the other one too, by which the
+    parameter's bits depend on it, in the last places of one or the other.
 
     Args:
         words: int64, any shape, with values in [0, 2^32).
@@ -325,8 +327,9 @@ def _per_element(scales: Tensor, numel: int) -> Tensor:
 def _block_scale(blocks: Tensor, largest_stored: float) -> tuple[Tensor, Tensor]:
     """Return what blocks are multiplied by, and restored by.
 
-    The first is 0 where a block's largest value is too small or not finite. The values of such a
-    block are stored as 0, and restored as 0 or, by the largest one, as NaN.
+    The first is 0 where a block's largest value is too small or not finite. Such a block is stored
+    as 0. Its largest value is its scale, so that it is restored as 0, or as NaN where that value is
+    not finite.
     """
     largest = blocks.abs().amax(-1, keepdim=True)
     usable = (largest >= SMALLEST_SCALED) & (largest <= _MAX_FINITE)

@@ -220,7 +220,7 @@ class _ResearchAdam(CriticalAdam):
             smallest: Tensor = state["smallest"]
             undo.keep(keys)
             undo.keep(smallest)
-            # No moment is rounded here, so that this stream is free.
+            # Nothing is rounded stochastically here: no other use is made of these words.
             bits = random_words(options.seed, index, bucket["step"][i], 1)[0]
             chosen = bits.to(torch.float64) < chance * 2.0**32
             full = (keys > -torch.inf).all()

@@ -32,11 +32,11 @@ def _params() -> list[Any]:
         # Interpreted, all of them take a minute.
         marks += [pytest.mark.slow] if backend == "triton" else []
         bits = STORED["bits"][place]
-        # None: changed where nobody could write them, see `unavailable_reason`.
+        # None: changed on a machine that could not write them, see `unavailable_reason`.
         params += [
             pytest.param(backend, case, id=f"{backend}-{case}", marks=marks)
             for case in CASES
-            if bits[str(case)] is not None
+            if bits.get(str(case), "") is not None
         ]
     return params
 

@@ -74,7 +74,7 @@ def test_words_are_those_of_the_layout(numbers: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("half", [0, 1, 0x8000, 0xABCD, 0xFFFF])
-def test_bits_of_parameters_are_independent_of_those_of_either_moment(half: int) -> None:
+def test_bits_of_parameters_are_independent_of_each_half_of_a_word(half: int) -> None:
     """Whatever one half of a word is, the other one gives each of the 2^16 bits once."""
     others = torch.arange(2**16)
     for words in (others << 16 | half, half << 16 | others):

@@ -92,7 +92,7 @@ def _is_taken(buffer, other, V: tl.constexpr):
 
 @triton.jit
 def _add_slot(buffer_sum, buffer, other, scales, taken, item, block, V: tl.constexpr):
-    """Return a sum and one more slot, or an item where that is `taken`, a scalar, by it."""
+    """Return a sum plus one more slot, or plus an item where `taken`, a scalar, is 1."""
     if layout.has_scales(V.SLOT_DTYPE):
         # Chosen among codes, which are four in a register, or eight.
         stored = _load_slot(buffer, other, block, 1 - taken, item, V)

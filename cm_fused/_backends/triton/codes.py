@@ -67,7 +67,7 @@ def _to_words(bytes, SHAPE: tl.constexpr):
 
 @triton.jit
 def _to_signed_words(codes, SHAPE: tl.constexpr):
-    """Return a block of words of int8 codes, which have 128 more, and the bits of 1.5 * 2^23."""
+    """Return a block of words of int8 codes; 128 and the bits of 1.5 * 2^23 were added to each."""
     if layout.is_of_full_chunk(SHAPE):
         words = tl.sum(codes << _byte_shifts(SHAPE), 3, keep_dims=True)
         return (words - _ROUNDING_BITS) ^ _SIGNS
@@ -195,8 +195,8 @@ def _one_line(assembly: str) -> tl.constexpr:
     return tl.constexpr(" ".join(assembly.split()))
 
 
-# The codes of four elements as a word, 0 where the inverse of their scale is: the last byte of
-# each, or, from the bits of a float32, the 7 bits from the 21st on and the sign.
+# Each makes a word of four elements' codes, or 0 where the scale's inverse is 0. The first takes
+# the last byte of each, the second a float32's sign and bits 20 to 26.
 _PACK = _one_line("""{
     .reg .b32 a, b;
     .reg .pred unusable;

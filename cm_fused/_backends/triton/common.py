@@ -134,9 +134,9 @@ def effective_gradient(grad, param, factor, l2):
 
 
 @triton.constexpr_function
-def _is_by_fours(shape):
-    """Return whether each thread has its elements of a block by four consecutive ones."""
-    return shape[-1] % (4 * NUM_THREADS if len(shape) == 1 else 4) == 0
+def _sums_fours(dtype, shape):
+    """Return whether each thread has four consecutive float32 elements of a block at a time."""
+    return dtype == tl.float32 and shape[-1] % (4 * NUM_THREADS if len(shape) == 1 else 4) == 0
 
 
 @triton.constexpr_function
@@ -158,10 +158,11 @@ def _sum_squares_of_fours(wide, SHAPE: tl.constexpr):
 @triton.jit
 def sum_squares(g, SHAPE: tl.constexpr):
     """Return one partial sum of g^2 in float64 for each thread of a block."""
-    # A float32 gradient's square neither overflows nor underflows, and is exact.
+    # A float32 gradient's square neither overflows nor underflows. It is exact, so that a fused
+    # multiply-add rounds as a product and a sum do.
     wide = g.to(tl.float64)
     # A thread's own elements first: it keeps one partial sum, not one for each.
-    squares = _sum_squares_of_fours(wide, SHAPE) if _is_by_fours(SHAPE) else wide * wide
+    squares = _sum_squares_of_fours(wide, SHAPE) if _sums_fours(g.dtype, SHAPE) else wide * wide
     if len(SHAPE) == 4:
         squares = tl.sum(tl.sum(squares, 3), 0)
     return tl.sum(tl.reshape(squares, (THREADS, squares.numel // THREADS)), 1)

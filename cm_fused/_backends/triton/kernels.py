@@ -125,7 +125,7 @@ def _update_param(s, param, numerator, second_moment, V: tl.constexpr):
 def _store_param(tensors, block, param, words, V: tl.constexpr):
     """Store the parameter, rounded as the variant says; `words` are random, if stochastically."""
     if V.STOCHASTIC:
-        # Independent of either half, which round the moments.
+        # See `cm_fused.rounding.param_bits`.
         bits = (words >> 16) ^ (words & 0xFFFF)
         if V.PARAM_DTYPE == tl.bfloat16:
             rounded = rounding.round_to_bfloat16(param, bits)

@@ -20,9 +20,9 @@ SCALE_BLOCK = tl.constexpr(_SCALE_BLOCK)
 # float32 or one element, and a warp's runs follow each other. With these four dimensions triton
 # gives every tensor, whatever its dtype, the layout they name, and lays out nothing anew.
 #
-# A scale is loaded, spread and replaced by one lane of its warp: no other thread accesses it, so
-# that no barrier is needed in between. It is the first lane, but of slots that are summed the one
-# with the slot's number: the scales of all of them are loaded at once.
+# One lane of its warp loads and stores a scale, and the others get it from that lane: no other
+# thread accesses it, so that no barrier is needed in between. It is the first lane. Of summed
+# slots, whose scales are loaded at once, it is the one with the slot's number.
 #
 # A lane accesses its four bytes of a run of a full chunk as one int32, and chooses between two such
 # words: left alone, the compiler takes bytes apart and joins them again.

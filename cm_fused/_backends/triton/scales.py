@@ -43,7 +43,7 @@ def _largest_bits(values):
 
 @triton.jit
 def _quotient(x, DIVISOR: tl.constexpr):
-    """Return x >= 2^-100 divided by a number, correctly rounded."""
+    """Return x >= 2^-100 divided by DIVISOR, which is 7, 127 or 448, correctly rounded."""
     if INTERPRETED:
         return tl.div_rn(x, tl.full(x.shape, DIVISOR, tl.float32))
     else:
@@ -56,7 +56,7 @@ def _quotient(x, DIVISOR: tl.constexpr):
 
 @triton.jit
 def _inverse(scales):
-    """Return 1 over scales, which have 16 bits, correctly rounded."""
+    """Return 1 over usable scales, which have 16 significant bits, correctly rounded."""
     ones = tl.full(scales.shape, 1.0, tl.float32)
     if INTERPRETED:
         return tl.div_rn(ones, scales)
@@ -131,7 +131,8 @@ def load_scales_of_slots(
 ):
     """Return the scales of C slots, each lane those of the slot with its number.
 
-    `other`, those of an item, are in the place of the scalar `slot`'s, or of none's where it is -1.
+    The lane with the number `slot`, a scalar, has `other` instead, an item's scales. Where `slot`
+    is -1 no lane has.
     """
     tl.static_assert(C <= SHAPE[2])
     elements, lane = _lanes(block.begin, SHAPE)
@@ -150,7 +151,7 @@ def scales_of_slot(scales, slot: tl.constexpr):
 
 @triton.jit
 def store_scales(scales_ptr, block, scales, wanted, by, SHAPE: tl.constexpr):
-    """Store the scales of a block where `wanted`, a scalar, is not 0, by the lane of a number."""
+    """Store the scales of a block where `wanted`, a scalar, is not 0; the lane `by` stores them."""
     elements, lane = _lanes(block.begin, SHAPE)
     mask = (lane == by) & _are_wanted(elements, block, wanted, SHAPE)
     scales = tl.broadcast_to(scales, _scales(SHAPE))

@@ -205,8 +205,8 @@ template <typename state_t>
   }
 }
 
-// Rounds a block to values of param_t, so that storing them loses nothing more. The halves of a
-// word round the moments: by their exclusive or, parameters are rounded independently of either.
+// Rounds a block to values of param_t, so that storing them loses nothing more (of the words,
+// param_bits in cm_fused/rounding.py).
 template <typename state_t, typename param_t>
 [[gnu::noinline]] void round_stochastically(const uint32_t* words, int64_t n, state_t* param) {
   with_block_size(n, [&](auto size) {

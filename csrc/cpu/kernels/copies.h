@@ -29,7 +29,7 @@ struct Range {
   void* exp_avg_sq;
   state_t* max_exp_avg_sq;  // nullptr without amsgrad
   state_t* param;
-  const uint32_t* words;  // of rounded moments; nullptr: to be made by tiles
+  const uint32_t* words;  // random; nullptr: tiles make those of bfloat16 moments
 
   // Of copies, made by who has asked for what comes next: the gradients as critical gradients store
   // them and as the update uses them. nullptr: to be found from grad by tiles.

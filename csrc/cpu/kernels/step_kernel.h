@@ -52,7 +52,7 @@ class ChunkStep {
 
   // Returns the sum of g^2, of critical momenta.
   CompensatedSum<double> run() {
-    // A block at a time of what is copied, or has its words made elsewhere.
+    // A block at a time of what is copied, or whose words are made by blocks.
     const bool by_blocks = copies_.are_needed() || makes_words();
     const int64_t size = by_blocks ? kLargestBlock : kChunkSize;
     const int64_t end = std::min((chunk_ + 1) * kChunkSize, tensor_.numel);
