@@ -137,15 +137,15 @@ def test_bytes_of_low_precision(
     report = reports[90, f"rounded float32 CM 5 slots {variant}"]
     # Warps do not wait for each other.
     assert report["barriers"] == 0
-    # int8 moments are limited by instructions: see bench/NOTES.md.
-    assert report["issue_share"] < (0.72 if variant == "int8 int8 moments" else 0.6)
+    assert report["issue_share"] < 0.6
     assert [report["read"], report["written"]] == report["expected"]
     slot_bytes = 2 if variant == "bfloat16" else 0.5 if variant.startswith("int4") else 1
     assert report["read"] + report["written"] - slot_bytes == moved
     assert report["local_bytes"] == 0
-    # A code's product with its scale is exact: four slots are added to the first.
+    # A code's product with its scale is exact: four slots are added to the first. A scale and its
+    # inverse are corrected by two each. All of that is there in full chunks and in tails.
     has_scales = not variant.startswith("bfloat16")
-    assert report["fused_multiply_adds"] == (4 * (8 + 8) if has_scales else 0)
+    assert report["fused_multiply_adds"] == (4 * (8 + 8) + 4 * (1 + 1) if has_scales else 0)
 
 
 LISTING = """
