@@ -64,7 +64,7 @@ def test_inverses_are_rounded_correctly(error: int, monkeypatch: pytest.MonkeyPa
         return interpreter.TensorHandle((roots.view(np.int32) + error).view(np.float32), arg.dtype)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_rsqrt", inverse_root)
-    # Of 2^-100 / 448 and of the largest number / 7.
+    # The first exponent is that of 2^-100 / 448, the last that of the largest number / 7.
     exponents = torch.arange(18, 253).unsqueeze(1) << 23
     given = _floats(exponents | torch.arange(0, 2**23, -SCALE_BITS)).flatten()
     given = torch.nn.functional.pad(given, (0, -len(given) % SIZE), value=1.0)

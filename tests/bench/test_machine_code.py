@@ -21,11 +21,11 @@ BUFFERS = ("no buffer", "running sum", *(f"{slots} slots" for slots in range(1, 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
-    """Compile in a process that does not interpret: the default everywhere, float32 for sm_90."""
+    """Compile, nothing interpreted: the default everywhere, float32 and rounded for sm_90."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     compiled = {}
-    all_of_them = ["float32 ", "rounded float32 CM 5 slots"]
+    all_of_them = ["float32 ", "rounded "]
     for archs, only in ((["90"], all_of_them), (["80", "100"], [DEFAULT])):
         result = subprocess.run(
             [
@@ -89,6 +89,13 @@ def test_a_thread_owns_its_elements(
     """
     assert reports[arch, DEFAULT]["barriers"] == 0
     assert reports[arch, DEFAULT]["conversions"] == 1
+
+
+def test_issue_slots(reports: dict[tuple[int, str], dict[str, Any]]) -> None:
+    """Arithmetic leaves room beside the memory, in float32 and in every precision of the bench."""
+    shares = {name: each["issue_share"] for (arch, name), each in reports.items() if arch == 90}
+    assert len(shares) > 60
+    assert {name: share for name, share in shares.items() if share >= 0.6} == {}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
