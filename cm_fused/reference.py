@@ -15,6 +15,7 @@ from torch import Tensor
 from cm_fused import rounding
 from cm_fused._bucket import Bucket, StepOptions, over_scope
 from cm_fused._distributed import is_wrapper
+from cm_fused._state import access
 from cm_fused.philox import random_words
 
 
@@ -114,7 +115,7 @@ def _undo_where_skipped_(bucket: Bucket, i: int, kept: list[Tensor], options: St
     if options.found_inf is None:
         return
     for tensor, before in zip(bucket.changed(i), kept, strict=True):
-        before, after = rounding.as_bytes(before), rounding.as_bytes(tensor)
+        before, after = access.as_bytes(before), access.as_bytes(tensor)
         after.copy_(torch.where(options.found_inf.to(after.device) != 0, before, after))
 
 
@@ -181,9 +182,9 @@ def _with_buffer_mean(x: Tensor, bucket: Bucket, i: int, options: StepOptions) -
 def buffer_mean(buffer: Tensor, priorities: Tensor, options: StepOptions) -> Tensor:
     """Return (1/C) times the sum of the slots, or the mean of the filled ones; 0 when empty."""
     if options.buffer_mean == "capacity":
-        return (1 / buffer.shape[0]) * rounding.sum_slots(buffer)  # Eq. (6)
+        return (1 / buffer.shape[0]) * access.sum_slots(buffer)  # Eq. (6)
     filled = (priorities > -torch.inf).sum().clamp(min=1)
-    return (1 / filled.to(torch.float64)).to(buffer.dtype) * rounding.sum_slots(buffer)
+    return (1 / filled.to(torch.float64)).to(buffer.dtype) * access.sum_slots(buffer)
 
 
 def admit_(bucket: Bucket, i: int, key: Tensor | None, item: Tensor, options: StepOptions) -> None:
@@ -204,7 +205,7 @@ def _update_buffer_(
     slot = priorities.argmin(keepdim=True)  # the lowest index on a tie
     smallest = priorities.index_select(0, slot)
     admitted = torch.isfinite(key) & (key > smallest)
-    rounding.store_slot_(
+    access.store_slot_(
         bucket["critical_buffer"][i],
         _item(bucket["critical_scales"], i),
         slot,
@@ -224,7 +225,7 @@ def _item(tensors: list[Tensor], i: int) -> Tensor | None:
 
 def load_buffer(bucket: Bucket, i: int) -> Tensor:
     """Return the slots of parameter i, (C, *shape)."""
-    return rounding.load_slots(
+    return access.load_slots(
         bucket["critical_buffer"][i], _item(bucket["critical_scales"], i), bucket["exp_avg"][i]
     )
 
@@ -232,8 +233,8 @@ def load_buffer(bucket: Bucket, i: int) -> Tensor:
 def _load_moments(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:
     """Return m and v of parameter i: the state itself where it is of the update's dtype."""
     return (
-        rounding.load_moment(bucket["exp_avg"][i], _item(bucket["exp_avg_scales"], i), signed=True),
-        rounding.load_moment(
+        access.load_moment(bucket["exp_avg"][i], _item(bucket["exp_avg_scales"], i), signed=True),
+        access.load_moment(
             bucket["exp_avg_sq"][i], _item(bucket["exp_avg_sq_scales"], i), signed=False
         ),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from cm_fused import reference
 from cm_fused._backends.capture import is_capturing
 from cm_fused._bucket import Batch, Bucket
-from cm_fused.rounding import as_bytes
+from cm_fused._state.access import as_bytes
 
 
 def prepare(batch: Batch) -> Callable[[], None]:

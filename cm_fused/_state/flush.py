@@ -1,7 +1,7 @@
 """Making a deferred commit at once, so that a buffer is as Algorithm 1's."""
 
-from cm_fused import rounding
 from cm_fused._distributed import local_state
+from cm_fused._state import access
 from cm_fused._state.table import State, shape_of, shapes_of
 
 # Without these there is nothing to commit.
@@ -17,12 +17,12 @@ def flush_(state: State) -> None:
     buffer, pending_slot = state["critical_buffer"], state["pending_slot"]
     critical_scales, critical_sum = state.get("critical_scales"), state.get("critical_sum")
     slot = pending_slot.clamp(min=0).reshape(1)
-    item = rounding.load_moment(state["exp_avg"], state.get("exp_avg_scales"), signed=True)
+    item = access.load_moment(state["exp_avg"], state.get("exp_avg_scales"), signed=True)
     exp_avg = state["exp_avg"]
-    evicted = rounding.load_slot(buffer, critical_scales, slot, exp_avg)
-    rounding.store_slot_(buffer, critical_scales, slot, pending_slot >= 0, item, exp_avg)
+    evicted = access.load_slot(buffer, critical_scales, slot, exp_avg)
+    access.store_slot_(buffer, critical_scales, slot, pending_slot >= 0, item, exp_avg)
     if critical_sum is not None:
-        stored = rounding.load_slot(buffer, critical_scales, slot, exp_avg)
+        stored = access.load_slot(buffer, critical_scales, slot, exp_avg)
         critical_sum.add_(stored - evicted)
     pending_slot.fill_(-1)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cm_fused import rounding
 from cm_fused._distributed import is_sharded, local, local_as
+from cm_fused._state import access
 from cm_fused._state.making import dequantized, missing_state, new_tensor, placed_as
 from cm_fused._state.table import (
     LEADING,
@@ -236,10 +237,10 @@ def _follow_slots_(state: State, saved_slots: Tensor) -> None:
         return
     slots, critical_sum = dequantized(state, "critical_buffer"), state["critical_sum"]
     if saved_slots.dtype is rounding.PACKED:
-        critical_sum.copy_(rounding.sum_slots(slots))
+        critical_sum.copy_(access.sum_slots(slots))
         return
     same = (slots == saved_slots.to(slots.device, slots.dtype)).all()
-    critical_sum.copy_(torch.where(same, critical_sum, rounding.sum_slots(slots)))
+    critical_sum.copy_(torch.where(same, critical_sum, access.sum_slots(slots)))
 
 
 def _loaded_in_precision(

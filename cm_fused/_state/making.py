@@ -8,8 +8,8 @@ dense, so that the fused backends walk both in one order.
 import torch
 from torch import Tensor
 
-from cm_fused import rounding
 from cm_fused._distributed import is_sharded, is_wrapper, local, local_state, sharded_as
+from cm_fused._state import access
 from cm_fused._state.table import (
     BUFFER_KEYS,
     LEADING,
@@ -189,7 +189,7 @@ def new_tensor(key: str, param: Tensor, state: State, group: Group) -> Tensor:
         like, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
     )
     if key == "critical_sum" and "critical_buffer" in state:
-        shaped.copy_(rounding.sum_slots(dequantized(state, "critical_buffer")))
+        shaped.copy_(access.sum_slots(dequantized(state, "critical_buffer")))
     return shaped
 
 
@@ -226,8 +226,8 @@ def dequantized(state: Group, key: str) -> Tensor:
     stored: Tensor = state[key]
     scales = state.get(SCALES[key]) if stored.dtype in LARGEST else None
     if LEADING[key]:
-        return rounding.load_slots(stored, scales, state["exp_avg"])
-    return rounding.load_moment(stored, scales, signed=key == "exp_avg")
+        return access.load_slots(stored, scales, state["exp_avg"])
+    return access.load_moment(stored, scales, signed=key == "exp_avg")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -258,7 +258,7 @@ def resize_buffer(param: Tensor, state: State, group: Group) -> None:
     for key in ("priorities", "critical_buffer", "critical_scales"):
         if key in state:
             new[key] = new_tensor(key, local(param), local_state(state), group)
-            resized, old = rounding.as_bytes(new[key]), rounding.as_bytes(local(state[key]))
+            resized, old = access.as_bytes(new[key]), access.as_bytes(local(state[key]))
             resized[: len(slots)].copy_(old.index_select(0, slots))
     state.update(placed_as(param, new))
     state.pop("critical_sum", None)

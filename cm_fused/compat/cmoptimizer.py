@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from cm_fused import reference, rounding
+from cm_fused import reference
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.flush import as_real
 from cm_fused._backends.select import select_for
@@ -38,6 +38,7 @@ from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import check_number
 from cm_fused._optimizer.norms import sq_norms_of_buckets
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans, view_as_real_
+from cm_fused._state import access
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint, translated
 from cm_fused.philox import random_words
@@ -242,7 +243,7 @@ class _ResearchAdam(CriticalAdam):
         g = reference.effective_gradient(bucket, 0, options)
         reference.admit_(bucket, 0, key.to(param.device, torch.float32), g, options)
         for critical_sum in bucket["critical_sum"]:
-            critical_sum.copy_(rounding.sum_slots(reference.load_buffer(bucket, 0)))
+            critical_sum.copy_(access.sum_slots(reference.load_buffer(bucket, 0)))
         lr = options.lr
         if isinstance(lr, Tensor):
             lr = lr.to(param.device).reshape(())

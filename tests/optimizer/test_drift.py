@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cm_fused import rounding
 from cm_fused._backends import cpu
 from cm_fused._bucket import Batch, Bucket
 from cm_fused._optimizer.checks import BUFFER_DTYPES
+from cm_fused._state import access
 from cm_fused._state.flush import flush_
 from cm_fused._state.table import KEYS
 from cm_fused.rounding import INT4, LARGEST
@@ -117,7 +117,7 @@ class _Run:
             }
             flush_(state if scales is None else {**state, "critical_scales": scales})
         exp_avg = self.bucket["exp_avg"][i]
-        return rounding.load_slots(slots, scales, exp_avg), running_sum
+        return access.load_slots(slots, scales, exp_avg), running_sum
 
     def error(self) -> float:
         """Return the worst error of all tensors' chunks, as a part of the float64 sum's norm."""
