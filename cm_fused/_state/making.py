@@ -22,9 +22,8 @@ from cm_fused._state.table import (
     shape_of,
     shapes_of,
 )
-from cm_fused.rounding import INT4, LARGEST, PACKED
+from cm_fused.rounding import LARGEST, PACKED
 
-_SCALED = (torch.int8, torch.float8_e4m3fn, INT4)
 LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,8 +34,8 @@ def refused_precision(param: Tensor, group: Group) -> tuple[str, str] | None:
         return "low_precision_update", rule
     if is_wrapper(param):
         # Scales are plain tensors, and those of the tensors inside may differ.
-        scaled = (name for name in ("buffer_dtype", "moment_dtype") if group[name] in _SCALED)
-        name = next(scaled, None)
+        asked = (("buffer_dtype", "critical_buffer"), ("moment_dtype", "exp_avg"))
+        name = next((name for name, key in asked if option_dtype(key, group) in LARGEST), None)
         if name is not None:
             return name, "a dtype without scales for tensors that wrap others, or None"
     if param.dtype in LOW_PRECISION_PARAM_DTYPES:

@@ -122,12 +122,19 @@ def test_a_fused_backend_refuses_a_wrapper(asked: dict[str, Any]) -> None:
 def test_a_wrapper_has_no_scales(options: dict[str, Any]) -> None:
     """State with scales is refused: its scales were those of one of the tensors inside.
 
-    The older tests had no subclass with tensors inside.
+    The older tests had no subclass with tensors inside. Then names of dtypes, which the constructor
+    turns to dtypes, were let through where they were set by hand.
     """
     (name,) = options
     param = torch.nn.Parameter(_wrapped(torch.ones(4)))
     with pytest.raises(ValueError, match=f"{name} must be a dtype without scales"):
         AdamCM([param], **options)
+    optimizer = AdamCM([param])
+    optimizer.param_groups[0].update(options)
+    param.grad = _wrapped(torch.ones(4))
+    with pytest.raises(RuntimeError, match=f"{name} must be a dtype without scales"):
+        optimizer.step()
+    assert torch.equal(param.a, torch.ones(4))
 
 
 @pytest.mark.filterwarnings("ignore:cm_fused steps with the slow eager backend")
