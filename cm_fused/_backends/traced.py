@@ -136,13 +136,13 @@ def step_op(
     bucket = Bucket(list(params), [], lists, list(param_indices), list(shard_layouts))
     bucket.critical_gradients = critical_gradients
     chosen = select(backend, bucket.device)
-    batch = _all_batches.get(batches, Batches()).registered(chosen, bucket)
+    batch = (_all_batches.get(batches) or Batches()).registered(chosen, bucket)
     (bucket,) = batch.buckets
     bucket.sq_norm, batch.grads = sq_norm, list(grads)
     bucket.options = StepOptions(lr=lr, grad_factor=grad_factor, found_inf=found_inf, **options)
     try:
         chosen.prepare(batch)()
     finally:
-        # Which an optimizer keeps no longer than a step takes.
+        # The optimizer keeps its gradients no longer than a step takes.
         batch.grads, bucket.sq_norm = [], None
         batch.split_gradients()

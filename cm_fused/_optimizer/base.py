@@ -103,7 +103,8 @@ class CriticalAdam(PlannedOptimizer):
         # A step whose norms are still being summed over processes: its plan, the sums, the work.
         self._pending: tuple[Plan, Tensor, Any] | None = None
         # What compiled steps have prepared, for good: its number is in their code.
-        self._traced_batches: traced.Batches = vars(self).get("_traced_batches", traced.Batches())
+        if "_traced_batches" not in vars(self):
+            self._traced_batches = traced.Batches()
         # The plans of parameters that are stepped inside backward, by the parameter's id, each with
         # the parameter's index among the optimizer's.
         self._single_plans: dict[int, tuple[Plans, int]] = {}
@@ -296,11 +297,10 @@ class CriticalAdam(PlannedOptimizer):
         if param in self.state:
             self._check_state(param)
         first = position + sum(len(group["params"]) for group in self.param_groups[:index])
-        plans, known_first = self._single_plans.get(id(param), (Plans(), first))
-        if known_first != first:
-            plans = Plans()
-        self._single_plans[id(param)] = plans, first
-        self._take_step(plans, [{**group, "params": [param]}], first)
+        known = self._single_plans.get(id(param))
+        if known is None or known[1] != first:
+            known = self._single_plans[id(param)] = Plans(), first
+        self._take_step(known[0], [{**group, "params": [param]}], first)
 
     def _forget_norm(self, param: Tensor) -> None:
         """Forget the norm of the last gradient of a parameter that is stepped inside backward."""

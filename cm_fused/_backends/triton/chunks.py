@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from cm_fused._backends.triton import layout
-from cm_fused._backends.triton.common import at, pointer
+from cm_fused._backends.triton.common import CHUNK_SIZE, ROW, at, cell, pointer
 
 # The elements of one program: `count` from `start` of a tensor.
 Chunk = namedtuple("Chunk", "row_ptr start count numel")
@@ -20,6 +20,16 @@ Tensors = namedtuple(
 
 # The elements worked on at a time: BLOCK from `begin` of a chunk with `count` elements.
 Block = namedtuple("Block", "begin count offsets mask")
+
+
+@triton.jit
+def chunk_of(table_ptr, chunks_ptr):
+    """Return this program's chunk."""
+    program = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
+    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK_SIZE
+    numel = cell(row_ptr, "numel")
+    return Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
 
 
 @triton.jit

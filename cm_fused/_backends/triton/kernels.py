@@ -12,11 +12,10 @@ import triton.language as tl
 
 from cm_fused._backends.triton import layout, philox, rounding
 from cm_fused._backends.triton.buffer import Admission, buffer_of, rebuild_sum, sum_and_commit
-from cm_fused._backends.triton.chunks import Chunk, block_at, tensors_of
+from cm_fused._backends.triton.chunks import block_at, chunk_of, tensors_of
 from cm_fused._backends.triton.common import (
     CHUNK_SIZE,
     REBUILT_CHUNK_SIZE,
-    ROW,
     THREADS,
     cell,
     double,
@@ -242,16 +241,6 @@ def _scalars_of(hyperparameters, step, divisor, STATE_DTYPE: tl.constexpr):
     )
 
 
-@triton.jit
-def _chunk_of(table_ptr, chunks_ptr):
-    """Return this program's chunk."""
-    program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
-    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK_SIZE
-    numel = cell(row_ptr, "numel")
-    return Chunk(row_ptr, start, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32), numel)
-
-
 @entry
 def critical_adam_kernel(
     table_ptr,  # the bucket's table; except gradients and keys, what it names is changed
@@ -310,7 +299,7 @@ def critical_adam_kernel(
         BY_FOURS,
         PTX,
     )
-    chunk = _chunk_of(table_ptr, chunks_ptr)
+    chunk = chunk_of(table_ptr, chunks_ptr)
     HAS_BUFFER: tl.constexpr = VARIANT.HAS_BUFFER
     slot_bytes = chunk.numel * 0
     if HAS_BUFFER:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from cm_fused._backends.triton.chunks import chunk_of
 from cm_fused._backends.triton.common import (
     CHUNK_SIZE,
     FULL_BLOCK,
@@ -50,10 +51,8 @@ def _compensated_total(sums, errors, SIZE: tl.constexpr):
 
 @triton.jit
 def _sq_norm_of_chunk(
-    row_ptr,
+    chunk,
     chunk_sq_norm_ptr,
-    start,
-    count,
     l2,
     factor,
     PARAM_DTYPE: tl.constexpr,
@@ -62,6 +61,9 @@ def _sq_norm_of_chunk(
     SPLIT: tl.constexpr,
     FULL: tl.constexpr,
 ):
+    row_ptr = chunk.row_ptr
+    start = chunk.start
+    count = chunk.count
     param_ptr = at(pointer(row_ptr, "param", PARAM_DTYPE), start, FULL)
     remainder_ptr = at(pointer(row_ptr, "master_remainder", tl.int16), start, FULL)
     grad_ptr = at(pointer(row_ptr, "grad", GRAD_DTYPE), start, FULL)
@@ -101,22 +103,15 @@ def sq_norm_kernel(
     SPLIT: tl.constexpr,
 ):
     """Write the sum of g^2 of each chunk; arguments as for `critical_adam_kernel`."""
-    program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * ROW
-    chunk = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64)
-    numel = cell(row_ptr, "numel")
-    start = chunk * CHUNK_SIZE
-    count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
+    chunk = chunk_of(table_ptr, chunks_ptr)
     l2 = double(l2).to(STATE_DTYPE)
     factor = signed_factor(sign, grad_factor_ptr).to(STATE_DTYPE)
-    chunk_sq_norm_ptr = chunk_sq_norms_ptr + program
-    full = (count == CHUNK_SIZE) & is_aligned(row_ptr)
+    chunk_sq_norm_ptr = chunk_sq_norms_ptr + tl.program_id(0)
+    full = (chunk.count == CHUNK_SIZE) & is_aligned(chunk.row_ptr)
     if full:
         _sq_norm_of_chunk(
-            row_ptr,
+            chunk,
             chunk_sq_norm_ptr,
-            start,
-            count,
             l2,
             factor,
             PARAM_DTYPE,
@@ -127,10 +122,8 @@ def sq_norm_kernel(
         )
     else:
         _sq_norm_of_chunk(
-            row_ptr,
+            chunk,
             chunk_sq_norm_ptr,
-            start,
-            count,
             l2,
             factor,
             PARAM_DTYPE,
