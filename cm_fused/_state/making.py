@@ -34,8 +34,9 @@ def refused_precision(param: Tensor, group: Group) -> tuple[str, str] | None:
         return "low_precision_update", rule
     if is_wrapper(param):
         # Scales are plain tensors, and those of the tensors inside may differ.
-        asked = (("buffer_dtype", "critical_buffer"), ("moment_dtype", "exp_avg"))
-        name = next((name for name, key in asked if option_dtype(key, group) in LARGEST), None)
+        keys = {"buffer_dtype": "critical_buffer", "moment_dtype": "exp_avg"}
+        scaled = (name for name, key in keys.items() if option_dtype(key, group) in LARGEST)
+        name = next(scaled, None)
         if name is not None:
             return name, "a dtype without scales for tensors that wrap others, or None"
     if param.dtype in LOW_PRECISION_PARAM_DTYPES:

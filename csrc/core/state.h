@@ -1,18 +1,14 @@
 // The state of a bucket, as register_state was given it, and binding its parameters to a step, on
-// any device: check their tensors, take their addresses. In parallel: with many small ones the time
-// goes into cache misses on their metadata.
+// any device: check their tensors, take their addresses.
 #pragma once
 
 #include <cstdint>
-#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <unordered_map>
 #include <vector>
-
-#include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
 #include "param_data.h"
@@ -136,33 +132,5 @@ void check_step(
 // at, and the state is checked again only when it moved.
 ParamViews bind_param(
     size_t i, const StateTensors& state, const Tensor& param, const Tensor& grad, ParamData& data);
-
-// Below this many tensors a thread's start costs more than it saves.
-inline constexpr int64_t kTensorGrainSize = 256;
-
-// Calls visit(i) for every tensor, then throws what the lowest index threw.
-template <typename Visit>
-void for_each_tensor(size_t count, Visit visit) {
-  std::mutex mutex;
-  std::exception_ptr error;
-  int64_t failed = 0;
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(count), kTensorGrainSize, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          try {
-            visit(static_cast<size_t>(i));
-          } catch (...) {
-            const std::lock_guard lock(mutex);
-            if (error == nullptr || i < failed) {
-              failed = i;
-              error = std::current_exception();
-            }
-          }
-        }
-      });
-  if (error != nullptr) {
-    std::rethrow_exception(error);
-  }
-}
 
 }  // namespace cm_fused

@@ -275,7 +275,7 @@ void update_priorities_(Tensor table, Tensor chunk_sq_norms, std::optional<Tenso
   const PriorityUpdate update =
       check_priority_update(table, chunk_sq_norms, sq_norm, found_inf, capacity, priority_decay);
   check_rows(update);
-  if (update.found_inf != nullptr && *update.found_inf != 0.0) {
+  if (update.is_skipped()) {
     return;
   }
   // Given norms, nobody may have taken those of the chunks.

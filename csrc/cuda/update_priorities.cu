@@ -45,15 +45,11 @@ __device__ void update_row(const PriorityUpdate& update, int64_t row, float key)
       priorities_of(row_of(update.table, row)), update.capacity, update.priority_decay, key);
 }
 
-__device__ bool is_skipped(const PriorityUpdate& update) {
-  return update.found_inf != nullptr && *update.found_inf != 0.0;
-}
-
 // Norms that are there, or one sum for all rows; a thread for each row. Every block takes the whole
 // sum itself, which costs less than a second launch.
 __global__ void __launch_bounds__(kNumThreads) update_group_kernel(const PriorityUpdate update) {
   __shared__ double group;
-  if (is_skipped(update)) {
+  if (update.is_skipped()) {
     return;
   }
   const double total =
@@ -73,7 +69,7 @@ __global__ void __launch_bounds__(kNumThreads) update_group_kernel(const Priorit
 
 // A sum for each row, a block for each row.
 __global__ void __launch_bounds__(kNumThreads) update_tensors_kernel(const PriorityUpdate update) {
-  if (is_skipped(update)) {
+  if (update.is_skipped()) {
     return;
   }
   for (int64_t row = blockIdx.x; row < update.num_rows; row += gridDim.x) {

@@ -81,6 +81,10 @@ struct PriorityUpdate {
   [[nodiscard]] CM_FUSED_HOST_DEVICE bool adds_up_chunks() const {
     return capacity > 0 && sq_norm == nullptr;
   }
+
+  [[nodiscard]] CM_FUSED_HOST_DEVICE bool is_skipped() const {
+    return found_inf != nullptr && *found_inf != 0.0;
+  }
 };
 
 inline PriorityUpdate check_priority_update(const Tensor& table, const Tensor& chunk_sq_norms,

@@ -134,6 +134,7 @@ def test_a_wrapper_has_no_scales(options: dict[str, Any]) -> None:
     param.grad = _wrapped(torch.ones(4))
     with pytest.raises(RuntimeError, match=f"{name} must be a dtype without scales"):
         optimizer.step()
+    assert isinstance(param, TwoTensor)
     assert torch.equal(param.a, torch.ones(4))
 
 

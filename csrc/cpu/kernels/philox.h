@@ -41,7 +41,7 @@ inline Lanes multiply(Lanes a, uint64_t constant) {
   return reinterpret_cast<Lanes>(
       _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
-  return (a & 0xFFFFFFFFU) * (b & 0xFFFFFFFFU);
+  return (a & kLowerHalf) * (b & kLowerHalf);
 #endif
 }
 
@@ -56,8 +56,8 @@ inline Lanes exchange_halves(Lanes a) {
   return exchange_halves(a, std::make_index_sequence<kNumWords>{});
 }
 
-// Of every two lanes of a and of b the first ones, or the second ones, side by side: one
-// instruction, which moves nothing between halves of a register.
+// The first, or the second, of every two lanes of a and of b, side by side: one instruction, which
+// moves nothing between halves of a register.
 template <int kSecond, size_t... kItems>
 inline Lanes interleave(Lanes a, Lanes b, std::index_sequence<kItems...>) {
   return __builtin_shufflevector(a, b, kItems / 2 * 2 + kSecond + (kItems % 2) * kNumLanes...);
