@@ -11,13 +11,9 @@ from torch.optim import Optimizer
 
 from cm_fused._distributed import local, local_grad
 from cm_fused._optimizer.ascent import Sums, ascend_, count_nonzero
-from cm_fused._optimizer.checks import (
-    check_not_flattened,
-    check_number,
-    check_placement,
-    plain_options,
-)
+from cm_fused._optimizer.checks import check_number, plain_options
 from cm_fused._optimizer.closures import TwoCalls
+from cm_fused._optimizer.tensor_checks import check_not_flattened, check_placement
 
 # The attributes of a copy; between the half-steps `_originals` has the unperturbed parameters.
 _COPIED = ("optimizer", "rho", "adaptive", "_originals")

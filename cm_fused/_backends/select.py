@@ -122,7 +122,7 @@ def select(requested: str | None, device: torch.device) -> Backend:
 def select_for(group: Mapping[str, Any], param: Tensor) -> Backend:
     """Return the backend that a group's options ask for; RuntimeError says why there is none.
 
-    Wrapper subclasses get the reference: `checks.check_wrappers` refuses groups that ask for
+    Wrapper subclasses get the reference: `tensor_checks.check_wrappers` refuses groups that ask for
     another backend.
     """
     if is_wrapper(param):

@@ -13,7 +13,7 @@ from cm_fused._backends.capture import check_not_captured_sharded
 from cm_fused._backends.eager import Undo
 from cm_fused._backends.select import select_for
 from cm_fused._distributed import Processes, is_sharded
-from cm_fused._optimizer import checks, norms
+from cm_fused._optimizer import checks, norms, tensor_checks
 from cm_fused._optimizer.plan import Groups, Plan, Plans
 from cm_fused._optimizer.planned import PlannedOptimizer
 from cm_fused._state.table import State
@@ -140,9 +140,9 @@ class CriticalAdam(PlannedOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
-            checks.check_low_precision(group)
-            checks.check_wrappers(len(self.param_groups) - 1, group)
+            tensor_checks.check_not_flattened(len(self.param_groups) - 1, group, ValueError)
+            tensor_checks.check_low_precision(group)
+            tensor_checks.check_wrappers(len(self.param_groups) - 1, group)
             if group["backend"] is not None or group["fused"]:
                 for param in {param.device: param for param in group["params"]}.values():
                     select_for(group, param)
@@ -293,7 +293,7 @@ class CriticalAdam(PlannedOptimizer):
         """
         group = self.param_groups[index]
         param = group["params"][position]
-        checks.check_gradients(index, [param], position)
+        tensor_checks.check_gradients(index, [param], position)
         if param in self.state:
             self._check_state(param)
         first = position + sum(len(group["params"]) for group in self.param_groups[:index])

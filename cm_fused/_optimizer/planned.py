@@ -13,7 +13,7 @@ from cm_fused._backends.flush import drop_derived
 from cm_fused._backends.select import Backend
 from cm_fused._bucket import Bucket
 from cm_fused._distributed import is_sharded, local, local_state, shard_layout_of
-from cm_fused._optimizer import checks
+from cm_fused._optimizer import tensor_checks
 from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
 from cm_fused._state.making import check_param, missing_state_of
@@ -27,14 +27,14 @@ class PlannedOptimizer(CheckpointedOptimizer):
         """Check all gradients, and parameters against the state of a cached plan."""
         for i, group in enumerate(groups):
             # FSDP1 may have wrapped the model since the group was added.
-            checks.check_not_flattened(i, group)
-            checks.check_gradients(i, group["params"])
+            tensor_checks.check_not_flattened(i, group)
+            tensor_checks.check_gradients(i, group["params"])
             if cached is None:
-                checks.check_wrappers(i, group)
+                tensor_checks.check_wrappers(i, group)
             if cached is None and group["capturable"]:
-                checks.check_capturable([p for p in group["params"] if p.grad is not None])
+                tensor_checks.check_capturable([p for p in group["params"] if p.grad is not None])
         if cached is None:
-            checks.check_no_duplicates(groups)
+            tensor_checks.check_no_duplicates(groups)
         else:
             for param in cached.params:
                 self._check_state(param)
