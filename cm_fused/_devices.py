@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor on a device, itself where it is there; the host waits where it is to read it.
+    """Return a tensor on a device: itself if it is there.
 
-    A copy to the host that is not waited for is read before it has come.
+    The host waits for a copy to the CPU, which it would read before it has arrived.
     """
     return tensor.to(device, dtype, non_blocking=device.type != "cpu")

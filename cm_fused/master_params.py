@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from cm_fused._distributed import is_sharded, local, local_as, sharded_as
 from cm_fused._state.making import missing_state_of
 from cm_fused._state.table import Group, State, required_keys
-from cm_fused.rounding import join_master, split_master
+from cm_fused.rounding import HALF_DTYPES, join_master, split_master
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def _checked_group(optimizer: Optimizer, param: Tensor) -> Group:
         name = type(optimizer).__name__
         raise TypeError(f"optimizer must be one of cm_fused's, or SAM around one, got {name}")
     update = group["low_precision_update"]
-    if param.dtype in (torch.bfloat16, torch.float16) and update != "split":
+    if param.dtype in HALF_DTYPES and update != "split":
         raise ValueError(
             f"low_precision_update must be 'split' for a {param.dtype} parameter to have a master, "
             f"got {update!r}"

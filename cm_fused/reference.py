@@ -294,7 +294,7 @@ def _update_(
     else:
         denominator = corrected.sqrt() + options.eps
 
-    half = param.dtype in (torch.bfloat16, torch.float16)
+    half = param.dtype in rounding.HALF_DTYPES
     theta = _load_param(bucket, i)
     if half and options.low_precision_update == "kahan":
         theta = theta + bucket["compensation"][i].to(v.dtype)

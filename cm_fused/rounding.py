@@ -13,13 +13,13 @@ codes and stochastic rounding changed no loss by more than the seed does (bench/
 
 The int8 form of moments is an 8-bit float beside a power of two that its block has in common: of m
 a sign, 4 bits of exponent and 3 of mantissa; of v, which has no sign, one more of exponent. Small
-values of a block are so known as well as its largest, down to 2^-17 of it in m, and in the root of
-v, by which m is divided. Floats were chosen over codes linear in a root of the value, as in
-Gonzalez Ortiz, Gupta, Rinard and Blalock, "FlashOptim: Optimizers for Memory-Efficient Training"
-(arXiv 2602.23349), and over a table of codes, as in Dettmers et al., "8-bit Optimizers via
-Block-wise Quantization" (ICLR 2022), since they are made from float32's bits by an addition and a
-shift. Rounding is stochastic in the value, since an average that changes by less than half a code
-would stand still.
+values of a block are kept beside its largest, down to 2^-17 of it in m, and in the root of v, by
+which m is divided. Floats were chosen over codes linear in a root of the value, as in Gonzalez
+Ortiz, Gupta, Rinard and Blalock, "FlashOptim: Optimizers for Memory-Efficient Training" (arXiv
+2602.23349), and over a table of codes, as in Dettmers et al., "8-bit Optimizers via Block-wise
+Quantization" (ICLR 2022), since they are made from float32's bits by an addition and a shift.
+Rounding is stochastic in the value, since an average that changes by less than half a code would
+stand still.
 """
 
 from typing import NamedTuple
@@ -33,6 +33,8 @@ BLOCK_SIZE = 256
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 # What slots of int4 are stored as; see NOTE: [Two elements a byte].
 PACKED = torch.uint8
+# Those of parameters whose update `low_precision_update` rounds.
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Dtypes with scales, and the largest number they hold.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, PACKED: 7.0}
 # A block whose largest value is below is stored as zeros: the inverse of its scale would overflow.

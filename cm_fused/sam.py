@@ -1,7 +1,6 @@
 """Sharpness-aware minimization around any optimizer."""
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from cm_fused._distributed import local, local_grad
 from cm_fused._optimizer.ascent import Sums, ascend_, count_nonzero
-from cm_fused._optimizer.checks import check_number, plain_options
+from cm_fused._optimizer.checks import NOT_NEGATIVE, check_number, plain_options
 from cm_fused._optimizer.closures import TwoCalls
 from cm_fused._optimizer.tensor_checks import check_not_flattened, check_placement
 
@@ -87,7 +86,7 @@ class SAM(Optimizer):
             )
         _check_takes_no_closure(optimizer)
         rho = plain_options({"rho": rho})["rho"]
-        check_number("rho", rho, "finite and >= 0", lambda x: 0 <= x < math.inf)
+        check_number("rho", rho, *NOT_NEGATIVE)
         _check_not_released(optimizer)
         for i, group in enumerate(optimizer.param_groups):
             check_not_flattened(i, group, ValueError)

@@ -2,7 +2,7 @@
 
 The momentum of a step is admitted when the step's gradient norm is known, after the pass that read
 the gradient. The copy into its slot is deferred to the next pass, which reads the momentum anyway;
-`flush_` makes it at once, for whoever wants to see the slots.
+`flush_` makes it at once, for code that reads the slots.
 """
 
 from collections.abc import Callable

@@ -10,6 +10,7 @@ from torch import Tensor
 from cm_fused._backends.flush import as_real
 from cm_fused._devices import to_device
 from cm_fused._distributed import Processes, local, processes
+from cm_fused.rounding import HALF_DTYPES
 
 # Keeps the perturbation of a zero gradient zero.
 _TINY = 1e-12
@@ -64,8 +65,9 @@ def ascend_(pairs: list[_Pair], rho: float, adaptive: bool, sums: Sums) -> None:
             directions = _products(params, _products(params, directions))
         else:
             # The perturbation is computed in float32; only the moved parameter is rounded.
-            halves = (torch.bfloat16, torch.float16)
-            directions = [each.float() if each.dtype in halves else each for each in directions]
+            directions = [
+                each.float() if each.dtype in HALF_DTYPES else each for each in directions
+            ]
         moves = torch._foreach_mul(directions, scale.to(directions[0].dtype))
         torch._foreach_add_(params, moves)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cm_fused._backends.select import NAMES
 from cm_fused._distributed import partitioner
-from cm_fused._state.table import as_dtype
+from cm_fused._state.table import DTYPE_OPTIONS, as_dtype
 from cm_fused.rounding import INT4
 
 BUFFER_DTYPES = (
@@ -21,7 +21,6 @@ BUFFER_DTYPES = (
     *(torch.float8_e4m3fn, torch.int8, INT4),
 )
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-_DTYPE_OPTIONS = {"buffer_dtype", "moment_dtype"}
 _CHOICES: dict[str, tuple[object, ...]] = {
     "priority_scope": ("group", "tensor"),
     "buffer_mean": ("capacity", "size"),
@@ -36,9 +35,10 @@ FLAGS = ("amsgrad", "capturable", "eps_inside_sqrt", "maximize", "decoupled_weig
 _Rule = tuple[str, Callable[[float], bool]]
 # By comparisons, which torch.compile can trace.
 _FINITE: _Rule = ("finite", lambda x: abs(x) < math.inf)
-_NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: 0 <= x < math.inf)
-_NUMBERS: dict[str, _Rule] = dict.fromkeys(("lr", "eps", "weight_decay"), _NOT_NEGATIVE)
-_NUMBERS["priority_decay"] = ("in [0, 1]", lambda x: 0 <= x <= 1)
+NOT_NEGATIVE: _Rule = ("finite and >= 0", lambda x: 0 <= x < math.inf)
+IN_UNIT_INTERVAL: _Rule = ("in [0, 1]", lambda x: 0 <= x <= 1)
+_NUMBERS: dict[str, _Rule] = dict.fromkeys(("lr", "eps", "weight_decay"), NOT_NEGATIVE)
+_NUMBERS["priority_decay"] = IN_UNIT_INTERVAL
 # A scheduler may have made lr and weight decay negative.
 _IN_TRAINING = {**_NUMBERS, "lr": _FINITE, "weight_decay": _FINITE}
 # The rules of the numbers that do not change at every step, as lr does.
@@ -54,7 +54,7 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     OmegaConf's lists.
     """
     plain = dict(zip(options, _python_numbers(options.values()), strict=True))
-    for name in _DTYPE_OPTIONS & plain.keys():
+    for name in plain.keys() & DTYPE_OPTIONS:
         plain[name] = as_dtype(plain[name])
     betas = plain.get("betas")
     if not isinstance(betas, (str, bytes, Mapping, Set)):
@@ -137,7 +137,7 @@ def check_choices(options: Mapping[str, Any]) -> None:
     check_capacity(options["capacity"])
     for name in _CHOICES:
         value = options[name]
-        _check_choice(name, as_dtype(value) if name in _DTYPE_OPTIONS else value)
+        _check_choice(name, as_dtype(value) if name in DTYPE_OPTIONS else value)
 
 
 def check_flags(options: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ def _check_choice(name: str, value: object) -> None:
     choices = _CHOICES[name]
     if value not in choices:
         names = ", ".join(map(repr, choices))
-        also = ", or a name such as 'bfloat16'" if name in _DTYPE_OPTIONS else ""
+        also = ", or a name such as 'bfloat16'" if name in DTYPE_OPTIONS else ""
         raise ValueError(f"{name} must be one of {names}{also}, got {value!r}")
 
 

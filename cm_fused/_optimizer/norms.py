@@ -99,7 +99,7 @@ def _last_sums(plan: Plan) -> list[Tensor]:
     if plan.sums is not None:
         sums = [plan.sums]
     elif plan.local_params is not None or not all(b.finds_norms for b in plan.buckets):
-        # Without keys nobody has found these, or added up those of the processes.
+        # Without keys these sums were not found, or not added up over the processes.
         sums = [torch.full((), math.nan, dtype=torch.float64, device="cpu")]
     else:
         sums = [each for backend, batch in plan.batches for each in backend.last_sq_norms(batch)]

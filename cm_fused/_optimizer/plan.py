@@ -28,20 +28,22 @@ from cm_fused._optimizer.checks import (
     check_lrs,
     check_numbers,
 )
+from cm_fused._state.table import DTYPE_OPTIONS
 from cm_fused._state.tracking import OptimizerState
 
 Groups = list[dict[str, Any]]
 # The options that decide which tensors a step needs and which backend steps them, and the other
 # ones with few values. They come first in `_options_of`: when one of them changes, they are checked
 # and all plans are made anew.
-_CHOICES = (
+_REPLANNED = (
     *("amsgrad", "capacity", "backend", "fused", "capturable"),
-    *("buffer_dtype", "moment_dtype", "low_precision_update"),
+    *DTYPE_OPTIONS,
+    "low_precision_update",
     *("priority_scope", "buffer_mean", "adjust_lr_fn"),
 )
 # When one of these changes they are checked, and the plans stay.
 _CHECKED = (*CHECKED_NUMBERS, "eps_inside_sqrt", "maximize", "decoupled_weight_decay")
-_options_of = itemgetter(*_CHOICES, *_CHECKED, "betas", "skip_nonfinite")
+_options_of = itemgetter(*_REPLANNED, *_CHECKED, "betas", "skip_nonfinite")
 _lr_of = itemgetter("lr")
 _params_of = itemgetter("params")
 # How many plans are cached, one for each set of parameters with gradients. It is enough for the
@@ -74,7 +76,7 @@ class Plan:
     batches: list[tuple[Backend, Batch]]
     orders: list[list[int] | None]  # each batch's positions in `params`; None: all, in order
     spans: list[tuple[int, int]]  # each group's first index among the optimizer's, and its size
-    # Those with buffers of groups that have several, whose norms are added up.
+    # Those with buffers, of groups that have several buckets: their norms are added up.
     divided: list[Bucket]
     local_params: list[Tensor] | None = None  # those of `params`, where some are DTensors
     # The dtypes of `params`, where the state depends on them besides the gradients.
@@ -277,7 +279,7 @@ class Plans:
 
     def add(self, plan: Plan, state: Any) -> None:
         """Cache a plan for what `find` last read, if the state counts its changes."""
-        if not isinstance(state, OptimizerState) or not all(map(state.counts, plan.params)):
+        if not isinstance(state, OptimizerState) or not all(map(state.tracks, plan.params)):
             self._state = None
             return
         if state is not self._state or state.changes.count != self._changes:
@@ -307,8 +309,10 @@ class Plans:
         # This may raise, after which refused options must not be taken for known ones.
         self._values = None
         if not is_known:  # else a scheduler has changed learning rates
-            self._read_choices(groups, [each[: len(_CHOICES)] for each in values])
-            self._read_checked(groups, [each[len(_CHOICES) :][: len(_CHECKED)] for each in values])
+            self._read_choices(groups, [each[: len(_REPLANNED)] for each in values])
+            self._read_checked(
+                groups, [each[len(_REPLANNED) :][: len(_CHECKED)] for each in values]
+            )
             self.needs_norm = any(map(needs_norm, groups))
         check_lrs(lrs)
         self.options, self._lrs = list(map(step_options, groups)), lrs

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
-from cm_fused._state.table import KEYS, State, as_dtype, option_dtype
+from cm_fused._state.table import DTYPE_OPTIONS, KEYS, State, as_dtype, option_dtype
 from cm_fused._warnings import warn
 from cm_fused.rounding import PACKED
 
@@ -25,8 +25,6 @@ LOCAL_OPTIONS = {"backend": None, "fused": None, "foreach": None, "amp_scaling":
 KIND = "critical_gradients"
 # What pickles of earlier versions lack, as those versions stepped.
 NEWER_OPTIONS = {"adjust_lr_fn": None, "fused": None, "foreach": None}
-# Options that stay the optimizer's own; the state is converted to them.
-PRECISION_OPTIONS = ("buffer_dtype", "moment_dtype")
 # Options of Adam that a load warns of: those whose best values differ for an update with critical
 # momenta, and those that would change a run unnoticed.
 ADAM_OPTIONS = (
@@ -136,10 +134,11 @@ def loaded_groups(
                 f"group {i} of the state dict must have {len(group['params'])} parameters, got "
                 f"{len(saved['params'])}"
             )
+        # Its dtypes stay the optimizer's own: the state is converted to them.
         options = {
             name: value if type(value) in _IMMUTABLE else copied(value, group["params"])
             for name, value in saved.items()
-            if name not in ("params", KIND, *LOCAL_OPTIONS, *PRECISION_OPTIONS)
+            if name not in ("params", KIND, *LOCAL_OPTIONS, *DTYPE_OPTIONS)
         }
         merged = plain_options({**group, **options})
         if merged["capacity"] != group["capacity"]:
@@ -258,7 +257,7 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
     """Warn of groups whose state was saved in another precision than theirs."""
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         # A checkpoint of torch.optim has no buffer.
-        names = PRECISION_OPTIONS if "capacity" in saved else ("moment_dtype",)
+        names = DTYPE_OPTIONS if "capacity" in saved else ("moment_dtype",)
         for name in names:
             # Saved by its name, in older state dicts by itself.
             own, other = (

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from cm_fused._distributed import is_flattened, is_sharded, is_wrapper, local
 from cm_fused._state.making import refused_precision
-
-# The dtypes of gradients that float32 parameters may have besides their own.
-LOWER_PRECISION_GRADIENTS = (torch.bfloat16, torch.float16)
+from cm_fused.rounding import HALF_DTYPES
 
 
 def check_not_flattened(
@@ -111,7 +109,7 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
                 "sparse=False"
             )
         check_placement(where, param, grad)
-        lower = param.dtype is torch.float32 and grad.dtype in LOWER_PRECISION_GRADIENTS
+        lower = param.dtype is torch.float32 and grad.dtype in HALF_DTYPES
         if grad.dtype != param.dtype and not lower:
             raise RuntimeError(f"{where} must have {_dtype_rule(param)}, got {grad.dtype}")
         for name in ("shape", "device"):
@@ -128,7 +126,7 @@ def check_gradients(group_index: int, params: list[Tensor], first: int = 0) -> N
 def _dtype_rule(param: Tensor) -> str:
     """Return which dtypes a parameter's gradient may have, and what to do with another."""
     own = f"the dtype {param.dtype} of its parameter"
-    lower = " or ".join(map(str, LOWER_PRECISION_GRADIENTS))
+    lower = " or ".join(map(str, HALF_DTYPES))
     if param.dtype is torch.float32:
         return f"{own}, or {lower}; convert the gradient to one of them"
     return f"{own}; convert the gradient to it, only those of float32 parameters may be {lower}"

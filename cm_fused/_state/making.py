@@ -12,6 +12,7 @@ from cm_fused._distributed import is_sharded, is_wrapper, local, local_state, sh
 from cm_fused._state import access
 from cm_fused._state.table import (
     BUFFER_KEYS,
+    DTYPE_OPTIONS,
     LEADING,
     ROWS,
     SCALES,
@@ -22,9 +23,9 @@ from cm_fused._state.table import (
     shape_of,
     shapes_of,
 )
-from cm_fused.rounding import LARGEST, PACKED
+from cm_fused.rounding import HALF_DTYPES, LARGEST, PACKED
 
-LOW_PRECISION_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOW_PRECISION_PARAM_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 def refused_precision(param: Tensor, group: Group) -> tuple[str, str] | None:
@@ -41,7 +42,7 @@ def refused_precision(param: Tensor, group: Group) -> tuple[str, str] | None:
             return name, "a dtype without scales for tensors that wrap others, or None"
     if param.dtype in LOW_PRECISION_PARAM_DTYPES:
         return None
-    asked = (name for name in ("buffer_dtype", "moment_dtype") if group[name] is not None)
+    asked = (name for name in DTYPE_OPTIONS if group[name] is not None)
     name = next(asked, None)
     return None if name is None else (name, "None for float64 and complex parameters")
 
@@ -71,7 +72,7 @@ def check_param(param: Tensor, state: State) -> None:
                 "the values of the tensor, as by fill_()"
             )
     for key, leading in LEADING.items():
-        # What only parameters of some dtypes have is empty of others.
+        # A row of some dtypes' parameters only is empty for all others.
         if ROWS[key].param_dtypes or key not in state:
             continue
         each = shapes_of(param, 1)[shape_of(key, state[key].dtype)][leading:]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cm_fused.rounding import INT4, LARGEST, PACKED, num_blocks, stored_numel
+from cm_fused.rounding import HALF_DTYPES, INT4, LARGEST, PACKED, num_blocks, stored_numel
 
 State = dict[str, Any]
 Group = Mapping[str, Any]
@@ -68,7 +68,7 @@ STATE = (
         "compensation",
         Shape.PARAM,
         option=("low_precision_update", "kahan"),
-        param_dtypes=(torch.bfloat16, torch.float16),
+        param_dtypes=HALF_DTYPES,
         is_derived=True,
     ),
     # The last 16 bits of a bfloat16 parameter's float32 master (`cm_fused.rounding.join_master`).
@@ -123,6 +123,10 @@ _NEEDED = tuple(row for row in STATE if row.key not in _BY_BACKEND | set(SCALES.
 # int4 would have 18. A sum saves 0.5 C - 9 bytes a step there, and takes 4 bytes of state: from 26
 # slots on it saves as many as it takes. C = 20, which the paper uses too, reads its slots.
 RUNNING_SUM_MIN_CAPACITY = {4: 3, 2: 6, 1: 10, 0.5: 26}
+
+
+# The options that are dtypes, or names of dtypes: those of slots and of moments.
+DTYPE_OPTIONS = ("buffer_dtype", "moment_dtype")
 
 
 def as_dtype(option: Any) -> Any:

@@ -124,7 +124,7 @@ class OptimizerState(_Counted, defaultdict[Any, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))
 
-    def counts(self, key: Any) -> bool:
+    def tracks(self, key: Any) -> bool:
         """Return whether changes of a parameter's state are counted here."""
         state = self[key]
         return type(state) is ParamState and state.changes is self.changes

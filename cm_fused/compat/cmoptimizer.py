@@ -35,7 +35,7 @@ from cm_fused._devices import to_device
 from cm_fused._distributed import Processes, is_sharded, local_grad
 from cm_fused._optimizer.ascent import stacked
 from cm_fused._optimizer.base import CriticalAdam
-from cm_fused._optimizer.checks import check_number
+from cm_fused._optimizer.checks import IN_UNIT_INTERVAL, NOT_NEGATIVE, check_number
 from cm_fused._optimizer.norms import sq_norms_of_buckets
 from cm_fused._optimizer.plan import Groups, Member, Plan, Plans, view_as_real_
 from cm_fused._state import access
@@ -194,7 +194,7 @@ class _ResearchAdam(CriticalAdam):
     def _started(self) -> set[int]:
         """Return the ids of the parameters that have taken a step."""
         state: Any = self.state
-        counts = isinstance(state, OptimizerState) and all(map(state.counts, state))
+        counts = isinstance(state, OptimizerState) and all(map(state.tracks, state))
         count = state.changes.count if counts else None
         if count is None or self._started_at != (id(state), count):
             self._started_ids = {id(param) for param, values in state.items() if "step" in values}
@@ -251,8 +251,8 @@ class _ResearchAdam(CriticalAdam):
 
 
 def _check(kappa: object, critical_test: object, capacity: object) -> None:
-    check_number("kappa", kappa, "finite and >= 0", lambda x: math.isfinite(x) and x >= 0)
-    check_number("critical_test", critical_test, "in [0, 1]", lambda x: 0 <= x <= 1)
+    check_number("kappa", kappa, *NOT_NEGATIVE)
+    check_number("critical_test", critical_test, *IN_UNIT_INTERVAL)
     if capacity == 0:
         raise ValueError("capacity must be an int >= 1, got 0; kappa=0 does without a buffer")
 

@@ -247,7 +247,7 @@ class Buffers:
         self._state = state
         self._decays = [group["priority_decay"] for group in self._optimizer.param_groups]
         counts = isinstance(state, OptimizerState)
-        counts = counts and all(state.counts(param) for param, _ in self._states())
+        counts = counts and all(state.tracks(param) for param, _ in self._states())
         # None where nobody counts.
         self._changes: int | None = state.changes.count if counts else None
 

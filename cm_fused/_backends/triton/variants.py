@@ -17,7 +17,7 @@ from cm_fused._backends.triton.common import (
     TAIL_BLOCK_SIZE,
 )
 from cm_fused.rounding import BLOCK_SIZE as SCALE_BLOCK_SIZE
-from cm_fused.rounding import PACKED
+from cm_fused.rounding import HALF_DTYPES, PACKED
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -45,7 +45,7 @@ def precision(
     low_precision_update: str,
 ) -> dict[str, Any]:
     """Return the pass's compile-time arguments of how state and parameters are stored."""
-    half = param_dtype in (torch.bfloat16, torch.float16)
+    half = param_dtype in HALF_DTYPES
     update_dtype = tl.float64 if param_dtype == torch.float64 else tl.float32
     return {
         "MOMENT_DTYPE": STORED_DTYPES.get(moment_dtype, update_dtype),

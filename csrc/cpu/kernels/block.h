@@ -11,7 +11,7 @@ CM_FUSED_INLINE void prefetch(const stored_t* data, int64_t n) {
   }
 }
 
-// As long after the elements [begin, begin + n) of a tensor's stream as is asked for ahead.
+// Asks for n elements of a tensor's stream, kPrefetchDistance after `begin`, if it has them.
 template <typename stored_t>
 CM_FUSED_INLINE void prefetch_ahead(
     const TensorStep& tensor, const stored_t* data, int64_t begin, int64_t n) {

@@ -31,8 +31,8 @@ struct Range {
   state_t* param;
   const uint32_t* words;  // random; nullptr: tiles make those of bfloat16 moments
 
-  // Of copies, made by who has asked for what comes next: the gradients as critical gradients store
-  // them and as the update uses them. nullptr: to be found from grad by tiles.
+  // The gradients as critical gradients store them and as the update uses them, where copies were
+  // made, which also asked for what comes next. nullptr: to be found from grad by tiles.
   const state_t* stored_g;
   const state_t* update_g;
 };

@@ -163,7 +163,7 @@ class ChunkStep {
   alignas(64) uint32_t words_[kLargestBlock];
 };
 
-// The sum of g^2 of elements from `begin` to `end`, which is rounded once of float64.
+// The sum of g^2 of elements from `begin` to `end`; of float64 gradients it is rounded once.
 template <typename state_t>
 double sq_norm_part(
     const TensorStep& tensor, const StepOptions& options, int64_t begin, int64_t end) {
