@@ -77,3 +77,11 @@ def _settled() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Forget what torch.compile has compiled, before a test and after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -91,11 +91,6 @@ def arch() -> int:
     return QUICK_ARCH
 
 
-def on_others(function: Any) -> Any:
-    """Run a test on all architectures, slowly."""
-    return slowly(pytest.mark.parametrize("arch", ARCHITECTURES)(function))
-
-
 def slowly(function: Any) -> Any:
     """Run some of a test's cases where there is time, all with --every-case: for half an hour."""
     return pytest.mark.slow(pytest.mark.sampled(function))
@@ -111,7 +106,8 @@ def test_same_bits(workers: Workers, arch: int, case: Case) -> None:
     workers.ask(arch, "same bits", case.name, "Triton")
 
 
-@on_others
+@slowly
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != QUICK_ARCH])
 @pytest.mark.parametrize("case", QUICK_CASES, ids=_of_name)
 def test_same_bits_on_others(workers: Workers, arch: int, case: Case) -> None:
     """So they do as other GPUs have them."""
@@ -125,7 +121,8 @@ def test_same_bits_of_all(workers: Workers, case: Case) -> None:
     workers.ask(QUICK_ARCH, "same bits", case.name, "Triton")
 
 
-@on_others
+@slowly
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", FROZEN, ids=str)
 def test_frozen_bits(workers: Workers, arch: int, case: Any) -> None:
     """Every option leaves the bits that interpreted kernels were stored with."""

@@ -21,7 +21,7 @@ import torch
 from cm_fused import AdamCG, AdamCM, AdamWCM
 from cm_fused._backends.select import select
 from cm_fused._backends.triton.columns import CHUNK_SIZE
-from cm_fused.rounding import INT4
+from cm_fused.rounding import HALF_DTYPES, INT4
 from tests.support.cases import (
     CHUNK,
     device_of,
@@ -44,14 +44,13 @@ pytestmark = [
 CLASSES: tuple[Class, ...] = (AdamCM, AdamCG, AdamWCM)
 BUFFERS: tuple[Class, ...] = CLASSES[:2]
 CAPACITIES = (*range(12), 20)
-HALVES = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float32, torch.float64, *HALVES, torch.complex64)
-BUFFER_DTYPES = (*HALVES, torch.float8_e4m3fn, torch.int8, INT4)
+DTYPES = (torch.float32, torch.float64, *HALF_DTYPES, torch.complex64)
+BUFFER_DTYPES = (*HALF_DTYPES, torch.float8_e4m3fn, torch.int8, INT4)
 MOMENT_DTYPES = (torch.bfloat16, torch.int8)
 UPDATES = ("stochastic", "kahan")
 # Capacities on either side of the one from which on a running sum is kept.
 AROUND_RUNNING_SUM = {
-    **dict.fromkeys(HALVES, (5, 6)),
+    **dict.fromkeys(HALF_DTYPES, (5, 6)),
     **dict.fromkeys((torch.float8_e4m3fn, torch.int8), (9, 10)),
     INT4: (5, 26),
 }
@@ -101,7 +100,7 @@ def _cases() -> list[Case]:
     ]
     cases += [
         Case(AdamCM, {"low_precision_update": update}, dtype, (257,))
-        for dtype in HALVES
+        for dtype in HALF_DTYPES
         for update in UPDATES
     ]
     split = {"low_precision_update": "split"}
@@ -113,7 +112,7 @@ def _cases() -> list[Case]:
     cases += [
         Case(cls, {}, lengths=(257, CHUNK_SIZE), layout=layout, grad_dtype=dtype)
         for cls in BUFFERS
-        for dtype in HALVES
+        for dtype in HALF_DTYPES
         for layout in ("", "shifted", "transposed", "gaps")
     ]
     clipped = {"max_grad_norm": 0.5, "weight_decay": 0.1, "capacity": 1}
@@ -142,7 +141,7 @@ def _slow_cases() -> list[Case]:
     # The most slots that are read; the step's interpretation takes 9 s.
     cases.append(Case(AdamCM, {"capacity": 25, "buffer_dtype": INT4}, lengths=(257,)))
     for cls, dtype, slots, moments, update in itertools.product(
-        CLASSES, HALVES, (None, *BUFFER_DTYPES), (None, *MOMENT_DTYPES), ("nearest", *UPDATES)
+        CLASSES, HALF_DTYPES, (None, *BUFFER_DTYPES), (None, *MOMENT_DTYPES), ("nearest", *UPDATES)
     ):
         precision = {
             "buffer_dtype": slots,

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any, cast
 from unittest.mock import Mock
 
@@ -234,14 +233,7 @@ def test_a_step_that_is_refused_inside_backward(
     assert optimizer.grad_norm().item() == pytest.approx(75**0.5)
 
 
-@pytest.fixture
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("cls", "backend"),

@@ -5,7 +5,7 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -416,14 +416,7 @@ def test_the_model_goes_on_without_the_handle_and_the_optimizer() -> None:
         assert not torch.equal(param, old)
 
 
-@pytest.fixture
-def _no_compiled_code() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_no_compiled_code")
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("order", ["compiled", "wrapper", "enabled", "run"])
 def test_compiled_models(order: str) -> None:
     """torch.compile takes the model whole, whatever comes first, and its steps are the same."""

@@ -16,7 +16,7 @@ from cm_fused._optimizer import planned
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._state.making import dequantized, dtype_of
 from cm_fused.philox import ShardLayout
-from cm_fused.rounding import INT4, LARGEST, dequantize_moment, num_blocks
+from cm_fused.rounding import HALF_DTYPES, INT4, LARGEST, dequantize_moment, num_blocks
 from tests.support.cases import (
     CHUNK,
     FUSED_BACKENDS,
@@ -33,7 +33,6 @@ from tests.support.cases import (
 )
 from tests.support.compare import committed_copy
 
-HALVES = (torch.bfloat16, torch.float16)
 BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, INT4)
 MOMENT_DTYPES = (torch.bfloat16, torch.int8)
 UPDATES = ("nearest", "stochastic", "kahan")
@@ -56,9 +55,9 @@ def _precisions() -> list[tuple[torch.dtype, Precision]]:
         precision = {"buffer_dtype": buffer_dtype, "moment_dtype": moment_dtype}
         cases.append((torch.float32, precision))
         half = {**precision, "low_precision_update": UPDATES[number % 3]}
-        cases.append((HALVES[number % 2], half))
+        cases.append((HALF_DTYPES[number % 2], half))
     cases += [
-        (dtype, {"low_precision_update": update}) for dtype in HALVES for update in UPDATES[1:]
+        (dtype, {"low_precision_update": update}) for dtype in HALF_DTYPES for update in UPDATES[1:]
     ]
     return cases
 
@@ -455,7 +454,7 @@ def test_state_bytes(
 
 
 @pytest.mark.parametrize("backend", backend_params(["eager", "cpu"]))
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_small_updates_of_large_parameters(backend: str, dtype: torch.dtype) -> None:
     """At 1.0, updates of 1e-3 are lost to nearest rounding, and to no other.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cm_fused import SAM, AdamCM, enable_gradient_release
 from cm_fused._backends.triton.columns import CHUNK_SIZE
 from cm_fused._optimizer.base import CriticalAdam
+from cm_fused.rounding import HALF_DTYPES
 from tests.support.cases import CHUNK, skip_if
 from tests.support.release import backward, new_model
 from tests.support.training import (
@@ -28,10 +29,9 @@ from tests.support.training import (
     trained,
 )
 
-HALVES = (torch.bfloat16, torch.float16)
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 of_each_kind = pytest.mark.parametrize("cls", KINDS)
-in_each_precision = pytest.mark.parametrize("dtype", HALVES, ids=str)
+in_each_precision = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 # A tensor without dimensions, a tail, and chunks of the fused passes that are full.
 SHAPES = ((), (3, 5), (CHUNK_SIZE,), (CHUNK + 7,))
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -98,7 +98,7 @@ def test_they_are_read_as_they_are(
 def test_dtypes_that_change_and_differ(cls: type[CriticalAdam], backend: str) -> None:
     """From step to step and from tensor to tensor; the plans of the steps before are still used."""
     twins = Twins(cls, backend=backend, capacity=2)
-    bfloat16, float16, float32 = *HALVES, torch.float32
+    bfloat16, float16, float32 = *HALF_DTYPES, torch.float32
     steps = ((float32,), (bfloat16,), (bfloat16, float32), (float16, bfloat16), (float32,))
     for t, dtypes in enumerate(steps):
         twins.step(t, *dtypes)
@@ -123,9 +123,9 @@ def test_a_larger_dtype_at_the_same_address_is_looked_at(backend: str) -> None:
 @pytest.mark.parametrize(
     ("param", "grad"),
     [
-        *((half, torch.float32) for half in HALVES),
-        *(HALVES, HALVES[::-1]),
-        *((torch.float64, lower) for lower in (torch.float32, *HALVES)),
+        *((half, torch.float32) for half in HALF_DTYPES),
+        *(HALF_DTYPES, HALF_DTYPES[::-1]),
+        *((torch.float64, lower) for lower in (torch.float32, *HALF_DTYPES)),
         (torch.complex64, torch.bfloat16),
     ],
     ids=str,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cm_fused import rounding
 from cm_fused.philox import ShardLayout, philox, random_words
+from cm_fused.rounding import HALF_DTYPES
 from tests.support.cases import generator
 
-HALVES = (torch.bfloat16, torch.float16)
 SCALED = (torch.int8, torch.float8_e4m3fn, rounding.PACKED)
 
 
@@ -284,7 +284,7 @@ def test_two_elements_share_a_byte(numel: int) -> None:
 VALUES = torch.tensor([1.0, -1.001, 3.14159e-3, 1e-7, -2.5e-6, 65000.0, 0.0, 1.0 + 2**-9, 6e-8])
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_half_rounding_has_no_bias(dtype: torch.dtype) -> None:
     """Over all 2^16 random numbers the mean is the value, to 2^-14 of a subnormal's spacing."""
     bits = torch.arange(2**16).unsqueeze(1)
@@ -302,7 +302,7 @@ def test_half_rounding_has_no_bias(dtype: torch.dtype) -> None:
     assert (upper <= between.double()).all()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_half_rounding_keeps_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
     """Random bits carry out of no exponent, and into no other NaN."""

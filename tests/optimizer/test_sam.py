@@ -17,6 +17,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from cm_fused import SAM, AdamCM
 from tests.support.oracle import Array
+from tests.support.release import values
 
 BASES: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda params: SGD(params, lr=0.1, momentum=0.9),
@@ -45,12 +46,8 @@ def _closure(model: nn.Module, optimizer: Optimizer, t: int = 0) -> Callable[[],
     return closure
 
 
-def _values(model: nn.Module) -> list[Tensor]:
-    return [param.detach().clone() for param in model.parameters()]
-
-
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(map(torch.equal, first, second))
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -96,7 +93,7 @@ def test_half_steps_are_a_step(base: str, dtype: torch.dtype) -> None:
         halves.first_step(zero_grad=True)
         closure()
         halves.second_step(zero_grad=True)
-        assert _same(_values(models[0]), _values(models[1]))
+        assert _same(values(models[0]), values(models[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,12 +103,12 @@ def test_parameters_are_restored_to_the_bit(dtype: torch.dtype, adaptive: bool) 
     model = _model(dtype)
     optimizer = SAM(SGD(model.parameters(), lr=0.0), rho=0.7, adaptive=adaptive)
     closure = _closure(model, optimizer)
-    before = _values(model)
+    before = values(model)
     closure()
     optimizer.first_step()
     distance = sum(
         float((a.double() - b.double()).square().sum())
-        for a, b in zip(_values(model), before, strict=True)
+        for a, b in zip(values(model), before, strict=True)
     )
     if not adaptive:
         # Rounded to 8 bits, the many small moves do not add up to rho exactly.
@@ -119,7 +116,7 @@ def test_parameters_are_restored_to_the_bit(dtype: torch.dtype, adaptive: bool) 
     assert distance > 0
     closure()
     optimizer.second_step()
-    assert _same(_values(model), before)
+    assert _same(values(model), before)
 
 
 def test_one_norm_over_all_groups() -> None:
@@ -192,7 +189,7 @@ def test_checkpoint_is_the_wrapped_ones(base: str) -> None:
     for t in range(3, 6):
         for each, net in ((optimizer, model), (resumed, resumed_model)):
             each.step(_closure(net, each, t))
-        assert _same(_values(model), _values(resumed_model))
+        assert _same(values(model), values(resumed_model))
 
 
 def test_hooks_run_once_a_step() -> None:
@@ -249,16 +246,16 @@ def test_copies_under_a_scheduler_train_alone_and_equally(
     copied = make_copy((model, optimizer, scheduler))
     assert copied[2].optimizer is (copied[1].optimizer if of_wrapped else copied[1])
     assert (copied[1].rho, copied[1].adaptive) == (optimizer.rho, optimizer.adaptive)
-    before = _values(model)
+    before = values(model)
     for t in range(3, 6):
         copied[1].step(_closure(copied[0], copied[1], t))
         copied[2].step()
-    assert _same(_values(model), before)
+    assert _same(values(model), before)
     for t in range(3, 6):
         optimizer.step(_closure(model, optimizer, t))
         scheduler.step()
-    assert _same(_values(copied[0]), _values(model))
-    assert not _same(_values(model), before)
+    assert _same(values(copied[0]), values(model))
+    assert not _same(values(model), before)
     assert copied[1].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
@@ -275,15 +272,15 @@ def test_copies_between_the_half_steps(base: str, make_copy: Callable[[Any], Any
     optimizer.step(_closure(model, optimizer))
     _closure(model, optimizer, 1)()
     optimizer.first_step(zero_grad=True)
-    perturbed = _values(model)
+    perturbed = values(model)
     twin, copied = make_copy((model, optimizer))
     _closure(twin, copied, 1)()
     copied.second_step()
-    assert _same(_values(model), perturbed)
+    assert _same(values(model), perturbed)
     _closure(model, optimizer, 1)()
     optimizer.second_step()
-    assert _same(_values(twin), _values(model))
-    assert not _same(_values(twin), perturbed)
+    assert _same(values(twin), values(model))
+    assert not _same(values(twin), perturbed)
 
 
 @on_each_copy
@@ -300,12 +297,12 @@ def test_scheduler_and_hooks_of_a_copy(make_copy: Callable[[Any], Any]) -> None:
     twin, copied = make_copy((model, optimizer))
     scheduler = lr_scheduler.StepLR(copied, 1, gamma=0.5)
     copied.register_step_post_hook(lambda *_: seen.append("copy"))
-    before, twins = _values(model), _values(twin)
+    before, twins = values(model), values(twin)
     copied.step(_closure(twin, copied))
     scheduler.step()
     assert seen == ["copy"]
-    assert _same(_values(model), before)
-    assert not _same(_values(twin), twins)
+    assert _same(values(model), before)
+    assert not _same(values(twin), twins)
     assert copied.param_groups[0]["lr"] == 0.5 * optimizer.param_groups[0]["lr"]
 
 
@@ -396,7 +393,7 @@ def test_step_of_zero_gradients(base: str) -> None:
     torch.testing.assert_close(
         optimizer.state_dict()["state"], plain.state_dict()["state"], rtol=0, atol=0
     )
-    assert _same(_values(model), _values(twin))
+    assert _same(values(model), values(twin))
 
 
 @pytest.mark.parametrize(
@@ -467,10 +464,10 @@ class _Run:
 
     def check_refused(self, t: int, backward: Callable[["_Run", int], Any]) -> None:
         """Check that a closure is refused, nothing is changed and a right one is served."""
-        before, steps = _values(self.model), self.steps
+        before, steps = values(self.model), self.steps
         with pytest.raises(RuntimeError, match="closure must zero the gradients before it adds"):
             self.step(t, backward)
-        assert _same(_values(self.model), before)
+        assert _same(values(self.model), before)
         assert self.steps == steps
         assert all(param.grad is None or not param.grad.any() for param in self.params)
         assert not any(param._backward_hooks for param in self.params)
@@ -479,7 +476,7 @@ class _Run:
         twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         for run in (self, twin):
             run.step(t + 1, _zeroing)
-        assert _same(_values(self.model), _values(twin.model))
+        assert _same(values(self.model), values(twin.model))
 
 
 def _adding(run: _Run, t: int) -> Tensor:
@@ -547,7 +544,7 @@ def test_closures_that_zero_in_their_own_way(backward: Callable[[_Run, int], Any
     for t in range(4):
         run.step(t, backward)
         expected.step(t, _zeroing)
-    assert _same(_values(run.model), _values(expected.model))
+    assert _same(values(run.model), values(expected.model))
     assert (run.calls, run.steps) == (8, 4)
     assert not any(param._backward_hooks for param in run.params)
 
@@ -563,7 +560,7 @@ def test_closure_that_does_not_zero(set_to_none: bool) -> None:
         run.optimizer.zero_grad(set_to_none)
         run.step(t, _adding)
         expected.step(t, _zeroing)
-    assert _same(_values(run.model), _values(expected.model))
+    assert _same(values(run.model), values(expected.model))
     assert run.calls == 8
 
 
@@ -600,7 +597,7 @@ def test_closures_that_change_gradients(how: str) -> None:
     for t in range(4):
         run.step(t, _clipped(_zeroing_in_place, how))
         expected.step(t, _clipped(_zeroing, how))
-    assert _same(_values(run.model), _values(expected.model))
+    assert _same(values(run.model), values(expected.model))
     assert run.calls == 8
     run.check_refused(5, _clipped(_adding, how))
 
@@ -668,8 +665,8 @@ def test_accumulation_as_documented() -> None:
         by_hand.optimizer.first_step(zero_grad=True)
         one_by_one(by_hand, t)
         by_hand.optimizer.second_step(zero_grad=True)
-        assert _same(_values(in_closure.model), _values(by_hand.model))
-        torch.testing.assert_close(_values(whole.model), _values(by_hand.model))
+        assert _same(values(in_closure.model), values(by_hand.model))
+        torch.testing.assert_close(values(whole.model), values(by_hand.model))
 
 
 @pytest.mark.parametrize("first", [1, 2], ids=["both calls", "second call"])
@@ -693,7 +690,7 @@ def test_gradients_that_are_not_finite(
     run.optimizer = SAM(AdamCM(run.params, skip_nonfinite=True), rho=0.3)
     for t in range(2):
         run.step(t, backward)
-    before, run.calls = _values(run.model), 0
+    before, run.calls = values(run.model), 0
 
     def overflowing(run: _Run, t: int) -> Any:
         run.factor = value if run.calls >= first else 1.0
@@ -701,11 +698,11 @@ def test_gradients_that_are_not_finite(
 
     run.step(2, overflowing)
     assert run.calls == calls
-    assert _same(_values(run.model), before)
+    assert _same(values(run.model), before)
     assert run.optimizer.param_groups[0]["skipped_steps"] == 1
     run.factor = 1.0
     run.step(3, backward)
-    assert not _same(_values(run.model), before)
+    assert not _same(values(run.model), before)
 
 
 def test_old_gradients_are_not_kept_alive() -> None:
@@ -729,7 +726,7 @@ def test_closure_that_raises_before_it_zeroes(error: type[BaseException], fails_
     run = _Run()
     for t in range(2):
         run.step(t, _zeroing_in_place)
-    before = _values(run.model)
+    before = values(run.model)
 
     def closure(run: _Run, t: int) -> Any:
         if run.calls == fails_at:
@@ -738,9 +735,9 @@ def test_closure_that_raises_before_it_zeroes(error: type[BaseException], fails_
 
     with pytest.raises(error):
         run.step(2, closure)
-    assert _same(_values(run.model), before)
+    assert _same(values(run.model), before)
     # The last step's are still there at the first call.
     assert fails_at == 5 or not any(param.grad.any() for param in run.params)  # type: ignore[union-attr]
     assert not any(param._backward_hooks for param in run.params)
     run.step(3, closure)
-    assert not _same(_values(run.model), before)
+    assert not _same(values(run.model), before)

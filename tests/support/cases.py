@@ -66,7 +66,7 @@ def skip_reason(
     nvcc: bool = False,
     gpu: bool = False,
 ) -> str | None:
-    """Return why this machine cannot run a case, or None: all skip rules there are.
+    """Return why this machine cannot run a case, or None: the rules of backends and devices.
 
     Args:
         backend: The backend that the case needs.
@@ -328,9 +328,9 @@ def make_params(
     return [normal_like(torch.empty(shape, dtype=dtype), 1.0, source) for shape in shapes]
 
 
-def make_gradients(params: list[Tensor], events: list[Event], seed: int = 1) -> Iterator[Grads]:
+def make_gradients(params: list[Tensor], events: list[Event]) -> Iterator[Grads]:
     """Yield the gradients of every step, laid out as their parameters."""
-    source = generator(seed)
+    source = generator(1)
     last: list[Tensor] = []
     for event in events:
         if not (event.repeats and last):

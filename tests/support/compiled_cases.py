@@ -7,11 +7,10 @@ import torch
 
 from cm_fused import AdamCG, AdamCM, AdamWCG, AdamWCM
 from cm_fused._backends.triton.columns import CHUNK_SIZE
-from cm_fused.rounding import INT4
+from cm_fused.rounding import HALF_DTYPES, INT4
 from tests.support.same_bits import Case, Class
 
-_HALVES = (torch.bfloat16, torch.float16)
-_SLOTS = (None, *_HALVES, torch.float8_e4m3fn, torch.int8, INT4)
+_SLOTS = (None, *HALF_DTYPES, torch.float8_e4m3fn, torch.int8, INT4)
 _MOMENTS = (None, torch.bfloat16, torch.int8)
 _UPDATES = ("nearest", "stochastic", "kahan")
 # None, a tail, a chunk that is full, and the two together, aligned but for their slots.
@@ -41,7 +40,7 @@ QUICK_CASES = (
     _case(AdamCG, {}, torch.float64),
     _case(AdamCG, {"max_grad_norm": 0.5}, torch.float64),
     *(_case(cls, {"capacity": 0}) for cls in (AdamCM, AdamCG)),
-    *(_case(AdamCG, {}, grad_dtype=dtype) for dtype in _HALVES),
+    *(_case(AdamCG, {}, grad_dtype=dtype) for dtype in HALF_DTYPES),
     _case(AdamCG, {}, amp=True),
     _case(AdamCM, _LOW, torch.bfloat16, shard=(5, 7, 9)),
     _case(AdamCG, _OTHER, torch.float16),
@@ -82,16 +81,16 @@ def _slow_cases() -> list[Case]:
         _case(cls, {**options, "amsgrad": amsgrad}, dtype, amp=amp)
         for cls, dtype, amsgrad, amp, options in itertools.product(
             classes,
-            (torch.float32, torch.float64, *_HALVES),
+            (torch.float32, torch.float64, *HALF_DTYPES),
             (False, True),
             (False, True),
             others,
         )
     ]
     for cls, dtype, slots, moments, update in itertools.product(
-        classes, (torch.float32, *_HALVES), _SLOTS, _MOMENTS, _UPDATES
+        classes, (torch.float32, *HALF_DTYPES), _SLOTS, _MOMENTS, _UPDATES
     ):
-        if dtype in _HALVES or update == "nearest":
+        if dtype in HALF_DTYPES or update == "nearest":
             cases.append(_case(cls, _precision(slots, moments, update), dtype))
     cases += [_case(AdamCM, _SPLIT, torch.bfloat16, amp=amp) for amp in (False, True)]
     for cls, capacity, slots in itertools.product(classes, (4, 5, 6, 7, 9, 10, 11), _SLOTS):
@@ -100,7 +99,7 @@ def _slow_cases() -> list[Case]:
     # More slots than a row of the priority kernel has in 16 lanes, and int4's first running sum.
     cases += [_case(cls, {"capacity": 26, "buffer_dtype": INT4}) for cls in classes]
     for cls, (dtype, layout) in itertools.product(
-        (AdamWCM, AdamWCG), itertools.product(_HALVES, ((0, 4, 8), (2, 7, 7), (3, 2, 11)))
+        (AdamWCM, AdamWCG), itertools.product(HALF_DTYPES, ((0, 4, 8), (2, 7, 7), (3, 2, 11)))
     ):
         cases.append(_case(cls, _LOW, dtype, shard=layout))
     return cases

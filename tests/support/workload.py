@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cm_fused import AdamCG, AdamCM
 from cm_fused._backends import cpu
+from cm_fused.rounding import HALF_DTYPES
 from tests.support.cases import (
     CHUNK,
     DTYPES,
@@ -35,7 +36,6 @@ OPTIONS = (
     Options(weight_decay=0.1, maximize=True, buffer_mean="size"),
 )
 STEPS = 30
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Halves that are quiet and signalling NaNs and infinities, of one dtype or of both.
 NOT_FINITE = (-1, 0x7D01, 0x7FA1, -0x3FF, 0x7C00, 0x7F80)
 # Of runs in half-precision parameters, which take every form of rounding.
