@@ -95,17 +95,16 @@ def wide_resnet(depth: int, width: int, classes: int, channels: int = 3) -> nn.S
     return nn.Sequential(*layers, nn.BatchNorm2d(before), nn.ReLU(), *_read_out(before, classes))
 
 
-def resnet34(classes: int, channels: int = 3) -> nn.Sequential:
+def resnet34(classes: int) -> nn.Sequential:
     """Return ResNet-34 for 32x32 images: a 3x3 first convolution and no pooling after it.
 
     Source: He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (2015).
 
     Args:
         classes: Number of logits.
-        channels: Of the images.
     """
     layers: list[nn.Module] = [
-        nn.Conv2d(channels, 64, 3, padding=1, bias=False),
+        nn.Conv2d(3, 64, 3, padding=1, bias=False),
         nn.BatchNorm2d(64),
         nn.ReLU(),
     ]

@@ -81,14 +81,13 @@ def measure(device: str, elements: int = _ELEMENTS) -> list[dict[str, float]]:
     return [_measure_apart(capacity, elements, BASELINE) for capacity in _CAPACITIES]
 
 
-def growth_in_step(precision: str, elements: int = _ELEMENTS) -> int:
+def growth_in_step(precision: str) -> int:
     """Return the bytes by which a process's memory peaks in a step on the CPU.
 
     Args:
         precision: A key of `PRECISIONS`.
-        elements: Of the one tensor, float32.
     """
-    return int(_measure_apart(_CAPACITIES[0], elements, precision)["peak_growth_bytes"])
+    return int(_measure_apart(_CAPACITIES[0], _ELEMENTS, precision)["peak_growth_bytes"])
 
 
 def _measure_apart(capacity: int, elements: int, precision: str) -> dict[str, float]:
