@@ -14,7 +14,8 @@ from cm_fused._backends.eager import Undo
 from cm_fused._backends.select import select_for
 from cm_fused._distributed import Processes, is_sharded
 from cm_fused._optimizer import checks, norms, tensor_checks
-from cm_fused._optimizer.plan import Groups, Plan, Plans
+from cm_fused._optimizer.plan import Groups, Plan
+from cm_fused._optimizer.plan_cache import Plans
 from cm_fused._optimizer.planned import PlannedOptimizer
 from cm_fused._state.table import State
 from cm_fused._state.tracking import OptimizerState

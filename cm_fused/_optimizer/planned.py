@@ -15,7 +15,8 @@ from cm_fused._bucket import Bucket
 from cm_fused._distributed import is_sharded, local, local_state, shard_layout_of
 from cm_fused._optimizer import tensor_checks
 from cm_fused._optimizer.checkpointed import CheckpointedOptimizer
-from cm_fused._optimizer.plan import Groups, Member, Plan, Plans
+from cm_fused._optimizer.plan import Groups, Member, Plan
+from cm_fused._optimizer.plan_cache import Plans
 from cm_fused._state.making import check_param, missing_state_of
 from cm_fused._state.table import State, fused_keys, option_dtype, required_keys
 

@@ -37,7 +37,8 @@ from cm_fused._optimizer.ascent import stacked
 from cm_fused._optimizer.base import CriticalAdam
 from cm_fused._optimizer.checks import IN_UNIT_INTERVAL, NOT_NEGATIVE, check_number
 from cm_fused._optimizer.norms import sq_norms_of_buckets
-from cm_fused._optimizer.plan import Groups, Member, Plan, Plans, view_as_real_
+from cm_fused._optimizer.plan import Groups, Member, Plan, view_as_real_
+from cm_fused._optimizer.plan_cache import Plans
 from cm_fused._state import access
 from cm_fused._state.tracking import OptimizerState
 from cm_fused.compat._cmoptimizer_checkpoint import convert_state_dict, read_checkpoint, translated
