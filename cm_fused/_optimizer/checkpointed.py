@@ -51,19 +51,19 @@ class CheckpointedOptimizer(Optimizer):
 
         The tensors are references, not copies: the next step changes them, as it does those of
         torch's optimizers. A state dict that is taken once may be saved after any later step.
-        Loading does not change them. Once a step was captured in a CUDA graph,
-        for which loading writes into the state, they are copies. Groups have every key that the
-        optimizer's groups have: options of the process (`backend`, `fused`, `foreach`,
-        `amp_scaling`) are saved as None and False and never loaded, and dtypes are saved by name.
-        Besides, `critical_gradients` says whether the slots are gradients.
+        Loading does not change them. Once a step was captured in a CUDA graph, for which loading
+        writes into the state, they are copies. Groups have every key that the optimizer's groups
+        have: options of the process (`backend`, `fused`, `foreach`, `amp_scaling`) are saved as
+        None and False and never loaded, and dtypes are saved by name. Besides,
+        `critical_gradients` says whether the slots are gradients.
 
         DTensors' state with scales is the exception: take it anew each time it is saved. Its scales
         belong to blocks of the local tensor, which differs between meshes. It is saved as float32
         DTensors of the values, new tensors of 4 bytes an element (for int8 slots and moments
-        4 C + 8 instead of C + 2), each with a scale of 1 instead of its scales. A
-        `torch.distributed.checkpoint` of it loads into such an optimizer on any mesh; for plain
-        parameters gather it (`StateDictOptions(full_state_dict=True)`). DTensors'
-        `master_remainder` is saved as int32, since processes cannot gather int16.
+        4 C + 8 instead of C + 2), each with a scale of 1 instead of its scales, and its dtype as
+        "torch.int8 as values". A `torch.distributed.checkpoint` of it loads into such an optimizer
+        on any mesh; for plain parameters gather it (`StateDictOptions(full_state_dict=True)`).
+        DTensors' `master_remainder` is saved as int32, since processes cannot gather int16.
         """
         self._flush()
         # The first of the hooks, so that all others see what the caller gets.
@@ -103,8 +103,10 @@ class CheckpointedOptimizer(Optimizer):
             state_dict: A state dict, as `state_dict()` returns it.
 
         Raises:
-            ValueError: Groups, shapes or capacity do not match, or gradient release is enabled and
-                cannot serve the groups. Nothing has been changed then.
+            ValueError: Groups, shapes or capacity do not match, the state has codes without their
+                scales (a file of `torch.distributed.checkpoint` that was read with an optimizer of
+                other dtypes), or gradient release is enabled and cannot serve the groups. Nothing
+                has been changed then.
         """
         # Hooks may change it.
         state_dict = copy.copy(state_dict)

@@ -14,15 +14,18 @@ from torch.utils._pytree import tree_map_only
 from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
-from cm_fused._state.table import DTYPE_OPTIONS, KEYS, State, as_dtype, option_dtype
+from cm_fused._state.table import DTYPE_OPTIONS, KEYS, ROWS, SCALES, State, as_dtype, option_dtype
 from cm_fused._warnings import warn
-from cm_fused.rounding import PACKED
+from cm_fused.rounding import LARGEST, PACKED
 
 # Options of the process, not of the training run: saved as these values, never loaded. They are
 # saved because torch reads a flattened state dict by the keys of the optimizer that loads it.
 LOCAL_OPTIONS = {"backend": None, "fused": None, "foreach": None, "amp_scaling": False}
 # In a saved group: whether the slots are gradients.
 KIND = "critical_gradients"
+# Follows the name of a dtype with scales in a saved group whose state is values, not codes: that of
+# DTensors. It is in an option's value, since of a flattened state dict torch reads options only.
+_AS_VALUES = " as values"
 # What pickles of earlier versions lack, as those versions stepped.
 NEWER_OPTIONS = {"adjust_lr_fn": None, "fused": None, "foreach": None}
 # Options of Adam that a load warns of: those whose best values differ for an update with critical
@@ -59,17 +62,15 @@ def with_slots_viewed(
 def saved_form(optimizer: Optimizer, state_dict: StateDict, *, copies: bool) -> StateDict:
     """Return a flushed optimizer's state dict as it is saved; a state dict post hook."""
     critical_gradients: bool = optimizer._critical_gradients  # type: ignore[attr-defined]
-    saved = {
-        **state_dict,
-        "state": {
-            key: _saved_state(state, critical_gradients) if isinstance(state, dict) else state
-            for key, state in state_dict["state"].items()
-        },
-        "param_groups": [
-            {**_saved_group(group), KIND: critical_gradients}
-            for group in state_dict["param_groups"]
-        ],
+    states = {
+        key: _saved_state(state, critical_gradients) if isinstance(state, dict) else state
+        for key, state in state_dict["state"].items()
     }
+    groups = [
+        {**_saved_group(group), **_dtype_names(group, states), KIND: critical_gradients}
+        for group in state_dict["param_groups"]
+    ]
+    saved = {**state_dict, "state": states, "param_groups": groups}
     return tree_map_only(Tensor, torch.clone, saved) if copies else saved
 
 
@@ -94,6 +95,36 @@ def _saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
     # A group has it from its first step with `skip_nonfinite` on.
     count = torch.zeros((), dtype=torch.int64, device="cpu")
     return {"skipped_steps": count, **named, **LOCAL_OPTIONS}
+
+
+def _dtype_names(group: Mapping[str, Any], states: Mapping[Any, Any]) -> dict[str, str]:
+    """Return the saved values of the options whose dtype has scales."""
+    names = {}
+    for key in SCALES:
+        dtype = option_dtype(key, group)
+        if dtype in LARGEST:
+            saved = [states[i][key] for i in group["params"] if key in states.get(i, ())]
+            is_coded = all(value.dtype == dtype for value in saved if isinstance(value, Tensor))
+            option = str(ROWS[key].dtype_option)
+            names[option] = f"{as_dtype(group[option])}{'' if is_coded else _AS_VALUES}"
+    return names
+
+
+def _check_codes(entry: Entry, saved_group: Mapping[str, Any]) -> None:
+    """Check that what was saved as codes is that, and not copies of them in another dtype."""
+    for key in SCALES.keys() & entry.saved.keys():
+        option = str(ROWS[key].dtype_option)
+        if str(saved_group.get(option)).endswith(_AS_VALUES):
+            continue
+        dtype, value = option_dtype(key, {option: None, **saved_group}), entry.saved[key]
+        is_coded = isinstance(dtype, torch.dtype) and dtype in LARGEST
+        if is_coded and isinstance(value, Tensor) and value.dtype != dtype:
+            raise ValueError(
+                f"{key!r} in the state of {entry.where} must be {dtype}, as it was saved, got "
+                f"{value.dtype}: torch.distributed.checkpoint copies codes without their scales. "
+                "Read the file with an optimizer of the dtypes that it was saved with, and load "
+                "that optimizer's state_dict() into this one"
+            )
 
 
 def check_form(state_dict: Any) -> None:
@@ -160,14 +191,19 @@ def checked_entries(
     `groups` have the loaded options. The state dict is one that `check_form` has passed. Makes no
     state; ValueError where that of a parameter does not fit it.
     """
-    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    members = [(param, group) for group in groups for param in group["params"]]
+    saved_groups = state_dict["param_groups"]
+    indices = chain.from_iterable(group["params"] for group in saved_groups)
+    members = [
+        (param, group, saved_group)
+        for group, saved_group in zip(groups, saved_groups, strict=True)
+        for param in group["params"]
+    ]
     owners = dict(zip(indices, members, strict=True))
     entries: dict[Any, Entry | None] = dict.fromkeys(state_dict["state"])
     for index, saved in state_dict["state"].items():
         if index not in owners:
             continue
-        param, group = owners[index]
+        param, group, saved_group = owners[index]
         # torch reads a flattened state dict with an empty dict for each key of the optimizer's own
         # state that was not saved.
         saved = {
@@ -176,6 +212,7 @@ def checked_entries(
             if not (isinstance(value, dict) and not value and key in KEYS)
         }
         entries[index] = entry = Entry(f"parameter {index}", param, saved, group)
+        _check_codes(entry, saved_group)
         check_entry(entry)
     return entries
 
@@ -260,14 +297,17 @@ def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str
         names = DTYPE_OPTIONS if "capacity" in saved else ("moment_dtype",)
         for name in names:
             # Saved by its name, in older state dicts by itself.
-            own, other = (
-                as_dtype(options.get(name)) or torch.float32 for options in (group, saved)
-            )
+            own, other = (_dtype_of(options.get(name)) for options in (group, saved))
             if own != other:
                 warn(
                     f"the state of group {i} was saved with {name}={other} and is converted to "
                     f"this optimizer's {name}={own}"
                 )
+
+
+def _dtype_of(option: Any) -> Any:
+    name = option.removesuffix(_AS_VALUES) if isinstance(option, str) else option
+    return as_dtype(name) or torch.float32
 
 
 def warn_of_other_slots(critical_gradients: bool, state_dict: Mapping[str, Any]) -> None:

@@ -7,16 +7,19 @@ import pytest
 
 from bench.speed.precision.__main__ import main
 from bench.speed.precision.report import deviation
-from bench.speed.precision.setups import BASELINE, PRECISIONS
+from bench.speed.precision.setups import BASELINE, PRECISIONS, TIMED
 from bench.speed.precision.train import Run
 from tests.support.cases import needs_cpu_backend
+
+SECTIONS = ("precision", "timed")
 
 
 @needs_cpu_backend
 def test_whole(tmp_path: Path) -> None:
     """Trains, times, draws, fills the table in; a second call trains only what is new."""
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- precision:begin -->\nold\n<!-- precision:end -->\nafter\n")
+    sections = (f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in SECTIONS)
+    readme.write_text("\n".join(["before", *sections, "after\n"]))
     call = ["--tasks", "digits conv", "--steps", "3", "--numel", "5000", "--rounds", "2"]
     main([*call, "--seeds", "2", "--out", str(tmp_path), "--readme", str(readme)])
     runs = (tmp_path / "runs.jsonl").read_text()
@@ -30,7 +33,7 @@ def test_whole(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    for name in PRECISIONS:
+    for name in (*PRECISIONS, *TIMED):
         assert f"| {name} | " in text
     main([*call, "--seeds", "3", "--out", str(tmp_path)])
     again = (tmp_path / "runs.jsonl").read_text()
