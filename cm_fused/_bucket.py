@@ -50,6 +50,8 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Return the hyperparameters of a step of a group."""
     try:
         beta1, beta2 = group["betas"]
+        if isinstance(beta1, str) or isinstance(beta2, str):  # which float() would read
+            raise TypeError
         beta1, beta2 = float(beta1), float(beta2)
     except (TypeError, ValueError):
         raise ValueError(f"betas must be a pair of floats, got {group['betas']!r}") from None

@@ -56,7 +56,7 @@ class AdamCM(CriticalAdam):
         params: Parameters, named parameters or param groups. `step()` changes them, not `.grad`.
         lr: Learning rate, >= 0; a float or a one-element tensor.
         betas: Decay rates of m and v, each in [0, 1).
-        eps: Added to the denominator, >= 0.
+        eps: Added to the denominator, >= 0; see `eps_inside_sqrt`.
         weight_decay: >= 0; added to the gradient as an L2 term, which then counts in its norm,
             unless `decoupled_weight_decay`.
         amsgrad: Divide by the running maximum of v.
@@ -69,7 +69,9 @@ class AdamCM(CriticalAdam):
             part in the step (Algorithm 1), or "tensor", each parameter's own.
         buffer_mean: Divide the buffer's sum by "capacity", even while it fills, or by "size", the
             number of filled slots.
-        eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch.
+        eps_inside_sqrt: sqrt(v + eps) as in the paper, or sqrt(v) + eps as in torch. Inside, 1e-8
+            is a floor of 1e-4: where gradients are smaller updates shrink with them, and False
+            keeps their size.
         buffer_dtype: The slots' dtype: torch.float32, bfloat16, float16, float8_e4m3fn, int8 or
             int4, or its name, as "int8". None is float32, float64 for float64 parameters, which
             like complex ones take no other. Tensors that wrap others take none with scales:
@@ -103,7 +105,8 @@ class AdamCM(CriticalAdam):
         adjust_lr_fn: None, or "match_rms_adamw" as of `torch.optim.Muon`: the update, not decoupled
             weight decay, is multiplied by sqrt((1 - beta1) / (1 + beta1)), 0.23 at beta1 = 0.9. Its
             root mean square is then AdamW's where gradients are noise, so that AdamW's learning
-            rate and weight decay carry over. It follows a changed beta1.
+            rate and weight decay carry over. It follows a changed beta1. It is for critical
+            momenta: updates of critical gradients have about AdamW's size without it.
         backend: "eager" (the reference), "cpu" (C++), "triton" (CUDA devices), or None for the best
             on each parameter's device. Tensors that wrap others (`__tensor_flatten__`, except
             DTensors) are stepped by the reference. Never loaded from checkpoints; `repr` shows what

@@ -91,8 +91,9 @@ def check_options(options: Mapping[str, Any], *, in_training: bool = False) -> N
     _check_implementation(options)
     for name in FLAGS:
         _check_flag(name, options[name])
-    for name in ("skip_nonfinite", "amp_scaling"):
-        _require(isinstance(options[name], bool), f"{name} must be a bool", options[name])
+    _check_skip(options["skip_nonfinite"])
+    amp_scaling = options["amp_scaling"]
+    _require(isinstance(amp_scaling, bool), "amp_scaling must be a bool", amp_scaling)
     _check_skipped_steps(options.get("skipped_steps", 0))
 
 
@@ -141,9 +142,10 @@ def check_choices(options: Mapping[str, Any]) -> None:
 
 
 def check_flags(options: Mapping[str, Any]) -> None:
-    """Check that `FLAGS` are, as NumPy's are too."""
+    """Check that `FLAGS` are flags, as NumPy's are too, and that `skip_nonfinite` is a bool."""
     for name, value in zip(FLAGS, _python_numbers([options[name] for name in FLAGS]), strict=True):
         _check_flag(name, value)
+    _check_skip(*_python_numbers([options["skip_nonfinite"]]))
 
 
 def _check_choice(name: str, value: object) -> None:
@@ -157,6 +159,10 @@ def _check_choice(name: str, value: object) -> None:
 def _check_flag(name: str, value: object) -> None:
     is_flag = isinstance(value, int) and value in (0, 1)
     _require(is_flag, f"{name} must be True or False", value)
+
+
+def _check_skip(skip_nonfinite: object) -> None:
+    _require(isinstance(skip_nonfinite, bool), "skip_nonfinite must be a bool", skip_nonfinite)
 
 
 def _check_skipped_steps(count: object) -> None:

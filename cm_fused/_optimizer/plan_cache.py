@@ -39,8 +39,11 @@ _REPLANNED = (
     *("priority_scope", "buffer_mean", "adjust_lr_fn"),
 )
 # When one of these changes they are checked, and the plans stay.
-_CHECKED = (*CHECKED_NUMBERS, "eps_inside_sqrt", "maximize", "decoupled_weight_decay")
-_options_of = itemgetter(*_REPLANNED, *_CHECKED, "betas", "skip_nonfinite")
+_CHECKED = (
+    *CHECKED_NUMBERS,
+    *("eps_inside_sqrt", "maximize", "decoupled_weight_decay", "skip_nonfinite"),
+)
+_options_of = itemgetter(*_REPLANNED, *_CHECKED, "betas")
 _lr_of = itemgetter("lr")
 _params_of = itemgetter("params")
 # How many plans are cached, one for each set of parameters with gradients. It is enough for the

@@ -38,7 +38,8 @@ class Recorder:
     Args:
         optimizer: `AdamCM`, `AdamCG` or a decoupled form, or `SAM` around one. Its results do not
             change.
-        path: The CSV file to write, or None.
+        path: The CSV file to write, or None. A file that exists is replaced: give a resumed run
+            another one.
         every: Steps between records, >= 1.
         names: The parameters with their names, as `model.named_parameters()` yields them. No two
             parameters have one name, and none is named "all". Others are numbered.

@@ -458,6 +458,8 @@ BY_HAND = [
     BadOption("eps_inside_sqrt", "False", "eps_inside_sqrt must be True or False, got 'False'"),
     BadOption("maximize", None, "maximize must be True or False, got None"),
     BadOption("decoupled_weight_decay", 2, "decoupled_weight_decay must be True or False, got 2"),
+    BadOption("skip_nonfinite", "False", "skip_nonfinite must be a bool, got 'False'"),
+    BadOption("betas", ("0.9", "0.99"), r"betas must be a pair of floats, got \('0\.9', '0\.99'\)"),
 ]
 
 
@@ -475,7 +477,8 @@ def test_option_set_by_hand_changes_nothing(
     capacity but other ints >= 1: what no constructor takes raised torch's TypeErrors. Of the
     numbers they set only betas: a step took a NaN, or a seed of 1.5 with one backend. They set only
     numbers for betas, only a number for lr, and no dtype: Python's, torch's and C++ errors named
-    neither option nor rule. They set no flags: a text was taken for True or False.
+    neither option nor rule. They set no flags: a text was taken for True or False. They set no
+    texts for betas, nor for `skip_nonfinite`: a step took them, and no checkpoint loaded.
     """
     optimizer = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
     twin = new_optimizer(cls, backend=backend, adjust_lr_fn=adjust_lr_fn)
