@@ -64,6 +64,7 @@ def test_readme_has_the_committed_results() -> None:
     found = json.loads((PRECISION / "costs.json").read_text())
     costs = [Cost(**cost) for cost in found["costs"]]
     assert precision_report.table(runs, costs, found["machine"]) in readme
+    assert precision_report.timed_table(costs, found["machine"]) in readme
 
 
 def test_report_says_what_was_left_out_and_missed() -> None:

@@ -7,9 +7,15 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 
 from bench import markdown
-from bench.speed.precision.setups import BASELINE, PRECISIONS, TASKS
+from bench.speed.precision.setups import BASELINE, PRECISIONS, TASKS, TIMED
 from bench.speed.precision.timing import Cost
 from bench.speed.precision.train import Run
+
+_COST = ["bytes a parameter", "step / fused AdamW"]
+
+
+def _cells(cost: Cost) -> list[str]:
+    return [f"{cost.state_bytes:.1f}", f"{cost.ratio:.2f}"]
 
 
 def _losses(runs: Sequence[Run], task: str, precision: str) -> list[float]:
@@ -31,12 +37,12 @@ def table(runs: Sequence[Run], costs: Sequence[Cost], machine: str) -> str:
         machine: What the times were measured on.
     """
     tasks = [task for task in TASKS if any(run.task == task for run in runs)]
-    header = ["state", "bytes a parameter", "step / fused AdamW", *(f"{t}, loss" for t in tasks)]
+    header = ["state", *_COST, *(f"{t}, loss" for t in tasks)]
     rows = []
-    cost_of = {cost.precision: cost for cost in costs}
+    cost_of = {cost.name: cost for cost in costs}
     for name in PRECISIONS:
         cost = cost_of.get(name)
-        cells = [f"{cost.state_bytes:.1f}", f"{cost.ratio:.2f}"] if cost else ["", ""]
+        cells = _cells(cost) if cost else ["", ""]
         for task in tasks:
             losses = _losses(runs, task, name)
             spread = f" ± {stdev(losses):.3f}" if name == BASELINE else ""
@@ -51,6 +57,16 @@ def table(runs: Sequence[Run], costs: Sequence[Cost], machine: str) -> str:
         f"{machine}"
     )
     return f"{markdown.table(header, rows)}\n\n{note}"
+
+
+def timed_table(costs: Sequence[Cost], machine: str) -> str:
+    """Return the table of what is timed only; the arguments are those of `table`."""
+    rows = ([cost.name, *_cells(cost)] for cost in costs if cost.name in TIMED)
+    note = (
+        "C = 5 but for capacity=0, float32 state but for bfloat16 moments; gradients have their "
+        f"parameters' dtype unless it is named. AdamW is all float32. {machine}"
+    )
+    return f"{markdown.table(['step', *_COST], rows)}\n\n{note}"
 
 
 def save_figure(runs: Sequence[Run], path: Path) -> None:

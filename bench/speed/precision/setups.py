@@ -1,6 +1,8 @@
 """The precisions that are compared, and what is trained with them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,33 @@ PRECISIONS = {
     "int4 slots": Precision(INT4),
     "int4 slots, bfloat16 moments": Precision(INT4, torch.bfloat16),
     "int4 slots, int8 moments": Precision(INT4, torch.int8),
+}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step that is timed only: its moments and slots are float32 unless its options say more.
+
+    Args:
+        param_dtype: Of the parameter.
+        grad_dtype: Of its gradient.
+        options: Of `AdamCM`.
+    """
+
+    param_dtype: torch.dtype = torch.float32
+    grad_dtype: torch.dtype = torch.float32
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_HALF = torch.bfloat16
+TIMED = {
+    "float32 parameters, bfloat16 gradients": Timed(grad_dtype=_HALF),
+    **{
+        f'bfloat16 parameters, "{how}"': Timed(_HALF, _HALF, {"low_precision_update": how})
+        for how in ("nearest", "stochastic", "kahan", "split")
+    },
+    "capacity=0": Timed(options={"capacity": 0}),
+    "capacity=0, bfloat16 moments": Timed(options={"capacity": 0, "moment_dtype": _HALF}),
 }
 
 
