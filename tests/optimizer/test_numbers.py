@@ -23,11 +23,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cm_fused import AdamCG, AdamCM
+from cm_fused import AdamCG, AdamCM, AdamWCM
 from cm_fused._optimizer.base import CriticalAdam
 from tests.support.cases import (
     FUSED_BACKENDS,
     KINDS,
+    ROOT,
     Kind,
     backend_params,
     device_of,
@@ -357,3 +358,35 @@ def test_norms_of_a_group(backend: str) -> None:
             optimizer.step()
             found = [_keys(param, optimizer)[0] for param in params]
             assert found == [float(np.float32(key)) for key in keys]
+
+
+def _table_of_eps() -> list[list[str]]:
+    """Return the rows of docs/options.md: the gradients' RMS, and each optimizer's updates'."""
+    _, _, section = (ROOT / "docs/options.md").read_text().partition("## eps\n")
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:7]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+@pytest.mark.parametrize("row", _table_of_eps(), ids=str)
+def test_updates_of_small_gradients(row: list[str]) -> None:
+    """The documented size of an update: inside the root, eps shrinks those of small gradients."""
+    scale, *documented = map(float, row)
+    adjusted: dict[str, Any] = {"weight_decay": 0.0, "backend": "eager"}
+    adjusted["adjust_lr_fn"] = "match_rms_adamw"
+    of_cases = (
+        (torch.optim.AdamW, {"weight_decay": 0.0, "betas": (0.9, 0.99)}),
+        (AdamWCM, adjusted),
+        (AdamWCM, {**adjusted, "eps_inside_sqrt": False}),
+    )
+    for (cls, options), expected in zip(of_cases, documented, strict=True):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.zeros(5000))
+        optimizer = cls([param], lr=1.0, **options)
+        mean_squares = []
+        for _ in range(200):
+            param.grad = scale * torch.randn(5000)
+            before = param.detach().clone()
+            optimizer.step()
+            mean_squares.append((param.detach() - before).square().mean())
+        rms = torch.stack(mean_squares[150:]).mean().sqrt().item()
+        assert rms == pytest.approx(expected, rel=0.02, abs=6e-4)
