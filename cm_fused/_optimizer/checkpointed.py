@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from cm_fused._backends.flush import flush_all_
 from cm_fused._distributed import local_state
-from cm_fused._optimizer import release_checks
+from cm_fused._optimizer import load_warnings, release_checks
 from cm_fused._optimizer import state_dict as checkpoint
 from cm_fused._optimizer.checks import check_capacity, plain_options
 from cm_fused._optimizer.plan import Plan
@@ -120,9 +120,9 @@ class CheckpointedOptimizer(Optimizer):
         if self._release is not None:
             release_checks.check_options(groups)
         entries = checkpoint.checked_entries(groups, state_dict)
-        checkpoint.warn_of_conversion(groups, saved_groups)
-        checkpoint.warn_of_other_slots(self._critical_gradients, state_dict)
-        checkpoint.warn_of_another_kind(self.param_groups, groups, state_dict)
+        load_warnings.warn_of_conversion(groups, saved_groups)
+        load_warnings.warn_of_other_slots(self._critical_gradients, state_dict)
+        load_warnings.warn_of_another_kind(self.param_groups, groups, state_dict)
         self._finish_step()
         captured = self._captured_plans
         self._forget_plans()  # which have the tensors that are given up

@@ -15,7 +15,6 @@ from cm_fused._optimizer.checks import check_options, plain_options
 from cm_fused._state.loading import Entry, check_entry, loaded_state_of, write_into
 from cm_fused._state.making import missing_state_of, unscaled
 from cm_fused._state.table import DTYPE_OPTIONS, KEYS, ROWS, SCALES, State, as_dtype, option_dtype
-from cm_fused._warnings import warn
 from cm_fused.rounding import LARGEST, PACKED
 
 # Options of the process, not of the training run: saved as these values, never loaded. They are
@@ -25,15 +24,9 @@ LOCAL_OPTIONS = {"backend": None, "fused": None, "foreach": None, "amp_scaling":
 KIND = "critical_gradients"
 # Follows the name of a dtype with scales in a saved group whose state is values, not codes: that of
 # DTensors. It is in an option's value, since of a flattened state dict torch reads options only.
-_AS_VALUES = " as values"
+AS_VALUES = " as values"
 # What pickles of earlier versions lack, as those versions stepped.
 NEWER_OPTIONS = {"adjust_lr_fn": None, "fused": None, "foreach": None}
-# Options of Adam that a load warns of: those whose best values differ for an update with critical
-# momenta, and those that would change a run unnoticed.
-ADAM_OPTIONS = (
-    *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad"),
-    *("maximize", "capturable"),
-)
 # Types whose values need no copies.
 _IMMUTABLE = (bool, int, float, str, type(None))
 
@@ -106,7 +99,7 @@ def _dtype_names(group: Mapping[str, Any], states: Mapping[Any, Any]) -> dict[st
             saved = [states[i][key] for i in group["params"] if key in states.get(i, ())]
             is_coded = all(value.dtype == dtype for value in saved if isinstance(value, Tensor))
             option = str(ROWS[key].dtype_option)
-            names[option] = f"{as_dtype(group[option])}{'' if is_coded else _AS_VALUES}"
+            names[option] = f"{as_dtype(group[option])}{'' if is_coded else AS_VALUES}"
     return names
 
 
@@ -114,7 +107,7 @@ def _check_codes(entry: Entry, saved_group: Mapping[str, Any]) -> None:
     """Check that what was saved as codes is that, and not copies of them in another dtype."""
     for key in SCALES.keys() & entry.saved.keys():
         option = str(ROWS[key].dtype_option)
-        if str(saved_group.get(option)).endswith(_AS_VALUES):
+        if str(saved_group.get(option)).endswith(AS_VALUES):
             continue
         dtype, value = option_dtype(key, {option: None, **saved_group}), entry.saved[key]
         is_coded = isinstance(dtype, torch.dtype) and dtype in LARGEST
@@ -288,83 +281,3 @@ def copied(value: Any, params: Iterable[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     return copy.deepcopy(value, {id(param): param for param in params})
-
-
-def warn_of_conversion(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
-    """Warn of groups whose state was saved in another precision than theirs."""
-    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        # A checkpoint of torch.optim has no buffer.
-        names = DTYPE_OPTIONS if "capacity" in saved else ("moment_dtype",)
-        for name in names:
-            # Saved by its name, in older state dicts by itself.
-            own, other = (_dtype_of(options.get(name)) for options in (group, saved))
-            if own != other:
-                warn(
-                    f"the state of group {i} was saved with {name}={other} and is converted to "
-                    f"this optimizer's {name}={own}"
-                )
-
-
-def _dtype_of(option: Any) -> Any:
-    name = option.removesuffix(_AS_VALUES) if isinstance(option, str) else option
-    return as_dtype(name) or torch.float32
-
-
-def warn_of_other_slots(critical_gradients: bool, state_dict: Mapping[str, Any]) -> None:
-    """Warn of slots that were saved by the other kind of optimizer."""
-    stored, wanted = "critical gradients", "critical momenta"
-    if critical_gradients:
-        stored, wanted = wanted, stored
-    kinds = {group.get(KIND, critical_gradients) for group in state_dict["param_groups"]}
-    if kinds == {critical_gradients} or not _has_slots(state_dict):
-        return
-    warn(
-        f"the state dict has slots of {stored}, and this optimizer takes them for {wanted}. To "
-        "begin with an empty buffer, delete 'critical_buffer' and 'priorities' from each "
-        "parameter's entry of state_dict['state'] before it is loaded"
-    )
-
-
-def _has_slots(state_dict: Mapping[str, Any]) -> bool:
-    states = (state for state in state_dict["state"].values() if isinstance(state, Mapping))
-    return any("critical_buffer" in state for state in states)
-
-
-def warn_of_another_kind(
-    groups: list[dict[str, Any]], loaded: list[dict[str, Any]], state_dict: Mapping[str, Any]
-) -> None:
-    """Warn of the options that a state dict of another kind of optimizer brings.
-
-    Those of torch.optim have neither a capacity nor buffers. `loaded` are the groups with the
-    options of the state dict.
-    """
-    saved_groups = state_dict["param_groups"]
-    if any("capacity" in saved for saved in saved_groups) or _has_slots(state_dict):
-        return
-    taken = [
-        f"group {i}: {changes}"
-        for i, (group, new, saved) in enumerate(zip(groups, loaded, saved_groups, strict=True))
-        if (changes := _changes(group, new, saved))
-    ]
-    if taken:
-        warn(
-            "the state dict is of another optimizer and brings options that were chosen for its "
-            f"update, not for this one's ({'; '.join(taken)}). To keep this optimizer's own, "
-            "delete them from the groups of state_dict['param_groups'] before it is loaded, or set "
-            "them in optimizer.param_groups afterwards. With adjust_lr_fn='match_rms_adamw' a "
-            "learning rate and weight decay of AdamW carry over"
-        )
-
-
-def _changes(group: dict[str, Any], new: dict[str, Any], saved: Mapping[str, Any]) -> str:
-    """Return which of Adam's options change and do not carry over, with their values."""
-    carry_over = ("lr", "weight_decay") if new["adjust_lr_fn"] is not None else ()
-    return ", ".join(
-        f"{name}={_number(new[name])!r} instead of {_number(group[name])!r}"
-        for name in ADAM_OPTIONS
-        if name not in carry_over and name in saved and _number(new[name]) != _number(group[name])
-    )
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
