@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from cm_fused._optimizer.state_dict import AS_VALUES
 from cm_fused.rounding import INT4
 from tests.support.sharded.common import SCALED, STEPS, assert_close, draw, train
 
@@ -84,9 +85,11 @@ def check_same(state: dict[str, Any], saved: dict[str, Any], name: str) -> None:
 def check_rounded_once(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
     """Check that blocks of another mesh hold what was saved, each rounded to the nearest code."""
     (group,) = saved["optimizer"]["param_groups"]
-    of_moment = HALF_MOMENT_CODE.get(group["moment_dtype"], 0)
-    bounds = dict.fromkeys(("exp_avg", "exp_avg_sq"), of_moment)
-    bounds["critical_buffer"] = HALF_CODE.get(group["buffer_dtype"], 0)
+    moment_dtype, buffer_dtype = (
+        str(group[option]).removesuffix(AS_VALUES) for option in ("moment_dtype", "buffer_dtype")
+    )
+    bounds = dict.fromkeys(("exp_avg", "exp_avg_sq"), HALF_MOMENT_CODE.get(moment_dtype, 0))
+    bounds["critical_buffer"] = HALF_CODE.get(buffer_dtype, 0)
     for (name, key), value in tensors_of(saved).items():
         actual, bound = tensors_of(loaded)[name, key], bounds.get(key, 0)
         if bound == 0:
