@@ -166,41 +166,68 @@ inline void keep_compensation(
       compensation, n, static_cast<param_t*>(tensor.compensation) + begin);
 }
 
-// Makes a block of a bfloat16 parameter its float32 masters (cm_fused/rounding.py): below its bits
-// come those of the remainder. A parameter that was set since keeps to its value where the
-// remainder, which was of another, would make it NaN.
+// The 16 bits below those of a bfloat16 parameter's float32 masters (cm_fused/rounding.py), read
+// and written as the bits above them are.
+inline c10::BFloat16* remainders(const TensorStep& tensor, int64_t begin) {
+  return tensor.master_remainder == nullptr
+             ? nullptr
+             : static_cast<c10::BFloat16*>(tensor.master_remainder) + begin;
+}
+
+// Makes the values of a bfloat16 parameter its masters. One that was set since keeps to its value
+// where the remainder, which was of another, would make it NaN.
+template <typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void join_masters(const c10::BFloat16* remainder, vector_t (&values)[kCount]) {
+  vector_t upper[kCount];
+  load_vectors<Halved<c10::BFloat16>>(remainder, upper);
+  for (int64_t v = 0; v < kCount; ++v) {
+    const auto lower = bit_cast<Bits<vector_t>>(bit_cast<SignedBits<vector_t>>(upper[v]) >> 16);
+    const auto master = bit_cast<vector_t>(bit_cast<Bits<vector_t>>(values[v]) + lower);
+    values[v] = master == master ? master : values[v];
+  }
+}
+
+// Stores the remainders of masters, and sets bits whose upper half is the bfloat16 above them: the
+// nearest one, of ties the one away from 0.
+template <typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void split_masters(
+    const vector_t (&masters)[kCount], c10::BFloat16* remainder, Bits<vector_t> (&bits)[kCount]) {
+  Bits<vector_t> lower[kCount];
+  for (int64_t v = 0; v < kCount; ++v) {
+    bits[v] = masters[v] == masters[v] ? bit_cast<Bits<vector_t>>(masters[v])
+                                       : Bits<vector_t>{} + kNanBits;
+    lower[v] = bits[v] << 16;
+    bits[v] += 0x8000U;
+  }
+  store_bits(remainder, lower);
+}
+
+// Those two for a block, which is a copy of the parameter's.
 template <typename state_t>
 CM_FUSED_INLINE void join_master(
     const TensorStep& tensor, int64_t begin, int64_t n, state_t* param) {
   if constexpr (std::is_same_v<state_t, float>) {
-    if (tensor.master_remainder == nullptr) {
-      return;
+    if (const c10::BFloat16* const remainder = remainders(tensor, begin)) {
+      for_each_vector(n, [&](auto zero, int64_t at) {
+        decltype(zero) values[] = {load_vector<decltype(zero)>(param + at)};
+        join_masters(remainder + at, values);
+        store_vector(param + at, values[0]);
+      });
     }
-    const auto* const remainder = static_cast<const int16_t*>(tensor.master_remainder) + begin;
-    with_block_size(n, [&](auto size) {
-      for (int64_t i = 0; i < size; ++i) {
-        const auto bits =
-            bit_cast<uint32_t>(param[i]) + static_cast<uint32_t>(int32_t{remainder[i]});
-        const auto master = bit_cast<float>(bits);
-        param[i] = master == master ? master : param[i];
-      }
-    });
   }
 }
 
-// Stores what is below a bfloat16's bits of a block's masters, and rounds the block to bfloat16: to
-// nearest, ties away from 0.
 template <typename state_t>
 [[gnu::noinline]] void split_master(
     const TensorStep& tensor, int64_t begin, int64_t n, state_t* master) {
   if constexpr (std::is_same_v<state_t, float>) {
-    auto* const remainder = static_cast<int16_t*>(tensor.master_remainder) + begin;
-    with_block_size(n, [&](auto size) {
-      for (int64_t i = 0; i < size; ++i) {
-        const uint32_t bits = master[i] == master[i] ? bit_cast<uint32_t>(master[i]) : kNanBits;
-        remainder[i] = static_cast<int16_t>(bits);
-        master[i] = bit_cast<float>((bits + 0x8000U) & 0xFFFF0000U);
-      }
+    c10::BFloat16* const remainder = remainders(tensor, begin);
+    for_each_vector(n, [&](auto zero, int64_t at) {
+      using vector_t = decltype(zero);
+      const vector_t values[] = {load_vector<vector_t>(master + at)};
+      Bits<vector_t> bits[1];
+      split_masters(values, remainder + at, bits);
+      store_vector(master + at, bit_cast<vector_t>(bits[0] & 0xFFFF0000U));
     });
   }
 }

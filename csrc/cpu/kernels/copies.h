@@ -1,5 +1,5 @@
-// Copies of a tensor's data in the update's type: of what is in half precision, or does not lie in
-// memory as the state does.
+// Copies of a tensor's data in the update's type: of what does not lie in memory as the state does,
+// and of half precision that tiles do not convert.
 
 // Calls visit with a value of the type of a parameter or gradient.
 template <typename state_t, typename Visit>
@@ -28,11 +28,13 @@ struct Range {
   void* exp_avg;  // with exp_avg_sq: of bfloat16 if they are rounded, else of state_t
   void* exp_avg_sq;
   state_t* max_exp_avg_sq;  // nullptr without amsgrad
-  state_t* param;
-  const uint32_t* words;  // random; nullptr: tiles make those of bfloat16 moments
+  void* param;              // of state_t, or of bfloat16 as param_dtype says
+  ParamDtype param_dtype;
+  c10::BFloat16* remainder;  // nullptr without masters, and where `param` is a copy
+  const uint32_t* words;     // random; nullptr: tiles make those of bfloat16 moments
 
   // The gradients as critical gradients store them and as the update uses them, where copies were
-  // made, which also asked for what comes next. nullptr: to be found from grad by tiles.
+  // made. nullptr: to be found from grad by tiles.
   const state_t* stored_g;
   const state_t* update_g;
 };
@@ -55,11 +57,16 @@ class Copies {
   Copies(const TensorStep& tensor, const StepOptions& options)
       : tensor_(tensor), options_(options), gradients_(options) {}
 
-  // Tiles read half-precision gradients of other parameters, unless a block's scale needs them.
+  // Tiles convert bfloat16 parameters that are rounded to nearest or split, unless gradients get an
+  // L2 term of them; and half-precision gradients, unless a block's scale needs them.
   bool are_needed() const {
     const bool reads_blocks = options_.critical_gradients && has_scales(tensor_.slot_dtype);
-    return is_half(tensor_.dtype) || (is_half(tensor_.grad_dtype) && reads_blocks) ||
-           tensor_.param_layout != nullptr || tensor_.grad_layout != nullptr;
+    const bool converts_params = tensor_.dtype == ParamDtype::kBFloat16 &&
+                                 tensor_.compensation == nullptr && !options_.stochastic_update &&
+                                 !gradients_.has_l2_term();
+    return (is_half(tensor_.dtype) && !converts_params) ||
+           (is_half(tensor_.grad_dtype) && reads_blocks) || tensor_.param_layout != nullptr ||
+           tensor_.grad_layout != nullptr;
   }
 
   bool rounds_stochastically() const {

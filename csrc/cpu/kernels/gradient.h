@@ -17,6 +17,11 @@ class Gradients {
         adds_late_l2_term_(has_l2_term_ && options.l2_in_aggregate),
         unchanged_(factor_ == state_t(1) && !adds_l2_term_) {}
 
+  // Whether any gradient has a term of the parameter.
+  bool has_l2_term() const {
+    return has_l2_term_;
+  }
+
   // Whether effective() reads the parameter.
   bool adds_l2_term() const {
     return adds_l2_term_;

@@ -43,6 +43,7 @@ class RangeStep {
   using SlotBuffer = Buffer<state_t>;
   using vector_t = Vector<state_t>;
   static constexpr int64_t kVectors = kTile / kWidth<vector_t>;
+  static constexpr int64_t kNoTile = -1;
 
  public:
   CM_FUSED_INLINE RangeStep(const RangeInputs<state_t>& inputs, Kind kind)
@@ -108,7 +109,7 @@ class RangeStep {
       vector_t second_moment[kVectors];
       step_moments(scalars_, buffer, block, at, 0, numerator, second_moment);
       step_last_param();
-      last_param_ = range_.param + block + at;
+      last_tile_ = block + at;
       store_vectors<Unchanged<state_t>>(last_numerator_, numerator);
       store_vectors<Unchanged<state_t>>(last_second_moment_, second_moment);
     }
@@ -125,36 +126,78 @@ class RangeStep {
     one_t numerator[1];
     one_t second_moment[1];
     step_moments(s, buffer, block, at, in_tile, numerator, second_moment);
-    update_param(s, numerator, second_moment, range_.param + block + at);
+    step_param(s, numerator, second_moment, block + at);
   }
 
   // A tile's parameters follow when the next one's moments are under way, so that there is
   // something to do while they wait for their divisions.
   CM_FUSED_INLINE void step_last_param() {
-    if (last_param_ == nullptr) {
+    if (last_tile_ == kNoTile) {
       return;
     }
     vector_t numerator[kVectors];
     vector_t second_moment[kVectors];
     load_vectors<Unchanged<state_t>>(last_numerator_, numerator);
     load_vectors<Unchanged<state_t>>(last_second_moment_, second_moment);
-    update_param(scalars_, numerator, second_moment, last_param_);
+    step_param(scalars_, numerator, second_moment, last_tile_);
   }
 
-  // Asks for kBlockSize elements of every stream that is not a copy, whose maker does: they are
-  // more than the hardware follows by itself.
+  // Eq. (7) for kCount vectors of the parameter.
+  template <typename one_t, int64_t kCount>
+  CM_FUSED_INLINE void step_param(const Scalars<one_t>& s, const one_t (&numerator)[kCount],
+      const one_t (&second_moment)[kCount], int64_t at) {
+    one_t param[kCount];
+    load_param(at, param);
+    update_param(s, numerator, second_moment, param);
+    store_param(at, param);
+  }
+
+  template <typename one_t, int64_t kCount>
+  CM_FUSED_INLINE void load_param(int64_t at, one_t (&values)[kCount]) const {
+    if constexpr (std::is_same_v<state_t, float>) {
+      if (range_.param_dtype == ParamDtype::kBFloat16) {
+        load_vectors<Halved<c10::BFloat16>>(
+            static_cast<const c10::BFloat16*>(range_.param) + at, values);
+        if (range_.remainder != nullptr) {
+          join_masters(range_.remainder + at, values);
+        }
+        return;
+      }
+    }
+    load_vectors<Unchanged<state_t>>(static_cast<const state_t*>(range_.param) + at, values);
+  }
+
+  template <typename one_t, int64_t kCount>
+  CM_FUSED_INLINE void store_param(int64_t at, const one_t (&values)[kCount]) const {
+    if constexpr (std::is_same_v<state_t, float>) {
+      if (range_.param_dtype == ParamDtype::kBFloat16) {
+        auto* const param = static_cast<c10::BFloat16*>(range_.param) + at;
+        if (range_.remainder != nullptr) {
+          Bits<one_t> bits[kCount];
+          split_masters(values, range_.remainder + at, bits);
+          store_bits(param, bits);
+        } else {
+          store_vectors<Halved<c10::BFloat16>>(param, values);
+        }
+        return;
+      }
+    }
+    store_vectors<Unchanged<state_t>>(static_cast<state_t*>(range_.param) + at, values);
+  }
+
+  // Asks for kBlockSize elements of every stream that is not copied by blocks: they are more than
+  // the hardware follows by itself.
   CM_FUSED_INLINE void prefetch_streams(const SlotBuffer& buffer, int64_t block, int64_t at) const {
     const int64_t begin = block + at;
     if (range_.begin + begin + kBlockSize > tensor_.numel) {
       return;
     }
     if (!is_copy()) {
-      if (is_half(range_.grad_dtype)) {
-        prefetch(static_cast<const c10::BFloat16*>(range_.grad) + begin, kBlockSize);
-      } else {
-        prefetch(static_cast<const state_t*>(range_.grad) + begin, kBlockSize);
+      prefetch_data(range_.grad, range_.grad_dtype, begin);
+      prefetch_data(range_.param, range_.param_dtype, begin);
+      if (range_.remainder != nullptr) {
+        prefetch(range_.remainder + begin, kBlockSize);
       }
-      prefetch(range_.param + begin, kBlockSize);
     }
     if (!range_.copies_moments) {
       const int64_t bytes = kind_.rounds_moments ? sizeof(c10::BFloat16) : sizeof(state_t);
@@ -167,6 +210,14 @@ class RangeStep {
     buffer.prefetch_slots(kind_.slot_code, at);
   }
 
+  CM_FUSED_INLINE static void prefetch_data(const void* data, ParamDtype dtype, int64_t begin) {
+    if (is_half(dtype)) {
+      prefetch(static_cast<const c10::BFloat16*>(data) + begin, kBlockSize);
+    } else {
+      prefetch(static_cast<const state_t*>(data) + begin, kBlockSize);
+    }
+  }
+
   CM_FUSED_INLINE bool is_copy() const {
     return range_.stored_g != nullptr;
   }
@@ -177,7 +228,7 @@ class RangeStep {
       const state_t* const item =
           is_copy() ? range_.stored_g + block
                     : gradients_.effective(static_cast<const state_t*>(range_.grad) + block,
-                          range_.param + block, n, scratch);
+                          l2_param() + block, n, scratch);
       buffer.find_scale(kind_.slot_code, item, n);
     } else if (kind_.rounds_moments) {
       buffer.find_scale(
@@ -193,7 +244,7 @@ class RangeStep {
       stored_g_ = range_.stored_g + at;
       update_g_ = range_.update_g + at;
     } else {
-      const state_t* const param = range_.param + at;
+      const state_t* const param = l2_param() + at;
       stored_g_ = gradients_.effective(grad_at(at, n), param, n, stored_scratch_);
       update_g_ = gradients_.with_late_l2_term(stored_g_, param, n, update_scratch_);
     }
@@ -204,6 +255,12 @@ class RangeStep {
       constexpr std::integral_constant<uint64_t, kTile / kWordsPerCounter> kCount;
       philox_.set_words(first_counter(at), kCount, words_);
     }
+  }
+
+  // The parameter that an L2 term is of, which is read only if there is one: else it may be of
+  // another type.
+  CM_FUSED_INLINE const state_t* l2_param() const {
+    return static_cast<const state_t*>(range_.param);
   }
 
   // A tile's gradients in the update's type.
@@ -284,8 +341,8 @@ class RangeStep {
   alignas(64) state_t update_scratch_[kTile];
   alignas(64) uint32_t words_[kTile];
 
-  // Of the tile before: what its parameters are still to be stepped by. nullptr: nothing.
-  state_t* last_param_ = nullptr;
+  // Of the tile before: where it is, and what its parameters are still to be stepped by.
+  int64_t last_tile_ = kNoTile;
   alignas(64) state_t last_numerator_[kTile];
   alignas(64) state_t last_second_moment_[kTile];
 };

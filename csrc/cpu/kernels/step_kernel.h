@@ -68,6 +68,11 @@ class ChunkStep {
  private:
   using StepRange = void (*)(const RangeInputs<state_t>&, SquareSum&);
 
+  // Of an element of a parameter or gradient.
+  static int64_t data_bytes(ParamDtype dtype) {
+    return is_half(dtype) ? 2 : sizeof(state_t);
+  }
+
   bool has_int8_moments() const {
     return tensor_.moment_dtype == StoredDtype::kInt8;
   }
@@ -89,9 +94,10 @@ class ChunkStep {
     if (copies_.are_needed()) {
       copies_.load(range);
     } else {
-      range.param = static_cast<state_t*>(tensor_.param) + begin;
-      const int64_t bytes = is_half(tensor_.grad_dtype) ? 2 : sizeof(state_t);
-      range.grad = static_cast<const char*>(tensor_.grad) + begin * bytes;
+      range.param = static_cast<char*>(tensor_.param) + begin * data_bytes(tensor_.dtype);
+      range.param_dtype = tensor_.dtype;
+      range.remainder = remainders(tensor_, begin);
+      range.grad = static_cast<const char*>(tensor_.grad) + begin * data_bytes(tensor_.grad_dtype);
       range.grad_dtype = tensor_.grad_dtype;
     }
     if (makes_words()) {

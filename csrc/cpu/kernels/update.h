@@ -64,14 +64,10 @@ CM_FUSED_INLINE void update_moments(const Scalars<vector_t>& s, auto critical_gr
 // Eq. (7) for a tile of a parameter.
 template <typename vector_t, int64_t kCount>
 CM_FUSED_INLINE void update_param(const Scalars<vector_t>& s, const vector_t (&numerator)[kCount],
-    const vector_t (&second_moment)[kCount], Element<vector_t>* data) {
-  using value_t = Element<vector_t>;
-  vector_t param[kCount];
-  load_vectors<Unchanged<value_t>>(data, param);
+    const vector_t (&second_moment)[kCount], vector_t (&param)[kCount]) {
   for (int64_t v = 0; v < kCount; ++v) {
     const vector_t corrected = s.inverse_bias_correction2 * second_moment[v];
     const vector_t denominator = square_root(corrected + s.eps_inside_sqrt) + s.eps;
     param[v] = s.decay_factor * param[v] - s.step_size * (numerator[v] / denominator);  // Eq. (7)
   }
-  store_vectors<Unchanged<value_t>>(data, param);
 }

@@ -35,6 +35,10 @@ constexpr int64_t kWidth = sizeof(vector_t) / sizeof(Element<vector_t>);
 template <typename vector_t>
 using Bits = std::conditional_t<std::is_arithmetic_v<vector_t>, uint32_t, Vector<uint32_t>>;
 
+// As many signed ones.
+template <typename vector_t>
+using SignedBits = std::conditional_t<std::is_arithmetic_v<vector_t>, int32_t, Vector<int32_t>>;
+
 template <typename vector_t>
 CM_FUSED_INLINE vector_t load_vector(const Element<vector_t>* data) {
   using value_t = Element<vector_t>;
