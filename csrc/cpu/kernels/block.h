@@ -11,12 +11,13 @@ CM_FUSED_INLINE void prefetch(const stored_t* data, int64_t n) {
   }
 }
 
-// Asks for n elements of a tensor's stream, kPrefetchDistance after `begin`, if it has them.
+// Asks for n elements of a tensor's stream, kPrefetchDistance after element `begin`, which `data`
+// points to, if it has them.
 template <typename stored_t>
 CM_FUSED_INLINE void prefetch_ahead(
     const TensorStep& tensor, const stored_t* data, int64_t begin, int64_t n) {
   if (begin + kPrefetchDistance + n <= tensor.numel) {
-    prefetch(data + begin + kPrefetchDistance, n);
+    prefetch(data + kPrefetchDistance, n);
   }
 }
 
