@@ -22,8 +22,8 @@ from cm_fused.rounding import LARGEST, PACKED
 LOCAL_OPTIONS = {"backend": None, "fused": None, "foreach": None, "amp_scaling": False}
 # In a saved group: whether the slots are gradients.
 KIND = "critical_gradients"
-# Follows the name of a dtype with scales in a saved group whose state is values, not codes: that of
-# DTensors. It is in an option's value, since of a flattened state dict torch reads options only.
+# Follows the name of a dtype with scales in a saved group whose state is all values, no codes: that
+# of DTensors. It is in an option's value, since of a flattened state dict torch reads options only.
 AS_VALUES = " as values"
 # What pickles of earlier versions lack, as those versions stepped.
 NEWER_OPTIONS = {"adjust_lr_fn": None, "fused": None, "foreach": None}
@@ -96,8 +96,9 @@ def _dtype_names(group: Mapping[str, Any], states: Mapping[Any, Any]) -> dict[st
     for key in SCALES:
         dtype = option_dtype(key, group)
         if dtype in LARGEST:
-            saved = [states[i][key] for i in group["params"] if key in states.get(i, ())]
-            is_coded = all(value.dtype == dtype for value in saved if isinstance(value, Tensor))
+            saved = (states[i][key] for i in group["params"] if key in states.get(i, ()))
+            dtypes = {value.dtype for value in saved if isinstance(value, Tensor)}
+            is_coded = not dtypes or dtype in dtypes
             option = str(ROWS[key].dtype_option)
             names[option] = f"{as_dtype(group[option])}{'' if is_coded else AS_VALUES}"
     return names
@@ -105,12 +106,14 @@ def _dtype_names(group: Mapping[str, Any], states: Mapping[Any, Any]) -> dict[st
 
 def _check_codes(entry: Entry, saved_group: Mapping[str, Any]) -> None:
     """Check that what was saved as codes is that, and not copies of them in another dtype."""
-    for key in SCALES.keys() & entry.saved.keys():
+    for key, scales in SCALES.items():
         option = str(ROWS[key].dtype_option)
-        if str(saved_group.get(option)).endswith(AS_VALUES):
-            continue
-        dtype, value = option_dtype(key, {option: None, **saved_group}), entry.saved[key]
-        is_coded = isinstance(dtype, torch.dtype) and dtype in LARGEST
+        dtype = option_dtype(key, {option: None, **saved_group})
+        value, scale = entry.saved.get(key), entry.saved.get(scales)
+        # Values have a scale without dimensions (`unscaled`), or their dtype's name says it.
+        is_value = isinstance(scale, Tensor) and scale.dim() == 0
+        is_value |= str(saved_group.get(option)).endswith(AS_VALUES)
+        is_coded = isinstance(dtype, torch.dtype) and dtype in LARGEST and not is_value
         if is_coded and isinstance(value, Tensor) and value.dtype != dtype:
             raise ValueError(
                 f"{key!r} in the state of {entry.where} must be {dtype}, as it was saved, got "

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +24,7 @@ from tests.support.sharded.common import (
     SCALED,
     STEPS,
     Twins,
+    assert_equal,
     case,
     fsdp,
     gathered,
@@ -216,3 +218,48 @@ def _check_loaded(state: dict[str, Tensor], source: dict[str, Tensor], *, scaled
         half_codes = HALF_MOMENT_CODE if "exp_avg" in key else HALF_CODE
         bound = half_codes["torch.int8"] * scaled
         assert (mine - saved).abs().max() <= bound * saved.abs().max(), key
+
+
+class _Mixed(nn.Module):
+    """A DTensor parameter and a plain one."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.sharded = nn.Parameter(distribute_tensor(torch.ones(8, 40), mesh, [Shard(0)]))
+        self.plain = nn.Parameter(torch.ones(7))
+
+
+def _mixed(**options: Any) -> tuple[_Mixed, AdamCM]:
+    model = _Mixed(make_mesh())
+    optimizer = AdamCM(model.parameters(), priority_scope="tensor", **{**OPTIONS, **options})
+    for scale in (0.1, 0.3):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, scale)
+        optimizer.step()
+    return model, optimizer
+
+
+@case(1)
+def codes_beside_values(folder: Path) -> None:
+    """Codes of a group that has DTensors too are not taken for values, nor are values for codes.
+
+    One DTensor made the file's whole group one of values. And values that earlier checkouts saved,
+    under the name of the codes' dtype, were refused: both checks were tested by groups of one form.
+    """
+    eight = {"moment_dtype": "int8"}
+    model, optimizer = _mixed(**eight)
+    _save_flattened(model, optimizer, folder / "mixed")
+    with pytest.raises(ValueError, match="copies codes without their scales"):
+        _load_flattened(*_mixed(), folder / "mixed")
+    other, resumed = _mixed(**eight)
+    _load_flattened(other, resumed, folder / "mixed")
+    assert_equal(resumed.state_dict(), optimizer.state_dict())
+
+    eight["buffer_dtype"] = "int8"
+    of_sharded = AdamCM([model.sharded], priority_scope="tensor", **{**OPTIONS, **eight})
+    of_sharded.step()
+    state, values = of_sharded.state_dict(), of_sharded.state_dict()
+    assert state["param_groups"][0]["moment_dtype"] == "torch.int8 as values"
+    values["param_groups"][0].update(moment_dtype="torch.int8", buffer_dtype="torch.int8")
+    of_sharded.load_state_dict(values)
+    assert_equal(of_sharded.state_dict(), state)
