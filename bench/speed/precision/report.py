@@ -15,7 +15,7 @@ _COST = ["bytes a parameter", "step / fused AdamW"]
 
 
 def _cells(cost: Cost) -> list[str]:
-    return [f"{cost.state_bytes:.1f}", f"{cost.ratio:.2f}"]
+    return [f"{cost.state_bytes:.1f}", f"{cost.ratio:.2f} ({cost.least:.2f} to {cost.most:.2f})"]
 
 
 def _losses(runs: Sequence[Run], task: str, precision: str) -> list[float]:
@@ -53,7 +53,8 @@ def table(runs: Sequence[Run], costs: Sequence[Cost], machine: str) -> str:
     note = (
         f"C = 5. Held-out loss at the end, mean of {seeds} seeds; ±: standard deviation over the "
         "seeds; in brackets the distance from float32's mean in its standard deviations. "
-        f"Time: median ratio of interleaved steps of one tensor, every step replacing a slot. "
+        "Time: median ratio of one tensor's interleaved steps, every step replacing a slot; in "
+        "brackets the least and the largest median of five times that its tensors were made anew. "
         f"{machine}"
     )
     return f"{markdown.table(header, rows)}\n\n{note}"
