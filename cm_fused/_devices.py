@@ -7,6 +7,6 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor on a device: itself if it is there.
 
-    The host waits for a copy to the CPU, which it would read before it has arrived.
+    A copy to the CPU blocks: the host could otherwise read it before it has arrived.
     """
     return tensor.to(device, dtype, non_blocking=device.type != "cpu")

@@ -1,4 +1,4 @@
-"""The plan of a step: which tensors it sees, and who steps them."""
+"""The plan of a step: what it holds and how it runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The plans of an optimizer's last steps: when one is used again, and when one is made."""
+"""The plans of an optimizer's last steps: who takes part in one, and when one is used again."""
 
 from collections import Counter
 from collections.abc import Set
@@ -65,7 +65,7 @@ class Plans:
         self.last: Plan | None = None  # that of the last step
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._values: list[tuple[Any, ...]] | None = None
-        self._choices: list[tuple[Any, ...]] = []
+        self._replanned: list[tuple[Any, ...]] = []
         self._checked: list[tuple[Any, ...]] = []
         self._lrs: list[float | Tensor] = []
         self._state: Any = None
@@ -211,7 +211,7 @@ class Plans:
         # This may raise, after which refused options must not be taken for known ones.
         self._values = None
         if not is_known:  # else a scheduler has changed learning rates
-            self._read_choices(groups, [each[: len(_REPLANNED)] for each in values])
+            self._read_replanned(groups, [each[: len(_REPLANNED)] for each in values])
             self._read_checked(
                 groups, [each[len(_REPLANNED) :][: len(_CHECKED)] for each in values]
             )
@@ -224,14 +224,14 @@ class Plans:
         if immutable and not any(map(is_adjusted_on_device, groups)):
             self._values = values
 
-    def _read_choices(self, groups: Groups, choices: list[tuple[Any, ...]]) -> None:
-        if choices == self._choices:
+    def _read_replanned(self, groups: Groups, values: list[tuple[Any, ...]]) -> None:
+        if values == self._replanned:
             return
         for group in groups:
             check_choices(group)
             check_flags(group)
         self._plans.clear()
-        self._choices = choices
+        self._replanned = values
 
     def _read_checked(self, groups: Groups, checked: list[tuple[Any, ...]]) -> None:
         if checked == self._checked:

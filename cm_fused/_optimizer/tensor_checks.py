@@ -1,6 +1,6 @@
 """What the tensors of a step must be: checks of parameters and gradients, which name them.
 
-What options must be says `cm_fused._optimizer.checks`.
+`cm_fused._optimizer.checks` checks options.
 """
 
 from collections.abc import Mapping

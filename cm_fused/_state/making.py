@@ -35,11 +35,10 @@ def refused_precision(param: Tensor, group: Group) -> tuple[str, str] | None:
         return "low_precision_update", rule
     if is_wrapper(param):
         # Scales are plain tensors, and those of the tensors inside may differ.
-        keys = {"buffer_dtype": "critical_buffer", "moment_dtype": "exp_avg"}
-        scaled = (name for name, key in keys.items() if option_dtype(key, group) in LARGEST)
-        name = next(scaled, None)
-        if name is not None:
-            return name, "a dtype without scales for tensors that wrap others, or None"
+        key = next((key for key in SCALES if option_dtype(key, group) in LARGEST), None)
+        if key is not None:
+            rule = "a dtype without scales for tensors that wrap others, or None"
+            return str(ROWS[key].dtype_option), rule
     if param.dtype in LOW_PRECISION_PARAM_DTYPES:
         return None
     asked = (name for name in DTYPE_OPTIONS if group[name] is not None)

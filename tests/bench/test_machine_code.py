@@ -92,7 +92,7 @@ def test_a_thread_owns_its_elements(
 
 
 def test_issue_slots(reports: dict[tuple[int, str], dict[str, Any]]) -> None:
-    """Arithmetic leaves room beside the memory, in float32 and in every precision of the bench."""
+    """Arithmetic leaves room beside the memory, in float32 and in every rounded variant."""
     shares = {name: each["issue_share"] for (arch, name), each in reports.items() if arch == 90}
     assert len(shares) > 60
     assert {name: share for name, share in shares.items() if share >= 0.6} == {}

@@ -379,14 +379,25 @@ def test_updates_of_small_gradients(row: list[str]) -> None:
         (AdamWCM, {**adjusted, "eps_inside_sqrt": False}),
     )
     for (cls, options), expected in zip(of_cases, documented, strict=True):
-        torch.manual_seed(0)
-        param = torch.nn.Parameter(torch.zeros(5000))
-        optimizer = cls([param], lr=1.0, **options)
-        mean_squares = []
-        for _ in range(200):
-            param.grad = scale * torch.randn(5000)
-            before = param.detach().clone()
-            optimizer.step()
-            mean_squares.append((param.detach() - before).square().mean())
-        rms = torch.stack(mean_squares[150:]).mean().sqrt().item()
-        assert rms == pytest.approx(expected, rel=0.02, abs=6e-4)
+        assert _rms_of_updates(cls, scale, **options) == pytest.approx(expected, rel=0.02, abs=6e-4)
+
+
+@pytest.mark.parametrize(("capacity", "documented"), [(0, 0.23), (5, 0.37)])
+def test_updates_of_critical_gradients(capacity: int, documented: float) -> None:
+    """The documented size of AdamCG's updates, which `adjust_lr_fn` is not for."""
+    rms = _rms_of_updates(AdamCG, 1.0, capacity=capacity, backend="eager")
+    assert rms == pytest.approx(documented, abs=0.005)
+
+
+def _rms_of_updates(cls: Any, scale: float, **options: Any) -> float:
+    """Return the root mean square of updates at a learning rate of 1, of gradients of noise."""
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = cls([param], lr=1.0, **options)
+    mean_squares = []
+    for _ in range(200):
+        param.grad = scale * torch.randn(5000)
+        before = param.detach().clone()
+        optimizer.step()
+        mean_squares.append((param.detach() - before).square().mean())
+    return torch.stack(mean_squares[150:]).mean().sqrt().item()
