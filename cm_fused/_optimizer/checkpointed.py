@@ -61,9 +61,10 @@ class CheckpointedOptimizer(Optimizer):
         belong to blocks of the local tensor, which differs between meshes. It is saved as float32
         DTensors of the values, new tensors of 4 bytes an element (for int8 slots and moments
         4 C + 8 instead of C + 2), each with a scale of 1 instead of its scales, and its dtype as
-        "torch.int8 as values". A `torch.distributed.checkpoint` of it loads into such an optimizer
-        on any mesh; for plain parameters gather it (`StateDictOptions(full_state_dict=True)`).
-        DTensors' `master_remainder` is saved as int32, since processes cannot gather int16.
+        "torch.int8 as values", unless the group has codes of plain parameters too. A
+        `torch.distributed.checkpoint` of it loads into such an optimizer on any mesh; for plain
+        parameters gather it (`StateDictOptions(full_state_dict=True)`). DTensors'
+        `master_remainder` is saved as int32, since processes cannot gather int16.
         """
         self._flush()
         # The first of the hooks, so that all others see what the caller gets.

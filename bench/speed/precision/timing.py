@@ -67,7 +67,7 @@ def measure(numel: int, rounds: int) -> list[Cost]:
 
     Args:
         numel: Elements of the tensor.
-        rounds: Timed steps of each.
+        rounds: Timed steps of each, rounded up to a multiple of the times that tensors are made.
     """
     return [_cost(numel, rounds, name, setup) for name, setup in tqdm(_setups().items(), "timing")]
 
