@@ -107,12 +107,11 @@ def _dtype_names(group: Mapping[str, Any], states: Mapping[Any, Any]) -> dict[st
 def _check_codes(entry: Entry, saved_group: Mapping[str, Any]) -> None:
     """Check that what was saved as codes is that, and not copies of them in another dtype."""
     for key, scales in SCALES.items():
-        option = str(ROWS[key].dtype_option)
-        dtype = option_dtype(key, {option: None, **saved_group})
+        # "torch.int8 as values" is no dtype's name.
+        dtype = option_dtype(key, {str(ROWS[key].dtype_option): None, **saved_group})
         value, scale = entry.saved.get(key), entry.saved.get(scales)
-        # Values have a scale without dimensions (`unscaled`), or their dtype's name says it.
+        # Also beside codes, and in earlier checkouts, values have a scale without dimensions.
         is_value = isinstance(scale, Tensor) and scale.dim() == 0
-        is_value |= str(saved_group.get(option)).endswith(AS_VALUES)
         is_coded = isinstance(dtype, torch.dtype) and dtype in LARGEST and not is_value
         if is_coded and isinstance(value, Tensor) and value.dtype != dtype:
             raise ValueError(
