@@ -1,5 +1,5 @@
 // The loop of a step: a tile of every stream at a time, so that one tile's divisions overlap the
-// next one's loads.
+// next one's loads. It converts what is of half precision as it goes, except what `Copies` copies.
 
 // Elements that a tile has, four vectors: a multiple of the norms' lanes and of the elements that a
 // group of counters gives words to. With int8 slots and bfloat16 moments, on two cores of a

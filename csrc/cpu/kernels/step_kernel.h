@@ -33,7 +33,7 @@ namespace cm_fused::CM_FUSED_ISA {
 #include "range.h"
 // clang-format on
 
-// One chunk's step: all of it at once where the tensors are as the step computes, else a block at a
+// One chunk's step: all of it at once where tiles read the tensors themselves, else a block at a
 // time, of which copies are made.
 template <typename state_t>
 class ChunkStep {
