@@ -1,5 +1,6 @@
-// Copies of a tensor's data in the update's type: of what does not lie in memory as the state does,
-// and of half precision that tiles do not convert.
+// Ranges of a tensor's data, which tiles read and write in its own memory; or copies of it in the
+// update's type, of what does not lie in memory as the state does, and of half precision that tiles
+// do not convert.
 
 // Calls visit with a value of the type of a parameter or gradient.
 template <typename state_t, typename Visit>
@@ -38,6 +39,42 @@ struct Range {
   const state_t* stored_g;
   const state_t* update_g;
 };
+
+// The values at `at` of a range's parameter: its masters, where it has a remainder.
+template <typename state_t, typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void load_param(
+    const Range<state_t>& range, int64_t at, vector_t (&values)[kCount]) {
+  if constexpr (std::is_same_v<state_t, float>) {
+    if (range.param_dtype == ParamDtype::kBFloat16) {
+      load_vectors<Halved<c10::BFloat16>>(
+          static_cast<const c10::BFloat16*>(range.param) + at, values);
+      if (range.remainder != nullptr) {
+        join_masters(range.remainder + at, values);
+      }
+      return;
+    }
+  }
+  load_vectors<Unchanged<state_t>>(static_cast<const state_t*>(range.param) + at, values);
+}
+
+template <typename state_t, typename vector_t, int64_t kCount>
+CM_FUSED_INLINE void store_param(
+    const Range<state_t>& range, int64_t at, const vector_t (&values)[kCount]) {
+  if constexpr (std::is_same_v<state_t, float>) {
+    if (range.param_dtype == ParamDtype::kBFloat16) {
+      auto* const param = static_cast<c10::BFloat16*>(range.param) + at;
+      if (range.remainder != nullptr) {
+        Bits<vector_t> bits[kCount];
+        split_masters(values, range.remainder + at, bits);
+        store_bits(param, bits);
+      } else {
+        store_vectors<Halved<c10::BFloat16>>(param, values);
+      }
+      return;
+    }
+  }
+  store_vectors<Unchanged<state_t>>(static_cast<state_t*>(range.param) + at, values);
+}
 
 // A block of a tensor's gradient in the update's type, in `scratch` if it is not there.
 template <typename state_t>

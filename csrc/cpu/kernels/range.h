@@ -147,42 +147,9 @@ class RangeStep {
   CM_FUSED_INLINE void step_param(const Scalars<one_t>& s, const one_t (&numerator)[kCount],
       const one_t (&second_moment)[kCount], int64_t at) {
     one_t param[kCount];
-    load_param(at, param);
+    load_param(range_, at, param);
     update_param(s, numerator, second_moment, param);
-    store_param(at, param);
-  }
-
-  template <typename one_t, int64_t kCount>
-  CM_FUSED_INLINE void load_param(int64_t at, one_t (&values)[kCount]) const {
-    if constexpr (std::is_same_v<state_t, float>) {
-      if (range_.param_dtype == ParamDtype::kBFloat16) {
-        load_vectors<Halved<c10::BFloat16>>(
-            static_cast<const c10::BFloat16*>(range_.param) + at, values);
-        if (range_.remainder != nullptr) {
-          join_masters(range_.remainder + at, values);
-        }
-        return;
-      }
-    }
-    load_vectors<Unchanged<state_t>>(static_cast<const state_t*>(range_.param) + at, values);
-  }
-
-  template <typename one_t, int64_t kCount>
-  CM_FUSED_INLINE void store_param(int64_t at, const one_t (&values)[kCount]) const {
-    if constexpr (std::is_same_v<state_t, float>) {
-      if (range_.param_dtype == ParamDtype::kBFloat16) {
-        auto* const param = static_cast<c10::BFloat16*>(range_.param) + at;
-        if (range_.remainder != nullptr) {
-          Bits<one_t> bits[kCount];
-          split_masters(values, range_.remainder + at, bits);
-          store_bits(param, bits);
-        } else {
-          store_vectors<Halved<c10::BFloat16>>(param, values);
-        }
-        return;
-      }
-    }
-    store_vectors<Unchanged<state_t>>(static_cast<state_t*>(range_.param) + at, values);
+    store_param(range_, at, param);
   }
 
   // Asks for kBlockSize elements of every stream that is not copied by blocks: they are more than
