@@ -33,7 +33,7 @@ BLOCK_SIZE = 256
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 # What slots of int4 are stored as; see NOTE: [Two elements a byte].
 PACKED = torch.uint8
-# Dtypes that parameters may have, as `low_precision_update` rounds, and gradients of float32 ones.
+# Dtypes of parameters that `low_precision_update` rounds, and of gradients of float32 ones.
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Dtypes with scales, and the largest number they hold.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, PACKED: 7.0}

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from bench import markdown
 from bench.speed.precision.setups import BASELINE, PRECISIONS, TASKS, TIMED
-from bench.speed.precision.timing import Cost
+from bench.speed.precision.timing import PLACES, Cost
 from bench.speed.precision.train import Run
 
 _COST = ["bytes a parameter", "step / fused AdamW"]
@@ -54,8 +54,8 @@ def table(runs: Sequence[Run], costs: Sequence[Cost], machine: str) -> str:
         f"C = 5. Held-out loss at the end, mean of {seeds} seeds; ±: standard deviation over the "
         "seeds; in brackets the distance from float32's mean in its standard deviations. "
         "Time: median ratio of one tensor's interleaved steps, every step replacing a slot; in "
-        "brackets the least and the largest median of five times that its tensors were made anew. "
-        f"{machine}"
+        "brackets the least and the largest median of its tensors in one place in memory, of "
+        f"{PLACES} places. {machine}"
     )
     return f"{markdown.table(header, rows)}\n\n{note}"
 

@@ -16,7 +16,7 @@ from cm_fused import AdamCM
 _WARM_UP = 7
 # How often both optimizers' tensors are made anew: where they lie in memory changes a ratio more
 # than the rounds do. With all setups at once, in 13 GB, float32 took 1.21 to 2.11 of AdamW's time.
-_PLACES = 5
+PLACES = 5
 
 
 @dataclass
@@ -74,10 +74,10 @@ def measure(numel: int, rounds: int) -> list[Cost]:
 
 def _cost(numel: int, rounds: int, name: str, setup: Timed) -> Cost:
     ratios = []
-    for _ in range(_PLACES):
+    for _ in range(PLACES):
         own = AdamCM([_param(numel, setup)], **setup.options)
         steps = {name: own.step, "AdamW": AdamW([_param(numel, Timed())], fused=True).step}
-        timed = interleave(steps, -(-rounds // _PLACES), warm_up=_WARM_UP)
+        timed = interleave(steps, -(-rounds // PLACES), warm_up=_WARM_UP)
         ratios.append(timed.ratios(name, "AdamW"))
     medians = [median(each) for each in ratios]
     return Cost(
